@@ -1,0 +1,996 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
+# ///
+"""Supervised fine-tuning: maximise the likelihood of the demonstrated answers.
+
+    L(pi) = - 1/N  sum over demonstrations (x, y), trained tokens t  of  log pi(y_t | x, y_<t)
+    N = the trained tokens of the whole optimiser step, so that neither the split into forwards nor the ranks change the gradient.
+    Stage 1 of InstructGPT (Ouyang et al. 2022, arXiv 2203.02155, section 3.5); the loss on the answer only is the practice of
+    Llama 2 (arXiv 2307.09288, section 3.1). From scratch, on all tokens, it is plain language modelling: pre-training.
+
+Departures and options
+  1. With --model, the loss covers every assistant turn, each with its end-of-turn token, under any chat template; --train-prompts
+     covers the prompts too. Without --model, a small Llama and its tokenizer are made from the data set, and all tokens are trained.
+  2. Rows lie end to end in one sequence, and attention keeps them apart: nothing is padded, nothing leaks.
+  3. InstructGPT trains 16 epochs (lr 9.65e-6, batch 32, cosine to a tenth, dropout 0.2) and picks the checkpoint by reward-model
+     score; here the number of epochs is yours, and dropout is what the model's config says.
+  4. No LoRA, no compilation: for the first see PEFT; the second was measured not to pay on CPU.
+
+Reads any of: text; messages; prompt + completion (text or messages). Writes a plain Hugging Face directory, args.json,
+metrics.jsonl and curves.png to --output-dir.
+
+  python sft.py --learning-rate 2e-3 --batch-size 64 --epochs 1                          the grid world's base model, from nothing
+  python sft.py --model Qwen/Qwen3-0.6B-Base --dataset trl-lib/Capybara --output-dir runs/sft          one GPU
+  torchrun --nproc-per-node 8 sft.py --model Qwen/Qwen3-8B-Base --dataset trl-lib/Capybara --output-dir runs/sft          many
+
+  Metric               at step 1              then             if not
+  loss                 ln V from scratch,     falls, flattens  rising: learning rate too high; at once near 0: the answer stands in the
+                       1 to 3 fine-tuning                      prompt; not falling: too low, or the printed example trains the wrong part
+  mean_token_accuracy  1/V or 0.4 to 0.6      rises            stuck while the loss falls: normal near the end
+  entropy              ln V or 1 to 2         falls            near 0: memorised; fewer epochs
+  grad_norm            0.5 to 10              falls, steady    spikes: lower --learning-rate or raise --warmup-ratio
+  eval_perplexity      -                      lowest at the    rises after an epoch while people still prefer the samples
+                                              end              (InstructGPT saw this for 16 epochs)
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple
+
+import tyro
+
+
+@dataclass
+class Args:
+    # --- method
+    train_prompts: bool = False
+    """loss on the prompts' tokens too (always so from scratch)"""
+    # --- model
+    model: str = ""
+    """starting checkpoint: hub id or directory; empty: a new small Llama, of the four sizes below"""
+    vocab_size: int = 1024
+    """from scratch: tokens of the byte-level BPE trained on the data set"""
+    hidden_size: int = 128
+    """from scratch: width"""
+    num_layers: int = 4
+    """from scratch: decoder layers"""
+    num_heads: int = 4
+    """from scratch: attention heads"""
+    # --- data
+    dataset: str = "data/grid/pretrain.jsonl"
+    """hub id (name or name:config), .jsonl/.json/.parquet file (also .gz), or saved directory"""
+    dataset_split: str = "train"
+    """split, for hub data sets and saved directories"""
+    eval_dataset: str = ""
+    """held-out data set; empty: a part of --dataset"""
+    eval_fraction: float = 0.02
+    """share of --dataset held out when there is no --eval-dataset (0: no evaluation)"""
+    max_length: int = 1024
+    """tokens of a row; longer ones are cut at the end, and dropped when no trained token is left"""
+    allow_special: bool = False
+    """keep rows whose text contains one of the tokenizer's special tokens (else dropped: a user must not be able to end a turn)"""
+    # --- optimisation
+    epochs: int = 1
+    """passes over the data (InstructGPT: 16)"""
+    max_steps: int = 0
+    """stop after this many optimiser steps (0: only by epochs)"""
+    batch_size: int = 32
+    """sequences per optimiser step, over all ranks (InstructGPT: 32)"""
+    tokens_per_forward: int = 16384
+    """memory knob: tokens per forward pass and rank; does not change the result"""
+    learning_rate: float = 2e-5
+    """peak of AdamW's learning rate (Llama 2: 2e-5; InstructGPT 1.3B: 9.65e-6; from scratch at width 128: 2e-3)"""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """after the warm-up: cosine to a tenth, linear to 0, or constant"""
+    warmup_ratio: float = 0.03
+    """share of the steps over which the learning rate rises"""
+    weight_decay: float = 0.0
+    """of matrices; vectors (norms, biases) have none"""
+    max_grad_norm: float = 1.0
+    """gradient clipping, on the norm over all parameters"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the computation; weights and optimiser are float32 (auto: bfloat16 on GPU, float32 on CPU)"""
+    gradient_checkpointing: bool = False
+    """recompute each layer's activations in the backward pass: less memory, a third more time"""
+    # --- run
+    output_dir: str = "runs/base"
+    """where checkpoint, metrics and curves go"""
+    seed: int = 0
+    """of initial weights, data order and dropout"""
+    eval_every: int = 0
+    """optimiser steps between evaluations (0: at the end only)"""
+    save_every: int = 0
+    """optimiser steps between resumable checkpoints, checkpoint-N/ (0: none)"""
+    resume: bool = False
+    """continue from the last checkpoint in --output-dir; a finished run of the same arguments is left as it is"""
+    overwrite: bool = False
+    """replace what is in --output-dir"""
+    track: bool = False
+    """also log to Weights & Biases (WANDB_MODE=offline needs no account)"""
+    wandb_project: str = "sft"
+    """of --track"""
+    run_name: str = ""
+    """of --track; empty: the output directory"""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
+
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import time
+import types
+from collections import Counter
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from jinja2 import TemplateError
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+for library in (transformers.utils.logging, datasets.utils.logging):  # their bars and warnings would break up our own lines
+    library.disable_progress_bar()
+    library.set_verbosity_error()
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+# ---------------------------------------------------------------------------------------------------------------- the method
+
+
+def sft_loss(logps, total: int):
+    """Negative log-likelihood. logps [N]: of the trained tokens at hand; total: trained tokens of the whole optimiser step."""
+    objective = logps.sum() / total
+    return -objective
+
+
+# ---------------------------------------------------------------------------------------------------------------------- data
+
+CHAT_TEMPLATE = (  # for tokenizers that come without one; the end-of-sequence token ends every turn
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+class Row(NamedTuple):
+    """A prompt and its K responses, as ids. trained: one bool per response token, or None for all; extra: what else is known of it."""
+
+    prompt: list
+    responses: list
+    trained: list | None = None
+    extra: dict | None = None
+
+
+def refuse(message: str):
+    """Bad input ends here: one sentence, exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def say(*text):
+    """Print on the first rank."""
+    if RANK == 0:
+        print(*text, flush=True)
+
+
+def load_rows(option: str, name: str, split: str = "train") -> Dataset:
+    """A data set from a file, a saved directory, or the hub (name or name:config)."""
+    path, (hub, *config) = Path(name), name.split(":")
+    try:
+        if path.is_dir():
+            data = load_from_disk(name)
+            data = data[split] if isinstance(data, DatasetDict) else data
+        elif path.is_file():
+            data = load_dataset("parquet" if ".parquet" in path.suffixes else "json", data_files=name, split="train")
+        elif path.suffix in (".jsonl", ".json", ".parquet", ".gz"):
+            refuse(f"{option} {name}: there is no such file; make it first (python gridworld.py data writes data/grid) or correct the path")
+        else:
+            data = load_dataset(hub, *config, split=split)
+    except Exception as e:  # whatever the readers raise, the user needs to know which file it was
+        refuse(f"{option} {name}: cannot be read as a data set ({type(e).__name__}: {str(e.__cause__ or e).splitlines()[0][:200]})")
+    if len(data) == 0:
+        refuse(f"{option} {name}: has no rows")
+    return data
+
+
+def shared(a, b) -> int:
+    """Length of the longest common prefix of two sequences."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def as_messages(value, role: str = "assistant") -> list:
+    """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of one turn."""
+    if isinstance(value, str):
+        return [dict(role=role, content=value)]
+    names = dict(human="user", gpt="assistant")
+    messages = []
+    for turn in value:
+        turn = {k: v for k, v in turn.items() if v is not None}  # the JSON reader fills absent keys with None
+        if "from" in turn:
+            turn = dict(role=names.get(turn["from"], turn["from"]), content=turn["value"])
+        turn.setdefault("content", "" if "tool_calls" in turn else None)
+        if not isinstance(turn["content"], str) or not isinstance(turn.get("role"), str):
+            raise ValueError(f"a message needs a role and a text content, this one is {str(turn)[:80]}")
+        messages.append(turn)
+    return messages
+
+
+def special_tokens(tokenizer) -> dict:
+    """Id and text of every special token."""
+    return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+
+def render(tokenizer, messages: list, answer_next: bool = False, **options) -> list:
+    """Ids of a conversation under the chat template, up to where the assistant is to speak if answer_next."""
+    if answer_next and messages and messages[-1]["role"] == "assistant":  # an answer already begun
+        return tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False, **options)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=answer_next, return_dict=False, **options)
+
+
+def stop_tokens(tokenizer) -> list:
+    """Ids that end an answer: the end-of-sequence token, and what the chat template puts at the end of an assistant's turn."""
+    ids = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
+    special = special_tokens(tokenizer)
+    while ids[-1] not in special and not tokenizer.decode(ids[-1]).strip():  # the line break after the end-of-turn token
+        ids.pop()
+    return sorted({tokenizer.eos_token_id} | (set(ids[-1:]) & set(special)))
+
+
+def end_turn(tokenizer, ids: list, stops: list) -> list:
+    """An answer's ids up to its end-of-turn token, and no further; where the template marks no end of turn, the end-of-sequence token."""
+    end = len(ids)
+    while end and ids[end - 1] not in stops and not tokenizer.decode(ids[end - 1]).strip():
+        end -= 1
+    if not end or ids[end - 1] not in stops:
+        return ids + [tokenizer.eos_token_id]
+    while end > 1 and ids[end - 2] == ids[end - 1]:  # a tokenizer that adds a second end-of-sequence token of its own
+        end -= 1
+    return ids[:end]
+
+
+def encode(tokenizer, prompt, responses: list, stops: list, **options):
+    """Ids of the prompt and of each response, tokenised together; the boundary is their longest common token prefix.
+
+    prompt: text or messages; responses: texts or messages. Returns (prompt ids, [response ids, ...]), every response with its end."""
+    if isinstance(prompt, str):
+        bos, eos = tokenizer.bos_token, tokenizer.eos_token
+        ids = lambda text: tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids  # one BOS, never two
+        head, whole = ids(prompt), [ids(prompt + r.removesuffix(eos) + eos) for r in responses]
+    else:
+        answers = [as_messages(r) for r in responses]
+        head = render(tokenizer, prompt, answer_next=True, **options)
+        if prompt[-1]["role"] == "assistant":  # the responses continue an answer already begun
+            begun, prompt = prompt[-1], prompt[:-1]
+            answers = [[dict(begun, content=begun["content"] + a[0]["content"]), *a[1:]] for a in answers]
+        whole = [render(tokenizer, prompt + a, **options) for a in answers]
+    whole = [end_turn(tokenizer, w, stops) for w in whole]
+    n = min(shared(head, w) for w in whole)
+    return whole[0][:n], [w[n:] for w in whole]
+
+
+def encode_turns(tokenizer, messages: list, first: int, stops: list, **options) -> list:
+    """A conversation with every assistant turn from message `first` on to be trained, its end-of-turn token included.
+
+    The turns are found by rendering prefixes, so that any chat template will do. Returns [(ids, trained)], trained one bool per id: one
+    pair for the whole conversation, or, where the template rewrites earlier turns (drops their thinking, say), one for each turn."""
+    turns = []
+    for i in range(first, len(messages)):
+        if messages[i]["role"] == "assistant":
+            head = render(tokenizer, messages[:i], answer_next=True, **options)
+            ids = end_turn(tokenizer, render(tokenizer, messages[: i + 1], **options), stops)
+            turns.append((ids, shared(head, ids)))
+    if turns and all(turns[-1][0][: len(ids)] == ids for ids, _ in turns):
+        whole = turns[-1][0]
+        return [(whole, [any(start <= t < len(ids) for ids, start in turns) for t in range(len(whole))])]
+    return [(ids, [t >= start for t in range(len(ids))]) for ids, start in turns]
+
+
+def report(option: str, tokenizer, rows: list, total: int, notes: Counter):
+    """What the data set came to: rows, drops by reason, lengths, and one example whose trained tokens stand in double brackets."""
+    at = lambda values, q: sorted(values)[min(len(values) - 1, int(q * len(values)))]
+    prompts, answers = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
+    quantiles = lambda values: "/".join(str(at(values, q)) for q in (0.5, 0.95, 1))
+    say(f"{option}: {len(rows)} rows from {total}; " + (", ".join(f"{n} {why}" for why, n in notes.items() if n) or "none dropped, none cut"))
+    say(f"  tokens (median/95%/most): prompt {quantiles(prompts)}, response {quantiles(answers)}")
+    shown, marks = tokenizer.decode(rows[0].prompt)[-200:], rows[0].trained[0] if rows[0].trained else [True] * len(rows[0].responses[0])
+    for mark, part in groupby(zip(marks, rows[0].responses[0]), key=lambda pair: pair[0]):
+        text = tokenizer.decode([token for _, token in part])
+        shown += f"[[{text[:300]}]]" if mark else text[:100]
+    say("  example: " + shown.replace("\n", "\n  | "))
+
+
+class Drop(Exception):
+    """A row that cannot be used; the message is the reason, under which it is counted."""
+
+
+def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
+    """Rows for training, with a report of what they are. encode_row(row, notes) turns a row of data into a list of them."""
+    rows, notes = [], Counter()
+    for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or len(data) < 5000)):
+        try:
+            rows += encode_row(row, notes)
+        except Drop as reason:
+            notes[f"dropped: {reason}"] += 1
+        except TemplateError as e:
+            notes[f"dropped: refused by the chat template ({str(e)[:60]})"] += 1
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
+            refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {str(e)[:200]}); DATA in the header says what is read")
+    if not rows:
+        refuse(f"{option}: none of its {len(data)} rows can be used: {dict(notes)}")
+    report(option, tokenizer, rows, len(data), notes)
+    return rows
+
+
+def template_options(row: dict) -> dict:
+    """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
+    tools = row.get("tools")
+    options = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None}
+    return options | (dict(tools=json.loads(tools) if isinstance(tools, str) else tools) if tools else {})
+
+
+def demonstrations(tokenizer, max_length: int, everything: bool, allow_special: bool):
+    """The encode_row of supervised fine-tuning. everything: train on all tokens, prompts too."""
+    stops, special = stop_tokens(tokenizer), special_tokens(tokenizer).values()
+
+    def encode_row(row, notes):
+        talk, prompt, answer = row.get("messages") or row.get("conversations"), row.get("prompt"), row.get("completion")
+        if not talk and answer is None and row.get("text") is None:
+            raise Drop("no text")
+        if talk or isinstance(prompt, list):
+            first = 0 if talk else len(prompt)
+            messages = as_messages(talk) if talk else as_messages(prompt) + as_messages(answer)
+            texts = [m["content"] for m in messages]
+        else:
+            texts = [prompt or "", answer] if answer is not None else ["", row["text"]]
+            texts[1] = texts[1].removesuffix(tokenizer.eos_token)
+        if not texts[-1].strip():
+            raise Drop("empty answer")
+        if not allow_special and any(s in text for text in texts for s in special):
+            raise Drop("special token in the text (--allow-special keeps it)")
+        if talk or isinstance(prompt, list):
+            found = encode_turns(tokenizer, messages, first, stops, **template_options(row))
+        else:
+            head, (tail,) = encode(tokenizer, texts[0], [texts[1]], stops)
+            found = [(head + tail, [t >= len(head) for t in range(len(head) + len(tail))])]
+        if not found:
+            raise Drop("no assistant turn")
+        rows = []
+        for ids, trained in found:
+            start = 1 if everything else max(1, trained.index(True))  # the first token has nothing to be predicted from
+            trained = [True] * len(ids) if everything else trained
+            if not any(trained[start:max_length]):
+                raise Drop("prompt beyond --max-length")
+            notes["cut at --max-length"] += len(ids) > max_length
+            rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]]))
+        return rows
+
+    return encode_row
+
+
+# --------------------------------------------------------------------------------------------------------------------- model
+
+
+def rows_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, sliding_window=None, rows=None, softcap=None, **kwargs):
+    """Attention over rows laid end to end: a response sees its own prompt and itself. q, k, v [1, H, T, D]."""
+    if rows is None:  # sampling: the ordinary path
+        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if softcap is not None:
+        raise NotImplementedError("soft-capped attention scores (Gemma 2) need the model's own attention")
+    q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
+    options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+    if q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1]:  # FlashAttention over segments;
+        from torch.nn.attention.varlen import varlen_attn  # its causal mask is aligned to the last key, as a response needs it
+
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
+        k, v, window = k[rows["index"]], v[rows["index"]], (sliding_window - 1 if sliding_window else -1, 0)
+        return varlen_attn(q, k, v, rows["cu_q"], rows["cu_k"], rows["max_q"], rows["max_k"], window_size=window, **options)[None], None
+
+    def attend(q, k, v):  # [n, H, Q, D], [n, H, K, D]: the queries are the last Q of the K positions
+        Q, K = q.shape[2], k.shape[2]
+        if Q == K and not (sliding_window and sliding_window < K):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, **options)
+        i, j = torch.arange(K - Q, K, device=q.device)[:, None], torch.arange(K, device=q.device)
+        seen = (j <= i) & (j > i - (sliding_window or K))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, **options)
+
+    out, t = [], 0
+    for (P, R), same in groupby(rows["layout"]):  # neighbours of equal shape are one batch
+        n, L = len(list(same)), P + sum(R)
+        qs, ks, vs = (x[0, :, t : t + n * L].unflatten(1, (n, L)).transpose(0, 1) for x in (q, k, v))
+        parts, s = [attend(qs[:, :, :P], ks[:, :, :P], vs[:, :, :P])], P
+        for r in R:
+            own = slice(s, s := s + r)
+            parts.append(attend(qs[:, :, own], torch.cat([ks[:, :, :P], ks[:, :, own]], 2), torch.cat([vs[:, :, :P], vs[:, :, own]], 2)))
+        out.append(torch.cat(parts, 2).transpose(0, 1).flatten(1, 2))
+        t += n * L
+    return torch.cat(out, 1).transpose(0, 1)[None], None  # [1, T, H, D]
+
+
+def rows_mask(*args, attention_mask=None, **kwargs):
+    """No mask for rows; the ordinary one elsewhere, where an attention_mask must be given (without it a sliding window would be lost)."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False})
+
+
+AttentionInterface.register("rows", rows_attention)
+AttentionMaskInterface.register("rows", rows_mask)
+
+
+def shape(row: Row) -> tuple:
+    """(prompt length, response lengths); a single response is one piece with its prompt, since nothing is shared."""
+    prompt, responses = len(row.prompt), tuple(map(len, row.responses))
+    return (prompt + responses[0], ()) if len(responses) == 1 else (prompt, responses)
+
+
+def pack(rows: list, device, together: bool = True):
+    """Rows end to end in one sequence, nothing padded; or, if not together, one sequence for each response.
+
+    Returns forwards, a list of (model inputs, positions that predict the trained tokens, positions of the responses' last tokens),
+    and for all trained tokens in order: target, the token [N]; owner, the number of its response [N]."""
+    if not together:
+        forwards, targets, owners = [], [], []
+        for row in rows:
+            for i, response in enumerate(row.responses):
+                ((inputs, *at),), target, owner = pack([Row(row.prompt, [response], row.trained and [row.trained[i]])], device)
+                inputs = {k: v for k, v in inputs.items() if k != "rows"} | dict(attention_mask=torch.ones_like(inputs["input_ids"]))
+                owners.append(owner + len(forwards))
+                targets.append(target)
+                forwards.append((inputs, *at))
+        return forwards, torch.cat(targets), torch.cat(owners)
+    ids, position, source, last, target, owner, layout, index, q_lens, k_lens = [], [], [], [], [], [], [], [], [], []
+    for row in rows:
+        start, end = len(ids), len(ids) + len(row.prompt)
+        ids += row.prompt
+        position += range(end - start)
+        for i, response in enumerate(row.responses):
+            t = len(ids)
+            ids += response
+            position += range(end - start, end - start + len(response))
+            before = [end - 1, *range(t, t + len(response) - 1)]  # the prompt's last token predicts every response's first
+            keep = row.trained[i] if row.trained else [True] * len(response)
+            source += [s for s, k in zip(before, keep) if k]
+            target += [token for token, k in zip(response, keep) if k]
+            owner += [len(last)] * sum(keep)
+            last.append(len(ids) - 1)
+        head, tails = shape(row)
+        layout.append((head, tails))
+        q_lens += [head, *tails]
+        k_lens += [head, *(head + r for r in tails)]
+        index += range(start, start + head)
+        for i, r in enumerate(tails):
+            own = end + sum(tails[:i])
+            index += [*range(start, end), *range(own, own + r)]
+    tensor = lambda x: torch.tensor(x, device=device)
+    cumulative = lambda x: tensor([0, *x]).cumsum(0, dtype=torch.int32)
+    plan = dict(layout=layout, index=tensor(index), cu_q=cumulative(q_lens), cu_k=cumulative(k_lens), max_q=max(q_lens), max_k=max(k_lens))
+    inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(position)[None], rows=plan, use_cache=False)
+    return [(inputs, tensor(source), tensor(last))], tensor(target), tensor(owner)
+
+
+def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
+    """Log-probability of each target token, the distribution's entropy, and whether the token is the likeliest; each [N].
+
+    The vocabulary never stands whole in memory: it is computed by chunks of tokens, and again in the backward pass.
+    kept: for each token the ids that nucleus sampling kept, a tensor each; the distribution is renormalised over them."""
+    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards])  # [N, d]
+    head, config = self.get_output_embeddings(), self.config
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+
+    def chunk(hidden, target, kept):
+        logits = head(hidden).float() * scale  # [n, V]
+        logits = (cap * torch.tanh(logits / cap) if cap else logits) / temperature
+        if kept is not None:
+            count = torch.tensor([len(k) for k in kept], device=logits.device)
+            allowed = torch.zeros_like(logits, dtype=torch.bool)
+            allowed[torch.arange(len(kept), device=logits.device).repeat_interleave(count), torch.cat(kept)] = True
+            logits = logits.masked_fill(~allowed, -math.inf)
+        logps = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy, top = torch.special.entr(logps.exp()).sum(-1), logps.argmax(-1) == target
+        return logps.gather(-1, target[:, None])[:, 0], entropy, top
+
+    size, parts = max(64, 2**23 // head.weight.shape[0]), []  # tokens of a chunk: 32 MB of logits
+    for i in range(0, len(target), size):
+        part = hidden[i : i + size], target[i : i + size], kept and kept[i : i + size]
+        once = len(target) <= size  # a single chunk may be kept for the backward pass
+        parts.append(chunk(*part) if once else checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False))
+    return tuple(torch.cat(x) for x in zip(*parts))
+
+
+def load_tokenizer(name: str):
+    """A checkpoint's tokenizer; without a chat template it gets a plain one."""
+    if not Path(name).exists() and (name.startswith(("runs/", "./", "../", "/")) or not name):
+        refuse(f"{name or 'the empty path'}: there is no such checkpoint directory; make it first (see README: python sft.py writes runs/base)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as e:
+        refuse(f"{name}: no tokenizer can be loaded from it ({str(e).splitlines()[0][:200]})")
+    if tokenizer.eos_token is None:
+        refuse(f"{name}: its tokenizer has no end-of-sequence token, so that no answer could ever end; give it one (eos_token)")
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    return tokenizer
+
+
+def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False, **options):
+    """A checkpoint with float32 weights whose attention understands rows.
+
+    Where it cannot (found by trying), the model keeps its own attention and gets one sequence a forward: slow and right, with a notice."""
+    for attention in ("rows", "eager"):
+        try:
+            stored = AutoConfig.from_pretrained(name).dtype
+            model = auto.from_pretrained(name, attn_implementation=attention, dtype=torch.float32, **options)
+        except (OSError, ValueError, KeyError) as e:
+            refuse(f"{name}: no model can be loaded from it ({str(e).splitlines()[0][:200]})")
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
+        model = ready(model, device, stored or torch.float32, dropout)
+        model.together = attention == "rows" and rows_agree(model, device, dtype)
+        if model.together:
+            return model
+    say(f"note: the attention of {type(model).__name__} does not follow rows: one sequence a forward in float32, right but slow")
+    return model
+
+
+def ready(model, device, stored=torch.float32, dropout: bool = False):
+    """The model on its device, in training mode, without dropout unless asked; stored: the dtype in which it will be saved."""
+    for module in model.modules() if not dropout else ():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name == "p" and isinstance(module, torch.nn.Dropout)):
+                setattr(module, name, 0.0)
+    model.together, model.stored = True, stored
+    return model.to(device).train()
+
+
+@torch.no_grad()
+def rows_agree(model, device, dtype) -> bool:
+    """Whether two rows in one sequence give what each response gives alone, on random tokens."""
+    ids = lambda n: torch.randint(min(1000, model.config.get_text_config().vocab_size), (n,), generator=generator).tolist()
+    generator = torch.Generator().manual_seed(0)
+    rows = [Row(ids(5), [ids(4), ids(6)]), Row(ids(3), [ids(7)])]
+    model.eval()
+    try:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            hidden = [torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in pack(rows, device, t)[0]])
+                      for t in (True, False)]
+    except (NotImplementedError, TypeError):
+        return False
+    finally:
+        model.train()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.05
+    return bool((hidden[0] - hidden[1]).norm() <= tolerance * hidden[1].norm())
+
+
+def new_model(args, texts: list):
+    """A byte-level BPE tokenizer and a small Llama, untrained. Words keep the space before them, and numbers their sign: one token each."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    bpe = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(r" ?\S+|\s"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=args.vocab_size, special_tokens=special, initial_alphabet=alphabet))
+    bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|end|>", extra_special_tokens=special[3:], clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=args.hidden_size, intermediate_size=args.hidden_size * 8 // 3 // 8 * 8,
+        num_hidden_layers=args.num_layers, num_attention_heads=args.num_heads, max_position_embeddings=max(512, args.max_length),
+        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="rows",
+    )  # fmt: skip
+    return LlamaForCausalLM(config), tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------------- run
+
+
+def start_ranks(dtype: str):
+    """This rank's device and the dtype of the computation; joins the other ranks."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    compute = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" else torch.float32
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if WORLD > 1:
+        dist.init_process_group(backend)
+    elif compute != torch.float32:  # FSDP's mixed precision, for one rank as for many
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device, compute
+
+
+def shard(model, dtype, *methods):
+    """Bind the methods to the model; with several ranks or in bfloat16, give each rank its part of every weight (FSDP2)."""
+    for method in methods:
+        setattr(model, method.__name__, types.MethodType(method, model))
+    if dist.is_initialized() and model.together:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
+        for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        for method in methods:
+            register_fsdp_forward_method(model, method.__name__)
+    return model
+
+
+def make_optimizer(model, learning_rate: float, weight_decay: float):
+    """AdamW, decaying matrices only. To be made before the first forward: after it, FSDP's root holds gathered weights, the wrong ones."""
+    matrices, vectors = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == wide] for wide in (True, False)]
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> float:
+    """One step of AdamW on the gradients at hand, clipped; returns their norm."""
+    if WORLD > 1 and not model.together:  # weights that FSDP does not hold: average the gradients here
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad.div_(WORLD))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(getattr(norm, "full_tensor", lambda: norm)())
+
+
+def scheduled(args, step: int, steps: int) -> float:
+    """The learning rate of a step (counted from 0): linear warm-up, then cosine to a tenth, linear to 0, or constant."""
+    warmup = max(1, round(args.warmup_ratio * steps))
+    done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    after = dict(cosine=0.55 + 0.45 * math.cos(math.pi * done), linear=1 - done, constant=1.0)[args.lr_schedule]
+    return args.learning_rate * min(1.0, (step + 1) / warmup) * after
+
+
+@lru_cache(2)
+def shuffled(n: int, epoch: int, seed: int) -> list:
+    """The order of an epoch: a pure function of seed and epoch, so that a resumed run finds its place."""
+    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
+
+
+def pick(n: int, size: int, step: int, seed: int) -> list:
+    """The numbers of the rows of a step (counted from 0)."""
+    epoch, at = divmod(step, math.ceil(n / size))
+    return shuffled(n, epoch, seed)[at * size : (at + 1) * size]
+
+
+def micro_batches(rows: list, limit: int, device, together: bool = True) -> list:
+    """This rank's rows, neighbours of one shape, in forwards of at most `limit` tokens: lists of row numbers, equally many on every rank."""
+    groups, total = [], limit
+    for i in sorted(range(len(rows)), key=lambda i: shape(rows[i])):
+        size = len(rows[i].prompt) + sum(map(len, rows[i].responses))
+        if total + size > limit or not together:
+            groups.append([])
+            total = 0
+        groups[-1].append(i)
+        total += size
+    if WORLD > 1:
+        most = torch.tensor(len(groups), device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        groups += [[] for _ in range(int(most) - len(groups))]
+    return groups
+
+
+def over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks."""
+    if WORLD > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def fingerprint(name: str) -> str:
+    """Of a file or directory: names, sizes, and the content (of large weights: both ends); a hub id stands for itself."""
+    digest = hashlib.sha256()
+    path = Path(name)
+    for file in [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in (".json", ".jinja", ".safetensors", ".arrow")):
+        if file.name not in ("args.json", "trainer_state.json"):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as f:
+                digest.update(f.read(2**24))
+                f.seek(max(f.tell(), size - 2**24))
+                digest.update(f.read())
+    return digest.hexdigest()[:16] if path.exists() else "hub"
+
+
+def begin(args, **inputs):
+    """The output directory, and the checkpoint to continue from or None. inputs: by option, every file and directory that is read.
+
+    Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
+    out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
+    plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
+    plan = json.loads(json.dumps(plan))
+    verdict = [None, None]  # an error or the news that all is done; the checkpoint
+    if RANK == 0:
+        try:
+            before = json.loads((out / "args.json").read_text())
+        except (OSError, ValueError):
+            before = None
+        steps = [int(d.name.split("-")[1]) for d in out.glob("checkpoint-*") if d.name.split("-")[1].isdigit()]
+        if args.resume and before:
+            old = before.get("plan", {})
+            changed = [f"{k} was {old.get(k)!r} and is {plan.get(k)!r}" for k in sorted({*old, *plan}) if old.get(k) != plan.get(k)]
+            if changed:
+                verdict[0] = f"--resume: {out} holds another run ({'; '.join(changed)[:500]}); choose another --output-dir, or --overwrite"
+            elif before["finished"]:
+                verdict[0] = "finished"
+            elif steps:
+                verdict[1] = str(out / f"checkpoint-{max(steps)}")
+        elif not args.overwrite and out.is_dir() and any(out.iterdir()):
+            verdict[0] = f"--output-dir {out}: not empty; choose another, --resume what stands there, or --overwrite it"
+        if verdict == [None, None]:
+            try:
+                for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
+                    shutil.rmtree(stale)
+                (out / "metrics.jsonl").unlink(missing_ok=True)
+                out.mkdir(parents=True, exist_ok=True)
+                write_json(out / "args.json", record(args, plan, finished=False))
+            except OSError as e:
+                verdict[0] = f"--output-dir {out}: cannot be written ({e.strerror}); choose another"
+    if WORLD > 1:
+        dist.broadcast_object_list(verdict)
+    if verdict[0] == "finished":
+        say(f"{out}: finished already with the same arguments and data; nothing to do")
+        sys.exit(0)
+    if verdict[0]:
+        refuse(verdict[0])
+    return out, Path(verdict[1]) if verdict[1] else None
+
+
+def record(args, plan: dict, finished: bool) -> dict:
+    """What args.json holds: enough to say where a checkpoint comes from and to run it again."""
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
+    return dict(script=Path(__file__).name, finished=finished, args=asdict(args), plan=plan, versions=versions, ranks=WORLD, threads=torch.get_num_threads())
+
+
+def write_json(path: Path, value):
+    """Written beside and renamed, so that the file is never half there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def write_model(directory: Path, model, tokenizer, dtype):
+    """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every stop token."""
+    weights = dcp.get_model_state_dict(model, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)) if dist.is_initialized() else model.state_dict()
+    for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
+        weights.pop(tied, None)
+    if RANK == 0:
+        config = model.config
+        config.dtype, before = dtype, (config.dtype, config._attn_implementation)
+        config._attn_implementation = None
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+            generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None)})
+            generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
+            generation.do_sample = True  # temperature and top-p, where the parent set them, are refused without
+        model.save_pretrained(directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
+        tokenizer.save_pretrained(directory)
+        config.dtype, config._attn_implementation = before
+
+
+def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **state):
+    """checkpoint-N/: loadable models and the training state beside them, written elsewhere, synced, and then given its name.
+
+    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers and lists."""
+    part = out / f"saving-{step}"
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items()}
+    rng = [dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)]
+    if WORLD > 1:
+        everyone = [None] * WORLD
+        dist.all_gather_object(everyone, rng[0])
+        rng = everyone
+    for name, (model, tokenizer) in models.items():
+        write_model(part / name, model, tokenizer, torch.float32)
+    if RANK == 0:
+        torch.save(dict(state, step=step, optimizers=moments, rng=rng), part / "state.pt")
+        for file in part.rglob("*"):
+            with file.open("rb") if file.is_file() else os.fdopen(os.open(file, os.O_RDONLY)) as f:
+                os.fsync(f.fileno())
+        os.replace(part, out / f"checkpoint-{step}")
+    if WORLD > 1:
+        dist.barrier()
+
+
+def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
+    """The training state of a checkpoint whose models are loaded already; cuts metrics.jsonl back to its step."""
+    state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
+    for name, optimizer in optimizers.items():
+        dcp.set_optimizer_state_dict(models[name][0], optimizer, state["optimizers"][name], options=dcp.StateDictOptions(full_state_dict=True))
+    rng = state["rng"][RANK % len(state["rng"])]
+    torch.set_rng_state(rng["cpu"])
+    if rng["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+    if RANK == 0:
+        log = directory.parent / "metrics.jsonl"
+        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+        log.with_suffix(".part").write_text("".join(lines))
+        os.replace(log.with_suffix(".part"), log)
+    say(f"resuming {directory.parent} after step {state['step']}")
+    return state
+
+
+def finish(out: Path, models: dict):
+    """The models in their places, each file renamed into it whole; then args.json says that the run is finished."""
+    part = out / "saving"
+    for name, (model, tokenizer) in models.items():
+        write_model(part / name, model, tokenizer, model.stored)
+    if RANK == 0:
+        for name in sorted(models, reverse=True):  # subdirectories first
+            (out / name).mkdir(exist_ok=True)
+            written = [file for file in (part / name).iterdir() if file.is_file()]
+            for file in written:
+                os.replace(file, out / name / file.name)
+            for stale in {*(out / name).glob("*.safetensors*")} - {out / name / file.name for file in written}:
+                stale.unlink()
+        shutil.rmtree(part)
+        write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
+
+
+def log(args, out: Path, metrics: dict):
+    """One flushed line of metrics.jsonl, and wandb."""
+    if RANK == 0:
+        with (out / "metrics.jsonl").open("a") as f:
+            f.write(json.dumps(metrics) + "\n")
+        if args.track:
+            import wandb
+
+            if wandb.run is None:
+                wandb.init(project=args.wandb_project, name=args.run_name or args.output_dir, config=asdict(args), dir=str(out))
+            wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+
+
+def peak_memory(device) -> int:
+    """Peak memory of this process in MB: the device's, or on CPU the resident set."""
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) >> 20
+
+
+def draw(out: Path, keys: list):
+    """curves.png from metrics.jsonl."""
+    if RANK > 0:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    figure, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3), layout="constrained", squeeze=False)
+    for axis, key in zip(axes[0], keys):
+        for name, style in ((key, "-"), (f"eval_{key}", "o")):
+            points = [(m["step"], m[name]) for m in lines if m.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points), style, label=name)
+        axis.set(title=key, xlabel="step")
+        axis.legend()
+    figure.savefig(out / "curves.part.png", dpi=120)
+    os.replace(out / "curves.part.png", out / "curves.png")
+    plt.close(figure)
+
+
+@torch.no_grad()
+def evaluate_sft(model, rows: list, args, device) -> dict:
+    """Loss, perplexity, accuracy and entropy per token of held-out rows."""
+    model.eval()
+    mine, sums = rows[RANK::WORLD], torch.zeros(4, device=device)
+    for group in micro_batches(mine, args.tokens_per_forward, device, model.together):
+        forwards, target, _ = pack([mine[i] for i in group] or rows[:1], device, model.together)
+        logps, entropy, top = model.token_logps(forwards, target)
+        sums += torch.stack([-logps.sum(), top.sum(), entropy.sum(), torch.tensor(float(len(logps)), device=device)]) * bool(group)
+    model.train()
+    nll, top, entropy, n = over_ranks(sums).tolist()
+    return dict(eval_loss=nll / n, eval_perplexity=math.exp(min(50, nll / n)), eval_mean_token_accuracy=top / n, eval_entropy=entropy / n)
+
+
+def main(args: Args):
+    # 0. ranks, output, seed
+    device, dtype = start_ranks(args.dtype)
+    out, last = begin(args, model=args.model, dataset=args.dataset, eval_dataset=args.eval_dataset)
+    started = time.time()
+    torch.manual_seed(args.seed)
+
+    # 1. the model, from a checkpoint or from nothing, and the demonstrations
+    data = load_rows("--dataset", args.dataset, args.dataset_split)
+    if last or args.model:
+        tokenizer = load_tokenizer(str(last or args.model))
+        model = load_model(AutoModelForCausalLM, str(last or args.model), tokenizer, device, dtype, dropout=True)
+    else:
+        texts = [row.get("text") or "".join(m["content"] for m in as_messages(row.get("messages") or row["prompt"])) for row in data]
+        model, tokenizer = new_model(args, texts)
+        model = ready(model, device, dropout=True)
+    max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
+    encode_row = demonstrations(tokenizer, max_length, everything=args.train_prompts or not args.model, allow_special=args.allow_special)
+    rows, held_out = prepare("--dataset", data, tokenizer, encode_row), []
+    if args.eval_dataset:
+        held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset), tokenizer, encode_row)
+    elif len(rows) > 1:
+        held_out = [rows.pop() for _ in range(round(args.eval_fraction * len(rows)))]
+    steps = math.ceil(len(rows) / args.batch_size) * args.epochs
+    steps = min(steps, args.max_steps or steps)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"model: {args.model or 'new'}, {type(model).__name__}, {parameters / 1e6:.2f} M parameters, {16 * parameters / 2**20:.0f} MB with gradients and AdamW")
+    say(f"training: {steps} steps of {args.batch_size} rows on {WORLD} x {device.type} ({dtype}), forwards of {args.tokens_per_forward} tokens at most")
+
+    # 2. the optimiser, and where an earlier run stopped
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    model = shard(model, dtype, token_logps)
+    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
+    models, optimizers = {"": (model, tokenizer)}, {"": optimizer}
+    state = load_checkpoint(last, models, optimizers) if last else dict(step=0, num_tokens=0, seconds=0.0)
+    started -= state["seconds"]
+    num_tokens = state["num_tokens"]
+
+    # 3. for each batch of demonstrations
+    bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="sft", disable=RANK > 0)
+    for step in bar:
+        clock = time.time()
+        batch = [rows[i] for i in pick(len(rows), args.batch_size, step, args.seed)]
+        total = sum(sum(row.trained[0]) for row in batch)  # N, over all ranks
+        mine, sums = batch[RANK::WORLD], torch.zeros(3, device=device)
+        for group in micro_batches(mine, args.tokens_per_forward, device, model.together):
+            # 4. log pi(y_t | x, y_<t) of every trained token
+            forwards, target, _ = pack([mine[i] for i in group] or batch[:1], device, model.together)
+            logps, entropy, top = model.token_logps(forwards, target)
+            # 5. the loss over the whole step's tokens; a rank without rows goes along with weight zero; FSDP averages over the ranks
+            loss = sft_loss(logps, total) * bool(group)
+            if not torch.isfinite(loss):
+                refuse(f"step {step + 1}: the loss is {loss.item()}; lower --learning-rate, or look at the rows {pick(len(rows), args.batch_size, step, args.seed)[:8]}")
+            (loss * WORLD).backward()
+            sums += torch.stack([loss.detach(), top.sum() / total * bool(group), entropy.sum() / total * bool(group)])
+        # 6. one step of AdamW
+        learning_rate = scheduled(args, step, steps)
+        grad_norm = take_step(model, optimizer, learning_rate, args.max_grad_norm)
+        # 7. what happened
+        loss, accuracy, entropy = over_ranks(sums).tolist()
+        tokens = sum(len(row.prompt) + len(row.responses[0]) for row in batch)
+        num_tokens += tokens
+        metrics = dict(step=step + 1, loss=loss, mean_token_accuracy=accuracy, entropy=entropy, grad_norm=grad_norm, learning_rate=learning_rate)
+        metrics |= dict(epoch=(step + 1) / math.ceil(len(rows) / args.batch_size), num_tokens=num_tokens)
+        if held_out and (step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0):
+            metrics |= evaluate_sft(model, held_out, args, device)
+        now = time.time()
+        metrics |= dict(tokens_per_second=tokens / (now - clock), seconds=now - started, peak_memory_mb=peak_memory(device))
+        log(args, out, metrics)
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
+        if step == state["step"]:
+            bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step") if RANK == 0 else None
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
+            save_checkpoint(out, step + 1, models, optimizers, num_tokens=num_tokens, seconds=now - started)
+
+    # 8. a checkpoint that anything loads
+    finish(out, models)
+    draw(out, ["loss", "mean_token_accuracy", "entropy", "grad_norm"])
+    if held_out:
+        say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
+    say(f"done: {out} after {time.time() - started:.0f} s")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(args)

@@ -1,0 +1,160 @@
+"""What the tests share: a quiet, offline, one-thread environment; tiny models of every family; the scripts as a user runs them."""
+
+import atexit
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+# Before anything imports torch or transformers, and inherited by every script that the tests run.
+CACHE = tempfile.mkdtemp(prefix="tests-cache-")  # of `datasets` and `transformers`: the user's own is neither read nor filled
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ |= dict(HF_HOME=CACHE, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+os.environ |= dict(WANDB_MODE="offline", WANDB_SILENT="true", MPLBACKEND="Agg", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # results repeat bit for bit on the CPU only; `CUDA_VISIBLE_DEVICES=0 pytest` lifts this
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data and a real checkpoint that the environment variable REAL_DATA names; without one, the test is skipped."""
+    folder = Path(os.environ.get("REAL_DATA") or "no such folder").resolve()
+    if not folder.is_dir():
+        pytest.skip("REAL_DATA names no folder")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------------- tiny models
+
+SENTENCES = """The robot starts in the lower left corner and walks to the upper right. It may go up or right, one cell at a time.
+What is the best path? Right, up, right, up: that is 4 and 3 and 5, and the sum is 12. No, I cannot help with that; the path is not safe.
+Write a short letter to a friend. Dear Ann, thank you for the book! I read it in one evening, and I'd like to talk about it."""
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """Byte-level BPE with a chat template that puts the BOS token; so does plain `tokenizer(text)`, as Llama 3's. Copy it before you change it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    learn = dict(vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    bpe.train_from_iterator(SENTENCES.splitlines(), trainers.BpeTrainer(**learn))
+    bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bpe.token_to_id("<|bos|>"))])
+    roles = dict(pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|end|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **roles, extra_special_tokens=special[3:], model_max_length=512)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+FAMILIES = "llama qwen2 qwen3 gemma2 gemma3 mistral mixtral gpt2 phi3 deepseek_v2 glm4 nemotron qwen2_moe".split()
+
+
+def tiny_config(family: str, tokenizer):
+    """Two layers, width 32, 512 positions; sliding windows so short (9) that tests cross them."""
+    import transformers as tf
+
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    common = dict(vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.1, **special)
+    width = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    experts = dict(num_experts_per_tok=2, moe_intermediate_size=16)
+    latent = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8, n_group=1, topk_group=1)
+    return {
+        "llama": lambda: tf.LlamaConfig(**common, **width),
+        "qwen2": lambda: tf.Qwen2Config(**common, **width),
+        "qwen3": lambda: tf.Qwen3Config(**common, **width, head_dim=8),
+        "gemma2": lambda: tf.Gemma2Config(**common, **width, head_dim=8, query_pre_attn_scalar=8, sliding_window=9),
+        "gemma3": lambda: tf.Gemma3TextConfig(**common, **width, head_dim=8, query_pre_attn_scalar=8, sliding_window=9),
+        "mistral": lambda: tf.MistralConfig(**common, **width, sliding_window=9),
+        "mixtral": lambda: tf.MixtralConfig(**common, **width, num_local_experts=4),
+        "gpt2": lambda: tf.GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=512),
+        "phi3": lambda: tf.Phi3Config(**common, **width),
+        "deepseek_v2": lambda: tf.DeepseekV2Config(
+            **common, **(width | dict(num_key_value_heads=4)), **experts, **latent, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1
+        ),
+        "glm4": lambda: tf.Glm4Config(**common, **width, head_dim=8),
+        "nemotron": lambda: tf.NemotronConfig(**common, **width),
+        "qwen2_moe": lambda: tf.Qwen2MoeConfig(**common, **width, **experts, num_experts=4, shared_expert_intermediate_size=16),
+    }[family]()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_tokenizer, tmp_path_factory):
+    """tiny_model_dir(family) -> directory of a random causal language model of that family (one of FAMILIES) with the tiny tokenizer. Read only."""
+    made = {}
+
+    def make(family: str = "llama") -> Path:
+        if family not in made:
+            import torch
+            from transformers import AutoModelForCausalLM
+
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = AutoModelForCausalLM.from_config(tiny_config(family, tiny_tokenizer))
+            folder = tmp_path_factory.mktemp("models") / family
+            model.save_pretrained(folder)
+            tiny_tokenizer.save_pretrained(folder)
+            made[family] = folder
+        return made[family]
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------------------------- the scripts
+
+
+def run(command, cwd, check, timeout, env):
+    """Run a command to its end; past the timeout, stop it and all that it started (a torchrun stops its workers when asked politely)."""
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([str(word) for word in command], cwd=cwd, env=os.environ | (env or {}), start_new_session=True, **pipes)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, sign)
+                process.wait(timeout=20)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                pass
+        raise
+    if check and process.returncode != 0:
+        pytest.fail(f"{' '.join(process.args)}\nexit code {process.returncode}\n{out[-4000:]}\n{err[-8000:]}", pytrace=False)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """run_script("sft", "--max-steps", 2, cwd=tmp_path) runs sft.py as a user would; flags are turned into strings.
+
+    Returns the CompletedProcess (returncode, stdout, stderr). With check, an exit code other than 0 fails the test; env adds variables."""
+
+    def go(name, *flags, cwd, check=True, timeout=600, env=None):
+        return run([sys.executable, REPO / f"{name}.py", *flags], cwd, check, timeout, env)
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """torchrun("sft", 2, "--max-steps", 2, cwd=tmp_path): the same under torchrun, with so many processes on this machine."""
+
+    def go(name, nproc, *flags, cwd, check=True, timeout=600, env=None):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc]
+        return run([*launch, REPO / f"{name}.py", *flags], cwd, check, timeout, env)
+
+    return go

@@ -1,0 +1,278 @@
+"""What every script keeps, checked on every script at the root of the repository: a new one is covered the day it appears.
+
+Each static check is a function from a script's text to a list of complaints; the last tests break a small script in every way named here, so that
+no check can fall asleep.
+"""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings it
+    import tomli as tomllib
+
+SCRIPTS = sorted(path.name for path in REPO.glob("*.py"))
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+def args_classes(tree: ast.Module) -> dict:
+    """name -> top-level class whose name ends in Args."""
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Args")}
+
+
+def undocumented_fields(text: str) -> list:
+    """Every field of Args has a docstring of its own under it."""
+    complaints = []
+    for name, args in args_classes(ast.parse(text)).items():
+        for node, below in zip(args.body, [*args.body[1:], None]):
+            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
+            if isinstance(node, ast.AnnAssign) and not (documented and below.value.value.strip()):
+                complaints.append(f"{name}.{node.target.id} has no docstring")
+    return complaints
+
+
+def unread_fields(text: str) -> list:
+    """Every field of Args is read somewhere outside the class, as args.NAME; where a function says whose `args` it takes, it reads for those only."""
+    tree = ast.parse(text)
+    classes = args_classes(tree)
+    bases = {name: {base.id for base in node.bases if isinstance(base, ast.Name)} for name, node in classes.items()}
+    while True:  # all ancestors
+        wider = {name: own.union(*(bases.get(base, set()) for base in own)) for name, own in bases.items()}
+        if wider == bases:
+            break
+        bases = wider
+    read = set()  # (class, field)
+
+    def visit(node, owners):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for arg in node.args.posonlyargs + node.args.args + node.args.kwonlyargs:
+                if arg.arg == "args":
+                    named = set(re.findall(r"\w+", ast.unparse(arg.annotation))) & set(classes) if arg.annotation else set()
+                    owners = named | {base for name in named for base in bases[name]} or set(classes)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args" and isinstance(node.ctx, ast.Load):
+            read.update((owner, node.attr) for owner in owners)
+        for child in ast.iter_child_nodes(node):
+            visit(child, owners)
+
+    for node in tree.body:
+        if node not in classes.values():
+            visit(node, set(classes))
+    fields = [(name, f.target.id) for name, node in classes.items() for f in node.body if isinstance(f, ast.AnnAssign)]
+    return [f"{name}.{field} is never read" for name, field in fields if (name, field) not in read]
+
+
+def wrong_header(text: str) -> list:
+    """The PEP 723 block is valid and asks for what pyproject.toml asks for; a docstring follows; the syntax is that of the oldest Python named."""
+    blocks = re.findall(r"(?m)^# /// ([a-zA-Z0-9-]+)$\s((?:^#(?:| .*)$\s)+)^# ///$", text)  # the expression of PEP 723
+    if [kind for kind, _ in blocks] != ["script"]:
+        return [f"needs one PEP 723 block `# /// script`, has {[kind for kind, _ in blocks]}"]
+    content = "".join(line[2:] if line.startswith("# ") else line[1:] for line in blocks[0][1].splitlines(keepends=True))
+    try:
+        header = tomllib.loads(content)
+        tree = ast.parse(text, feature_version=tuple(map(int, re.findall(r"\d+", PROJECT["requires-python"]))))
+    except (tomllib.TOMLDecodeError, SyntaxError) as e:
+        return [str(e)]
+    wanted = {key: PROJECT[key] for key in ("requires-python", "dependencies")}
+    complaints = [f"PEP 723 {key}: {header.get(key)}, pyproject.toml: {value}" for key, value in wanted.items() if header.get(key) != value]
+    return complaints + ([] if ast.get_docstring(tree) else ["has no docstring"])
+
+
+def foreign_imports(text: str, others=frozenset(SCRIPTS)) -> list:
+    """No script imports another, or what would unpickle a file."""
+    complaints = []
+    for node in ast.walk(ast.parse(text)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = ["." * node.level + (node.module or "")]
+        for name in names:
+            first = name.split(".")[0]  # empty in a relative import
+            if first in ("", "pickle", "dill", "cloudpickle", "joblib", "shelve") or f"{first}.py" in others:
+                complaints.append(f"line {node.lineno} imports {name}")
+    return complaints
+
+
+def unsafe_loads(text: str) -> list:
+    """torch.load runs what it reads, unless told weights_only=True; and code comes with no checkpoint."""
+    complaints = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == "torch" and "load" in [alias.name for alias in node.names]:
+            complaints.append(f"line {node.lineno} imports load from torch, whose call would not be checked")
+        if isinstance(node, ast.Call):
+            if ast.unparse(node.func) == "torch.load" and "weights_only=True" not in map(ast.unparse, node.keywords):
+                complaints.append(f"line {node.lineno}: torch.load without weights_only=True")
+            if any(k.arg in ("trust_remote_code", "allow_pickle") for k in node.keywords):
+                complaints.append(f"line {node.lineno}: {ast.unparse(node)} would run code from a file")
+    return complaints
+
+
+def long_lines(text: str, limit: int = 150) -> list:
+    return [f"line {i} has {len(line)} characters" for i, line in enumerate(text.splitlines(), 1) if len(line) > limit]
+
+
+CHECKS = [undocumented_fields, unread_fields, wrong_header, foreign_imports, unsafe_loads, long_lines]
+
+HEAVY = {"torch", "transformers", "datasets", "matplotlib", "wandb", "numpy"}
+
+
+def help_page(path, folder, *subcommand):
+    """What `--help` prints, from a folder that must stay empty; the heavy modules loaded on the way there."""
+    command = [sys.executable, "-X", "importtime", str(path), *subcommand, "--help"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not list(folder.iterdir()), "--help wrote files"
+    return done.stdout, HEAVY & {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
+
+
+def subcommands(page) -> list:
+    """The names in braces of a usage like: gridworld.py [-h] [--seed INT] [--size {3,4}] {learn,data}"""
+    usage = " ".join(page[: page.index("\n\n")].split())
+    usage = re.sub(r"--[\w-]+ \{.*?\}", "", usage)  # the choices of a flag
+    return [name for names in re.findall(r"\{(.*?)\}", usage) for name in re.findall(r"[\w-]+", names)]
+
+
+def import_as_module(path, monkeypatch):
+    """Import a script under another name, as a test or a notebook would, with a command line that is not its own."""
+    name = f"imported_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(sys, "argv", ["somebody", "--nonsense", "else"])
+    spec.loader.exec_module(module)
+    return module
+
+
+# --------------------------------------------------------------------------------------------------------------------- tests
+
+
+@every_script
+@pytest.mark.parametrize("check", CHECKS)
+def test_contract(script, check):
+    complaints = check((REPO / script).read_text(encoding="utf-8"))
+    assert not complaints, "\n  ".join([f"{script}: {check.__doc__ or check.__name__}", *complaints])
+
+
+@every_script
+def test_help_answers_before_the_heavy_imports(script, tmp_path):
+    page, heavy = help_page(REPO / script, tmp_path)
+    assert "usage:" in page and not heavy
+    for subcommand in subcommands(page):
+        page, heavy = help_page(REPO / script, tmp_path, subcommand)
+        assert f"{script} {subcommand}" in page and not heavy, subcommand
+
+
+@every_script
+def test_imported_a_script_parses_nothing(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = import_as_module(REPO / script, monkeypatch)
+    assert callable(module.main) and not hasattr(module, "args")
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------ the checks, checked
+
+GOOD = f'''# /// script
+# requires-python = "{PROJECT["requires-python"]}"
+# dependencies = {str(PROJECT["dependencies"]).replace("'", '"')}
+# ///
+"""A script that keeps the contract."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+
+@dataclass
+class Args:
+    seed: int = 0
+    """of everything"""
+
+
+@dataclass
+class MoreArgs(Args):
+    beta: float = 0.1
+    """strength"""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args | MoreArgs, description=__doc__)
+
+import torch
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def one(args: MoreArgs):
+    print(args.beta)
+
+
+def main(args: MoreArgs):
+    print(args.seed)
+    one(args)
+
+
+if __name__ == "__main__":
+    main(args)
+'''
+BREAKS = [  # (check, what the good script says, what the broken one says)
+    (undocumented_fields, '    """of everything"""\n', ""),
+    (undocumented_fields, '"""strength"""', '""" """'),
+    (unread_fields, "print(args.beta)", "print(args)"),
+    (unread_fields, "print(args.beta)", "args.beta = 1"),
+    (unread_fields, "one(args: MoreArgs)", "one(args: Args)"),
+    (unread_fields, "print(args.seed)", "print(arguments.seed)"),
+    (wrong_header, "# /// script", "# // script"),
+    (wrong_header, "# dependencies = [", "# dependencies = "),
+    (wrong_header, '"tyro>=1.0"', '"tyro"'),
+    (wrong_header, PROJECT["requires-python"], ">=3.9"),
+    (wrong_header, '"""A script that keeps the contract."""', ""),
+    (wrong_header, "    one(args)", "    try:\n        one(args)\n    except* ValueError:\n        pass"),
+    (foreign_imports, "import torch\n", "import sft\n"),
+    (foreign_imports, "import torch\n", "from sft import load_rows\n"),
+    (foreign_imports, "import torch\n", "from .sft import load_rows\n"),
+    (foreign_imports, "import torch\n", "import torch, pickle\n"),
+    (unsafe_loads, ", weights_only=True", ""),
+    (unsafe_loads, "weights_only=True", "weights_only=False"),
+    (unsafe_loads, "weights_only=True", "weights_only=True, trust_remote_code=True"),
+    (unsafe_loads, "import torch\n", "from torch import load\n"),
+    (long_lines, "import torch\n", f"import torch  # {'x' * 150}\n"),
+]
+
+
+def test_there_are_scripts():
+    assert SCRIPTS
+
+
+@pytest.mark.parametrize("check, old, new", BREAKS)
+def test_a_broken_script_is_caught(check, old, new):
+    assert GOOD.count(old) == 1
+    foreign = {"others": {"sft.py"}} if check is foreign_imports else {}
+    assert check(GOOD, **foreign) == []
+    assert len(check(GOOD.replace(old, new), **foreign)) == 1
+
+
+def test_a_broken_script_is_caught_running(tmp_path, monkeypatch):
+    folder, path = tmp_path / "empty", tmp_path / "good.py"
+    folder.mkdir()
+    path.write_text(GOOD.replace("tyro.cli(Args | MoreArgs", "tyro.cli(MoreArgs").replace("beta: float = 0.1", 'beta: Literal["a", "b"] = "a"'))
+    page, heavy = help_page(path, folder)
+    assert "--beta {a,b}" in page and "--seed" in page and not heavy and subcommands(page) == []
+    path.write_text(GOOD)
+    page, heavy = help_page(path, folder)
+    assert subcommands(page) == ["args", "more-args"] and "good.py more-args" in help_page(path, folder, "more-args")[0]
+    assert not hasattr(import_as_module(path, monkeypatch), "args")
+    path.write_text(GOOD.replace("from dataclasses", "import torch\nfrom dataclasses"))
+    assert "torch" in help_page(path, folder)[1]
+    path.write_text(GOOD.replace('if __name__ == "__main__":\n    args', "if True:\n    args"))
+    with pytest.raises(SystemExit):
+        import_as_module(path, monkeypatch)
