@@ -693,11 +693,19 @@ def micro_batches(rows: list, limit: int, device, together: bool = True) -> list
     return groups
 
 
-def over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks."""
+def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """The sum (or maximum) over all ranks."""
     if WORLD > 1:
-        dist.all_reduce(values)
+        dist.all_reduce(values, op)
     return values
+
+
+def hold_out(rows: list, fraction: float, seed: int) -> list:
+    """Takes a random share of the rows out of the list and returns it."""
+    held = set(random.Random(seed).sample(range(len(rows)), round(fraction * len(rows))))
+    out = [row for i, row in enumerate(rows) if i in held]
+    rows[:] = [row for i, row in enumerate(rows) if i not in held]
+    return out
 
 
 def fingerprint(name: str) -> str:
@@ -928,7 +936,7 @@ def main(args: Args):
     if args.eval_dataset:
         held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset), tokenizer, encode_row)
     elif len(rows) > 1:
-        held_out = [rows.pop() for _ in range(round(args.eval_fraction * len(rows)))]
+        held_out = hold_out(rows, args.eval_fraction, args.seed)
     steps = math.ceil(len(rows) / args.batch_size) * args.epochs
     steps = min(steps, args.max_steps or steps)
     parameters = sum(p.numel() for p in model.parameters())

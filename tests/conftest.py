@@ -46,18 +46,20 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """Byte-level BPE with a chat template that puts the BOS token; so does plain `tokenizer(text)`, as Llama 3's. Copy it before you change it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    """Byte-level BPE with a chat template that puts the BOS token; so does plain `tokenizer(text)`, as Llama 3's. Copy it before you change it.
 
-    special = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    Beside a Qwen2 model, AutoTokenizer loads any tokenizer as Qwen2's, with its way to split text and its <|endoftext|>: so this one has them too."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+    special = ["<|pad|>", "<|bos|>", "<|end|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    bpe, qwen2 = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
+    bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = qwen2.normalizer, qwen2.pre_tokenizer, qwen2.decoder
     learn = dict(vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     bpe.train_from_iterator(SENTENCES.splitlines(), trainers.BpeTrainer(**learn))
     bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bpe.token_to_id("<|bos|>"))])
-    roles = dict(pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|end|>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **roles, extra_special_tokens=special[3:], model_max_length=512)
+    roles = dict(pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|end|>", unk_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **roles, extra_special_tokens=special[4:], model_max_length=512)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -101,7 +103,7 @@ def tiny_model_dir(tiny_tokenizer, tmp_path_factory):
     def make(family: str = "llama") -> Path:
         if family not in made:
             import torch
-            from transformers import AutoModelForCausalLM
+            from transformers import AutoModelForCausalLM, AutoTokenizer
 
             with torch.random.fork_rng():
                 torch.manual_seed(0)
@@ -109,6 +111,7 @@ def tiny_model_dir(tiny_tokenizer, tmp_path_factory):
             folder = tmp_path_factory.mktemp("models") / family
             model.save_pretrained(folder)
             tiny_tokenizer.save_pretrained(folder)
+            assert AutoTokenizer.from_pretrained(folder)(SENTENCES).input_ids == tiny_tokenizer(SENTENCES).input_ids
             made[family] = folder
         return made[family]
 
