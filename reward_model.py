@@ -762,6 +762,13 @@ def micro_batches(rows: list, limit: int, device, together: bool = True) -> list
     return groups
 
 
+def packed(rows: list, limit: int, device, together: bool = True):
+    """For each forward: the row numbers, the forwards and targets of `pack`. A rank that has run out of rows goes along with a spare one
+    and no numbers, so that all ranks make equally many forwards."""
+    for group in micro_batches(rows, limit, device, together):
+        yield group, *pack([rows[i] for i in group] or [Row([0], [[0]])], device, together)[:2]
+
+
 def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     """The sum (or maximum) over all ranks."""
     if WORLD > 1:
@@ -977,11 +984,10 @@ def score_rows(model, rows: list, args, device) -> list:
     for row in rows:
         first.append(first[-1] + len(row.responses))
     mine, scores = range(RANK, len(rows), WORLD), torch.zeros(first[-1], device=device)
-    for group in micro_batches([rows[i] for i in mine], args.tokens_per_forward, device, model.together):
-        numbers = [mine[i] for i in group]
-        part = model.response_scores(pack([rows[i] for i in numbers] or rows[:1], device, model.together)[0])
-        if numbers:
-            scores[[j for i in numbers for j in range(first[i], first[i + 1])]] = part
+    for group, forwards, _ in packed([rows[i] for i in mine], args.tokens_per_forward, device, model.together):
+        part = model.response_scores(forwards)
+        if group:
+            scores[[j for i in group for j in range(first[mine[i]], first[mine[i] + 1])]] = part
     model.train()
     scores = over_ranks(scores).cpu()
     return [scores[a:b] for a, b in zip(first, first[1:])]
@@ -1102,12 +1108,12 @@ def main(args: Args):
         batch = [rows[i] for i in pick(len(rows), args.batch_size, step, args.seed)]
         count = torch.tensor([len(batch), sum(len(row.extra["pairs"]) for row in batch), sum(len(row.responses) for row in batch)])
         mine, sums, lowest, highest = batch[RANK::WORLD], torch.zeros(4, device=device), math.inf, -math.inf
-        for group in micro_batches(mine, args.tokens_per_forward, device, model.together):
-            part = [mine[i] for i in group] or batch[:1]
+        for group, forwards, _ in packed(mine, args.tokens_per_forward, device, model.together):
+            part = [mine[i] for i in group]
             # 4. the score of every answer, its prompt computed once
-            scores = model.response_scores(pack(part, device, model.together)[0])
+            scores = model.response_scores(forwards)
             # 5. the loss, averaged over the step's prompts; a rank without rows goes along with weight zero; FSDP averages over the ranks
-            loss = ranking_loss(args, scores, part) / len(batch) * bool(group)
+            loss = ranking_loss(args, scores, part) / len(batch) if part else scores.sum() * 0
             if not torch.isfinite(loss):
                 refuse(f"step {step + 1}: the loss is {loss.item()}; lower --learning-rate, or look at the rows {pick(len(rows), args.batch_size, step, args.seed)[:8]}")
             (loss * WORLD).backward()

@@ -693,6 +693,13 @@ def micro_batches(rows: list, limit: int, device, together: bool = True) -> list
     return groups
 
 
+def packed(rows: list, limit: int, device, together: bool = True):
+    """For each forward: the row numbers, the forwards and targets of `pack`. A rank that has run out of rows goes along with a spare one
+    and no numbers, so that all ranks make equally many forwards."""
+    for group in micro_batches(rows, limit, device, together):
+        yield group, *pack([rows[i] for i in group] or [Row([0], [[0]])], device, together)[:2]
+
+
 def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     """The sum (or maximum) over all ranks."""
     if WORLD > 1:
@@ -905,8 +912,7 @@ def evaluate_sft(model, rows: list, args, device) -> dict:
     """Loss, perplexity, accuracy and entropy per token of held-out rows."""
     model.eval()
     mine, sums = rows[RANK::WORLD], torch.zeros(4, device=device)
-    for group in micro_batches(mine, args.tokens_per_forward, device, model.together):
-        forwards, target, _ = pack([mine[i] for i in group] or rows[:1], device, model.together)
+    for group, forwards, target in packed(mine, args.tokens_per_forward, device, model.together):
         logps, entropy, top = model.token_logps(forwards, target)
         sums += torch.stack([-logps.sum(), top.sum(), entropy.sum(), torch.tensor(float(len(logps)), device=device)]) * bool(group)
     model.train()
@@ -960,9 +966,8 @@ def main(args: Args):
         batch = [rows[i] for i in pick(len(rows), args.batch_size, step, args.seed)]
         total = sum(sum(row.trained[0]) for row in batch)  # N, over all ranks
         mine, sums = batch[RANK::WORLD], torch.zeros(3, device=device)
-        for group in micro_batches(mine, args.tokens_per_forward, device, model.together):
+        for group, forwards, target in packed(mine, args.tokens_per_forward, device, model.together):
             # 4. log pi(y_t | x, y_<t) of every trained token
-            forwards, target, _ = pack([mine[i] for i in group] or batch[:1], device, model.together)
             logps, entropy, top = model.token_logps(forwards, target)
             # 5. the loss over the whole step's tokens; a rank without rows goes along with weight zero; FSDP averages over the ranks
             loss = sft_loss(logps, total) * bool(group)
