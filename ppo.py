@@ -1,0 +1,1538 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
+# ///
+"""Proximal policy optimisation: reinforcement learning of a language model from a reward model, a rule, or a judge.
+
+    objective(phi) = E_{x, y ~ pi} [ r(x, y) - beta log( pi(y|x) / pi_ref(y|x) ) ] + gamma E_{x ~ D_ptx} [ log pi(x) ]
+    InstructGPT (Ouyang et al. 2022, arXiv 2203.02155), eq. 2. Each token is an action: its reward is -beta log(pi/pi_ref), the last
+    one's also r(x, y). Advantages by GAE (Schulman et al. 2016, arXiv 1506.02438, eq. 16), and the clipped surrogate of PPO (Schulman et
+    al. 2017, arXiv 1707.06347, eq. 7) with a clipped value loss.
+
+Departures and options
+  1. Not in the paper, taken from its code lineage: lambda 0.95, value clipping 0.2, advantages whitened over the real tokens of all ranks.
+     InstructGPT's policy lr, lambda and value clip are unpublished; its moving average of the weights is left out.
+  2. --ptx-dataset, --ptx-coef: gamma, the likelihood of other text: PPO-ptx; with SFT data, ChatGLM's regulariser (arXiv 2404.00934).
+  3. --reference-baseline: r less the reward of the reference's own greedy answer (ChatGLM), with --no-whiten-advantages.
+  4. --critic-warmup, --value-clip 0, --no-whiten-advantages, --lam 0.99, --top-p 0.9, --condition: InternLM2 (arXiv 2403.17297).
+  5. --reward-constant, --critic-warmup: Starling's length control and critic pre-training; --train-last-layers for its contrast.
+  6. --judge with --rubric: a classifier with a multiple-choice rubric on typed prompts (GPT-4's rule-based reward model); without one,
+     the expected score of 1 to 10 (direct RLAIF, Lee et al. 2023, arXiv 2309.00267). --rule: any function of your own.
+  7. An answer without a stop token gets --missing-eos-score in place of its reward. Sampled and scored distributions are the same one:
+     temperature and nucleus are part of every log-probability.
+
+Reads prompts (column prompt, or a preference data set), a policy, and what rewards it. The policy, the reference, each reward model and
+the judge may be of any size, the last two with tokenizers and templates of their own. Writes the policy to --output-dir, the value model to value/ in it.
+
+  python ppo.py --learning-rate 1e-4 --value-learning-rate 1e-3 --kl-coef 0.2 --max-new-tokens 24                  the grid world
+  python ppo.py --model Qwen/Qwen3-0.6B --reward-model runs/rm --dataset trl-lib/ultrafeedback-prompt              one GPU
+  torchrun --nproc-per-node 8 ppo.py --model Qwen/Qwen3-8B --reward-model runs/rm --dataset trl-lib/ultrafeedback-prompt       many
+
+  Metric                  at step 1  then                    if not
+  objective/scores        -          rises                   flat: lower --kl-coef, raise the learning rates; look at the samples printed
+  objective/kl            0          rises, levels off       beyond 10 or so: the policy exploits the reward; raise --kl-coef
+  objective/rlhf_reward   -          rises                   score less the KL penalty: falling means the penalty wins
+  policy/approxkl_avg     ~0         0.001 to 0.02           above 0.05: lower --learning-rate or --ppo-epochs
+  policy/clipfrac_avg     0          0.01 to 0.2             above 0.3: the same
+  policy/entropy_avg      1 to 2     falls slowly            to 0: collapsed; raise --kl-coef
+  val/explained_variance  any        rises towards 1         below 0 for long: --critic-warmup, higher --value-learning-rate
+  val/ratio               1          close to 1              -
+  val/share_eos           -          rises to 1              falls: answers run into --max-new-tokens; see --missing-eos-score
+  sampling/logp_difference  ~0       ~0                      above 0.05: sampler and trainer disagree (bfloat16 gives about 0.01)
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple
+
+import tyro
+
+
+@dataclass
+class Args:
+    # --- method
+    kl_coef: float = 0.05
+    """beta, the pull to the reference (InstructGPT: 0.02; InternLM2: 0.01)"""
+    kl_target: float = 0.0
+    """adapt --kl-coef to hold this KL in nats per answer (Ziegler et al.: 6; 0: fixed)"""
+    kl_horizon: int = 10000
+    """answers over which --kl-target acts"""
+    max_kl: float = 0.0
+    """stop, with what has been learnt, when the KL to the reference exceeds this (0: never)"""
+    gamma: float = 1.0
+    """discount per token"""
+    lam: float = 0.95
+    """lambda of GAE (InternLM2: 0.99)"""
+    clip: float = 0.2
+    """epsilon of the policy's ratio"""
+    value_clip: float = 0.2
+    """how far a value may move from its old one before its loss stops rewarding it (0: no clipping, as InternLM2)"""
+    ppo_epochs: int = 4
+    """passes over each batch of answers (InstructGPT: 1)"""
+    num_minibatches: int = 1
+    """optimiser steps per pass (InstructGPT: 8 of 64 answers)"""
+    whiten_advantages: bool = True
+    """give the batch's advantages mean 0 and variance 1"""
+    whiten_rewards: bool = False
+    """give the batch's per-token rewards variance 1, keeping their mean"""
+    critic_warmup: int = 0
+    """first batches that train the value model only (InternLM2: 50)"""
+    reward_constant: float = 0.0
+    """added to every score, so that finishing is worth something (Starling; its value is unpublished)"""
+    reference_baseline: bool = False
+    """subtract the reward of the reference's own greedy answer to the prompt (ChatGLM)"""
+    missing_eos_score: float = -1.0
+    """takes the place of the score where the answer has no stop token"""
+    train_last_layers: int = 0
+    """train only this many last layers of policy and value model (0: all)"""
+    # --- rewards
+    reward_model: tuple[str, ...] = ("runs/reward_model",)
+    """reward models (none: pass the option without a value); their weighted scores add up"""
+    reward_weights: tuple[float, ...] = ()
+    """one weight for each reward model (empty: 1 each)"""
+    condition: str = ""
+    """JSON file {kind: system prompt} that the reward models see before prompts of that kind"""
+    rule: str = ""
+    """file.py:name of a function (prompts, completions, **columns) -> list of rewards, None where it does not apply"""
+    rule_weight: float = 1.0
+    """weight of --rule"""
+    judge: str = ""
+    """causal language model that grades the answers: hub id or directory"""
+    rubric: str = ""
+    """JSON file with a question, and options and rewards by kind of prompt; without options, the question asks for a score of 1 to 10"""
+    judge_weight: float = 1.0
+    """weight of --judge"""
+    # --- other text (PPO-ptx)
+    ptx_dataset: str = ""
+    """text, messages, or prompt + completion whose likelihood is kept up"""
+    ptx_coef: float = 0.0
+    """gamma, the weight of its mean log-likelihood (InstructGPT: 27.8 for a reduction it does not state; InternLM2: 0.5)"""
+    ptx_batch_size: int = 0
+    """its rows per optimiser step (0: as many as answers; InstructGPT: 8 times as many)"""
+    # --- model
+    model: str = "runs/sft"
+    """policy to start from: hub id or directory"""
+    reference: str = ""
+    """what the KL is measured to (empty: --model)"""
+    value_model: str = ""
+    """value model to start from (empty: the first reward model, or where that has another tokenizer, --model with a head at zero)"""
+    # --- data
+    dataset: str = "data/grid/prompts.jsonl"
+    """hub id (name or name:config), .jsonl/.json/.parquet file (also .gz), or saved directory"""
+    dataset_split: str = "train"
+    """split, for hub data sets and saved directories"""
+    eval_dataset: str = ""
+    """held-out prompts; empty: a part of --dataset"""
+    eval_fraction: float = 0.02
+    """share of --dataset held out when there is no --eval-dataset (0: no evaluation)"""
+    max_length: int = 1024
+    """tokens of prompt and answer; prompts that leave no room for --max-new-tokens are dropped"""
+    allow_special: bool = False
+    """keep rows whose text contains one of the tokenizer's special tokens (else dropped: a user must not be able to end a turn)"""
+    # --- sampling
+    num_generations: int = 1
+    """answers to each prompt"""
+    max_new_tokens: int = 128
+    """tokens of an answer"""
+    temperature: float = 1.0
+    """of sampling and of every log-probability"""
+    top_p: float = 1.0
+    """nucleus of sampling and of every log-probability (InternLM2: 0.9)"""
+    # --- optimisation
+    epochs: int = 1
+    """passes over the prompts"""
+    max_steps: int = 0
+    """stop after this many batches of prompts (0: only by epochs)"""
+    batch_size: int = 64
+    """prompts per batch, over all ranks (InstructGPT: 512)"""
+    tokens_per_forward: int = 16384
+    """memory knob: tokens per forward pass and rank; does not change the result"""
+    learning_rate: float = 1e-6
+    """peak of AdamW's learning rate, policy (InternLM2: 1e-6; small models want more)"""
+    value_learning_rate: float = 5e-6
+    """the same, value model (InternLM2: 5e-6; InstructGPT: 9e-6)"""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "constant"
+    """after the warm-up: cosine to a tenth, linear to 0, or constant"""
+    warmup_ratio: float = 0.03
+    """share of the steps over which the learning rate rises"""
+    weight_decay: float = 0.0
+    """of matrices; vectors (norms, biases) have none"""
+    max_grad_norm: float = 1.0
+    """gradient clipping, on the norm over all parameters"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the computation; weights and optimiser are float32 (auto: bfloat16 on GPU, float32 on CPU)"""
+    gradient_checkpointing: bool = False
+    """recompute each layer's activations in the backward pass: less memory, a third more time"""
+    # --- run
+    output_dir: str = "runs/ppo"
+    """where checkpoint, metrics and curves go"""
+    seed: int = 0
+    """of prompt order, sampling and minibatches"""
+    eval_every: int = 0
+    """batches between evaluations (0: at the end only)"""
+    show_every: int = 10
+    """batches between printed samples (0: never)"""
+    save_every: int = 0
+    """batches between resumable checkpoints, checkpoint-N/ (0: none)"""
+    resume: bool = False
+    """continue from the last checkpoint in --output-dir; a finished run of the same arguments is left as it is"""
+    overwrite: bool = False
+    """replace what is in --output-dir"""
+    track: bool = False
+    """also log to Weights & Biases (WANDB_MODE=offline needs no account)"""
+    wandb_project: str = "ppo"
+    """of --track"""
+    run_name: str = ""
+    """of --track; empty: the output directory"""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import time
+import types
+from collections import Counter
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from jinja2 import TemplateError
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+for library in (transformers.utils.logging, datasets.utils.logging):  # their bars and warnings would break up our own lines
+    library.disable_progress_bar()
+    library.set_verbosity_error()
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+# ---------------------------------------------------------------------------------------------------------------- the method
+
+
+def shaped_rewards(scores, logps, ref_logps, mask, kl_coef: float):
+    """Per-token rewards (InstructGPT eq. 2): -beta log(pi/pi_ref) everywhere, the score on the last token of the answer.
+
+    scores [B]; logps, ref_logps, mask [B, T], right-padded. Returns [B, T]."""
+    rewards = -kl_coef * (logps - ref_logps) * mask  # k1, which is unbiased in the reward
+    last = mask.sum(1).long() - 1  # [B]
+    rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    return rewards
+
+
+def gae(rewards, values, mask, gamma: float, lam: float, last_value=0.0):
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards in time.
+
+    rewards, values, mask [B, T]; masked positions are transparent: they neither earn nor pass anything on. last_value: of the state
+    after the last step, 0 where the episode has ended, V where it was only cut off. Returns advantages and returns [B, T]."""
+    advantages = torch.zeros_like(rewards)
+    next_value, next_advantage = torch.zeros_like(rewards[:, 0]) + last_value, torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # the one-step error, [B]
+        advantage = delta + gamma * lam * next_advantage
+        advantages[:, t] = advantage * mask[:, t]
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(logps, old_logps, advantages, clip: float):
+    """PPO's clipped surrogate objective (Schulman et al. 2017, eq. 7), negated, per token; any shape."""
+    ratio = (logps - old_logps).exp()  # pi / pi_old
+    objective = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -objective
+
+
+def value_loss(values, old_values, returns, clip: float):
+    """Half the squared error; with clip > 0, of the value or its clipped move from the old one, whichever is worse. Any shape."""
+    if not clip:
+        return 0.5 * (values - returns).square()
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.max((values - returns).square(), (clipped - returns).square())
+
+
+def whiten(x, mask, shift_mean: bool = True):
+    """Variance 1 over the real tokens of all ranks (biased variance, as in InstructGPT's code lineage), mean 0 unless told. [B, T]."""
+    n, total = over_ranks(torch.stack([mask.sum(), (x * mask).sum()])).tolist()
+    mean = total / n
+    variance = over_ranks(((x - mean).square() * mask).sum()) / n
+    return ((x - mean) * torch.rsqrt(variance + 1e-8) + (0.0 if shift_mean else mean)) * mask
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, answers: int, horizon: int) -> float:
+    """Ziegler et al. 2019 (arXiv 1909.08593), section 2.2: raise beta when the KL is above its target, lower it below."""
+    return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * answers / horizon)
+
+
+def expected_score(probabilities):
+    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [n, 10]; returns [n]."""
+    return ((probabilities * torch.arange(1, 11, device=probabilities.device)).sum(-1) - 5.5) / 4.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------- data
+
+CHAT_TEMPLATE = (  # for tokenizers that come without one; the end-of-sequence token ends every turn
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+class Row(NamedTuple):
+    """A prompt and its K responses, as ids. trained: one bool per response token, or None for all; extra: what else is known of it."""
+
+    prompt: list
+    responses: list
+    trained: list | None = None
+    extra: dict | None = None
+
+
+def refuse(message: str):
+    """Bad input ends here: one sentence, exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def say(*text):
+    """Print on the first rank."""
+    if RANK == 0:
+        print(*text, flush=True)
+
+
+def load_rows(option: str, name: str, split: str = "train") -> Dataset:
+    """A data set from a file, a saved directory, or the hub (name or name:config)."""
+    path, (hub, *config) = Path(name), name.split(":")
+    try:
+        if path.is_dir():
+            data = load_from_disk(name)
+            data = data[split] if isinstance(data, DatasetDict) else data
+        elif path.is_file():
+            data = load_dataset("parquet" if ".parquet" in path.suffixes else "json", data_files=name, split="train")
+        elif path.suffix in (".jsonl", ".json", ".parquet", ".gz"):
+            refuse(f"{option} {name}: there is no such file; make it first (python gridworld.py data writes data/grid) or correct the path")
+        else:
+            data = load_dataset(hub, *config, split=split)
+    except Exception as e:  # whatever the readers raise, the user needs to know which file it was
+        refuse(f"{option} {name}: cannot be read as a data set ({type(e).__name__}: {str(e.__cause__ or e).splitlines()[0][:200]})")
+    if len(data) == 0:
+        refuse(f"{option} {name}: has no rows")
+    return data
+
+
+def shared(a, b) -> int:
+    """Length of the longest common prefix of two sequences."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def as_messages(value, role: str = "assistant") -> list:
+    """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of one turn."""
+    if isinstance(value, str):
+        return [dict(role=role, content=value)]
+    names = dict(human="user", gpt="assistant")
+    messages = []
+    for turn in value:
+        turn = {k: v for k, v in turn.items() if v is not None}  # the JSON reader fills absent keys with None
+        if "from" in turn:
+            turn = dict(role=names.get(turn["from"], turn["from"]), content=turn["value"])
+        turn.setdefault("content", "" if "tool_calls" in turn else None)
+        if not isinstance(turn["content"], str) or not isinstance(turn.get("role"), str):
+            raise ValueError(f"a message needs a role and a text content, this one is {str(turn)[:80]}")
+        messages.append(turn)
+    return messages
+
+
+def special_tokens(tokenizer) -> dict:
+    """Id and text of every special token."""
+    return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+
+def render(tokenizer, messages: list, answer_next: bool = False, **options) -> list:
+    """Ids of a conversation under the chat template, up to where the assistant is to speak if answer_next."""
+    if answer_next and messages and messages[-1]["role"] == "assistant":  # an answer already begun
+        return tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False, **options)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=answer_next, return_dict=False, **options)
+
+
+def stop_tokens(tokenizer) -> list:
+    """Ids that end an answer: the end-of-sequence token, and what the chat template puts at the end of an assistant's turn."""
+    ids = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
+    special = special_tokens(tokenizer)
+    while ids[-1] not in special and not tokenizer.decode(ids[-1]).strip():  # the line break after the end-of-turn token
+        ids.pop()
+    return sorted({tokenizer.eos_token_id} | (set(ids[-1:]) & set(special)))
+
+
+def end_turn(tokenizer, ids: list, stops: list) -> list:
+    """An answer's ids up to its end-of-turn token, and no further; where the template marks no end of turn, the end-of-sequence token."""
+    end = len(ids)
+    while end and ids[end - 1] not in stops and not tokenizer.decode(ids[end - 1]).strip():
+        end -= 1
+    if not end or ids[end - 1] not in stops:
+        return ids + [tokenizer.eos_token_id]
+    while end > 1 and ids[end - 2] == ids[end - 1]:  # a tokenizer that adds a second end-of-sequence token of its own
+        end -= 1
+    return ids[:end]
+
+
+def encode(tokenizer, prompt, responses: list, stops: list, **options):
+    """Ids of the prompt and of each response, tokenised together; the boundary is their longest common token prefix.
+
+    prompt: text or messages; responses: texts or messages. Returns (prompt ids, [response ids, ...]), every response with its end."""
+    if isinstance(prompt, str):
+        bos, eos = tokenizer.bos_token, tokenizer.eos_token
+        ids = lambda text: tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids  # one BOS, never two
+        head, whole = ids(prompt), [ids(prompt + r.removesuffix(eos) + eos) for r in responses]
+    else:
+        answers = [as_messages(r) for r in responses]
+        head = render(tokenizer, prompt, answer_next=True, **options)
+        if prompt[-1]["role"] == "assistant":  # the responses continue an answer already begun
+            begun, prompt = prompt[-1], prompt[:-1]
+            answers = [[dict(begun, content=begun["content"] + a[0]["content"]), *a[1:]] for a in answers]
+        whole = [render(tokenizer, prompt + a, **options) for a in answers]
+    whole = [end_turn(tokenizer, w, stops) for w in whole]
+    n = min(shared(head, w) for w in whole)
+    return whole[0][:n], [w[n:] for w in whole]
+
+
+def encode_turns(tokenizer, messages: list, first: int, stops: list, **options) -> list:
+    """A conversation with every assistant turn from message `first` on to be trained, its end-of-turn token included.
+
+    The turns are found by rendering prefixes, so that any chat template will do. Returns [(ids, trained)], trained one bool per id: one
+    pair for the whole conversation, or, where the template rewrites earlier turns (drops their thinking, say), one for each turn."""
+    turns = []
+    for i in range(first, len(messages)):
+        if messages[i]["role"] == "assistant":
+            head = render(tokenizer, messages[:i], answer_next=True, **options)
+            ids = end_turn(tokenizer, render(tokenizer, messages[: i + 1], **options), stops)
+            turns.append((ids, shared(head, ids)))
+    if turns and all(turns[-1][0][: len(ids)] == ids for ids, _ in turns):
+        whole = turns[-1][0]
+        return [(whole, [any(start <= t < len(ids) for ids, start in turns) for t in range(len(whole))])]
+    return [(ids, [t >= start for t in range(len(ids))]) for ids, start in turns]
+
+
+def as_pair(prompt, chosen, rejected):
+    """(prompt, [chosen, rejected]) from any published layout: the prompt apart, or inside both; text or messages."""
+    if isinstance(chosen, list) and (not isinstance(prompt, list) or not prompt):  # a prompt in words is inside the messages, or their first turn
+        chosen, rejected = as_messages(chosen), as_messages(rejected)
+        if chosen[0]["role"] == "assistant":
+            return as_messages(prompt or "", "user"), [chosen, rejected]
+        n = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        return chosen[:n], [chosen[n:], rejected[n:]]
+    if prompt:
+        return as_messages(prompt) if isinstance(prompt, list) else prompt, [chosen, rejected]
+    n = shared(chosen, rejected)
+    speaker = chosen.rfind("\n\nAssistant:", 0, n)  # HH-RLHF: back to the last turn that both share; else to the last whole word
+    n = speaker + len("\n\nAssistant:") if speaker >= 0 else max(0, chosen.rfind(" ", 0, min(n, len(chosen) - 1, len(rejected) - 1) + 1))
+    return chosen[:n], [chosen[n:], rejected[n:]]
+
+
+def load_json(option: str, name: str):
+    """The content of a JSON file."""
+    try:
+        return json.loads(Path(name).read_text())
+    except (OSError, ValueError) as e:
+        refuse(f"{option} {name}: cannot be read as JSON ({e})")
+
+
+def with_condition(prompt, condition: str):
+    """The prompt behind a system prompt that only the reward model sees (InternLM2)."""
+    if not condition:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{condition}\n\n{prompt}"
+    if prompt and prompt[0]["role"] == "system":
+        return [dict(role="system", content=f"{condition}\n\n{prompt[0]['content']}"), *prompt[1:]]
+    return [dict(role="system", content=condition), *prompt]
+
+
+def report(option: str, tokenizer, rows: list, total: int, notes: Counter):
+    """What the data set came to: rows, drops by reason, lengths, and one example whose trained tokens stand in double brackets."""
+    at = lambda values, q: sorted(values)[min(len(values) - 1, int(q * len(values)))]
+    prompts, answers = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
+    quantiles = lambda values: "/".join(str(at(values, q)) for q in (0.5, 0.95, 1))
+    say(f"{option}: {len(rows)} rows from {total}; " + (", ".join(f"{n} {why}" for why, n in notes.items() if n) or "none dropped, none cut"))
+    say(f"  tokens (median/95%/most): prompt {quantiles(prompts)}, response {quantiles(answers)}")
+    shown, marks = tokenizer.decode(rows[0].prompt)[-200:], rows[0].trained[0] if rows[0].trained else [True] * len(rows[0].responses[0])
+    for mark, part in groupby(zip(marks, rows[0].responses[0]), key=lambda pair: pair[0]):
+        text = tokenizer.decode([token for _, token in part])
+        shown += f"[[{text[:300]}]]" if mark else text[:100]
+    say("  example: " + shown.replace("\n", "\n  | "))
+
+
+class Drop(Exception):
+    """A row that cannot be used; the message is the reason, under which it is counted."""
+
+
+def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
+    """Rows for training, with a report of what they are. encode_row(row, notes) turns a row of data into a list of them."""
+    rows, notes = [], Counter()
+    for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or len(data) < 5000)):
+        try:
+            rows += encode_row(row, notes)
+        except Drop as reason:
+            notes[f"dropped: {reason}"] += 1
+        except TemplateError as e:
+            notes[f"dropped: refused by the chat template ({str(e)[:60]})"] += 1
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
+            refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {str(e)[:200]}); DATA in the header says what is read")
+    if not rows:
+        refuse(f"{option}: none of its {len(data)} rows can be used: {dict(notes)}")
+    report(option, tokenizer, rows, len(data), notes)
+    return rows
+
+
+def template_options(row: dict) -> dict:
+    """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
+    tools = row.get("tools")
+    options = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None}
+    return options | (dict(tools=json.loads(tools) if isinstance(tools, str) else tools) if tools else {})
+
+
+def demonstrations(tokenizer, max_length: int, everything: bool, allow_special: bool):
+    """The encode_row of supervised fine-tuning. everything: train on all tokens, prompts too."""
+    stops, special = stop_tokens(tokenizer), special_tokens(tokenizer).values()
+
+    def encode_row(row, notes):
+        talk, prompt, answer = row.get("messages") or row.get("conversations"), row.get("prompt"), row.get("completion")
+        if not talk and answer is None and row.get("text") is None:
+            raise Drop("no text")
+        if talk or isinstance(prompt, list):
+            first = 0 if talk else len(prompt)
+            messages = as_messages(talk) if talk else as_messages(prompt) + as_messages(answer)
+            texts = [m["content"] for m in messages]
+        else:
+            texts = [prompt or "", answer] if answer is not None else ["", row["text"]]
+            texts[1] = texts[1].removesuffix(tokenizer.eos_token)
+        if not texts[-1].strip():
+            raise Drop("empty answer")
+        if not allow_special and any(s in text for text in texts for s in special):
+            raise Drop("special token in the text (--allow-special keeps it)")
+        if talk or isinstance(prompt, list):
+            found = encode_turns(tokenizer, messages, first, stops, **template_options(row))
+        else:
+            head, (tail,) = encode(tokenizer, texts[0], [texts[1]], stops)
+            found = [(head + tail, [t >= len(head) for t in range(len(head) + len(tail))])]
+        if not found:
+            raise Drop("no assistant turn")
+        rows = []
+        for ids, trained in found:
+            start = 1 if everything else max(1, trained.index(True))  # the first token has nothing to be predicted from
+            trained = [True] * len(ids) if everything else trained
+            if not any(trained[start:max_length]):
+                raise Drop("prompt beyond --max-length")
+            notes["cut at --max-length"] += len(ids) > max_length
+            rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]]))
+        return rows
+
+    return encode_row
+
+
+def questions(args, tokenizer, max_prompt: int):
+    """The encode_row of prompts: extra holds the prompt as text or messages, and every column, for the rewards."""
+    special = special_tokens(tokenizer).values()
+
+    def encode_row(row, notes):
+        prompt = row.get("prompt")
+        prompt = as_pair(prompt, row["chosen"], row["rejected"])[0] if "chosen" in row else prompt
+        if not prompt:
+            raise Drop("empty prompt")
+        prompt = as_messages(prompt) if isinstance(prompt, list) else prompt
+        if not args.allow_special and any(s in m["content"] for m in as_messages(prompt, "user") for s in special):
+            raise Drop("special token in the text (--allow-special keeps it)")
+        ids = render(tokenizer, prompt, answer_next=True, **template_options(row)) if isinstance(prompt, list) else tokenizer(prompt).input_ids
+        if len(ids) > max_prompt:
+            raise Drop("prompt beyond --max-length less --max-new-tokens")
+        return [Row(ids, [[]], None, dict(row, prompt=prompt, kind=row.get("kind") or ""))]
+
+    return encode_row
+
+
+# --------------------------------------------------------------------------------------------------------------------- model
+
+
+def rows_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, sliding_window=None, rows=None, softcap=None, **kwargs):
+    """Attention over rows laid end to end: a response sees its own prompt and itself. q, k, v [1, H, T, D]."""
+    if rows is None:  # sampling: the ordinary path
+        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if softcap is not None:
+        raise NotImplementedError("soft-capped attention scores (Gemma 2) need the model's own attention")
+    q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
+    options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+    if q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1]:  # FlashAttention over segments;
+        from torch.nn.attention.varlen import varlen_attn  # its causal mask is aligned to the last key, as a response needs it
+
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
+        k, v, window = k[rows["index"]], v[rows["index"]], (sliding_window - 1 if sliding_window else -1, 0)
+        return varlen_attn(q, k, v, rows["cu_q"], rows["cu_k"], rows["max_q"], rows["max_k"], window_size=window, **options)[None], None
+
+    def attend(q, k, v):  # [n, H, Q, D], [n, H, K, D]: the queries are the last Q of the K positions
+        Q, K = q.shape[2], k.shape[2]
+        if Q == K and not (sliding_window and sliding_window < K):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, **options)
+        i, j = torch.arange(K - Q, K, device=q.device)[:, None], torch.arange(K, device=q.device)
+        seen = (j <= i) & (j > i - (sliding_window or K))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, **options)
+
+    out, t = [], 0
+    for (P, R), same in groupby(rows["layout"]):  # neighbours of equal shape are one batch
+        n, L = len(list(same)), P + sum(R)
+        qs, ks, vs = (x[0, :, t : t + n * L].unflatten(1, (n, L)).transpose(0, 1) for x in (q, k, v))
+        parts, s = [attend(qs[:, :, :P], ks[:, :, :P], vs[:, :, :P])], P
+        for r in R:
+            own = slice(s, s := s + r)
+            parts.append(attend(qs[:, :, own], torch.cat([ks[:, :, :P], ks[:, :, own]], 2), torch.cat([vs[:, :, :P], vs[:, :, own]], 2)))
+        out.append(torch.cat(parts, 2).transpose(0, 1).flatten(1, 2))
+        t += n * L
+    return torch.cat(out, 1).transpose(0, 1)[None], None  # [1, T, H, D]
+
+
+def rows_mask(*args, attention_mask=None, **kwargs):
+    """No mask for rows; the ordinary one elsewhere, where an attention_mask must be given (without it a sliding window would be lost)."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False})
+
+
+AttentionInterface.register("rows", rows_attention)
+AttentionMaskInterface.register("rows", rows_mask)
+
+
+def shape(row: Row) -> tuple:
+    """(prompt length, response lengths); a single response is one piece with its prompt, since nothing is shared."""
+    prompt, responses = len(row.prompt), tuple(map(len, row.responses))
+    return (prompt + responses[0], ()) if len(responses) == 1 else (prompt, responses)
+
+
+def pack(rows: list, device, together: bool = True):
+    """Rows end to end in one sequence, nothing padded; or, if not together, one sequence for each response.
+
+    Returns forwards, a list of (model inputs, positions that predict the trained tokens, positions of the responses' last tokens),
+    and for all trained tokens in order: target, the token [N]; owner, the number of its response [N]."""
+    if not together:
+        forwards, targets, owners = [], [], []
+        for row in rows:
+            for i, response in enumerate(row.responses):
+                ((inputs, *at),), target, owner = pack([Row(row.prompt, [response], row.trained and [row.trained[i]])], device)
+                inputs = {k: v for k, v in inputs.items() if k != "rows"} | dict(attention_mask=torch.ones_like(inputs["input_ids"]))
+                owners.append(owner + len(forwards))
+                targets.append(target)
+                forwards.append((inputs, *at))
+        return forwards, torch.cat(targets), torch.cat(owners)
+    ids, position, source, last, target, owner, layout, index, q_lens, k_lens = [], [], [], [], [], [], [], [], [], []
+    for row in rows:
+        start, end = len(ids), len(ids) + len(row.prompt)
+        ids += row.prompt
+        position += range(end - start)
+        for i, response in enumerate(row.responses):
+            t = len(ids)
+            ids += response
+            position += range(end - start, end - start + len(response))
+            before = [end - 1, *range(t, t + len(response) - 1)]  # the prompt's last token predicts every response's first
+            keep = row.trained[i] if row.trained else [True] * len(response)
+            source += [s for s, k in zip(before, keep) if k]
+            target += [token for token, k in zip(response, keep) if k]
+            owner += [len(last)] * sum(keep)
+            last.append(len(ids) - 1)
+        head, tails = shape(row)
+        layout.append((head, tails))
+        q_lens += [head, *tails]
+        k_lens += [head, *(head + r for r in tails)]
+        index += range(start, start + head)
+        for i, r in enumerate(tails):
+            own = end + sum(tails[:i])
+            index += [*range(start, end), *range(own, own + r)]
+    tensor = lambda x: torch.tensor(x, device=device)
+    cumulative = lambda x: tensor([0, *x]).cumsum(0, dtype=torch.int32)
+    plan = dict(layout=layout, index=tensor(index), cu_q=cumulative(q_lens), cu_k=cumulative(k_lens), max_q=max(q_lens), max_k=max(k_lens))
+    inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(position)[None], rows=plan, use_cache=False)
+    return [(inputs, tensor(source), tensor(last))], tensor(target), tensor(owner)
+
+
+def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
+    """Log-probability of each target token, the distribution's entropy, and whether the token is the likeliest; each [N].
+
+    The vocabulary never stands whole in memory: it is computed by chunks of tokens, and again in the backward pass.
+    kept: for each token the ids that nucleus sampling kept, a tensor each; the distribution is renormalised over them."""
+    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards])  # [N, d]
+    head, config = self.get_output_embeddings(), self.config
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+
+    def chunk(hidden, target, kept):
+        logits = head(hidden).float() * scale  # [n, V]
+        logits = (cap * torch.tanh(logits / cap) if cap else logits) / temperature
+        if kept is not None:
+            count = torch.tensor([len(k) for k in kept], device=logits.device)
+            allowed = torch.zeros_like(logits, dtype=torch.bool)
+            allowed[torch.arange(len(kept), device=logits.device).repeat_interleave(count), torch.cat(kept)] = True
+            logits = logits.masked_fill(~allowed, -math.inf)
+        logps = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy, top = torch.special.entr(logps.exp()).sum(-1), logps.argmax(-1) == target
+        return logps.gather(-1, target[:, None])[:, 0], entropy, top
+
+    size, parts = max(64, 2**23 // head.weight.shape[0]), []  # tokens of a chunk: 32 MB of logits
+    for i in range(0, len(target), size):
+        part = hidden[i : i + size], target[i : i + size], kept and kept[i : i + size]
+        once = len(target) <= size  # a single chunk may be kept for the backward pass
+        parts.append(chunk(*part) if once else checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False))
+    return tuple(torch.cat(x) for x in zip(*parts))
+
+
+def response_scores(self, forwards):
+    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0."""
+    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, last] for inputs, _, last in forwards])  # [R, d]
+    return self.score(hidden)[:, 0].float() - getattr(self.config, "score_shift", 0.0)
+
+
+def token_values(self, forwards):
+    """The value of the state before each response token [N]: the head on the hidden state that predicts it."""
+    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards])  # [N, d]
+    return self.score(hidden)[:, 0].float() - getattr(self.config, "score_shift", 0.0)
+
+
+def load_tokenizer(name: str):
+    """A checkpoint's tokenizer; without a chat template it gets a plain one."""
+    if not Path(name).exists() and (name.startswith(("runs/", "./", "../", "/")) or not name):
+        refuse(f"{name or 'the empty path'}: there is no such checkpoint directory; make it first (see README: python sft.py writes runs/base)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as e:
+        refuse(f"{name}: no tokenizer can be loaded from it ({str(e).splitlines()[0][:200]})")
+    if tokenizer.eos_token is None:
+        refuse(f"{name}: its tokenizer has no end-of-sequence token, so that no answer could ever end; give it one (eos_token)")
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    return tokenizer
+
+
+def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False, **options):
+    """A checkpoint with float32 weights whose attention understands rows.
+
+    Where it cannot (found by trying), the model keeps its own attention and gets one sequence a forward: slow and right, with a notice."""
+    for attention in ("rows", "eager"):
+        try:
+            stored = AutoConfig.from_pretrained(name).dtype
+            model = auto.from_pretrained(name, attn_implementation=attention, dtype=torch.float32, **options)
+        except (OSError, ValueError, KeyError) as e:
+            refuse(f"{name}: no model can be loaded from it ({str(e).splitlines()[0][:200]})")
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
+        model = ready(model, device, stored or torch.float32, dropout)
+        model.together = attention == "rows" and rows_agree(model, device, dtype)
+        if model.together:
+            return model
+    say(f"note: the attention of {type(model).__name__} does not follow rows: one sequence a forward in float32, right but slow")
+    return model
+
+
+def ready(model, device, stored=torch.float32, dropout: bool = False):
+    """The model on its device, in training mode, without dropout unless asked; stored: the dtype in which it will be saved."""
+    for module in model.modules() if not dropout else ():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name == "p" and isinstance(module, torch.nn.Dropout)):
+                setattr(module, name, 0.0)
+    model.together, model.stored = True, stored
+    return model.to(device).train()
+
+
+@torch.no_grad()
+def rows_agree(model, device, dtype) -> bool:
+    """Whether two rows in one sequence give what each response gives alone, on random tokens."""
+    ids = lambda n: torch.randint(min(1000, model.config.get_text_config().vocab_size), (n,), generator=generator).tolist()
+    generator = torch.Generator().manual_seed(0)
+    rows = [Row(ids(5), [ids(4), ids(6)]), Row(ids(3), [ids(7)])]
+    model.eval()
+    try:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            hidden = [torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in pack(rows, device, t)[0]])
+                      for t in (True, False)]
+    except (NotImplementedError, TypeError):
+        return False
+    finally:
+        model.train()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.05
+    return bool((hidden[0] - hidden[1]).norm() <= tolerance * hidden[1].norm())
+
+
+def train_last(model, layers: int):
+    """Freeze all but the last layers (and a reward or value head)."""
+    stack = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    model.requires_grad_(False)
+    for layer in [*stack[-layers:], getattr(model, "score", None)]:
+        if layer is not None:
+            layer.requires_grad_(True)
+
+
+# ------------------------------------------------------------------------------------------------------------------ sampling
+
+
+def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
+    """The randomness of sampling [len(answers), length]: a function of (seed, step, answer, position) and of nothing else."""
+    key = lambda answer: int.from_bytes(hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8], "little") >> 1
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(key(answer))) for answer in answers]
+    return torch.stack(rows) if rows else torch.zeros(0, length)
+
+
+@contextmanager
+def gathered(model):
+    """Whole weights on every rank, so that ranks need not sample in step with each other."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)  # the root's weights stay, as FSDP has it
+        part.reshard()
+
+
+@torch.no_grad()
+def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0):
+    """Answers to prompts (lists of ids), n = len(numbers) / len(prompts) to each in a row, each prompt computed once.
+
+    numbers [answers, max_new_tokens], uniform in [0, 1), are all the randomness there is; temperature 0 takes the likeliest token.
+    Returns for each answer its ids (the stop token included), the log-probability of each in the very distribution it was drawn from,
+    and, with top_p < 1, the ids that the nucleus kept at each position, else None."""
+    device, (count, longest), n = numbers.device, numbers.shape, len(numbers) // max(1, len(prompts))
+    tokens, logps, kept = [[] for _ in range(count)], [[] for _ in range(count)], [[] for _ in range(count)] if top_p < 1 else None
+    if not count:
+        return tokens, logps, kept
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * (len(p) + longest) for p in prompts], device=device)
+    position = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache()
+    call = dict(past_key_values=cache, use_cache=True)
+    logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=position, logits_to_keep=1, **call).logits[:, -1]
+    cache.batch_repeat_interleave(n)
+    logits, mask, position = (x.repeat_interleave(n, 0) for x in (logits, mask, position[:, -1:]))
+    alive, ends = torch.arange(count, device=device), torch.tensor(stops, device=device)
+    for t in range(longest):
+        logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [alive, V]
+        if top_p < 1:
+            ordered, order = logp.sort(-1, descending=True)
+            keep = ordered.exp().cumsum(-1) - ordered.exp() < top_p  # the smallest set that reaches top_p
+            logp = logp.masked_fill(~torch.zeros_like(keep).scatter(1, order, keep), -math.inf).log_softmax(-1)
+            for answer, nucleus in zip(alive.tolist(), order[keep].split(keep.sum(-1).tolist())):
+                kept[answer].append(nucleus)
+        if temperature == 0:
+            token = logp.argmax(-1)
+        else:  # the first token at which the cumulative probability exceeds the number
+            cumulative = logp.exp().cumsum(-1)
+            token = torch.searchsorted(cumulative, numbers[alive, t, None] * cumulative[:, -1:], right=True)[:, 0]
+            token = token.clamp(max=logp.shape[-1] - 1)
+        for answer, i, p in zip(alive.tolist(), token.tolist(), logp.gather(1, token[:, None])[:, 0].tolist()):
+            tokens[answer].append(i)
+            logps[answer].append(p)
+        going = (~torch.isin(token, ends)).nonzero()[:, 0]
+        if t + 1 == longest or not len(going):
+            break
+        if len(going) < len(alive):  # finished answers leave the batch
+            cache.batch_select_indices(going)
+            alive, token, mask, position = alive[going], token[going], mask[going], position[going]
+        position = position + 1
+        logits = model(input_ids=token[:, None], attention_mask=mask[:, : width + t + 1], position_ids=position, **call).logits[:, -1]
+    return tokens, logps, kept
+
+
+# ------------------------------------------------------------------------------------------------------------------- rewards
+
+SCORE_QUESTION = "Rate the last answer above from 1 (very bad) to 10 (very good). Reply with the number only."
+
+
+def load_scorer(name: str, device, dtype):
+    """A reward model that only scores: (model, tokenizer)."""
+    tokenizer = load_tokenizer(name)
+    config = AutoConfig.from_pretrained(name)
+    if "SequenceClassification" not in "".join(config.architectures or []) or config.num_labels != 1:
+        refuse(f"--reward-model {name}: not a reward model (a sequence classifier with one label), make one with reward_model.py")
+    model = load_model(AutoModelForSequenceClassification, name, tokenizer, device, dtype, num_labels=1)
+    return shard(model.requires_grad_(False), dtype, response_scores), tokenizer
+
+
+@torch.no_grad()
+def reward_scores(scorer, rows: list, texts: list, conditions: dict, args, device) -> torch.Tensor:
+    """The reward model's scores [B] of answers, given as texts, rendered and tokenised as in its training."""
+    model, tokenizer = scorer
+    stops, longest = stop_tokens(tokenizer), getattr(model.config, "max_position_embeddings", 2**20)
+    asked, scores = [], torch.zeros(len(rows), device=device)
+    for row, text in zip(rows, texts):
+        prompt, (answer,) = encode(tokenizer, with_condition(row.extra["prompt"], conditions.get(row.extra["kind"], "")), [text], stops, **template_options(row.extra))
+        asked.append(Row(prompt[-max(1, longest - len(answer)) :], [answer[: longest - 1]]))
+    for group, forwards, _ in packed(asked, args.tokens_per_forward, device, model.together):
+        part = model.response_scores(forwards)
+        scores[group] = part[: len(group)]
+    return scores
+
+
+def conversation_text(prompt, answer: str) -> str:
+    """What the judge reads: the prompt, with names where it has several turns, and the answer."""
+    if isinstance(prompt, str):
+        return prompt + answer
+    turns = [m for m in prompt if m["role"] != "system"]
+    return "\n".join([turns[0]["content"]] if len(turns) == 1 else [f"{m['role']}: {m['content']}" for m in turns]) + "\n" + answer
+
+
+@torch.no_grad()
+def judge_probabilities(judge, texts: list, options: list, args, device) -> torch.Tensor:
+    """The judge's probabilities of replying with each option [B, K], renormalised over them; the whole reply counts, with its end."""
+    model, tokenizer = judge
+    stops = stop_tokens(tokenizer)
+    asked = [Row(*encode(tokenizer, [dict(role="user", content=text)], options, stops)) for text in texts]
+    logps = torch.zeros(len(texts), len(options), device=device)
+    for group, forwards, target in packed(asked, args.tokens_per_forward, device, model.together):
+        token, owner = model.token_logps(forwards, target)[0], pack([asked[i] for i in group], device)[2] if group else None
+        if group:
+            logps[group] = torch.zeros(len(group) * len(options), device=device).index_add(0, owner, token).view(len(group), -1)
+    return logps.softmax(-1)
+
+
+def judge_scores(judge, rubric: dict, rows: list, texts: list, args, device) -> torch.Tensor:
+    """By rubric: sum of p(letter) x reward for the prompt's kind, NaN for kinds without one. Without options: the expected score. [B]"""
+    talks, options = [conversation_text(row.extra["prompt"], text) for row, text in zip(rows, texts)], rubric.get("options")
+    if not options:
+        asked = [f"{talk}\n\n{rubric.get('question', SCORE_QUESTION)}" for talk in talks]
+        return expected_score(judge_probabilities(judge, asked, [str(i) for i in range(1, 11)], args, device))
+    choices = "\n".join(f"{letter}. {text}" for letter, text in options.items())
+    asked = [f"{talk}\n\n{rubric['question']}\n{choices}" for talk in talks]
+    table = [[rubric["reward"].get(row.extra["kind"], {}).get(letter, math.nan) for letter in options] for row in rows]
+    return (judge_probabilities(judge, asked, list(options), args, device) * torch.tensor(table, device=device).view(len(rows), -1)).sum(-1)
+
+
+def load_rule(name: str):
+    """The function that file.py:name names."""
+    path, _, function = name.rpartition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("rule", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, function)
+    except (AttributeError, OSError, SyntaxError, ImportError) as e:
+        refuse(f"--rule {name}: no such function can be loaded ({type(e).__name__}: {e}); it should read file.py:name")
+
+
+def rule_scores(rule, rows: list, texts: list, device) -> torch.Tensor:
+    """A function's rewards [B], NaN where it returns None; it gets prompts, completions, and every column as a list."""
+    columns = {k: [row.extra[k] for row in rows] for k in (rows[0].extra if rows else {}) if k not in ("prompt", "completion", "chosen", "rejected")}
+    prompts = [row.extra["prompt"] for row in rows]
+    completions = [as_messages(text) if isinstance(p, list) else text for p, text in zip(prompts, texts)]
+    rewards = rule(prompts=prompts, completions=completions, **columns) if rows else []
+    if len(rewards) != len(rows):
+        refuse(f"--rule: returned {len(rewards)} rewards for {len(rows)} answers")
+    return torch.tensor([math.nan if reward is None else float(reward) for reward in rewards], device=device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- run
+
+
+def start_ranks(dtype: str):
+    """This rank's device and the dtype of the computation; joins the other ranks."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    compute = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" else torch.float32
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if WORLD > 1:
+        dist.init_process_group(backend)
+    elif compute != torch.float32:  # FSDP's mixed precision, for one rank as for many
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device, compute
+
+
+def shard(model, dtype, *methods):
+    """Bind the methods to the model; with several ranks or in bfloat16, give each rank its part of every weight (FSDP2)."""
+    for method in methods:
+        setattr(model, method.__name__, types.MethodType(method, model))
+    if dist.is_initialized() and model.together:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
+        for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        for method in methods:
+            register_fsdp_forward_method(model, method.__name__)
+    return model
+
+
+def make_optimizer(model, learning_rate: float, weight_decay: float):
+    """AdamW, decaying matrices only. To be made before the first forward: after it, FSDP's root holds gathered weights, the wrong ones."""
+    matrices, vectors = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == wide] for wide in (True, False)]
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> float:
+    """One step of AdamW on the gradients at hand, clipped; returns their norm."""
+    if WORLD > 1 and not model.together:  # weights that FSDP does not hold: average the gradients here
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad.div_(WORLD))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(getattr(norm, "full_tensor", lambda: norm)())
+
+
+def scheduled(args, step: int, steps: int) -> float:
+    """The learning rate of a step (counted from 0): linear warm-up, then cosine to a tenth, linear to 0, or constant."""
+    warmup = max(1, round(args.warmup_ratio * steps))
+    done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    after = dict(cosine=0.55 + 0.45 * math.cos(math.pi * done), linear=1 - done, constant=1.0)[args.lr_schedule]
+    return args.learning_rate * min(1.0, (step + 1) / warmup) * after
+
+
+@lru_cache(2)
+def shuffled(n: int, epoch: int, seed: int) -> list:
+    """The order of an epoch: a pure function of seed and epoch, so that a resumed run finds its place."""
+    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
+
+
+def pick(n: int, size: int, step: int, seed: int) -> list:
+    """The numbers of the rows of a step (counted from 0)."""
+    epoch, at = divmod(step, math.ceil(n / size))
+    return shuffled(n, epoch, seed)[at * size : (at + 1) * size]
+
+
+def micro_batches(rows: list, limit: int, device, together: bool = True) -> list:
+    """This rank's rows, neighbours of one shape, in forwards of at most `limit` tokens: lists of row numbers, equally many on every rank."""
+    groups, total = [], limit
+    for i in sorted(range(len(rows)), key=lambda i: shape(rows[i])):
+        size = len(rows[i].prompt) + sum(map(len, rows[i].responses))
+        if total + size > limit or not together:
+            groups.append([])
+            total = 0
+        groups[-1].append(i)
+        total += size
+    if WORLD > 1:
+        most = torch.tensor(len(groups), device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        groups += [[] for _ in range(int(most) - len(groups))]
+    return groups
+
+
+def packed(rows: list, limit: int, device, together: bool = True):
+    """For each forward: the row numbers, the forwards and targets of `pack`. A rank that has run out of rows goes along with a spare one
+    and no numbers, so that all ranks make equally many forwards."""
+    for group in micro_batches(rows, limit, device, together):
+        yield group, *pack([rows[i] for i in group] or [Row([0], [[0]])], device, together)[:2]
+
+
+def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """The sum (or maximum) over all ranks."""
+    if WORLD > 1:
+        dist.all_reduce(values, op)
+    return values
+
+
+def hold_out(rows: list, fraction: float, seed: int) -> list:
+    """Takes a random share of the rows out of the list and returns it."""
+    held = set(random.Random(seed).sample(range(len(rows)), round(fraction * len(rows))))
+    out = [row for i, row in enumerate(rows) if i in held]
+    rows[:] = [row for i, row in enumerate(rows) if i not in held]
+    return out
+
+
+def fingerprint(name: str) -> str:
+    """Of a file or directory: names, sizes, and the content (of large weights: both ends); a hub id stands for itself."""
+    digest = hashlib.sha256()
+    path = Path(name)
+    for file in [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in (".json", ".jinja", ".safetensors", ".arrow")):
+        if file.name not in ("args.json", "trainer_state.json"):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as f:
+                digest.update(f.read(2**24))
+                f.seek(max(f.tell(), size - 2**24))
+                digest.update(f.read())
+    return digest.hexdigest()[:16] if path.exists() else "hub"
+
+
+def begin(args, **inputs):
+    """The output directory, and the checkpoint to continue from or None. inputs: by option, every file and directory that is read.
+
+    Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
+    out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
+    plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
+    plan = json.loads(json.dumps(plan))
+    verdict = [None, None]  # an error or the news that all is done; the checkpoint
+    if RANK == 0:
+        try:
+            before = json.loads((out / "args.json").read_text())
+        except (OSError, ValueError):
+            before = None
+        steps = [int(d.name.split("-")[1]) for d in out.glob("checkpoint-*") if d.name.split("-")[1].isdigit()]
+        if args.resume and before:
+            old = before.get("plan", {})
+            changed = [f"{k} was {old.get(k)!r} and is {plan.get(k)!r}" for k in sorted({*old, *plan}) if old.get(k) != plan.get(k)]
+            if changed:
+                verdict[0] = f"--resume: {out} holds another run ({'; '.join(changed)[:500]}); choose another --output-dir, or --overwrite"
+            elif before["finished"]:
+                verdict[0] = "finished"
+            elif steps:
+                verdict[1] = str(out / f"checkpoint-{max(steps)}")
+        elif not args.overwrite and out.is_dir() and any(out.iterdir()):
+            verdict[0] = f"--output-dir {out}: not empty; choose another, --resume what stands there, or --overwrite it"
+        if verdict == [None, None]:
+            try:
+                for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
+                    shutil.rmtree(stale)
+                (out / "metrics.jsonl").unlink(missing_ok=True)
+                out.mkdir(parents=True, exist_ok=True)
+                write_json(out / "args.json", record(args, plan, finished=False))
+            except OSError as e:
+                verdict[0] = f"--output-dir {out}: cannot be written ({e.strerror}); choose another"
+    if WORLD > 1:
+        dist.broadcast_object_list(verdict)
+    if verdict[0] == "finished":
+        say(f"{out}: finished already with the same arguments and data; nothing to do")
+        sys.exit(0)
+    if verdict[0]:
+        refuse(verdict[0])
+    return out, Path(verdict[1]) if verdict[1] else None
+
+
+def record(args, plan: dict, finished: bool) -> dict:
+    """What args.json holds: enough to say where a checkpoint comes from and to run it again."""
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
+    return dict(script=Path(__file__).name, finished=finished, args=asdict(args), plan=plan, versions=versions, ranks=WORLD, threads=torch.get_num_threads())
+
+
+def write_json(path: Path, value):
+    """Written beside and renamed, so that the file is never half there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def write_model(directory: Path, model, tokenizer, dtype):
+    """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every stop token."""
+    weights = dcp.get_model_state_dict(model, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)) if dist.is_initialized() else model.state_dict()
+    for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
+        weights.pop(tied, None)
+    if RANK == 0:
+        config = model.config
+        config.dtype, before = dtype, (config.dtype, config._attn_implementation)
+        config._attn_implementation = None
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+            generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None)})
+            generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
+            generation.do_sample = True  # temperature and top-p, where the parent set them, are refused without
+        model.save_pretrained(directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
+        tokenizer.save_pretrained(directory)
+        config.dtype, config._attn_implementation = before
+
+
+def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **state):
+    """checkpoint-N/: loadable models and the training state beside them, written elsewhere, synced, and then given its name.
+
+    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers and lists."""
+    part = out / f"saving-{step}"
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items()}
+    rng = [dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)]
+    if WORLD > 1:
+        everyone = [None] * WORLD
+        dist.all_gather_object(everyone, rng[0])
+        rng = everyone
+    for name, (model, tokenizer) in models.items():
+        write_model(part / name, model, tokenizer, torch.float32)
+    if RANK == 0:
+        torch.save(dict(state, step=step, optimizers=moments, rng=rng), part / "state.pt")
+        for file in part.rglob("*"):
+            with file.open("rb") if file.is_file() else os.fdopen(os.open(file, os.O_RDONLY)) as f:
+                os.fsync(f.fileno())
+        os.replace(part, out / f"checkpoint-{step}")
+    if WORLD > 1:
+        dist.barrier()
+
+
+def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
+    """The training state of a checkpoint whose models are loaded already; cuts metrics.jsonl back to its step."""
+    state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
+    for name, optimizer in optimizers.items():
+        dcp.set_optimizer_state_dict(models[name][0], optimizer, state["optimizers"][name], options=dcp.StateDictOptions(full_state_dict=True))
+    rng = state["rng"][RANK % len(state["rng"])]
+    torch.set_rng_state(rng["cpu"])
+    if rng["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+    if RANK == 0:
+        log = directory.parent / "metrics.jsonl"
+        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+        log.with_suffix(".part").write_text("".join(lines))
+        os.replace(log.with_suffix(".part"), log)
+    say(f"resuming {directory.parent} after step {state['step']}")
+    return state
+
+
+def finish(out: Path, models: dict):
+    """The models in their places, each file renamed into it whole; then args.json says that the run is finished."""
+    part = out / "saving"
+    for name, (model, tokenizer) in models.items():
+        write_model(part / name, model, tokenizer, model.stored)
+    if RANK == 0:
+        for name in sorted(models, reverse=True):  # subdirectories first
+            (out / name).mkdir(exist_ok=True)
+            written = [file for file in (part / name).iterdir() if file.is_file()]
+            for file in written:
+                os.replace(file, out / name / file.name)
+            for stale in {*(out / name).glob("*.safetensors*")} - {out / name / file.name for file in written}:
+                stale.unlink()
+        shutil.rmtree(part)
+        write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
+
+
+def log(args, out: Path, metrics: dict):
+    """One flushed line of metrics.jsonl, and wandb."""
+    if RANK == 0:
+        with (out / "metrics.jsonl").open("a") as f:
+            f.write(json.dumps(metrics) + "\n")
+        if args.track:
+            import wandb
+
+            if wandb.run is None:
+                wandb.init(project=args.wandb_project, name=args.run_name or args.output_dir, config=asdict(args), dir=str(out))
+            wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+
+
+def peak_memory(device) -> int:
+    """Peak memory of this process in MB: the device's, or on CPU the resident set."""
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) >> 20
+
+
+def draw(out: Path, keys: list):
+    """curves.png from metrics.jsonl."""
+    if RANK > 0:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    figure, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3), layout="constrained", squeeze=False)
+    for axis, key in zip(axes[0], keys):
+        for name, style in ((key, "-"), (f"eval_{key}", "o")):
+            points = [(m["step"], m[name]) for m in lines if m.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points), style, label=name)
+        axis.set(title=key, xlabel="step")
+        axis.legend()
+    figure.savefig(out / "curves.part.png", dpi=120)
+    os.replace(out / "curves.part.png", out / "curves.png")
+    plt.close(figure)
+
+
+def padded(parts: list, device) -> torch.Tensor:
+    """Lists of numbers, one for each answer, as [B, T] with zeros to the right."""
+    out = torch.zeros(len(parts), max(map(len, parts), default=1), device=device)
+    for i, part in enumerate(parts):
+        out[i, : len(part)] = torch.as_tensor(part, device=device)
+    return out
+
+
+def show(rows: list, texts: list, named: dict, count: int = 3):
+    """A small table of samples and their rewards."""
+    for i in range(min(count, len(rows))):
+        prompt = rows[i].extra["prompt"]
+        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        rewards = ", ".join(f"{k} {float(v[i]):+.2f}" for k, v in named.items())
+        tqdm.write(f"  {prompt[-60:]!r} -> {texts[i][:100]!r}   {rewards}")
+
+
+def split_evenly(items: list, parts: int) -> list:
+    """Consecutive parts of nearly equal size, none empty."""
+    cuts = [round(i * len(items) / parts) for i in range(parts + 1)]
+    return [items[a:b] for a, b in zip(cuts, cuts[1:]) if b > a]
+
+
+def main(args: Args):
+    # 0. ranks, output, seed
+    if args.reward_weights and len(args.reward_weights) != len(args.reward_model):
+        refuse(f"--reward-weights: {len(args.reward_weights)} weights for {len(args.reward_model)} reward models; give one for each")
+    if not (args.reward_model or args.rule or args.judge):
+        refuse("nothing gives a reward: pass --reward-model, --rule or --judge")
+    if bool(args.ptx_coef) != bool(args.ptx_dataset):
+        refuse("--ptx-dataset and --ptx-coef go together: pass both or neither")
+    if args.max_new_tokens >= args.max_length:
+        refuse(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}")
+    device, dtype = start_ranks(args.dtype)
+    reads = dict(model=args.model, reference=args.reference, value_model=args.value_model, dataset=args.dataset, eval_dataset=args.eval_dataset)
+    reads |= dict(ptx_dataset=args.ptx_dataset, condition=args.condition, judge=args.judge, rubric=args.rubric, rule=args.rule.rpartition(":")[0])
+    out, last = begin(args, **reads, **{f"reward_model {i}": name for i, name in enumerate(args.reward_model)})
+    started = time.time()
+    torch.manual_seed(args.seed)
+
+    # 1. prompts, policy, reference, rewards
+    data = load_rows("--dataset", args.dataset, args.dataset_split)
+    if not {"prompt", "chosen"} & set(data.column_names):
+        refuse(f"--dataset {args.dataset}: needs a column prompt; it has {', '.join(data.column_names)}")
+    conditions = load_json("--condition", args.condition) if args.condition else {}
+    rubric = load_json("--rubric", args.rubric) if args.rubric else {}
+    policy_name = str(last or args.model)
+    tokenizer = load_tokenizer(policy_name)
+    stops = stop_tokens(tokenizer)
+    policy = load_model(AutoModelForCausalLM, policy_name, tokenizer, device, dtype)
+    reference = load_model(AutoModelForCausalLM, args.reference or args.model, tokenizer, device, dtype)
+    reference = shard(reference.requires_grad_(False), dtype, token_logps)
+    scorers = {Path(name).name or name: load_scorer(name, device, dtype) for name in args.reward_model}
+    if len(scorers) < len(args.reward_model):
+        refuse("--reward-model: two of them have the same last part of their path, by which they are logged; rename one")
+    judge = None
+    if args.judge:
+        judge_tokenizer = load_tokenizer(args.judge)
+        judge = load_model(AutoModelForCausalLM, args.judge, judge_tokenizer, device, dtype)
+        judge = shard(judge.requires_grad_(False), dtype, token_logps), judge_tokenizer
+    rule = load_rule(args.rule) if args.rule else None
+    max_length = min(args.max_length, getattr(policy.config, "max_position_embeddings", args.max_length))
+    rows, held_out = prepare("--dataset", data, tokenizer, questions(args, tokenizer, max_length - args.max_new_tokens)), []
+    if args.eval_dataset:
+        held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset), tokenizer, questions(args, tokenizer, max_length - args.max_new_tokens))
+    elif len(rows) > 1:
+        held_out = hold_out(rows, args.eval_fraction, args.seed)
+    ptx_rows = []
+    if args.ptx_dataset:
+        ptx_rows = prepare("--ptx-dataset", load_rows("--ptx-dataset", args.ptx_dataset), tokenizer, demonstrations(tokenizer, max_length, False, args.allow_special))
+
+    # 2. the value model, from the reward model if that reads the same tokens
+    first = next(iter(scorers.values()), None)
+    value_name = args.value_model or (args.reward_model[0] if first and first[1].get_vocab() == tokenizer.get_vocab() else args.model)
+    value = load_model(AutoModelForSequenceClassification, str(last / "value" if last else value_name), tokenizer, device, dtype, num_labels=1)
+    if not last and "SequenceClassification" not in "".join(AutoConfig.from_pretrained(value_name).architectures or []):
+        torch.nn.init.zeros_(value.score.weight)
+    for model in (policy, value):
+        if args.train_last_layers:
+            train_last(model, args.train_last_layers)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    policy, value = shard(policy, dtype, token_logps), shard(value, dtype, token_values)
+    policy_optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
+    value_optimizer = make_optimizer(value, args.value_learning_rate, args.weight_decay)
+    models, optimizers = {"": (policy, tokenizer), "value": (value, tokenizer)}, {"": policy_optimizer, "value": value_optimizer}
+    state = dict(step=0, episode=0, seconds=0.0, kl_coef=args.kl_coef, updates=0)
+    if last:
+        state = load_checkpoint(last, models, optimizers)
+    started -= state["seconds"]
+    episode, kl_coef, updates = state["episode"], state["kl_coef"], state["updates"]
+    steps = math.ceil(len(rows) / args.batch_size) * args.epochs
+    steps = min(steps, args.max_steps or steps)
+    parameters = sum(p.numel() for p in policy.parameters()) + sum(p.numel() for p in value.parameters())
+    say(f"model: {args.model} with value model from {value_name}, {parameters / 1e6:.2f} M trained parameters, {16 * parameters / 2**20:.0f} MB with gradients and AdamW")
+    say(f"rewards: {', '.join([*scorers, *(['rule'] if rule else []), *(['judge'] if judge else [])])}; answers end at {tokenizer.convert_ids_to_tokens(stops)}")
+    say(f"training: {steps} batches of {args.batch_size} x {args.num_generations} answers, {args.ppo_epochs} x {args.num_minibatches} updates each, "
+        f"on {WORLD} x {device.type} ({dtype})")
+
+    def reward(rows, answers):
+        """The total score of each answer [B], and what it is made of."""
+        texts = [tokenizer.decode(a[:-1] if a and a[-1] in stops else a, skip_special_tokens=True) for a in answers]
+        weights = args.reward_weights or [1.0] * len(scorers)
+        named = {name: (w, reward_scores(scorer, rows, texts, conditions, args, device)) for w, (name, scorer) in zip(weights, scorers.items())}
+        if rule:
+            named["rule"] = args.rule_weight, rule_scores(rule, rows, texts, device)
+        if judge:
+            named["judge"] = args.judge_weight, judge_scores(judge, rubric, rows, texts, args, device)
+        total = sum(w * x.nan_to_num(0.0) for w, x in named.values())  # a reward that does not apply adds nothing
+        return total, {name: x for name, (_, x) in named.items()}, texts
+
+    def answer(model, rows, numbers, temperature=args.temperature, top_p=args.top_p):
+        """Answers of a model to the rows' prompts, a memory's worth at a time; neighbours in length go together."""
+        n = len(numbers) // max(1, len(rows))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+        size = max(1, args.tokens_per_forward // (n * max([len(row.prompt) for row in rows] + [1]) + n * numbers.shape[1]))
+        found = [None] * len(numbers)
+        model.eval()
+        with gathered(model):
+            for i in range(0, len(order), size):
+                part = order[i : i + size]
+                where = [j * n + k for j in part for k in range(n)]
+                tokens, logps, kept = sample(model, [rows[j].prompt for j in part], numbers[where].to(device), stops, temperature, top_p)
+                for slot, *each in zip(where, tokens, logps, kept or [None] * len(where)):
+                    found[slot] = each
+        model.train()
+        return found
+
+    def response_logps(model, rows, kept):
+        """Log-probabilities and entropies of the answers' tokens, lists of tensors in the rows' order."""
+        logps, entropies = [None] * len(rows), [None] * len(rows)
+        for group, forwards, target in packed(rows, args.tokens_per_forward, device, model.together):
+            nuclei = [ids for i in group for ids in kept[i]] if group and args.top_p < 1 else None
+            parts = model.token_logps(forwards, target, args.temperature, nuclei)[:2]
+            for i, logp, entropy in zip(group, *(x.split([len(rows[i].responses[0]) for i in group] or [len(x)]) for x in parts)):
+                logps[i], entropies[i] = logp, entropy
+        return logps, entropies
+
+    baselines = {}
+
+    def baseline(numbers):
+        """The reward of the reference's own greedy answer to each prompt, found once (ChatGLM)."""
+        new = [i for i in dict.fromkeys(numbers) if i not in baselines]
+        answers = [tokens for tokens, *_ in answer(reference, [rows[i] for i in new], torch.zeros(len(new), args.max_new_tokens), temperature=0)]
+        baselines.update(zip(new, reward([rows[i] for i in new], answers)[0].tolist()))
+        return torch.tensor([baselines[i] for i in numbers], device=device)
+
+    def evaluate_policy(step):
+        """Score, length and KL of sampled answers to the held-out prompts."""
+        mine = range(RANK, len(held_out), WORLD)
+        asked = [held_out[i] for i in mine]
+        found = answer(policy, asked, uniform_numbers(args.seed, -1, list(mine), args.max_new_tokens))
+        answered = [row._replace(responses=[tokens]) for row, (tokens, *_) in zip(asked, found)]
+        with torch.no_grad():
+            kept = [k for *_, k in found]
+            logps, refs = response_logps(policy, answered, kept)[0], response_logps(reference, answered, kept)[0]
+        total, _, texts = reward(asked, [tokens for tokens, *_ in found])
+        kl = sum(((p - r).sum() for p, r in zip(logps, refs)), torch.zeros((), device=device))
+        sums = torch.stack([total.sum(), kl, torch.tensor(float(sum(len(t) for t, *_ in found)), device=device)])
+        score, kl, tokens = (over_ranks(sums) / len(held_out)).tolist()
+        return dict(eval_scores=score, eval_kl=kl, eval_response_length=tokens)
+
+    # 3. for each batch of prompts
+    bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="ppo", disable=RANK > 0)
+    for step in bar:
+        clock = time.time()
+        batch = pick(len(rows), args.batch_size, step, args.seed)
+        answers = [(number, i * args.num_generations + k) for i, number in enumerate(batch) for k in range(args.num_generations)]
+        B, mine = len(answers), answers[RANK :: WORLD] if args.num_generations == 1 else [a for a in answers if (a[1] // args.num_generations) % WORLD == RANK]
+        asked = [rows[number] for number, _ in mine]
+        # 4. answers y ~ pi, each with randomness of its own
+        numbers = uniform_numbers(args.seed, step, [slot for _, slot in mine], args.max_new_tokens)
+        found = answer(policy, asked[:: args.num_generations], numbers)
+        tokens, kept = [t for t, *_ in found], [k for *_, k in found]
+        answered = [row._replace(responses=[t]) for row, t in zip(asked, tokens)]
+        # 5. their scores r(x, y)
+        raw, named, texts = reward(asked, tokens)
+        ended = torch.tensor([bool(t) and t[-1] in stops for t in tokens], dtype=torch.bool, device=device)
+        scores = raw - baseline([number for number, _ in mine]) if args.reference_baseline else raw
+        scores = torch.where(ended, scores + args.reward_constant, torch.full_like(scores, args.missing_eos_score))
+        # 6. log pi, log pi_ref and values of every token, before any update
+        with torch.no_grad():
+            logp_parts, entropy_parts = response_logps(policy, answered, kept)
+            ref_parts, _ = response_logps(reference, answered, kept)
+            value_parts = [None] * len(answered)
+            for group, forwards, _ in packed(answered, args.tokens_per_forward, device, value.together):
+                for i, part in zip(group, value.token_values(forwards).split([len(tokens[i]) for i in group] or [1])):
+                    value_parts[i] = part
+        old_logps, ref_logps, old_values, entropies, sampled = (padded(x, device) for x in (logp_parts, ref_parts, value_parts, entropy_parts, [p for _, p, _ in found]))
+        mask = padded([[1.0] * len(t) for t in tokens], device).bool()
+        # 7. rewards per token, advantages and returns
+        rewards = shaped_rewards(scores, old_logps, ref_logps, mask, kl_coef)
+        if args.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
+        if args.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        lengths = torch.zeros(B, device=device)  # of all ranks' answers
+        lengths[[slot for _, slot in mine]] = mask.sum(1).float()
+        lengths = over_ranks(lengths).tolist()
+        # 8. several passes of minibatches over the same answers
+        learning_rate, warming = scheduled(args, step, steps), step < args.critic_warmup
+        sums, policy_norm, value_norm = torch.zeros(9, device=device), 0.0, 0.0
+        for epoch in range(args.ppo_epochs):
+            for minibatch in split_evenly(shuffled(B, step * args.ppo_epochs + epoch, args.seed), args.num_minibatches):
+                total = sum(lengths[slot] for slot in minibatch)  # tokens of the minibatch, over all ranks
+                chosen = set(minibatch)
+                part = [i for i, (_, slot) in enumerate(mine) if slot in chosen]
+                for group, forwards, target in packed([answered[i] for i in part], args.tokens_per_forward, device, policy.together):
+                    at = [part[i] for i in group]
+                    flat = lambda x: torch.cat([x[i, : len(tokens[i])] for i in at]) if at else torch.zeros(len(target), device=device)
+                    nuclei = [ids for i in at for ids in kept[i]] if at and args.top_p < 1 else None
+                    if not warming:
+                        logps, entropy, _ = policy.token_logps(forwards, target, args.temperature, nuclei)
+                        losses = policy_loss(logps, flat(old_logps), flat(advantages), args.clip)
+                        (losses.sum() / total * bool(at) * WORLD).backward()
+                    values = value.token_values(forwards) if value.together == policy.together else value.token_values(pack([answered[i] for i in at] or [Row([0], [[0]])], device, value.together)[0])
+                    value_losses = value_loss(values, flat(old_values), flat(returns), args.value_clip)
+                    if not torch.isfinite(value_losses.sum()) or not warming and not torch.isfinite(losses.sum()):
+                        refuse(f"step {step + 1}: the loss is not finite; lower --learning-rate and --value-learning-rate, or look at the rewards {raw.tolist()[:8]}")
+                    (value_losses.sum() / total * bool(at) * WORLD).backward()
+                    if at:
+                        ratio = (logps.detach() - flat(old_logps)).exp() if not warming else torch.ones(len(target), device=device)
+                        clipped = (values.detach() - flat(old_values)).abs() > args.value_clip if args.value_clip else torch.zeros(len(target), device=device)
+                        each = [losses.detach() if not warming else ratio * 0, value_losses.detach(), 0.5 * ratio.log().square(), (ratio - 1).abs() > args.clip, clipped, ratio, ratio.square()]
+                        sums[:7] += torch.stack([x.float().sum() for x in each]) / total
+                # 9. the likelihood of other text, PPO-ptx
+                if ptx_rows and not warming:
+                    texts_of_step = [ptx_rows[i] for i in pick(len(ptx_rows), args.ptx_batch_size or len(minibatch), updates, args.seed)]
+                    trained = sum(sum(row.trained[0]) for row in texts_of_step)
+                    for group, forwards, target in packed(texts_of_step[RANK::WORLD], args.tokens_per_forward, device, policy.together):
+                        nll = -policy.token_logps(forwards, target)[0].sum() / trained * bool(group)
+                        (args.ptx_coef * nll * WORLD).backward()
+                        sums[7] += nll.detach()
+                # 10. one step of AdamW for the policy and one for the value model
+                if not warming:
+                    policy_norm = take_step(policy, policy_optimizer, learning_rate, args.max_grad_norm)
+                value_norm = take_step(value, value_optimizer, learning_rate / args.learning_rate * args.value_learning_rate, args.max_grad_norm)
+                if updates == 0 and not warming:
+                    drift = over_ranks(sums[2].clone()).item()  # of the ratio, which is 1 before the first update
+                    assert drift < (1e-4 if dtype == torch.float32 else 0.05), f"the first ratio is not 1 (approximate KL {drift}): two forwards of one policy differ"
+                updates += 1
+        # 11. what happened
+        count = args.ppo_epochs * args.num_minibatches
+        per_answer = torch.stack([scores.sum(), ((old_logps - ref_logps) * mask).sum(), ended.sum(), raw.sum(), rewards.sum()])
+        scored, kl, eos, raw_sum, _ = (over_ranks(per_answer) / B).tolist()
+        per_token = torch.stack([(entropies * mask).sum(), ((sampled - old_logps).abs() * mask).sum(), (returns - old_values).square().mul(mask).sum(), returns.mul(mask).sum(), returns.square().mul(mask).sum()])
+        entropy, difference, error, mean_return, square_return = (over_ranks(per_token) / sum(lengths)).tolist()
+        sums = (over_ranks(sums) / count).tolist()
+        if step == 0 and not args.reference:
+            assert abs(kl) < (1e-3 if dtype == torch.float32 else 0.05) * max(lengths), f"the KL to the reference is {kl} before the first update: policy and reference differ"
+        episode += B
+        metrics = {"step": step + 1, "episode": episode, "objective/scores": scored, "objective/kl": kl, "objective/non_score_reward": -kl_coef * kl,
+                   "objective/rlhf_reward": scored - kl_coef * kl, "objective/entropy": entropy * sum(lengths) / B, "objective/kl_coef": kl_coef,
+                   "reward": raw_sum, "response_length": sum(lengths) / B, "policy/entropy_avg": entropy, "loss/policy_avg": sums[0], "loss/value_avg": sums[1],
+                   "policy/approxkl_avg": sums[2], "policy/clipfrac_avg": sums[3], "val/clipfrac_avg": sums[4], "val/ratio": sums[5] if not warming else 1.0,
+                   "val/ratio_var": max(0.0, sums[6] - sums[5] ** 2), "val/num_eos_tokens": eos * B, "val/share_eos": eos,
+                   "val/explained_variance": 1 - error / max(1e-8, square_return - mean_return**2), "sampling/logp_difference": difference,
+                   "grad_norm": policy_norm, "value_grad_norm": value_norm, "lr": learning_rate, "epoch": (step + 1) / math.ceil(len(rows) / args.batch_size)}  # fmt: skip
+        metrics |= {"ptx_loss": sums[7]} if ptx_rows else {}
+        for name, x in named.items():
+            applies = over_ranks(torch.stack([x.nan_to_num(0.0).sum(), (~x.isnan()).sum()])).tolist()
+            metrics[f"rewards/{name}/mean"] = applies[0] / max(1, applies[1])
+        if held_out and (step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0):
+            metrics |= evaluate_policy(step)
+        now = time.time()
+        metrics |= dict(eps=B / (now - clock), tokens_per_second=sum(lengths) / (now - clock), seconds=now - started, peak_memory_mb=peak_memory(device))
+        log(args, out, metrics)
+        bar.set_postfix(score=f"{scored:.3f}", kl=f"{kl:.3f}", length=f"{sum(lengths) / B:.1f}", eos=f"{eos:.2f}")
+        if args.show_every and step % args.show_every == 0 and RANK == 0:
+            show(asked, texts, dict(named, total=scores))
+        # 12. the KL coefficient follows its target; a policy gone too far stops the run
+        if args.kl_target:
+            kl_coef = adapted_kl_coef(kl_coef, kl, args.kl_target, B, args.kl_horizon)
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
+            save_checkpoint(out, step + 1, models, optimizers, episode=episode, seconds=now - started, kl_coef=kl_coef, updates=updates)
+        if args.max_kl and kl > args.max_kl:
+            say(f"stopped at step {step + 1}: the KL to the reference is {kl:.3f}, beyond --max-kl {args.max_kl}; the policy is saved as it is")
+            break
+
+    # 13. a checkpoint that anything loads
+    finish(out, models)
+    draw(out, ["objective/scores", "objective/kl", "policy/entropy_avg", "response_length", "val/explained_variance"])
+    if "eval_scores" in metrics:
+        say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
+    say(f"done: {out} after {time.time() - started:.0f} s")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(args)
