@@ -201,7 +201,7 @@ import time
 import types
 from collections import Counter
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -857,28 +857,24 @@ def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0,
 SCORE_QUESTION = "Rate the last answer above from 1 (very bad) to 10 (very good). Reply with the number only."
 
 
-def load_scorer(name: str, device, dtype):
-    """A reward model that only scores: (model, tokenizer)."""
+def load_frozen(auto, name: str, device, dtype, method, **options):
+    """A model that only computes, and its tokenizer."""
     tokenizer = load_tokenizer(name)
-    config = AutoConfig.from_pretrained(name)
-    if "SequenceClassification" not in "".join(config.architectures or []) or config.num_labels != 1:
-        refuse(f"--reward-model {name}: not a reward model (a sequence classifier with one label), make one with reward_model.py")
-    model = load_model(AutoModelForSequenceClassification, name, tokenizer, device, dtype, num_labels=1)
-    return shard(model.requires_grad_(False), dtype, response_scores), tokenizer
+    model = load_model(auto, name, tokenizer, device, dtype, **options)
+    return shard(model.requires_grad_(False), dtype, method), tokenizer
 
 
 @torch.no_grad()
-def reward_scores(scorer, rows: list, texts: list, conditions: dict, args, device) -> torch.Tensor:
+def reward_scores(model, tokenizer, conditions: dict, args, device, rows: list, texts: list) -> torch.Tensor:
     """The reward model's scores [B] of answers, given as texts, rendered and tokenised as in its training."""
-    model, tokenizer = scorer
     stops, longest = stop_tokens(tokenizer), getattr(model.config, "max_position_embeddings", 2**20)
     asked, scores = [], torch.zeros(len(rows), device=device)
     for row, text in zip(rows, texts):
-        prompt, (answer,) = encode(tokenizer, with_condition(row.extra["prompt"], conditions.get(row.extra["kind"], "")), [text], stops, **template_options(row.extra))
+        prompt = with_condition(row.extra["prompt"], conditions.get(row.extra["kind"], ""))
+        prompt, (answer,) = encode(tokenizer, prompt, [text], stops, **template_options(row.extra))
         asked.append(Row(prompt[-max(1, longest - len(answer)) :], [answer[: longest - 1]]))
     for group, forwards, _ in packed(asked, args.tokens_per_forward, device, model.together):
-        part = model.response_scores(forwards)
-        scores[group] = part[: len(group)]
+        scores[group] = model.response_scores(forwards)[: len(group)]
     return scores
 
 
@@ -887,33 +883,47 @@ def conversation_text(prompt, answer: str) -> str:
     if isinstance(prompt, str):
         return prompt + answer
     turns = [m for m in prompt if m["role"] != "system"]
-    return "\n".join([turns[0]["content"]] if len(turns) == 1 else [f"{m['role']}: {m['content']}" for m in turns]) + "\n" + answer
+    asked = turns[0]["content"] if len(turns) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in turns)
+    return f"{asked}\n{answer}"
 
 
 @torch.no_grad()
-def judge_probabilities(judge, texts: list, options: list, args, device) -> torch.Tensor:
+def judge_probabilities(model, tokenizer, texts: list, options: list, args, device) -> torch.Tensor:
     """The judge's probabilities of replying with each option [B, K], renormalised over them; the whole reply counts, with its end."""
-    model, tokenizer = judge
-    stops = stop_tokens(tokenizer)
+    stops, logps = stop_tokens(tokenizer), torch.zeros(len(texts), len(options), device=device)
     asked = [Row(*encode(tokenizer, [dict(role="user", content=text)], options, stops)) for text in texts]
-    logps = torch.zeros(len(texts), len(options), device=device)
     for group, forwards, target in packed(asked, args.tokens_per_forward, device, model.together):
-        token, owner = model.token_logps(forwards, target)[0], pack([asked[i] for i in group], device)[2] if group else None
+        token_logp = model.token_logps(forwards, target)[0]
+        lengths = [len(reply) for i in group for reply in asked[i].responses]
         if group:
-            logps[group] = torch.zeros(len(group) * len(options), device=device).index_add(0, owner, token).view(len(group), -1)
+            logps[group] = torch.stack([part.sum() for part in token_logp.split(lengths)]).view(len(group), -1)
     return logps.softmax(-1)
 
 
-def judge_scores(judge, rubric: dict, rows: list, texts: list, args, device) -> torch.Tensor:
+def judge_scores(model, tokenizer, rubric: dict, args, device, rows: list, texts: list) -> torch.Tensor:
     """By rubric: sum of p(letter) x reward for the prompt's kind, NaN for kinds without one. Without options: the expected score. [B]"""
     talks, options = [conversation_text(row.extra["prompt"], text) for row, text in zip(rows, texts)], rubric.get("options")
     if not options:
         asked = [f"{talk}\n\n{rubric.get('question', SCORE_QUESTION)}" for talk in talks]
-        return expected_score(judge_probabilities(judge, asked, [str(i) for i in range(1, 11)], args, device))
+        return expected_score(judge_probabilities(model, tokenizer, asked, [str(i) for i in range(1, 11)], args, device))
     choices = "\n".join(f"{letter}. {text}" for letter, text in options.items())
     asked = [f"{talk}\n\n{rubric['question']}\n{choices}" for talk in talks]
     table = [[rubric["reward"].get(row.extra["kind"], {}).get(letter, math.nan) for letter in options] for row in rows]
-    return (judge_probabilities(judge, asked, list(options), args, device) * torch.tensor(table, device=device).view(len(rows), -1)).sum(-1)
+    probabilities = judge_probabilities(model, tokenizer, asked, list(options), args, device)
+    return (probabilities * torch.tensor(table, device=device).view_as(probabilities)).sum(-1)
+
+
+def rule_scores(rule, device, rows: list, texts: list) -> torch.Tensor:
+    """A function's rewards [B], NaN where it returns None; it gets prompts, completions, and every other column as a list."""
+    if not rows:
+        return torch.zeros(0, device=device)
+    columns = {k: [row.extra[k] for row in rows] for k in rows[0].extra if k not in ("prompt", "completion", "chosen", "rejected")}
+    prompts = [row.extra["prompt"] for row in rows]
+    completions = [as_messages(text) if isinstance(prompt, list) else text for prompt, text in zip(prompts, texts)]
+    rewards = rule(prompts=prompts, completions=completions, **columns)
+    if len(rewards) != len(rows):
+        refuse(f"--rule: returned {len(rewards)} rewards for {len(rows)} answers; it must return one for each, None where it does not apply")
+    return torch.tensor([math.nan if reward is None else float(reward) for reward in rewards], device=device)
 
 
 def load_rule(name: str):
@@ -928,15 +938,30 @@ def load_rule(name: str):
         refuse(f"--rule {name}: no such function can be loaded ({type(e).__name__}: {e}); it should read file.py:name")
 
 
-def rule_scores(rule, rows: list, texts: list, device) -> torch.Tensor:
-    """A function's rewards [B], NaN where it returns None; it gets prompts, completions, and every column as a list."""
-    columns = {k: [row.extra[k] for row in rows] for k in (rows[0].extra if rows else {}) if k not in ("prompt", "completion", "chosen", "rejected")}
-    prompts = [row.extra["prompt"] for row in rows]
-    completions = [as_messages(text) if isinstance(p, list) else text for p, text in zip(prompts, texts)]
-    rewards = rule(prompts=prompts, completions=completions, **columns) if rows else []
-    if len(rewards) != len(rows):
-        refuse(f"--rule: returned {len(rewards)} rewards for {len(rows)} answers")
-    return torch.tensor([math.nan if reward is None else float(reward) for reward in rewards], device=device)
+def load_rewards(args, device, dtype) -> dict:
+    """Every source of reward: name -> (weight, function of rows and answer texts that gives scores [B], NaN where it does not apply)."""
+    conditions = load_json("--condition", args.condition) if args.condition else {}
+    rewards, weights = {}, args.reward_weights or [1.0] * len(args.reward_model)
+    for name, weight in zip(args.reward_model, weights):
+        config = AutoConfig.from_pretrained(name) if Path(name).exists() else None
+        if config and ("SequenceClassification" not in "".join(config.architectures or []) or config.num_labels != 1):
+            refuse(f"--reward-model {name}: not a reward model (a sequence classifier with one label); make one with reward_model.py")
+        model, tokenizer = load_frozen(AutoModelForSequenceClassification, name, device, dtype, response_scores, num_labels=1)
+        key = name if Path(name).name in rewards else Path(name).name
+        rewards[key] = weight, partial(reward_scores, model, tokenizer, conditions, args, device)
+    if args.rule:
+        rewards["rule"] = args.rule_weight, partial(rule_scores, load_rule(args.rule), device)
+    if args.judge:
+        rubric = load_json("--rubric", args.rubric) if args.rubric else {}
+        judge = load_frozen(AutoModelForCausalLM, args.judge, device, dtype, token_logps)
+        rewards["judge"] = args.judge_weight, partial(judge_scores, *judge, rubric, args, device)
+    return rewards
+
+
+def total_reward(rewards: dict, rows: list, texts: list):
+    """The weighted sum [B] of all rewards, where one that does not apply adds nothing; and each by name."""
+    named = {name: function(rows, texts) for name, (_, function) in rewards.items()}
+    return sum(weight * named[name].nan_to_num(0.0) for name, (weight, _) in rewards.items()), named
 
 
 # ----------------------------------------------------------------------------------------------------------------------- run
@@ -1244,12 +1269,96 @@ def draw(out: Path, keys: list):
     plt.close(figure)
 
 
+def sample_answers(model, rows: list, numbers, stops: list, args, temperature: float, top_p: float):
+    """`sample` for rows, neighbours in length together and a memory's worth at a time. Returns its three lists, kept as Nones if not needed."""
+    n, device = len(numbers) // max(1, len(rows)), model.device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+    longest = max((len(row.prompt) for row in rows), default=0) + numbers.shape[1]
+    size, found = max(1, args.tokens_per_forward // (n * longest or 1)), [None] * len(numbers)
+    model.eval()
+    with gathered(model):
+        for part in (order[i : i + size] for i in range(0, len(order), size)):
+            slots = [i * n + k for i in part for k in range(n)]
+            tokens, logps, kept = sample(model, [rows[i].prompt for i in part], numbers[slots].to(device), stops, temperature, top_p)
+            for slot, *answer in zip(slots, tokens, logps, kept or [None] * len(slots)):
+                found[slot] = answer
+    model.train()
+    return [list(x) for x in zip(*found)] or [[], [], []]
+
+
+def response_logps(model, rows: list, kept: list, args, device):
+    """Log-probabilities and entropies of the answers' tokens, by answer, under the distribution that was sampled from."""
+    logps, entropies = [None] * len(rows), [None] * len(rows)
+    for group, forwards, target in packed(rows, args.tokens_per_forward, device, model.together):
+        parts = model.token_logps(forwards, target, args.temperature, nuclei(kept, group))
+        lengths = [len(rows[i].responses[0]) for i in group] or [len(target)]
+        for i, logp, entropy in zip(group, parts[0].split(lengths), parts[1].split(lengths)):
+            logps[i], entropies[i] = logp, entropy
+    return logps, entropies
+
+
+def response_values(model, rows: list, args, device) -> list:
+    """The values of the states before the answers' tokens, by answer."""
+    values = [None] * len(rows)
+    for group, forwards, _ in packed(rows, args.tokens_per_forward, device, model.together):
+        for i, part in zip(group, model.token_values(forwards).split([len(rows[i].responses[0]) for i in group] or [1])):
+            values[i] = part
+    return values
+
+
+def nuclei(kept: list, answers: list):
+    """The kept ids of every token of these answers in a row, or None where sampling kept everything."""
+    return [ids for i in answers for ids in kept[i]] if answers and kept[answers[0]] is not None else None
+
+
 def padded(parts: list, device) -> torch.Tensor:
-    """Lists of numbers, one for each answer, as [B, T] with zeros to the right."""
+    """Numbers by answer as [B, T], with zeros to the right."""
     out = torch.zeros(len(parts), max(map(len, parts), default=1), device=device)
     for i, part in enumerate(parts):
         out[i, : len(part)] = torch.as_tensor(part, device=device)
     return out
+
+
+def minibatches(args, answers: int, step: int):
+    """The answers of each update: every pass over the batch in an order of its own, cut into parts of nearly equal size."""
+    for epoch in range(args.ppo_epochs):
+        order = shuffled(answers, step * args.ppo_epochs + epoch, args.seed)
+        cuts = [round(i * answers / args.num_minibatches) for i in range(args.num_minibatches + 1)]
+        yield from (order[a:b] for a, b in zip(cuts, cuts[1:]) if b > a)
+
+
+def as_texts(tokenizer, answers: list, stops: list) -> list:
+    """Answers as the reward sources read them: without the stop token and other special tokens."""
+    return [tokenizer.decode(ids[:-1] if ids and ids[-1] in stops else ids, skip_special_tokens=True) for ids in answers]
+
+
+def value_start(args, tokenizer) -> str:
+    """Where the value model comes from: the first reward model, or where that has another tokenizer, the policy with a head at zero."""
+    for name in args.reward_model[:1]:
+        if load_tokenizer(name).get_vocab() == tokenizer.get_vocab():
+            return name
+    return args.model
+
+
+def refuse_unless_finite(loss, step: int, scores):
+    """A loss that is not a number ends the run."""
+    if not torch.isfinite(loss):
+        refuse(f"step {step + 1}: a loss is {loss.item()}; lower --learning-rate and --value-learning-rate, or look at the scores {scores.tolist()[:8]}")
+
+
+@torch.no_grad()
+def evaluate_policy(policy, reference, rewards: dict, held_out: list, tokenizer, args, device) -> dict:
+    """Score, KL and length of one sampled answer to each held-out prompt, with the same randomness every time."""
+    places, stops = range(RANK, len(held_out), WORLD), stop_tokens(tokenizer)
+    asked = [held_out[i] for i in places]
+    numbers = uniform_numbers(args.seed, -1, list(places), args.max_new_tokens)
+    tokens, _, kept = sample_answers(policy, asked, numbers, stops, args, args.temperature, args.top_p)
+    answered = [row._replace(responses=[ids]) for row, ids in zip(asked, tokens)]
+    scores, _ = total_reward(rewards, answered, as_texts(tokenizer, tokens, stops))
+    logps, ref_logps = (padded(response_logps(model, answered, kept, args, device)[0], device) for model in (policy, reference))
+    sums = torch.stack([scores.sum(), (logps - ref_logps).sum(), torch.tensor(float(sum(map(len, tokens))), device=device)])
+    score, kl, length = (over_ranks(sums) / len(held_out)).tolist()
+    return dict(eval_scores=score, eval_kl=kl, eval_response_length=length)
 
 
 def show(rows: list, texts: list, named: dict, count: int = 3):
@@ -1261,65 +1370,53 @@ def show(rows: list, texts: list, named: dict, count: int = 3):
         tqdm.write(f"  {prompt[-60:]!r} -> {texts[i][:100]!r}   {rewards}")
 
 
-def split_evenly(items: list, parts: int) -> list:
-    """Consecutive parts of nearly equal size, none empty."""
-    cuts = [round(i * len(items) / parts) for i in range(parts + 1)]
-    return [items[a:b] for a, b in zip(cuts, cuts[1:]) if b > a]
-
-
-def main(args: Args):
-    # 0. ranks, output, seed
+def check(args):
+    """Contradictions, refused before anything is read."""
     if args.reward_weights and len(args.reward_weights) != len(args.reward_model):
         refuse(f"--reward-weights: {len(args.reward_weights)} weights for {len(args.reward_model)} reward models; give one for each")
     if not (args.reward_model or args.rule or args.judge):
         refuse("nothing gives a reward: pass --reward-model, --rule or --judge")
     if bool(args.ptx_coef) != bool(args.ptx_dataset):
         refuse("--ptx-dataset and --ptx-coef go together: pass both or neither")
+    if args.rubric and not args.judge:
+        refuse("--rubric needs a --judge to apply it")
     if args.max_new_tokens >= args.max_length:
-        refuse(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}")
+        refuse(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}; lower it")
+
+
+def main(args: Args):
+    # 0. ranks, output, seed
+    check(args)
     device, dtype = start_ranks(args.dtype)
-    reads = dict(model=args.model, reference=args.reference, value_model=args.value_model, dataset=args.dataset, eval_dataset=args.eval_dataset)
-    reads |= dict(ptx_dataset=args.ptx_dataset, condition=args.condition, judge=args.judge, rubric=args.rubric, rule=args.rule.rpartition(":")[0])
-    out, last = begin(args, **reads, **{f"reward_model {i}": name for i, name in enumerate(args.reward_model)})
+    reads = {k: getattr(args, k) for k in ("model", "reference", "value_model", "dataset", "eval_dataset", "ptx_dataset", "condition", "judge", "rubric")}
+    reads |= {f"reward_model {i}": name for i, name in enumerate(args.reward_model)} | dict(rule=args.rule.rpartition(":")[0])
+    out, last = begin(args, **reads)
     started = time.time()
     torch.manual_seed(args.seed)
 
-    # 1. prompts, policy, reference, rewards
-    data = load_rows("--dataset", args.dataset, args.dataset_split)
-    if not {"prompt", "chosen"} & set(data.column_names):
-        refuse(f"--dataset {args.dataset}: needs a column prompt; it has {', '.join(data.column_names)}")
-    conditions = load_json("--condition", args.condition) if args.condition else {}
-    rubric = load_json("--rubric", args.rubric) if args.rubric else {}
-    policy_name = str(last or args.model)
-    tokenizer = load_tokenizer(policy_name)
+    # 1. policy and reference, what rewards the policy, and prompts
+    source = str(last or args.model)
+    tokenizer = load_tokenizer(source)
     stops = stop_tokens(tokenizer)
-    policy = load_model(AutoModelForCausalLM, policy_name, tokenizer, device, dtype)
-    reference = load_model(AutoModelForCausalLM, args.reference or args.model, tokenizer, device, dtype)
-    reference = shard(reference.requires_grad_(False), dtype, token_logps)
-    scorers = {Path(name).name or name: load_scorer(name, device, dtype) for name in args.reward_model}
-    if len(scorers) < len(args.reward_model):
-        refuse("--reward-model: two of them have the same last part of their path, by which they are logged; rename one")
-    judge = None
-    if args.judge:
-        judge_tokenizer = load_tokenizer(args.judge)
-        judge = load_model(AutoModelForCausalLM, args.judge, judge_tokenizer, device, dtype)
-        judge = shard(judge.requires_grad_(False), dtype, token_logps), judge_tokenizer
-    rule = load_rule(args.rule) if args.rule else None
+    policy = load_model(AutoModelForCausalLM, source, tokenizer, device, dtype)
+    reference, _ = load_frozen(AutoModelForCausalLM, args.reference or args.model, device, dtype, token_logps)
+    rewards = load_rewards(args, device, dtype)
     max_length = min(args.max_length, getattr(policy.config, "max_position_embeddings", args.max_length))
-    rows, held_out = prepare("--dataset", data, tokenizer, questions(args, tokenizer, max_length - args.max_new_tokens)), []
+    encode_row = questions(args, tokenizer, max_length - args.max_new_tokens)
+    rows, held_out = prepare("--dataset", load_rows("--dataset", args.dataset, args.dataset_split), tokenizer, encode_row), []
     if args.eval_dataset:
-        held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset), tokenizer, questions(args, tokenizer, max_length - args.max_new_tokens))
+        held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset), tokenizer, encode_row)
     elif len(rows) > 1:
         held_out = hold_out(rows, args.eval_fraction, args.seed)
     ptx_rows = []
     if args.ptx_dataset:
-        ptx_rows = prepare("--ptx-dataset", load_rows("--ptx-dataset", args.ptx_dataset), tokenizer, demonstrations(tokenizer, max_length, False, args.allow_special))
+        ptx_encode = demonstrations(tokenizer, max_length, everything=False, allow_special=args.allow_special)
+        ptx_rows = prepare("--ptx-dataset", load_rows("--ptx-dataset", args.ptx_dataset), tokenizer, ptx_encode)
 
-    # 2. the value model, from the reward model if that reads the same tokens
-    first = next(iter(scorers.values()), None)
-    value_name = args.value_model or (args.reward_model[0] if first and first[1].get_vocab() == tokenizer.get_vocab() else args.model)
-    value = load_model(AutoModelForSequenceClassification, str(last / "value" if last else value_name), tokenizer, device, dtype, num_labels=1)
-    if not last and "SequenceClassification" not in "".join(AutoConfig.from_pretrained(value_name).architectures or []):
+    # 2. the value model, from the reward model if that reads the same tokens; optimisers; where an earlier run stopped
+    value_source = str(last / "value") if last else args.value_model or value_start(args, tokenizer)
+    value = load_model(AutoModelForSequenceClassification, value_source, tokenizer, device, dtype, num_labels=1)
+    if "SequenceClassification" not in "".join(AutoConfig.from_pretrained(value_source).architectures or []):
         torch.nn.init.zeros_(value.score.weight)
     for model in (policy, value):
         if args.train_last_layers:
@@ -1330,201 +1427,142 @@ def main(args: Args):
     policy_optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     value_optimizer = make_optimizer(value, args.value_learning_rate, args.weight_decay)
     models, optimizers = {"": (policy, tokenizer), "value": (value, tokenizer)}, {"": policy_optimizer, "value": value_optimizer}
-    state = dict(step=0, episode=0, seconds=0.0, kl_coef=args.kl_coef, updates=0)
-    if last:
-        state = load_checkpoint(last, models, optimizers)
+    fresh = dict(step=0, episode=0, seconds=0.0, kl_coef=args.kl_coef, updates=0)
+    state = load_checkpoint(last, models, optimizers) if last else fresh
     started -= state["seconds"]
-    episode, kl_coef, updates = state["episode"], state["kl_coef"], state["updates"]
+    episode, kl_coef, updates, baselines = state["episode"], state["kl_coef"], state["updates"], {}
     steps = math.ceil(len(rows) / args.batch_size) * args.epochs
     steps = min(steps, args.max_steps or steps)
-    parameters = sum(p.numel() for p in policy.parameters()) + sum(p.numel() for p in value.parameters())
-    say(f"model: {args.model} with value model from {value_name}, {parameters / 1e6:.2f} M trained parameters, {16 * parameters / 2**20:.0f} MB with gradients and AdamW")
-    say(f"rewards: {', '.join([*scorers, *(['rule'] if rule else []), *(['judge'] if judge else [])])}; answers end at {tokenizer.convert_ids_to_tokens(stops)}")
+    parameters = sum(p.numel() for model in (policy, value) for p in model.parameters())
+    say(f"model: {args.model}, value model from {value_source}; {parameters / 1e6:.2f} M trained parameters, {16 * parameters / 2**20:.0f} MB with AdamW")
+    say(f"rewards: {', '.join(rewards)}; answers end at {tokenizer.convert_ids_to_tokens(stops)}")
     say(f"training: {steps} batches of {args.batch_size} x {args.num_generations} answers, {args.ppo_epochs} x {args.num_minibatches} updates each, "
         f"on {WORLD} x {device.type} ({dtype})")
-
-    def reward(rows, answers):
-        """The total score of each answer [B], and what it is made of."""
-        texts = [tokenizer.decode(a[:-1] if a and a[-1] in stops else a, skip_special_tokens=True) for a in answers]
-        weights = args.reward_weights or [1.0] * len(scorers)
-        named = {name: (w, reward_scores(scorer, rows, texts, conditions, args, device)) for w, (name, scorer) in zip(weights, scorers.items())}
-        if rule:
-            named["rule"] = args.rule_weight, rule_scores(rule, rows, texts, device)
-        if judge:
-            named["judge"] = args.judge_weight, judge_scores(judge, rubric, rows, texts, args, device)
-        total = sum(w * x.nan_to_num(0.0) for w, x in named.values())  # a reward that does not apply adds nothing
-        return total, {name: x for name, (_, x) in named.items()}, texts
-
-    def answer(model, rows, numbers, temperature=args.temperature, top_p=args.top_p):
-        """Answers of a model to the rows' prompts, a memory's worth at a time; neighbours in length go together."""
-        n = len(numbers) // max(1, len(rows))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-        size = max(1, args.tokens_per_forward // (n * max([len(row.prompt) for row in rows] + [1]) + n * numbers.shape[1]))
-        found = [None] * len(numbers)
-        model.eval()
-        with gathered(model):
-            for i in range(0, len(order), size):
-                part = order[i : i + size]
-                where = [j * n + k for j in part for k in range(n)]
-                tokens, logps, kept = sample(model, [rows[j].prompt for j in part], numbers[where].to(device), stops, temperature, top_p)
-                for slot, *each in zip(where, tokens, logps, kept or [None] * len(where)):
-                    found[slot] = each
-        model.train()
-        return found
-
-    def response_logps(model, rows, kept):
-        """Log-probabilities and entropies of the answers' tokens, lists of tensors in the rows' order."""
-        logps, entropies = [None] * len(rows), [None] * len(rows)
-        for group, forwards, target in packed(rows, args.tokens_per_forward, device, model.together):
-            nuclei = [ids for i in group for ids in kept[i]] if group and args.top_p < 1 else None
-            parts = model.token_logps(forwards, target, args.temperature, nuclei)[:2]
-            for i, logp, entropy in zip(group, *(x.split([len(rows[i].responses[0]) for i in group] or [len(x)]) for x in parts)):
-                logps[i], entropies[i] = logp, entropy
-        return logps, entropies
-
-    baselines = {}
-
-    def baseline(numbers):
-        """The reward of the reference's own greedy answer to each prompt, found once (ChatGLM)."""
-        new = [i for i in dict.fromkeys(numbers) if i not in baselines]
-        answers = [tokens for tokens, *_ in answer(reference, [rows[i] for i in new], torch.zeros(len(new), args.max_new_tokens), temperature=0)]
-        baselines.update(zip(new, reward([rows[i] for i in new], answers)[0].tolist()))
-        return torch.tensor([baselines[i] for i in numbers], device=device)
-
-    def evaluate_policy(step):
-        """Score, length and KL of sampled answers to the held-out prompts."""
-        mine = range(RANK, len(held_out), WORLD)
-        asked = [held_out[i] for i in mine]
-        found = answer(policy, asked, uniform_numbers(args.seed, -1, list(mine), args.max_new_tokens))
-        answered = [row._replace(responses=[tokens]) for row, (tokens, *_) in zip(asked, found)]
-        with torch.no_grad():
-            kept = [k for *_, k in found]
-            logps, refs = response_logps(policy, answered, kept)[0], response_logps(reference, answered, kept)[0]
-        total, _, texts = reward(asked, [tokens for tokens, *_ in found])
-        kl = sum(((p - r).sum() for p, r in zip(logps, refs)), torch.zeros((), device=device))
-        sums = torch.stack([total.sum(), kl, torch.tensor(float(sum(len(t) for t, *_ in found)), device=device)])
-        score, kl, tokens = (over_ranks(sums) / len(held_out)).tolist()
-        return dict(eval_scores=score, eval_kl=kl, eval_response_length=tokens)
 
     # 3. for each batch of prompts
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="ppo", disable=RANK > 0)
     for step in bar:
         clock = time.time()
-        batch = pick(len(rows), args.batch_size, step, args.seed)
-        answers = [(number, i * args.num_generations + k) for i, number in enumerate(batch) for k in range(args.num_generations)]
-        B, mine = len(answers), answers[RANK :: WORLD] if args.num_generations == 1 else [a for a in answers if (a[1] // args.num_generations) % WORLD == RANK]
-        asked = [rows[number] for number, _ in mine]
+        batch, n = pick(len(rows), args.batch_size, step, args.seed), args.num_generations
+        B, places = len(batch) * n, range(RANK, len(batch), WORLD)  # answers of all ranks; this rank's prompts
+        slots = [place * n + k for place in places for k in range(n)]  # this rank's answers among the B
+        asked = [rows[batch[place]] for place in places]
         # 4. answers y ~ pi, each with randomness of its own
-        numbers = uniform_numbers(args.seed, step, [slot for _, slot in mine], args.max_new_tokens)
-        found = answer(policy, asked[:: args.num_generations], numbers)
-        tokens, kept = [t for t, *_ in found], [k for *_, k in found]
-        answered = [row._replace(responses=[t]) for row, t in zip(asked, tokens)]
-        # 5. their scores r(x, y)
-        raw, named, texts = reward(asked, tokens)
+        numbers = uniform_numbers(args.seed, step, slots, args.max_new_tokens)
+        tokens, sampled_logps, kept = sample_answers(policy, asked, numbers, stops, args, args.temperature, args.top_p)
+        answered = [row._replace(responses=[tokens[i * n + k]]) for i, row in enumerate(asked) for k in range(n)]
+        # 5. their scores r(x, y); an answer that did not end has no other worth than --missing-eos-score
+        texts = as_texts(tokenizer, tokens, stops)
+        scores, named = total_reward(rewards, answered, texts)
+        if args.reference_baseline:
+            new = [place for place in places if batch[place] not in baselines]
+            own = sample_answers(reference, [rows[batch[p]] for p in new], torch.zeros(len(new), args.max_new_tokens), stops, args, 0.0, 1.0)[0]
+            found, _ = total_reward(rewards, [rows[batch[p]] for p in new], as_texts(tokenizer, own, stops))
+            baselines |= {batch[p]: score for p, score in zip(new, found.tolist())}
+            scores = scores - torch.tensor([baselines[batch[slot // n]] for slot in slots], device=device)
         ended = torch.tensor([bool(t) and t[-1] in stops for t in tokens], dtype=torch.bool, device=device)
-        scores = raw - baseline([number for number, _ in mine]) if args.reference_baseline else raw
         scores = torch.where(ended, scores + args.reward_constant, torch.full_like(scores, args.missing_eos_score))
-        # 6. log pi, log pi_ref and values of every token, before any update
+        # 6. log pi_old, log pi_ref and the value of every token, before any update
         with torch.no_grad():
-            logp_parts, entropy_parts = response_logps(policy, answered, kept)
-            ref_parts, _ = response_logps(reference, answered, kept)
-            value_parts = [None] * len(answered)
-            for group, forwards, _ in packed(answered, args.tokens_per_forward, device, value.together):
-                for i, part in zip(group, value.token_values(forwards).split([len(tokens[i]) for i in group] or [1])):
-                    value_parts[i] = part
-        old_logps, ref_logps, old_values, entropies, sampled = (padded(x, device) for x in (logp_parts, ref_parts, value_parts, entropy_parts, [p for _, p, _ in found]))
-        mask = padded([[1.0] * len(t) for t in tokens], device).bool()
+            logp_parts, entropy_parts = response_logps(policy, answered, kept, args, device)
+            ref_parts, _ = response_logps(reference, answered, kept, args, device)
+            value_parts = response_values(value, answered, args, device)
+        old_logps, ref_logps, old_values = (padded(parts, device) for parts in (logp_parts, ref_parts, value_parts))
+        mask = padded([[1.0] * len(t) for t in tokens], device).bool()  # [B, T], as all of these
         # 7. rewards per token, advantages and returns
-        rewards = shaped_rewards(scores, old_logps, ref_logps, mask, kl_coef)
+        token_rewards = shaped_rewards(scores, old_logps, ref_logps, mask, kl_coef)
         if args.whiten_rewards:
-            rewards = whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
+            token_rewards = whiten(token_rewards, mask, shift_mean=False)
+        advantages, returns = gae(token_rewards, old_values, mask, args.gamma, args.lam)
         if args.whiten_advantages:
             advantages = whiten(advantages, mask)
-        lengths = torch.zeros(B, device=device)  # of all ranks' answers
-        lengths[[slot for _, slot in mine]] = mask.sum(1).float()
-        lengths = over_ranks(lengths).tolist()
+        lengths = torch.zeros(B, device=device)
+        lengths[slots] = mask.sum(1).float()
+        lengths = over_ranks(lengths).tolist()  # of all ranks' answers
         # 8. several passes of minibatches over the same answers
-        learning_rate, warming = scheduled(args, step, steps), step < args.critic_warmup
-        sums, policy_norm, value_norm = torch.zeros(9, device=device), 0.0, 0.0
-        for epoch in range(args.ppo_epochs):
-            for minibatch in split_evenly(shuffled(B, step * args.ppo_epochs + epoch, args.seed), args.num_minibatches):
-                total = sum(lengths[slot] for slot in minibatch)  # tokens of the minibatch, over all ranks
-                chosen = set(minibatch)
-                part = [i for i, (_, slot) in enumerate(mine) if slot in chosen]
-                for group, forwards, target in packed([answered[i] for i in part], args.tokens_per_forward, device, policy.together):
-                    at = [part[i] for i in group]
-                    flat = lambda x: torch.cat([x[i, : len(tokens[i])] for i in at]) if at else torch.zeros(len(target), device=device)
-                    nuclei = [ids for i in at for ids in kept[i]] if at and args.top_p < 1 else None
-                    if not warming:
-                        logps, entropy, _ = policy.token_logps(forwards, target, args.temperature, nuclei)
-                        losses = policy_loss(logps, flat(old_logps), flat(advantages), args.clip)
-                        (losses.sum() / total * bool(at) * WORLD).backward()
-                    values = value.token_values(forwards) if value.together == policy.together else value.token_values(pack([answered[i] for i in at] or [Row([0], [[0]])], device, value.together)[0])
-                    value_losses = value_loss(values, flat(old_values), flat(returns), args.value_clip)
-                    if not torch.isfinite(value_losses.sum()) or not warming and not torch.isfinite(losses.sum()):
-                        refuse(f"step {step + 1}: the loss is not finite; lower --learning-rate and --value-learning-rate, or look at the rewards {raw.tolist()[:8]}")
-                    (value_losses.sum() / total * bool(at) * WORLD).backward()
-                    if at:
-                        ratio = (logps.detach() - flat(old_logps)).exp() if not warming else torch.ones(len(target), device=device)
-                        clipped = (values.detach() - flat(old_values)).abs() > args.value_clip if args.value_clip else torch.zeros(len(target), device=device)
-                        each = [losses.detach() if not warming else ratio * 0, value_losses.detach(), 0.5 * ratio.log().square(), (ratio - 1).abs() > args.clip, clipped, ratio, ratio.square()]
-                        sums[:7] += torch.stack([x.float().sum() for x in each]) / total
-                # 9. the likelihood of other text, PPO-ptx
-                if ptx_rows and not warming:
-                    texts_of_step = [ptx_rows[i] for i in pick(len(ptx_rows), args.ptx_batch_size or len(minibatch), updates, args.seed)]
-                    trained = sum(sum(row.trained[0]) for row in texts_of_step)
-                    for group, forwards, target in packed(texts_of_step[RANK::WORLD], args.tokens_per_forward, device, policy.together):
-                        nll = -policy.token_logps(forwards, target)[0].sum() / trained * bool(group)
-                        (args.ptx_coef * nll * WORLD).backward()
-                        sums[7] += nll.detach()
-                # 10. one step of AdamW for the policy and one for the value model
-                if not warming:
-                    policy_norm = take_step(policy, policy_optimizer, learning_rate, args.max_grad_norm)
-                value_norm = take_step(value, value_optimizer, learning_rate / args.learning_rate * args.value_learning_rate, args.max_grad_norm)
-                if updates == 0 and not warming:
-                    drift = over_ranks(sums[2].clone()).item()  # of the ratio, which is 1 before the first update
-                    assert drift < (1e-4 if dtype == torch.float32 else 0.05), f"the first ratio is not 1 (approximate KL {drift}): two forwards of one policy differ"
+        rate, warming = scheduled(args, step, steps) / args.learning_rate, step < args.critic_warmup
+        sums, norms, count = torch.zeros(8, device=device), [0.0, 0.0], 0
+        for minibatch in minibatches(args, B, step):
+            total = sum(lengths[slot] for slot in minibatch)  # its tokens, over all ranks
+            part = [i for i, slot in enumerate(slots) if slot in set(minibatch)]
+            part_rows = [answered[i] for i in part]
+            flat = lambda x, group: torch.cat([x[part[i], : len(tokens[part[i]])] for i in group] or [x.new_zeros(1)])
+            # 9. the policy's clipped loss, and the likelihood of other text
+            for group, forwards, target in packed(part_rows, args.tokens_per_forward, device, policy.together) if not warming else ():
+                logps, *_ = policy.token_logps(forwards, target, args.temperature, nuclei(kept, [part[i] for i in group]))
+                old = flat(old_logps, group)
+                loss = policy_loss(logps, old, flat(advantages, group), args.clip).sum() / total * bool(group)
+                refuse_unless_finite(loss, step, scores)
+                (loss * WORLD).backward()  # FSDP averages over the ranks
+                ratio = (logps.detach() - old).exp()
+                off = (ratio - 1).abs() > args.clip
+                sums[:5] += torch.stack([loss.detach(), *(x.sum() / total * bool(group) for x in (0.5 * ratio.log().square(), off, ratio, ratio.square()))])
+            if updates == 0 and not warming:
+                drift = over_ranks(sums[1].clone()).item()
+                assert drift < (1e-4 if dtype == torch.float32 else 0.05), f"approximate KL {drift} before the first update: two forwards of the policy differ"
+            if ptx_rows and not warming:
+                others = [ptx_rows[i] for i in pick(len(ptx_rows), args.ptx_batch_size or len(minibatch), updates, args.seed)]
+                trained = sum(sum(row.trained[0]) for row in others)
+                for group, forwards, target in packed(others[RANK::WORLD], args.tokens_per_forward, device, policy.together):
+                    objective = policy.token_logps(forwards, target)[0].sum() / trained * bool(group)
+                    (-args.ptx_coef * objective * WORLD).backward()
+                    sums[5] -= objective.detach()
+            # 10. the value model's clipped loss
+            for group, forwards, _ in packed(part_rows, args.tokens_per_forward, device, value.together):
+                values, old = value.token_values(forwards), flat(old_values, group)
+                loss = value_loss(values, old, flat(returns, group), args.value_clip).sum() / total * bool(group)
+                refuse_unless_finite(loss, step, scores)
+                (loss * WORLD).backward()
+                clipped = (values.detach() - old).abs() > (args.value_clip or math.inf)
+                sums[6:] += torch.stack([loss.detach(), clipped.sum() / total * bool(group)])
+            # 11. one step of AdamW for each
+            if not warming:
+                norms[0] = take_step(policy, policy_optimizer, rate * args.learning_rate, args.max_grad_norm)
                 updates += 1
-        # 11. what happened
-        count = args.ppo_epochs * args.num_minibatches
-        per_answer = torch.stack([scores.sum(), ((old_logps - ref_logps) * mask).sum(), ended.sum(), raw.sum(), rewards.sum()])
-        scored, kl, eos, raw_sum, _ = (over_ranks(per_answer) / B).tolist()
-        per_token = torch.stack([(entropies * mask).sum(), ((sampled - old_logps).abs() * mask).sum(), (returns - old_values).square().mul(mask).sum(), returns.mul(mask).sum(), returns.square().mul(mask).sum()])
-        entropy, difference, error, mean_return, square_return = (over_ranks(per_token) / sum(lengths)).tolist()
-        sums = (over_ranks(sums) / count).tolist()
-        if step == 0 and not args.reference:
-            assert abs(kl) < (1e-3 if dtype == torch.float32 else 0.05) * max(lengths), f"the KL to the reference is {kl} before the first update: policy and reference differ"
+            norms[1] = take_step(value, value_optimizer, rate * args.value_learning_rate, args.max_grad_norm)
+            count += 1
+        # 12. what happened
         episode += B
-        metrics = {"step": step + 1, "episode": episode, "objective/scores": scored, "objective/kl": kl, "objective/non_score_reward": -kl_coef * kl,
-                   "objective/rlhf_reward": scored - kl_coef * kl, "objective/entropy": entropy * sum(lengths) / B, "objective/kl_coef": kl_coef,
-                   "reward": raw_sum, "response_length": sum(lengths) / B, "policy/entropy_avg": entropy, "loss/policy_avg": sums[0], "loss/value_avg": sums[1],
-                   "policy/approxkl_avg": sums[2], "policy/clipfrac_avg": sums[3], "val/clipfrac_avg": sums[4], "val/ratio": sums[5] if not warming else 1.0,
-                   "val/ratio_var": max(0.0, sums[6] - sums[5] ** 2), "val/num_eos_tokens": eos * B, "val/share_eos": eos,
-                   "val/explained_variance": 1 - error / max(1e-8, square_return - mean_return**2), "sampling/logp_difference": difference,
-                   "grad_norm": policy_norm, "value_grad_norm": value_norm, "lr": learning_rate, "epoch": (step + 1) / math.ceil(len(rows) / args.batch_size)}  # fmt: skip
-        metrics |= {"ptx_loss": sums[7]} if ptx_rows else {}
+        kl = ((old_logps - ref_logps) * mask).sum()
+        answer_means = (over_ranks(torch.stack([scores.sum(), kl, ended.sum(), (padded(entropy_parts, device)).sum()])) / B).tolist()
+        gap = (padded(sampled_logps, device) - old_logps).abs().mul(mask).sum()
+        moments = torch.stack([gap, (returns - old_values).square().mul(mask).sum(), returns.sum(), returns.square().sum()])
+        gap, error, mean_return, square_return = (over_ranks(moments) / sum(lengths)).tolist()
+        score, kl, share_eos, entropy = answer_means
+        policy_mean, approx_kl, off, ratio, square_ratio, ptx, value_mean, clipped = (over_ranks(sums) / count).tolist()
+        if step == 0 and not args.reference:
+            assert abs(kl) < (1e-3 if dtype == torch.float32 else 0.05) * max(lengths), f"KL {kl} to the reference before the first update: they differ"
+        metrics = {
+            "step": step + 1, "episode": episode, "epoch": (step + 1) / math.ceil(len(rows) / args.batch_size),
+            "objective/scores": score, "objective/kl": kl, "objective/non_score_reward": -kl_coef * kl, "objective/rlhf_reward": score - kl_coef * kl,
+            "objective/entropy": entropy, "objective/kl_coef": kl_coef, "response_length": sum(lengths) / B,
+            "policy/entropy_avg": entropy * B / sum(lengths), "policy/approxkl_avg": approx_kl, "policy/clipfrac_avg": off,
+            "loss/policy_avg": policy_mean, "loss/value_avg": value_mean, "val/clipfrac_avg": clipped, "val/ratio": ratio,
+            "val/ratio_var": max(0.0, square_ratio - ratio**2), "val/num_eos_tokens": share_eos * B, "val/share_eos": share_eos,
+            "val/explained_variance": 1 - error / max(1e-8, square_return - mean_return**2), "sampling/logp_difference": gap,
+            "grad_norm": norms[0], "value_grad_norm": norms[1], "lr": rate * args.learning_rate,
+        } | ({"loss/ptx": ptx} if ptx_rows else {})  # fmt: skip
         for name, x in named.items():
-            applies = over_ranks(torch.stack([x.nan_to_num(0.0).sum(), (~x.isnan()).sum()])).tolist()
-            metrics[f"rewards/{name}/mean"] = applies[0] / max(1, applies[1])
+            total, applies = over_ranks(torch.stack([x.nan_to_num(0.0).sum(), (~x.isnan()).sum().float()])).tolist()
+            metrics[f"rewards/{name}/mean"] = total / max(1, applies)
         if held_out and (step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0):
-            metrics |= evaluate_policy(step)
+            metrics |= evaluate_policy(policy, reference, rewards, held_out, tokenizer, args, device)
         now = time.time()
         metrics |= dict(eps=B / (now - clock), tokens_per_second=sum(lengths) / (now - clock), seconds=now - started, peak_memory_mb=peak_memory(device))
         log(args, out, metrics)
-        bar.set_postfix(score=f"{scored:.3f}", kl=f"{kl:.3f}", length=f"{sum(lengths) / B:.1f}", eos=f"{eos:.2f}")
+        bar.set_postfix(score=f"{score:.3f}", kl=f"{kl:.3f}", length=f"{sum(lengths) / B:.1f}", ended=f"{share_eos:.2f}")
         if args.show_every and step % args.show_every == 0 and RANK == 0:
-            show(asked, texts, dict(named, total=scores))
-        # 12. the KL coefficient follows its target; a policy gone too far stops the run
+            show(answered, texts, named | dict(total=scores))
+        # 13. the KL coefficient follows its target; a policy gone too far ends the run
         if args.kl_target:
             kl_coef = adapted_kl_coef(kl_coef, kl, args.kl_target, B, args.kl_horizon)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_checkpoint(out, step + 1, models, optimizers, episode=episode, seconds=now - started, kl_coef=kl_coef, updates=updates)
         if args.max_kl and kl > args.max_kl:
-            say(f"stopped at step {step + 1}: the KL to the reference is {kl:.3f}, beyond --max-kl {args.max_kl}; the policy is saved as it is")
+            say(f"stopped after step {step + 1}: the KL to the reference is {kl:.3f}, beyond --max-kl {args.max_kl}; the policy is saved as it is")
             break
 
-    # 13. a checkpoint that anything loads
+    # 14. a checkpoint that anything loads
     finish(out, models)
     draw(out, ["objective/scores", "objective/kl", "policy/entropy_avg", "response_length", "val/explained_variance"])
     if "eval_scores" in metrics:
