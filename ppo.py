@@ -21,8 +21,8 @@ Departures and options
   7. An answer without a stop token gets --missing-eos-score in place of its reward. Sampled and scored distributions are the same one:
      temperature and nucleus are part of every log-probability.
 
-Reads prompts (column prompt, or a preference data set), a policy, and what rewards it. The policy, the reference, each reward model and
-the judge may be of any size, the last two with tokenizers and templates of their own. Writes the policy to --output-dir, the value model to value/ in it.
+Reads prompts (column prompt, or a preference data set), a policy, and what rewards it: reward models and the judge may be of any size,
+with tokenizers and templates of their own. Writes the policy to --output-dir, and the value model to value/ in it.
 
   python ppo.py --learning-rate 1e-4 --value-learning-rate 1e-3 --kl-coef 0.2 --max-new-tokens 24                  the grid world
   python ppo.py --model Qwen/Qwen3-0.6B --reward-model runs/rm --dataset trl-lib/ultrafeedback-prompt              one GPU
@@ -1138,8 +1138,8 @@ def begin(args, **inputs):
 
 def record(args, plan: dict, finished: bool) -> dict:
     """What args.json holds: enough to say where a checkpoint comes from and to run it again."""
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
-    return dict(script=Path(__file__).name, finished=finished, args=asdict(args), plan=plan, versions=versions, ranks=WORLD, threads=torch.get_num_threads())
+    machine = dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD, threads=torch.get_num_threads())
+    return dict(script=Path(__file__).name, finished=finished, args=asdict(args), plan=plan, python=sys.version.split()[0]) | machine
 
 
 def write_json(path: Path, value):
@@ -1151,7 +1151,8 @@ def write_json(path: Path, value):
 
 def write_model(directory: Path, model, tokenizer, dtype):
     """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every stop token."""
-    weights = dcp.get_model_state_dict(model, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)) if dist.is_initialized() else model.state_dict()
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp.get_model_state_dict(model, options=options) if dist.is_initialized() else model.state_dict()
     for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
         weights.pop(tied, None)
     if RANK == 0:
@@ -1226,6 +1227,19 @@ def finish(out: Path, models: dict):
                 stale.unlink()
         shutil.rmtree(part)
         write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
+
+
+def refuse_unless_finite(loss, step: int, look_at: str):
+    """A loss that is not a number ends the run."""
+    if not torch.isfinite(loss):
+        refuse(f"step {step + 1}: the loss is {loss.item()}; lower the learning rate, or look at {look_at}")
+
+
+def announce(models: list, source: str, device, dtype, work: str):
+    """The run in two lines: what is trained, and how."""
+    parameters = sum(p.numel() for model in models for p in model.parameters())
+    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {parameters >> 16} MB with AdamW")
+    say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
 
 
 def log(args, out: Path, metrics: dict):
@@ -1340,12 +1354,6 @@ def value_start(args, tokenizer) -> str:
     return args.model
 
 
-def refuse_unless_finite(loss, step: int, scores):
-    """A loss that is not a number ends the run."""
-    if not torch.isfinite(loss):
-        refuse(f"step {step + 1}: a loss is {loss.item()}; lower --learning-rate and --value-learning-rate, or look at the scores {scores.tolist()[:8]}")
-
-
 @torch.no_grad()
 def evaluate_policy(policy, reference, rewards: dict, held_out: list, tokenizer, args, device) -> dict:
     """Score, KL and length of one sampled answer to each held-out prompt, with the same randomness every time."""
@@ -1388,9 +1396,9 @@ def main(args: Args):
     # 0. ranks, output, seed
     check(args)
     device, dtype = start_ranks(args.dtype)
-    reads = {k: getattr(args, k) for k in ("model", "reference", "value_model", "dataset", "eval_dataset", "ptx_dataset", "condition", "judge", "rubric")}
-    reads |= {f"reward_model {i}": name for i, name in enumerate(args.reward_model)} | dict(rule=args.rule.rpartition(":")[0])
-    out, last = begin(args, **reads)
+    reads = dict(model=args.model, reference=args.reference, value_model=args.value_model, dataset=args.dataset, eval_dataset=args.eval_dataset)
+    reads |= dict(ptx_dataset=args.ptx_dataset, condition=args.condition, judge=args.judge, rubric=args.rubric, rule=args.rule.rpartition(":")[0])
+    out, last = begin(args, **reads, **{f"reward_model {i}": name for i, name in enumerate(args.reward_model)})
     started = time.time()
     torch.manual_seed(args.seed)
 
@@ -1433,11 +1441,9 @@ def main(args: Args):
     episode, kl_coef, updates, baselines = state["episode"], state["kl_coef"], state["updates"], {}
     steps = math.ceil(len(rows) / args.batch_size) * args.epochs
     steps = min(steps, args.max_steps or steps)
-    parameters = sum(p.numel() for model in (policy, value) for p in model.parameters())
-    say(f"model: {args.model}, value model from {value_source}; {parameters / 1e6:.2f} M trained parameters, {16 * parameters / 2**20:.0f} MB with AdamW")
-    say(f"rewards: {', '.join(rewards)}; answers end at {tokenizer.convert_ids_to_tokens(stops)}")
-    say(f"training: {steps} batches of {args.batch_size} x {args.num_generations} answers, {args.ppo_epochs} x {args.num_minibatches} updates each, "
-        f"on {WORLD} x {device.type} ({dtype})")
+    work = f"{steps} batches of {args.batch_size} x {args.num_generations} answers, {args.ppo_epochs} x {args.num_minibatches} updates each"
+    announce([policy, value], f"{args.model} and {value_source}", device, dtype, work)
+    say(f"rewards: {', '.join(rewards)}; answers end at {' or '.join(tokenizer.convert_ids_to_tokens(stops))}")
 
     # 3. for each batch of prompts
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="ppo", disable=RANK > 0)
@@ -1492,14 +1498,14 @@ def main(args: Args):
                 logps, *_ = policy.token_logps(forwards, target, args.temperature, nuclei(kept, [part[i] for i in group]))
                 old = flat(old_logps, group)
                 loss = policy_loss(logps, old, flat(advantages, group), args.clip).sum() / total * bool(group)
-                refuse_unless_finite(loss, step, scores)
+                refuse_unless_finite(loss, step, f"the scores {scores.tolist()[:8]}")
                 (loss * WORLD).backward()  # FSDP averages over the ranks
                 ratio = (logps.detach() - old).exp()
-                off = (ratio - 1).abs() > args.clip
-                sums[:5] += torch.stack([loss.detach(), *(x.sum() / total * bool(group) for x in (0.5 * ratio.log().square(), off, ratio, ratio.square()))])
+                seen = torch.stack([0.5 * ratio.log().square(), (ratio - 1).abs() > args.clip, ratio, ratio.square()]).sum(1) / total * bool(group)
+                sums[:5] += torch.cat([loss.detach()[None], seen])
             if updates == 0 and not warming:
                 drift = over_ranks(sums[1].clone()).item()
-                assert drift < (1e-4 if dtype == torch.float32 else 0.05), f"approximate KL {drift} before the first update: two forwards of the policy differ"
+                assert drift < (1e-4 if dtype == torch.float32 else 0.05), f"approximate KL {drift} before the first update: two forwards differ"
             if ptx_rows and not warming:
                 others = [ptx_rows[i] for i in pick(len(ptx_rows), args.ptx_batch_size or len(minibatch), updates, args.seed)]
                 trained = sum(sum(row.trained[0]) for row in others)
@@ -1511,7 +1517,7 @@ def main(args: Args):
             for group, forwards, _ in packed(part_rows, args.tokens_per_forward, device, value.together):
                 values, old = value.token_values(forwards), flat(old_values, group)
                 loss = value_loss(values, old, flat(returns, group), args.value_clip).sum() / total * bool(group)
-                refuse_unless_finite(loss, step, scores)
+                refuse_unless_finite(loss, step, f"the scores {scores.tolist()[:8]}")
                 (loss * WORLD).backward()
                 clipped = (values.detach() - old).abs() > (args.value_clip or math.inf)
                 sums[6:] += torch.stack([loss.detach(), clipped.sum() / total * bool(group)])
@@ -1531,7 +1537,8 @@ def main(args: Args):
         score, kl, share_eos, entropy = answer_means
         policy_mean, approx_kl, off, ratio, square_ratio, ptx, value_mean, clipped = (over_ranks(sums) / count).tolist()
         if step == 0 and not args.reference:
-            assert abs(kl) < (1e-3 if dtype == torch.float32 else 0.05) * max(lengths), f"KL {kl} to the reference before the first update: they differ"
+            limit = (1e-3 if dtype == torch.float32 else 0.05) * max(lengths)
+            assert abs(kl) < limit, f"KL {kl} to the reference before the first update: the two differ"
         metrics = {
             "step": step + 1, "episode": episode, "epoch": (step + 1) / math.ceil(len(rows) / args.batch_size),
             "objective/scores": score, "objective/kl": kl, "objective/non_score_reward": -kl_coef * kl, "objective/rlhf_reward": score - kl_coef * kl,
@@ -1548,7 +1555,8 @@ def main(args: Args):
         if held_out and (step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0):
             metrics |= evaluate_policy(policy, reference, rewards, held_out, tokenizer, args, device)
         now = time.time()
-        metrics |= dict(eps=B / (now - clock), tokens_per_second=sum(lengths) / (now - clock), seconds=now - started, peak_memory_mb=peak_memory(device))
+        metrics |= dict(eps=B / (now - clock), tokens_per_second=sum(lengths) / (now - clock))
+        metrics |= dict(seconds=now - started, peak_memory_mb=peak_memory(device))
         log(args, out, metrics)
         bar.set_postfix(score=f"{score:.3f}", kl=f"{kl:.3f}", length=f"{sum(lengths) / B:.1f}", ended=f"{share_eos:.2f}")
         if args.show_every and step % args.show_every == 0 and RANK == 0:

@@ -845,8 +845,8 @@ def begin(args, **inputs):
 
 def record(args, plan: dict, finished: bool) -> dict:
     """What args.json holds: enough to say where a checkpoint comes from and to run it again."""
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
-    return dict(script=Path(__file__).name, finished=finished, args=asdict(args), plan=plan, versions=versions, ranks=WORLD, threads=torch.get_num_threads())
+    machine = dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD, threads=torch.get_num_threads())
+    return dict(script=Path(__file__).name, finished=finished, args=asdict(args), plan=plan, python=sys.version.split()[0]) | machine
 
 
 def write_json(path: Path, value):
@@ -858,7 +858,8 @@ def write_json(path: Path, value):
 
 def write_model(directory: Path, model, tokenizer, dtype):
     """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every stop token."""
-    weights = dcp.get_model_state_dict(model, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)) if dist.is_initialized() else model.state_dict()
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp.get_model_state_dict(model, options=options) if dist.is_initialized() else model.state_dict()
     for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
         weights.pop(tied, None)
     if RANK == 0:
@@ -933,6 +934,19 @@ def finish(out: Path, models: dict):
                 stale.unlink()
         shutil.rmtree(part)
         write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
+
+
+def refuse_unless_finite(loss, step: int, look_at: str):
+    """A loss that is not a number ends the run."""
+    if not torch.isfinite(loss):
+        refuse(f"step {step + 1}: the loss is {loss.item()}; lower the learning rate, or look at {look_at}")
+
+
+def announce(models: list, source: str, device, dtype, work: str):
+    """The run in two lines: what is trained, and how."""
+    parameters = sum(p.numel() for model in models for p in model.parameters())
+    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {parameters >> 16} MB with AdamW")
+    say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
 
 
 def log(args, out: Path, metrics: dict):
@@ -1042,16 +1056,17 @@ def full_report(rows: list, scores: list, tokenizer) -> dict:
     low, high = labels[len(labels) // 3], labels[2 * len(labels) // 3]
     groups = {f"kind {k}": [p for p in pairs if p["kind"] == k] for k in sorted({p["kind"] for p in pairs})}
     if low < high:
-        groups |= {f"labelled gap up to {low:.3g}": [p for p in pairs if p["label"] <= low], f"labelled gap above {high:.3g}": [p for p in pairs if p["label"] > high]}
-    groups |= {"better is longer": [p for p in pairs if p["length"] > 0], "better is shorter": [p for p in pairs if p["length"] < 0], "equal length": [p for p in pairs if p["length"] == 0]}
+        groups[f"labelled gap up to {low:.3g}"] = [p for p in pairs if p["label"] <= low]
+        groups[f"labelled gap above {high:.3g}"] = [p for p in pairs if p["label"] > high]
+    for name, sign in (("better is longer", 1), ("better is shorter", -1), ("equal length", 0)):
+        groups[name] = [p for p in pairs if (p["length"] > 0) - (p["length"] < 0) == sign]
     result = dict(pairs=len(pairs), accuracy=accuracy(pairs), calibration_error=calibration_error([p["gap"] for p in pairs]))
-    result |= dict(length_correlation=length_correlation(rows, scores), groups={k: dict(pairs=len(g), accuracy=accuracy(g)) for k, g in groups.items() if g})
-    text = lambda i, k: tokenizer.decode(rows[i].responses[k])[:200]
-    pairs.sort(key=lambda p: p["gap"])
-    result["examples"] = [
-        dict(gap=p["gap"], prompt=tokenizer.decode(rows[p["row"]].prompt)[-200:], better=text(p["row"], p["better"]), worse=text(p["row"], p["worse"]))
-        for p in (*pairs[:2], *pairs[-2:])
-    ]  # fmt: skip
+    result["length_correlation"] = length_correlation(rows, scores)
+    result["groups"] = {name: dict(pairs=len(group), accuracy=accuracy(group)) for name, group in groups.items() if group}
+    result["examples"], worst_first = [], sorted(pairs, key=lambda p: p["gap"])
+    for p in (*worst_first[:2], *worst_first[-2:]):
+        row, text = rows[p["row"]], lambda k: tokenizer.decode(rows[p["row"]].responses[k])[:200]
+        result["examples"].append(dict(gap=p["gap"], prompt=tokenizer.decode(row.prompt)[-200:], better=text(p["better"]), worse=text(p["worse"])))
     say(f"held out: {len(pairs)} pairs, accuracy {result['accuracy']:.3f}, calibration error {result['calibration_error']:.3f}, "
         f"correlation of score with length {result['length_correlation']:+.2f}")
     for name, group in result["groups"].items():
@@ -1073,7 +1088,8 @@ def main(args: Args):
     # 1. the model, its head at zero unless it is a reward model already, and the rankings
     data = load_rows("--dataset", args.dataset, args.dataset_split)
     if not ({"prompt", "completions", "scores"} <= set(data.column_names) or {"chosen", "rejected"} <= set(data.column_names)):
-        refuse(f"--dataset {args.dataset}: needs columns chosen and rejected, or prompt, completions and scores; it has {', '.join(data.column_names)}")
+        found = ", ".join(data.column_names)
+        refuse(f"--dataset {args.dataset}: needs columns chosen and rejected, or prompt, completions and scores; it has {found}")
     conditions = load_json("--condition", args.condition) if args.condition else {}
     model, tokenizer, new = load_reward_model(str(last or args.model), device, dtype)
     max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
@@ -1087,9 +1103,7 @@ def main(args: Args):
         rows = balanced(args, rows)
     steps = math.ceil(len(rows) / args.batch_size) * args.epochs
     steps = min(steps, args.max_steps or steps)
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"model: {args.model}, {type(model).__name__}, {parameters / 1e6:.2f} M parameters, {16 * parameters / 2**20:.0f} MB with gradients and AdamW")
-    say(f"training: {steps} steps of {args.batch_size} prompts on {WORLD} x {device.type} ({dtype}), forwards of {args.tokens_per_forward} tokens at most")
+    announce([model], args.model, device, dtype, f"{steps} steps of {args.batch_size} prompts, {args.tokens_per_forward} tokens a forward at most")
 
     # 2. the optimiser, and where an earlier run stopped
     if args.gradient_checkpointing:
@@ -1105,8 +1119,9 @@ def main(args: Args):
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="reward model", disable=RANK > 0)
     for step in bar:
         clock = time.time()
-        batch = [rows[i] for i in pick(len(rows), args.batch_size, step, args.seed)]
-        count = torch.tensor([len(batch), sum(len(row.extra["pairs"]) for row in batch), sum(len(row.responses) for row in batch)])
+        numbers = pick(len(rows), args.batch_size, step, args.seed)
+        batch = [rows[i] for i in numbers]
+        pairs, answers = sum(len(row.extra["pairs"]) for row in batch), sum(len(row.responses) for row in batch)
         mine, sums, lowest, highest = batch[RANK::WORLD], torch.zeros(4, device=device), math.inf, -math.inf
         for group, forwards, _ in packed(mine, args.tokens_per_forward, device, model.together):
             part = [mine[i] for i in group]
@@ -1114,8 +1129,7 @@ def main(args: Args):
             scores = model.response_scores(forwards)
             # 5. the loss, averaged over the step's prompts; a rank without rows goes along with weight zero; FSDP averages over the ranks
             loss = ranking_loss(args, scores, part) / len(batch) if part else scores.sum() * 0
-            if not torch.isfinite(loss):
-                refuse(f"step {step + 1}: the loss is {loss.item()}; lower --learning-rate, or look at the rows {pick(len(rows), args.batch_size, step, args.seed)[:8]}")
+            refuse_unless_finite(loss, step, f"the rows {numbers[:8]}")
             (loss * WORLD).backward()
             if group:
                 scores = scores.detach()
@@ -1128,11 +1142,11 @@ def main(args: Args):
         # 7. what happened
         loss, right, gap, total = over_ranks(sums).tolist()
         if step == 0 and new:
-            at_zero = ranking_loss(args, torch.zeros(int(count[2])), batch).item() / len(batch)  # ln 2 for pairs, ln K! for Plackett-Luce
-            assert abs(loss - at_zero) < (1e-4 if dtype == torch.float32 else 0.05), f"the first loss is {loss}, not {at_zero}: the head is not at zero"
+            at_zero = ranking_loss(args, torch.zeros(answers), batch).item() / len(batch)  # ln 2 for pairs, ln K! for Plackett-Luce
+            assert abs(loss - at_zero) < (1e-4 if dtype == torch.float32 else 0.05), f"the first loss is {loss}, not {at_zero}: is the head at zero?"
         tokens = sum(len(row.prompt) + sum(map(len, row.responses)) for row in batch)
         num_tokens += tokens
-        metrics = dict(step=step + 1, loss=loss, accuracy=right / int(count[1]), margin=gap / int(count[1]), mean_reward=total / int(count[2]))
+        metrics = dict(step=step + 1, loss=loss, accuracy=right / pairs, margin=gap / pairs, mean_reward=total / answers)
         lowest, highest = over_ranks(torch.tensor([-lowest, highest], device=device), dist.ReduceOp.MAX).tolist()
         metrics |= dict(min_reward=-lowest, max_reward=highest, grad_norm=grad_norm)
         metrics |= dict(learning_rate=learning_rate, epoch=(step + 1) / math.ceil(len(rows) / args.batch_size), num_tokens=num_tokens)

@@ -587,9 +587,8 @@ def new_model(args, texts: list):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=args.vocab_size, special_tokens=special, initial_alphabet=alphabet))
     bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|end|>", extra_special_tokens=special[3:], clean_up_tokenization_spaces=False
-    )
+    names = dict(pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|end|>", extra_special_tokens=special[3:])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **names)
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -776,8 +775,8 @@ def begin(args, **inputs):
 
 def record(args, plan: dict, finished: bool) -> dict:
     """What args.json holds: enough to say where a checkpoint comes from and to run it again."""
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
-    return dict(script=Path(__file__).name, finished=finished, args=asdict(args), plan=plan, versions=versions, ranks=WORLD, threads=torch.get_num_threads())
+    machine = dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD, threads=torch.get_num_threads())
+    return dict(script=Path(__file__).name, finished=finished, args=asdict(args), plan=plan, python=sys.version.split()[0]) | machine
 
 
 def write_json(path: Path, value):
@@ -789,7 +788,8 @@ def write_json(path: Path, value):
 
 def write_model(directory: Path, model, tokenizer, dtype):
     """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every stop token."""
-    weights = dcp.get_model_state_dict(model, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)) if dist.is_initialized() else model.state_dict()
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp.get_model_state_dict(model, options=options) if dist.is_initialized() else model.state_dict()
     for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
         weights.pop(tied, None)
     if RANK == 0:
@@ -864,6 +864,19 @@ def finish(out: Path, models: dict):
                 stale.unlink()
         shutil.rmtree(part)
         write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
+
+
+def refuse_unless_finite(loss, step: int, look_at: str):
+    """A loss that is not a number ends the run."""
+    if not torch.isfinite(loss):
+        refuse(f"step {step + 1}: the loss is {loss.item()}; lower the learning rate, or look at {look_at}")
+
+
+def announce(models: list, source: str, device, dtype, work: str):
+    """The run in two lines: what is trained, and how."""
+    parameters = sum(p.numel() for model in models for p in model.parameters())
+    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {parameters >> 16} MB with AdamW")
+    say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
 
 
 def log(args, out: Path, metrics: dict):
@@ -945,9 +958,7 @@ def main(args: Args):
         held_out = hold_out(rows, args.eval_fraction, args.seed)
     steps = math.ceil(len(rows) / args.batch_size) * args.epochs
     steps = min(steps, args.max_steps or steps)
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"model: {args.model or 'new'}, {type(model).__name__}, {parameters / 1e6:.2f} M parameters, {16 * parameters / 2**20:.0f} MB with gradients and AdamW")
-    say(f"training: {steps} steps of {args.batch_size} rows on {WORLD} x {device.type} ({dtype}), forwards of {args.tokens_per_forward} tokens at most")
+    announce([model], args.model or "nothing", device, dtype, f"{steps} steps of {args.batch_size} rows, {args.tokens_per_forward} tokens a forward at most")
 
     # 2. the optimiser, and where an earlier run stopped
     if args.gradient_checkpointing:
@@ -963,7 +974,8 @@ def main(args: Args):
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="sft", disable=RANK > 0)
     for step in bar:
         clock = time.time()
-        batch = [rows[i] for i in pick(len(rows), args.batch_size, step, args.seed)]
+        numbers = pick(len(rows), args.batch_size, step, args.seed)
+        batch = [rows[i] for i in numbers]
         total = sum(sum(row.trained[0]) for row in batch)  # N, over all ranks
         mine, sums = batch[RANK::WORLD], torch.zeros(3, device=device)
         for group, forwards, target in packed(mine, args.tokens_per_forward, device, model.together):
@@ -971,8 +983,7 @@ def main(args: Args):
             logps, entropy, top = model.token_logps(forwards, target)
             # 5. the loss over the whole step's tokens; a rank without rows goes along with weight zero; FSDP averages over the ranks
             loss = sft_loss(logps, total) * bool(group)
-            if not torch.isfinite(loss):
-                refuse(f"step {step + 1}: the loss is {loss.item()}; lower --learning-rate, or look at the rows {pick(len(rows), args.batch_size, step, args.seed)[:8]}")
+            refuse_unless_finite(loss, step, f"the rows {numbers[:8]}")
             (loss * WORLD).backward()
             sums += torch.stack([loss.detach(), top.sum() / total * bool(group), entropy.sum() / total * bool(group)])
         # 6. one step of AdamW
