@@ -7,7 +7,7 @@
     objective(phi) = E_{x, y ~ pi} [ r(x, y) - beta log( pi(y|x) / pi_ref(y|x) ) ] + gamma E_{x ~ D_ptx} [ log pi(x) ]
     InstructGPT (Ouyang et al. 2022, arXiv 2203.02155), eq. 2. Each token is an action: its reward is -beta log(pi/pi_ref), the last
     one's also r(x, y). Advantages by GAE (Schulman et al. 2016, arXiv 1506.02438, eq. 16), and the clipped surrogate of PPO (Schulman et
-    al. 2017, arXiv 1707.06347, eq. 7) with a clipped value loss.
+    al. 2017, arXiv 1707.06347, eq. 7) with a clipped value loss. This gamma is --ptx-coef; --gamma is GAE's discount, 1 in the paper.
 
 Departures and options
   1. Not in the paper, taken from its code lineage: lambda 0.95, value clipping 0.2, advantages whitened over the real tokens of all ranks.
@@ -15,7 +15,7 @@ Departures and options
   2. --ptx-dataset, --ptx-coef: gamma, the likelihood of other text: PPO-ptx; with SFT data, ChatGLM's regulariser (arXiv 2404.00934).
   3. --reference-baseline: r less the reward of the reference's own greedy answer (ChatGLM), with --no-whiten-advantages.
   4. --critic-warmup, --value-clip 0, --no-whiten-advantages, --lam 0.99, --top-p 0.9, --condition: InternLM2 (arXiv 2403.17297).
-  5. --reward-constant, --critic-warmup: Starling's length control and critic pre-training; --train-last-layers for its contrast.
+  5. --reward-constant, --critic-warmup: Starling's length control and critic pre-training; --train-last-layers: what it was better than.
   6. --judge with --rubric: a classifier with a multiple-choice rubric on typed prompts (GPT-4's rule-based reward model); without one,
      the expected score of 1 to 10 (direct RLAIF, Lee et al. 2023, arXiv 2309.00267). --rule: any function of your own.
   7. An answer without a stop token gets --missing-eos-score in place of its reward. Sampled and scored distributions are the same one:
@@ -32,11 +32,11 @@ with tokenizers and templates of their own. Writes the policy to --output-dir, a
   objective/scores        -          rises                   flat: lower --kl-coef, raise the learning rates; look at the samples printed
   objective/kl            0          rises, levels off       beyond 10 or so: the policy exploits the reward; raise --kl-coef
   objective/rlhf_reward   -          rises                   score less the KL penalty: falling means the penalty wins
-  policy/approxkl_avg     ~0         0.001 to 0.02           above 0.05: lower --learning-rate or --ppo-epochs
-  policy/clipfrac_avg     0          0.01 to 0.2             above 0.3: the same
+  policy/approxkl_avg     small      0.001 to 0.02           above 0.05: lower --learning-rate or --ppo-epochs
+  policy/clipfrac_avg     small      0.01 to 0.2             above 0.3: the same; both are exactly 0 on the first minibatch alone
   policy/entropy_avg      1 to 2     falls slowly            to 0: collapsed; raise --kl-coef
   val/explained_variance  any        rises towards 1         below 0 for long: --critic-warmup, higher --value-learning-rate
-  val/ratio               1          close to 1              -
+  val/ratio               near 1     near 1                  far from 1: the same
   val/share_eos           -          rises to 1              falls: answers run into --max-new-tokens; see --missing-eos-score
   sampling/logp_difference  ~0       ~0                      above 0.05: sampler and trainer disagree (bfloat16 gives about 0.01)
 """
@@ -78,7 +78,7 @@ class Args:
     critic_warmup: int = 0
     """first batches that train the value model only (InternLM2: 50)"""
     reward_constant: float = 0.0
-    """added to every score, so that finishing is worth something (Starling; its value is unpublished)"""
+    """added to the score of every answer that ends, so that ending is worth something (Starling; its value is unpublished)"""
     reference_baseline: bool = False
     """subtract the reward of the reference's own greedy answer to the prompt (ChatGLM)"""
     missing_eos_score: float = -1.0
@@ -99,7 +99,7 @@ class Args:
     judge: str = ""
     """causal language model that grades the answers: hub id or directory"""
     rubric: str = ""
-    """JSON file with a question, and options and rewards by kind of prompt; without options, the question asks for a score of 1 to 10"""
+    """JSON {"question": text, "options": {"A": text, ...}, "reward": {kind: {"A": number, ...}}}; with the question alone, a score of 1 to 10"""
     judge_weight: float = 1.0
     """weight of --judge"""
     # --- other text (PPO-ptx)
@@ -123,6 +123,8 @@ class Args:
     """split, for hub data sets and saved directories"""
     eval_dataset: str = ""
     """held-out prompts; empty: a part of --dataset"""
+    eval_split: str = "test"
+    """split of --eval-dataset, for hub data sets and saved directories"""
     eval_fraction: float = 0.02
     """share of --dataset held out when there is no --eval-dataset (0: no evaluation)"""
     max_length: int = 1024
@@ -181,9 +183,9 @@ class Args:
     track: bool = False
     """also log to Weights & Biases (WANDB_MODE=offline needs no account)"""
     wandb_project: str = "ppo"
-    """of --track"""
+    """project of --track"""
     run_name: str = ""
-    """of --track; empty: the output directory"""
+    """name of the run of --track (empty: the output directory)"""
 
 
 if __name__ == "__main__":
@@ -309,6 +311,11 @@ def refuse(message: str):
     sys.exit(2)
 
 
+def reason(e: Exception) -> str:
+    """The first line of what an exception says."""
+    return (str(e.__cause__ or e).splitlines() or [type(e).__name__])[0][:200]
+
+
 def say(*text):
     """Print on the first rank."""
     if RANK == 0:
@@ -329,7 +336,7 @@ def load_rows(option: str, name: str, split: str = "train") -> Dataset:
         else:
             data = load_dataset(hub, *config, split=split)
     except Exception as e:  # whatever the readers raise, the user needs to know which file it was
-        refuse(f"{option} {name}: cannot be read as a data set ({type(e).__name__}: {str(e.__cause__ or e).splitlines()[0][:200]})")
+        refuse(f"{option} {name}: cannot be read as a data set ({type(e).__name__}: {reason(e)})")
     if len(data) == 0:
         refuse(f"{option} {name}: has no rows")
     return data
@@ -416,9 +423,9 @@ def encode_turns(tokenizer, messages: list, first: int, stops: list, **options) 
     The turns are found by rendering prefixes, so that any chat template will do. Returns [(ids, trained)], trained one bool per id: one
     pair for the whole conversation, or, where the template rewrites earlier turns (drops their thinking, say), one for each turn."""
     turns = []
-    for i in range(first, len(messages)):
+    for i in range(max(first, 1), len(messages)):  # an opening assistant turn answers nothing
         if messages[i]["role"] == "assistant":
-            head = render(tokenizer, messages[:i], answer_next=True, **options)
+            head = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False, **options)
             ids = end_turn(tokenizer, render(tokenizer, messages[: i + 1], **options), stops)
             turns.append((ids, shared(head, ids)))
     if turns and all(turns[-1][0][: len(ids)] == ids for ids, _ in turns):
@@ -446,9 +453,12 @@ def as_pair(prompt, chosen, rejected):
 def load_json(option: str, name: str):
     """The content of a JSON file."""
     try:
-        return json.loads(Path(name).read_text())
+        content = json.loads(Path(name).read_text())
     except (OSError, ValueError) as e:
-        refuse(f"{option} {name}: cannot be read as JSON ({e})")
+        refuse(f"{option} {name}: cannot be read as JSON ({reason(e)})")
+    if not isinstance(content, dict):
+        refuse(f"{option} {name}: must be a JSON object, it is a {type(content).__name__}")
+    return content
 
 
 def with_condition(prompt, condition: str):
@@ -463,10 +473,9 @@ def with_condition(prompt, condition: str):
 
 
 def report(option: str, tokenizer, rows: list, total: int, notes: Counter):
-    """What the data set came to: rows, drops by reason, lengths, and one example whose trained tokens stand in double brackets."""
-    at = lambda values, q: sorted(values)[min(len(values) - 1, int(q * len(values)))]
+    """Print how many rows were kept, what was dropped and why, lengths, and one example whose trained tokens stand in double brackets."""
     prompts, answers = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
-    quantiles = lambda values: "/".join(str(at(values, q)) for q in (0.5, 0.95, 1))
+    quantiles = lambda values: "/".join(str(sorted(values)[int(q * (len(values) - 1))]) for q in (0.5, 0.95, 1))
     say(f"{option}: {len(rows)} rows from {total}; " + (", ".join(f"{n} {why}" for why, n in notes.items() if n) or "none dropped, none cut"))
     say(f"  tokens (median/95%/most): prompt {quantiles(prompts)}, response {quantiles(answers)}")
     shown, marks = tokenizer.decode(rows[0].prompt)[-200:], rows[0].trained[0] if rows[0].trained else [True] * len(rows[0].responses[0])
@@ -486,12 +495,12 @@ def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
     for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or len(data) < 5000)):
         try:
             rows += encode_row(row, notes)
-        except Drop as reason:
-            notes[f"dropped: {reason}"] += 1
+        except Drop as drop:
+            notes[f"dropped: {drop}"] += 1
         except TemplateError as e:
             notes[f"dropped: refused by the chat template ({str(e)[:60]})"] += 1
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
-            refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {str(e)[:200]}); DATA in the header says what is read")
+            refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {reason(e)}); see 'Reads' at the top of this script")
     if not rows:
         refuse(f"{option}: none of its {len(data)} rows can be used: {dict(notes)}")
     report(option, tokenizer, rows, len(data), notes)
@@ -501,7 +510,8 @@ def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
 def template_options(row: dict) -> dict:
     """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
     tools = row.get("tools")
-    options = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None}
+    ours = ("chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt", "continue_final_message")  # no row's business
+    options = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None and k not in ours}
     return options | (dict(tools=json.loads(tools) if isinstance(tools, str) else tools) if tools else {})
 
 
@@ -514,13 +524,15 @@ def demonstrations(tokenizer, max_length: int, everything: bool, allow_special: 
         if not talk and answer is None and row.get("text") is None:
             raise Drop("no text")
         if talk or isinstance(prompt, list):
-            first = 0 if talk else len(prompt)
-            messages = as_messages(talk) if talk else as_messages(prompt) + as_messages(answer)
+            first, messages = (0, as_messages(talk)) if talk else (len(prompt), as_messages(prompt) + as_messages(answer))
+            if first and messages[first - 1]["role"] == messages[first]["role"] == "assistant":  # a prompt that ends in a begun answer
+                begun, rest = messages[first - 1], messages.pop(first)
+                first, messages[first - 1] = first - 1, dict(rest, content=begun["content"] + rest["content"])
             texts = [m["content"] for m in messages]
         else:
             texts = [prompt or "", answer] if answer is not None else ["", row["text"]]
             texts[1] = texts[1].removesuffix(tokenizer.eos_token)
-        if not texts[-1].strip():
+        if not texts[-1].strip() and not (talk and "tool_calls" in messages[-1]):
             raise Drop("empty answer")
         if not allow_special and any(s in text for text in texts for s in special):
             raise Drop("special token in the text (--allow-special keeps it)")
@@ -533,12 +545,13 @@ def demonstrations(tokenizer, max_length: int, everything: bool, allow_special: 
             raise Drop("no assistant turn")
         rows = []
         for ids, trained in found:
-            start = 1 if everything else max(1, trained.index(True))  # the first token has nothing to be predicted from
             trained = [True] * len(ids) if everything else trained
-            if not any(trained[start:max_length]):
-                raise Drop("prompt beyond --max-length")
-            notes["cut at --max-length"] += len(ids) > max_length
-            rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]]))
+            if any(trained[1:max_length]):  # the first token has nothing to be predicted from
+                start = trained.index(True, 1)
+                notes["cut at --max-length"] += len(ids) > max_length
+                rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]]))
+        if not rows:
+            raise Drop("prompt beyond --max-length")
         return rows
 
     return encode_row
@@ -546,7 +559,7 @@ def demonstrations(tokenizer, max_length: int, everything: bool, allow_special: 
 
 def questions(args, tokenizer, max_prompt: int):
     """The encode_row of prompts: extra holds the prompt as text or messages, and every column, for the rewards."""
-    special = special_tokens(tokenizer).values()
+    stops, special = stop_tokens(tokenizer), special_tokens(tokenizer).values()
 
     def encode_row(row, notes):
         prompt = row.get("prompt")
@@ -556,7 +569,7 @@ def questions(args, tokenizer, max_prompt: int):
         prompt = as_messages(prompt) if isinstance(prompt, list) else prompt
         if not args.allow_special and any(s in m["content"] for m in as_messages(prompt, "user") for s in special):
             raise Drop("special token in the text (--allow-special keeps it)")
-        ids = render(tokenizer, prompt, answer_next=True, **template_options(row)) if isinstance(prompt, list) else tokenizer(prompt).input_ids
+        ids = encode(tokenizer, prompt, [" a"], stops, **template_options(row))[0]
         if len(ids) > max_prompt:
             raise Drop("prompt beyond --max-length less --max-new-tokens")
         return [Row(ids, [[]], None, dict(row, prompt=prompt, kind=row.get("kind") or ""))]
@@ -569,13 +582,13 @@ def questions(args, tokenizer, max_prompt: int):
 
 def rows_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, sliding_window=None, rows=None, softcap=None, **kwargs):
     """Attention over rows laid end to end: a response sees its own prompt and itself. q, k, v [1, H, T, D]."""
-    if rows is None:  # sampling: the ordinary path
-        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if softcap is not None:
         raise NotImplementedError("soft-capped attention scores (Gemma 2) need the model's own attention")
+    if rows is None:  # sampling: the ordinary path
+        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
     options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    if q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1]:  # FlashAttention over segments;
+    if q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1] and not dropout:  # FlashAttention over segments;
         from torch.nn.attention.varlen import varlen_attn  # its causal mask is aligned to the last key, as a response needs it
 
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
@@ -590,21 +603,17 @@ def rows_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, s
         seen = (j <= i) & (j > i - (sliding_window or K))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, **options)
 
-    out, t = [], 0
-    for (P, R), same in groupby(rows["layout"]):  # neighbours of equal shape are one batch
-        n, L = len(list(same)), P + sum(R)
-        qs, ks, vs = (x[0, :, t : t + n * L].unflatten(1, (n, L)).transpose(0, 1) for x in (q, k, v))
-        parts, s = [attend(qs[:, :, :P], ks[:, :, :P], vs[:, :, :P])], P
-        for r in R:
-            own = slice(s, s := s + r)
-            parts.append(attend(qs[:, :, own], torch.cat([ks[:, :, :P], ks[:, :, own]], 2), torch.cat([vs[:, :, :P], vs[:, :, own]], 2)))
+    groups, out = [(form, len(list(same))) for form, same in groupby(rows["layout"])], []  # neighbours of equal shape are one batch
+    sizes = [n * (P + sum(R)) for (P, R), n in groups]
+    for ((P, R), n), *qkv in zip(groups, *(x[0].split(sizes, 1) for x in (q, k, v))):
+        (q0, *qs), (k0, *ks), (v0, *vs) = (x.unflatten(1, (n, -1)).transpose(0, 1).split([P, *R], 2) for x in qkv)
+        parts = [attend(q0, k0, v0), *(attend(q, torch.cat([k0, k], 2), torch.cat([v0, v], 2)) for q, k, v in zip(qs, ks, vs))]
         out.append(torch.cat(parts, 2).transpose(0, 1).flatten(1, 2))
-        t += n * L
     return torch.cat(out, 1).transpose(0, 1)[None], None  # [1, T, H, D]
 
 
 def rows_mask(*args, attention_mask=None, **kwargs):
-    """No mask for rows; the ordinary one elsewhere, where an attention_mask must be given (without it a sliding window would be lost)."""
+    """No mask where rows are given; elsewhere the ordinary one, from the attention_mask, without which a sliding window would be lost."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False})
 
 
@@ -622,22 +631,23 @@ def pack(rows: list, device, together: bool = True):
     """Rows end to end in one sequence, nothing padded; or, if not together, one sequence for each response.
 
     Returns forwards, a list of (model inputs, positions that predict the trained tokens, positions of the responses' last tokens),
-    and for all trained tokens in order: target, the token [N]; owner, the number of its response [N]."""
+    and the trained tokens in order [N]."""
     if not together:
-        forwards, targets, owners = [], [], []
+        forwards, targets = [], []
         for row in rows:
             for i, response in enumerate(row.responses):
-                ((inputs, *at),), target, owner = pack([Row(row.prompt, [response], row.trained and [row.trained[i]])], device)
+                (forward,), target = pack([Row(row.prompt, [response], row.trained and [row.trained[i]])], device)
+                inputs, *at = forward
                 inputs = {k: v for k, v in inputs.items() if k != "rows"} | dict(attention_mask=torch.ones_like(inputs["input_ids"]))
-                owners.append(owner + len(forwards))
-                targets.append(target)
                 forwards.append((inputs, *at))
-        return forwards, torch.cat(targets), torch.cat(owners)
-    ids, position, source, last, target, owner, layout, index, q_lens, k_lens = [], [], [], [], [], [], [], [], [], []
+                targets.append(target)
+        return forwards, torch.cat(targets)
+    ids, position, source, last, target, layout, index, q_lens, k_lens = [], [], [], [], [], [], [], [], []
     for row in rows:
-        start, end = len(ids), len(ids) + len(row.prompt)
+        start, end, (head, tails) = len(ids), len(ids) + len(row.prompt), shape(row)
         ids += row.prompt
         position += range(end - start)
+        index += range(start, start + head)  # the keys of each segment, prompt or response, one after the other
         for i, response in enumerate(row.responses):
             t = len(ids)
             ids += response
@@ -646,21 +656,16 @@ def pack(rows: list, device, together: bool = True):
             keep = row.trained[i] if row.trained else [True] * len(response)
             source += [s for s, k in zip(before, keep) if k]
             target += [token for token, k in zip(response, keep) if k]
-            owner += [len(last)] * sum(keep)
             last.append(len(ids) - 1)
-        head, tails = shape(row)
+            index += [*range(start, end), *range(t, t + len(response))] if tails else []
         layout.append((head, tails))
         q_lens += [head, *tails]
         k_lens += [head, *(head + r for r in tails)]
-        index += range(start, start + head)
-        for i, r in enumerate(tails):
-            own = end + sum(tails[:i])
-            index += [*range(start, end), *range(own, own + r)]
     tensor = lambda x: torch.tensor(x, device=device)
     cumulative = lambda x: tensor([0, *x]).cumsum(0, dtype=torch.int32)
     plan = dict(layout=layout, index=tensor(index), cu_q=cumulative(q_lens), cu_k=cumulative(k_lens), max_q=max(q_lens), max_k=max(k_lens))
     inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(position)[None], rows=plan, use_cache=False)
-    return [(inputs, tensor(source), tensor(last))], tensor(target), tensor(owner)
+    return [(inputs, tensor(source), tensor(last))], tensor(target)
 
 
 def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
@@ -669,7 +674,7 @@ def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
     The vocabulary never stands whole in memory: it is computed by chunks of tokens, and again in the backward pass.
     kept: for each token the ids that nucleus sampling kept, a tensor each; the distribution is renormalised over them."""
     hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards])  # [N, d]
-    head, config = self.get_output_embeddings(), self.config
+    head, config = self.get_output_embeddings(), self.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
@@ -711,9 +716,9 @@ def load_tokenizer(name: str):
     if not Path(name).exists() and (name.startswith(("runs/", "./", "../", "/")) or not name):
         refuse(f"{name or 'the empty path'}: there is no such checkpoint directory; make it first (see README: python sft.py writes runs/base)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as e:
-        refuse(f"{name}: no tokenizer can be loaded from it ({str(e).splitlines()[0][:200]})")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as e:
+        refuse(f"{name}: no tokenizer can be loaded from it ({reason(e)})")
     if tokenizer.eos_token is None:
         refuse(f"{name}: its tokenizer has no end-of-sequence token, so that no answer could ever end; give it one (eos_token)")
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
@@ -721,22 +726,21 @@ def load_tokenizer(name: str):
 
 
 def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False, **options):
-    """A checkpoint with float32 weights whose attention understands rows.
+    """A checkpoint with float32 weights, its attention replaced by `rows_attention`.
 
-    Where it cannot (found by trying), the model keeps its own attention and gets one sequence a forward: slow and right, with a notice."""
-    for attention in ("rows", "eager"):
-        try:
-            stored = AutoConfig.from_pretrained(name).dtype
-            model = auto.from_pretrained(name, attn_implementation=attention, dtype=torch.float32, **options)
-        except (OSError, ValueError, KeyError) as e:
-            refuse(f"{name}: no model can be loaded from it ({str(e).splitlines()[0][:200]})")
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
-        model = ready(model, device, stored or torch.float32, dropout)
-        model.together = attention == "rows" and rows_agree(model, device, dtype)
-        if model.together:
-            return model
-    say(f"note: the attention of {type(model).__name__} does not follow rows: one sequence a forward in float32, right but slow")
+    Where that gives other results (found by trying), the model keeps its own and gets one sequence a forward: slow and right, with a notice."""
+    try:
+        stored = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
+        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False, **options)
+    except Exception as e:
+        refuse(f"{name}: no model can be loaded from it ({reason(e)})")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
+    model = ready(model, device, stored or torch.float32, dropout)
+    model.together = rows_agree(model, device, dtype)
+    if not model.together:
+        model.set_attn_implementation("eager")
+        say(f"note: the attention of {type(model).__name__} does not follow rows: one sequence a forward in float32, right but slow")
     return model
 
 
@@ -752,15 +756,17 @@ def ready(model, device, stored=torch.float32, dropout: bool = False):
 
 @torch.no_grad()
 def rows_agree(model, device, dtype) -> bool:
-    """Whether two rows in one sequence give what each response gives alone, on random tokens."""
-    ids = lambda n: torch.randint(min(1000, model.config.get_text_config().vocab_size), (n,), generator=generator).tolist()
-    generator = torch.Generator().manual_seed(0)
-    rows = [Row(ids(5), [ids(4), ids(6)]), Row(ids(3), [ids(7)])]
+    """Whether rows in one sequence under our attention give what each response alone gives under the model's own, on random tokens."""
+    generator, hidden = torch.Generator().manual_seed(0), []
+    tokens = torch.randint(min(1000, model.config.get_text_config().vocab_size), (25,), generator=generator).tolist()
+    rows = [Row(tokens[:5], [tokens[5:9], tokens[9:15]]), Row(tokens[15:18], [tokens[18:]])]
     model.eval()
     try:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = [torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in pack(rows, device, t)[0]])
-                      for t in (True, False)]
+            for together, attention in ((False, "eager"), (True, "rows")):
+                model.set_attn_implementation(attention)
+                forwards, *_ = pack(rows, device, together)
+                hidden.append(torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in forwards]))
     except (NotImplementedError, TypeError):
         return False
     finally:
@@ -769,13 +775,41 @@ def rows_agree(model, device, dtype) -> bool:
     return bool((hidden[0] - hidden[1]).norm() <= tolerance * hidden[1].norm())
 
 
-def train_last(model, layers: int):
-    """Freeze all but the last layers (and a reward or value head)."""
-    stack = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    model.requires_grad_(False)
-    for layer in [*stack[-layers:], getattr(model, "score", None)]:
-        if layer is not None:
-            layer.requires_grad_(True)
+@torch.no_grad()
+def check_head(model, name: str, device):
+    """Refuse a model whose output layer does more than token_logps does."""
+    ids = list(range(3, 15))
+    forwards, target = pack([Row(ids[:4], [ids[4:]])], device, model.together)
+    inputs = torch.tensor([ids], device=device)
+    model.eval()
+    whole = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0, 3:-1].float().log_softmax(-1)
+    off = (token_logps(model, forwards, target)[0] - whole.gather(-1, target[:, None])[:, 0]).abs().max()
+    model.train()
+    if not off < 0.01:
+        refuse(f"{name}: the output layer of {type(model).__name__} does more than this script knows; its log-probabilities would be wrong")
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether a checkpoint that loads has a trained head with one score."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return "SequenceClassification" in "".join(config.architectures or []) and config.num_labels == 1
+
+
+def trainable(auto, name: str, tokenizer, args, device, dtype, method, **options):
+    """The policy or the value model: loaded, a new head at zero, all but the last layers frozen if asked, sharded."""
+    model = load_model(auto, name, tokenizer, device, dtype, **options)
+    if method is token_logps:
+        check_head(model, name, device)
+    elif not is_reward_model(name):
+        torch.nn.init.zeros_(model.score.weight)
+    if args.train_last_layers:
+        layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+        model.requires_grad_(False)
+        for module in [*layers[-args.train_last_layers :], *([model.score] if hasattr(model, "score") else [])]:
+            module.requires_grad_(True)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    return shard(model, dtype, method)
 
 
 # ------------------------------------------------------------------------------------------------------------------ sampling
@@ -805,12 +839,13 @@ def gathered(model):
 
 @torch.no_grad()
 def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0):
-    """Answers to prompts (lists of ids), n = len(numbers) / len(prompts) to each in a row, each prompt computed once.
+    """Answers to prompts (lists of ids): n = len(numbers) / len(prompts) to each, one after the other, the prompt computed once for them.
 
     numbers [answers, max_new_tokens], uniform in [0, 1), are all the randomness there is; temperature 0 takes the likeliest token.
     Returns for each answer its ids (the stop token included), the log-probability of each in the very distribution it was drawn from,
     and, with top_p < 1, the ids that the nucleus kept at each position, else None."""
-    device, (count, longest), n = numbers.device, numbers.shape, len(numbers) // max(1, len(prompts))
+    device, count, longest = numbers.device, len(numbers), numbers.shape[1]
+    n = count // max(1, len(prompts))
     tokens, logps, kept = [[] for _ in range(count)], [[] for _ in range(count)], [[] for _ in range(count)] if top_p < 1 else None
     if not count:
         return tokens, logps, kept
@@ -858,7 +893,7 @@ SCORE_QUESTION = "Rate the last answer above from 1 (very bad) to 10 (very good)
 
 
 def load_frozen(auto, name: str, device, dtype, method, **options):
-    """A model that only computes, and its tokenizer."""
+    """A frozen model and its tokenizer."""
     tokenizer = load_tokenizer(name)
     model = load_model(auto, name, tokenizer, device, dtype, **options)
     return shard(model.requires_grad_(False), dtype, method), tokenizer
@@ -871,6 +906,7 @@ def reward_scores(model, tokenizer, conditions: dict, args, device, rows: list, 
     asked, scores = [], torch.zeros(len(rows), device=device)
     for row, text in zip(rows, texts):
         prompt = with_condition(row.extra["prompt"], conditions.get(row.extra["kind"], ""))
+        text = without_special(tokenizer, text)
         prompt, (answer,) = encode(tokenizer, prompt, [text], stops, **template_options(row.extra))
         asked.append(Row(prompt[-max(1, longest - len(answer)) :], [answer[: longest - 1]]))
     for group, forwards, _ in packed(asked, args.tokens_per_forward, device, model.together):
@@ -878,18 +914,26 @@ def reward_scores(model, tokenizer, conditions: dict, args, device, rows: list, 
     return scores
 
 
+def without_special(tokenizer, text: str) -> str:
+    """A policy's text less what its reader would take for special tokens: it must not end its turn and write the judge's reply."""
+    for special in special_tokens(tokenizer).values():
+        text = text.replace(special, "")
+    return text
+
+
 def conversation_text(prompt, answer: str) -> str:
-    """What the judge reads: the prompt, with names where it has several turns, and the answer."""
+    """What the judge reads: the prompt and the answer, with the speakers' names where there are several turns."""
     if isinstance(prompt, str):
         return prompt + answer
     turns = [m for m in prompt if m["role"] != "system"]
-    asked = turns[0]["content"] if len(turns) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in turns)
-    return f"{asked}\n{answer}"
+    if len(turns) == 1:
+        return f"{turns[0]['content']}\n{answer}"
+    return "\n".join(f"{m['role']}: {m['content']}" for m in [*turns, dict(role="assistant", content=answer)])
 
 
 @torch.no_grad()
 def judge_probabilities(model, tokenizer, texts: list, options: list, args, device) -> torch.Tensor:
-    """The judge's probabilities of replying with each option [B, K], renormalised over them; the whole reply counts, with its end."""
+    """The judge's probabilities of replying with each option [B, K], renormalised over them: of a reply's every token, its end included."""
     stops, logps = stop_tokens(tokenizer), torch.zeros(len(texts), len(options), device=device)
     asked = [Row(*encode(tokenizer, [dict(role="user", content=text)], options, stops)) for text in texts]
     for group, forwards, target in packed(asked, args.tokens_per_forward, device, model.together):
@@ -902,7 +946,8 @@ def judge_probabilities(model, tokenizer, texts: list, options: list, args, devi
 
 def judge_scores(model, tokenizer, rubric: dict, args, device, rows: list, texts: list) -> torch.Tensor:
     """By rubric: sum of p(letter) x reward for the prompt's kind, NaN for kinds without one. Without options: the expected score. [B]"""
-    talks, options = [conversation_text(row.extra["prompt"], text) for row, text in zip(rows, texts)], rubric.get("options")
+    texts, options = [without_special(tokenizer, text) for text in texts], rubric.get("options")
+    talks = [conversation_text(row.extra["prompt"], text) for row, text in zip(rows, texts)]
     if not options:
         asked = [f"{talk}\n\n{rubric.get('question', SCORE_QUESTION)}" for talk in talks]
         return expected_score(judge_probabilities(model, tokenizer, asked, [str(i) for i in range(1, 11)], args, device))
@@ -921,17 +966,31 @@ def rule_scores(rule, device, rows: list, texts: list) -> torch.Tensor:
     prompts = [row.extra["prompt"] for row in rows]
     completions = [as_messages(text) if isinstance(prompt, list) else text for prompt, text in zip(prompts, texts)]
     rewards = rule(prompts=prompts, completions=completions, **columns)
-    if len(rewards) != len(rows):
-        refuse(f"--rule: returned {len(rewards)} rewards for {len(rows)} answers; it must return one for each, None where it does not apply")
+    if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
+        found = len(rewards) if isinstance(rewards, (list, tuple)) else f"a {type(rewards).__name__} instead of"
+        refuse(f"--rule: returned {found} rewards for {len(rows)} answers; it must return a list with one for each, None where it does not apply")
     return torch.tensor([math.nan if reward is None else float(reward) for reward in rewards], device=device)
+
+
+def load_rubric(name: str) -> dict:
+    """A rubric, checked: a question, and either nothing else or options and, for every kind, a reward for each of them."""
+    rubric = load_json("--rubric", name)
+    options, rewards = rubric.get("options", {}), rubric.get("reward", {})
+    if not isinstance(rubric.get("question"), str) or bool(options) != bool(rewards):
+        refuse(f"--rubric {name}: needs a question, and options and reward together or neither; it has {', '.join(rubric)}")
+    for kind, table in rewards.items():
+        if set(table) != set(options):
+            refuse(f"--rubric {name}: its rewards for {kind} are for {', '.join(table)}, its options are {', '.join(options)}; give one for each")
+    return rubric
 
 
 def load_rule(name: str):
     """The function that file.py:name names."""
     path, _, function = name.rpartition(":")
     try:
-        spec = importlib.util.spec_from_file_location("rule", path)
+        spec = importlib.util.spec_from_file_location("user_rule", path)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and the like look their module up
         spec.loader.exec_module(module)
         return getattr(module, function)
     except (AttributeError, OSError, SyntaxError, ImportError) as e:
@@ -943,16 +1002,15 @@ def load_rewards(args, device, dtype) -> dict:
     conditions = load_json("--condition", args.condition) if args.condition else {}
     rewards, weights = {}, args.reward_weights or [1.0] * len(args.reward_model)
     for name, weight in zip(args.reward_model, weights):
-        config = AutoConfig.from_pretrained(name) if Path(name).exists() else None
-        if config and ("SequenceClassification" not in "".join(config.architectures or []) or config.num_labels != 1):
-            refuse(f"--reward-model {name}: not a reward model (a sequence classifier with one label); make one with reward_model.py")
         model, tokenizer = load_frozen(AutoModelForSequenceClassification, name, device, dtype, response_scores, num_labels=1)
-        key = name if Path(name).name in rewards else Path(name).name
+        if not is_reward_model(name):
+            refuse(f"--reward-model {name}: not a reward model (a sequence classifier with one label); make one with reward_model.py")
+        key = name if Path(name).name in (*rewards, "rule", "judge") else Path(name).name
         rewards[key] = weight, partial(reward_scores, model, tokenizer, conditions, args, device)
     if args.rule:
         rewards["rule"] = args.rule_weight, partial(rule_scores, load_rule(args.rule), device)
     if args.judge:
-        rubric = load_json("--rubric", args.rubric) if args.rubric else {}
+        rubric = load_rubric(args.rubric) if args.rubric else {}
         judge = load_frozen(AutoModelForCausalLM, args.judge, device, dtype, token_logps)
         rewards["judge"] = args.judge_weight, partial(judge_scores, *judge, rubric, args, device)
     return rewards
@@ -998,7 +1056,7 @@ def shard(model, dtype, *methods):
 
 
 def make_optimizer(model, learning_rate: float, weight_decay: float):
-    """AdamW, decaying matrices only. To be made before the first forward: after it, FSDP's root holds gathered weights, the wrong ones."""
+    """AdamW, decaying matrices only. Make it before the first forward, after which FSDP's root holds gathered weights in place of its own."""
     matrices, vectors = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == wide] for wide in (True, False)]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=True)
@@ -1008,7 +1066,8 @@ def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> f
     """One step of AdamW on the gradients at hand, clipped; returns their norm."""
     if WORLD > 1 and not model.together:  # weights that FSDP does not hold: average the gradients here
         for p in model.parameters():
-            if p.grad is not None:
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # experts that had no token on this rank
                 dist.all_reduce(p.grad.div_(WORLD))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     for group in optimizer.param_groups:
@@ -1019,11 +1078,11 @@ def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> f
 
 
 def scheduled(args, step: int, steps: int) -> float:
-    """The learning rate of a step (counted from 0): linear warm-up, then cosine to a tenth, linear to 0, or constant."""
+    """The share of the peak learning rate at a step (counted from 0): linear warm-up, then cosine to a tenth, linear to 0, or constant."""
     warmup = max(1, round(args.warmup_ratio * steps))
     done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
     after = dict(cosine=0.55 + 0.45 * math.cos(math.pi * done), linear=1 - done, constant=1.0)[args.lr_schedule]
-    return args.learning_rate * min(1.0, (step + 1) / warmup) * after
+    return min(1.0, (step + 1) / warmup) * after
 
 
 @lru_cache(2)
@@ -1039,8 +1098,9 @@ def pick(n: int, size: int, step: int, seed: int) -> list:
 
 
 def micro_batches(rows: list, limit: int, device, together: bool = True) -> list:
-    """This rank's rows, neighbours of one shape, in forwards of at most `limit` tokens: lists of row numbers, equally many on every rank."""
-    groups, total = [], limit
+    """This rank's rows, neighbours of one shape, in forwards of at most `limit` tokens (a longer row goes alone): lists of row numbers,
+    equally many on every rank."""
+    groups, total = [], limit  # full, so that the first row opens a group
     for i in sorted(range(len(rows)), key=lambda i: shape(rows[i])):
         size = len(rows[i].prompt) + sum(map(len, rows[i].responses))
         if total + size > limit or not together:
@@ -1056,10 +1116,10 @@ def micro_batches(rows: list, limit: int, device, together: bool = True) -> list
 
 
 def packed(rows: list, limit: int, device, together: bool = True):
-    """For each forward: the row numbers, the forwards and targets of `pack`. A rank that has run out of rows goes along with a spare one
-    and no numbers, so that all ranks make equally many forwards."""
+    """For each forward: the row numbers, and the forwards and targets of `pack`. A rank that has no rows left gets a spare row and no
+    numbers, so that all ranks make equally many forwards."""
     for group in micro_batches(rows, limit, device, together):
-        yield group, *pack([rows[i] for i in group] or [Row([0], [[0]])], device, together)[:2]
+        yield group, *pack([rows[i] for i in group] or [Row([0], [[0]])], device, together)
 
 
 def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
@@ -1078,11 +1138,11 @@ def hold_out(rows: list, fraction: float, seed: int) -> list:
 
 
 def fingerprint(name: str) -> str:
-    """Of a file or directory: names, sizes, and the content (of large weights: both ends); a hub id stands for itself."""
-    digest = hashlib.sha256()
-    path = Path(name)
-    for file in [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in (".json", ".jinja", ".safetensors", ".arrow")):
-        if file.name not in ("args.json", "trainer_state.json"):
+    """Of a file or directory: names, sizes, and the content (of large files: both ends); a hub id stands for itself."""
+    path, digest, kinds = Path(name), hashlib.sha256(), (".json", ".jinja", ".safetensors", ".arrow", ".parquet")
+    inside = [f for f in path.rglob("*") if f.suffix in kinds and not f.relative_to(path).parts[0].startswith(("checkpoint-", "saving", "value"))]
+    for file in [path] if path.is_file() else sorted(inside):
+        if file.name not in ("args.json", "report.json"):
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
             with file.open("rb") as f:
@@ -1092,54 +1152,84 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()[:16] if path.exists() else "hub"
 
 
+def check_numbers(args):
+    """Numbers out of range are refused before anything is read."""
+    counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
+    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon")
+    for name, value in asdict(args).items():
+        needed = ""
+        if isinstance(value, float) and not math.isfinite(value):
+            needed = "a number"
+        elif name in counts and value < 1:
+            needed = "1 or more"
+        elif name in ("temperature", "top_p") and value <= 0:
+            needed = "above 0"
+        elif name in ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam") and value > 1 or name == "eval_fraction" and value == 1:
+            needed = "a share of 1"
+        elif isinstance(value, (int, float)) and value < 0 and name not in ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight"):
+            needed = "0 or more"
+        if needed:
+            refuse(f"--{name.replace('_', '-')} {value}: must be {needed}")
+
+
 def begin(args, **inputs):
-    """The output directory, and the checkpoint to continue from or None. inputs: by option, every file and directory that is read.
+    """The output directory, the checkpoint to continue from or None, and what identifies the run. inputs: by option, all that is read.
 
     Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
+    check_numbers(args)
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
-    plan = json.loads(json.dumps(plan))
-    verdict = [None, None]  # an error or the news that all is done; the checkpoint
-    if RANK == 0:
-        try:
-            before = json.loads((out / "args.json").read_text())
-        except (OSError, ValueError):
-            before = None
+    plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
+    if RANK == 0:  # one rank looks, so that all see the same
+        file, before = out / "args.json", None
         steps = [int(d.name.split("-")[1]) for d in out.glob("checkpoint-*") if d.name.split("-")[1].isdigit()]
-        if args.resume and before:
+        try:
+            before = json.loads(file.read_text()) if file.exists() else None
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            error = f"--output-dir {out}: cannot be used ({e.strerror}); choose another"
+        except ValueError:
+            error = f"{file}: is damaged, so that nothing can be resumed; choose another --output-dir, or --overwrite without --resume"
+        inside = [k for k, v in inputs.items() if v and (out.resolve() == Path(v).resolve() or out.resolve() in Path(v).resolve().parents)]
+        if inside and not error:
+            error = f"--output-dir {out}: holds what --{inside[0].split()[0].replace('_', '-')} reads; choose another"
+        elif args.resume and before and not error:
             old = before.get("plan", {})
             changed = [f"{k} was {old.get(k)!r} and is {plan.get(k)!r}" for k in sorted({*old, *plan}) if old.get(k) != plan.get(k)]
             if changed:
-                verdict[0] = f"--resume: {out} holds another run ({'; '.join(changed)[:500]}); choose another --output-dir, or --overwrite"
-            elif before["finished"]:
-                verdict[0] = "finished"
-            elif steps:
-                verdict[1] = str(out / f"checkpoint-{max(steps)}")
-        elif not args.overwrite and out.is_dir() and any(out.iterdir()):
-            verdict[0] = f"--output-dir {out}: not empty; choose another, --resume what stands there, or --overwrite it"
-        if verdict == [None, None]:
-            try:
-                for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
-                    shutil.rmtree(stale)
-                (out / "metrics.jsonl").unlink(missing_ok=True)
-                out.mkdir(parents=True, exist_ok=True)
-                write_json(out / "args.json", record(args, plan, finished=False))
-            except OSError as e:
-                verdict[0] = f"--output-dir {out}: cannot be written ({e.strerror}); choose another"
+                changed = "; ".join(changed)[:500]
+                error = f"--resume: {out} holds another run ({changed}); choose another --output-dir, or --overwrite without --resume"
+            finished = before["finished"]
+            last = str(out / f"checkpoint-{max(steps)}") if steps else None
+        elif not error and not args.overwrite and any(out.iterdir()):
+            error = f"--output-dir {out}: not empty; choose another, --resume a run that stands there, or --overwrite it"
     if WORLD > 1:
-        dist.broadcast_object_list(verdict)
-    if verdict[0] == "finished":
+        error, finished, last = broadcast([error, finished, last])
+    if error:
+        refuse(error)
+    if finished:
         say(f"{out}: finished already with the same arguments and data; nothing to do")
         sys.exit(0)
-    if verdict[0]:
-        refuse(verdict[0])
-    return out, Path(verdict[1]) if verdict[1] else None
+    return out, Path(last) if last else None, plan
 
 
-def record(args, plan: dict, finished: bool) -> dict:
-    """What args.json holds: enough to say where a checkpoint comes from and to run it again."""
-    machine = dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD, threads=torch.get_num_threads())
-    return dict(script=Path(__file__).name, finished=finished, args=asdict(args), plan=plan, python=sys.version.split()[0]) | machine
+def broadcast(values: list) -> list:
+    """The first rank's values, on every rank."""
+    dist.broadcast_object_list(values)
+    return values
+
+
+def claim(args, out: Path, plan: dict):
+    """Clear the output directory for a new run and leave args.json there: enough to say where a checkpoint comes from and to run it again.
+
+    Called when all input has been read and found good. An older model stays until the new one takes its place."""
+    if RANK == 0:
+        for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
+            shutil.rmtree(stale)
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+        machine = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
+        machine |= dict(ranks=WORLD, threads=torch.get_num_threads())
+        write_json(out / "args.json", dict(script=Path(__file__).name, finished=False, args=asdict(args), plan=plan) | machine)
 
 
 def write_json(path: Path, value):
@@ -1156,15 +1246,14 @@ def write_model(directory: Path, model, tokenizer, dtype):
     for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
         weights.pop(tied, None)
     if RANK == 0:
-        config = model.config
-        config.dtype, before = dtype, (config.dtype, config._attn_implementation)
-        config._attn_implementation = None
+        config, before = model.config, (model.config.dtype, model.config._attn_implementation)
+        config.dtype, config._attn_implementation = dtype, None
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
             generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None)})
             generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
-            generation.do_sample = True  # temperature and top-p, where the parent set them, are refused without
+            generation.do_sample = True  # without it, a temperature or top-p that the parent stored would be refused
         model.save_pretrained(directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
         tokenizer.save_pretrained(directory)
         config.dtype, config._attn_implementation = before
@@ -1186,9 +1275,10 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
         write_model(part / name, model, tokenizer, torch.float32)
     if RANK == 0:
         torch.save(dict(state, step=step, optimizers=moments, rng=rng), part / "state.pt")
-        for file in part.rglob("*"):
-            with file.open("rb") if file.is_file() else os.fdopen(os.open(file, os.O_RDONLY)) as f:
-                os.fsync(f.fileno())
+        for file in (*part.rglob("*"), part):  # directories hold the names, so they are synced too
+            number = os.open(file, os.O_RDONLY)
+            os.fsync(number)
+            os.close(number)
         os.replace(part, out / f"checkpoint-{step}")
     if WORLD > 1:
         dist.barrier()
@@ -1236,9 +1326,9 @@ def refuse_unless_finite(loss, step: int, look_at: str):
 
 
 def announce(models: list, source: str, device, dtype, work: str):
-    """The run in two lines: what is trained, and how."""
+    """The run in two lines: what is trained, and how. A parameter takes 16 bytes: weight, gradient, two moments."""
     parameters = sum(p.numel() for model in models for p in model.parameters())
-    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {parameters >> 16} MB with AdamW")
+    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW")
     say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
 
 
@@ -1283,12 +1373,13 @@ def draw(out: Path, keys: list):
     plt.close(figure)
 
 
-def sample_answers(model, rows: list, numbers, stops: list, args, temperature: float, top_p: float):
-    """`sample` for rows, neighbours in length together and a memory's worth at a time. Returns its three lists, kept as Nones if not needed."""
+def sample_answers(model, rows: list, numbers, stops: list, limit: int, temperature: float, top_p: float):
+    """`sample` for rows, neighbours in length together, at most `limit` tokens at a time. Returns its three lists; with top_p 1 the third
+    holds None for each answer."""
     n, device = len(numbers) // max(1, len(rows)), model.device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     longest = max((len(row.prompt) for row in rows), default=0) + numbers.shape[1]
-    size, found = max(1, args.tokens_per_forward // (n * longest or 1)), [None] * len(numbers)
+    size, found = max(1, limit // (n * longest or 1)), [None] * len(numbers)
     model.eval()
     with gathered(model):
         for part in (order[i : i + size] for i in range(0, len(order), size)):
@@ -1346,23 +1437,32 @@ def as_texts(tokenizer, answers: list, stops: list) -> list:
     return [tokenizer.decode(ids[:-1] if ids and ids[-1] in stops else ids, skip_special_tokens=True) for ids in answers]
 
 
+def baseline_rewards(reference, rewards: dict, rows: list, tokenizer, stops: list, args) -> list:
+    """The reward of the reference's own greedy answer to each prompt (ChatGLM-RLHF), whether it ends or not."""
+    numbers = torch.zeros(len(rows), args.max_new_tokens)
+    tokens, *_ = sample_answers(reference, rows, numbers, stops, args.tokens_per_forward, temperature=0.0, top_p=1.0)
+    return total_reward(rewards, rows, as_texts(tokenizer, tokens, stops))[0].tolist()
+
+
 def value_start(args, tokenizer) -> str:
     """Where the value model comes from: the first reward model, or where that has another tokenizer, the policy with a head at zero."""
     for name in args.reward_model[:1]:
-        if load_tokenizer(name).get_vocab() == tokenizer.get_vocab():
+        if tokenizer.get_vocab().items() <= load_tokenizer(name).get_vocab().items():  # a padding token of its own does no harm
             return name
     return args.model
 
 
 @torch.no_grad()
-def evaluate_policy(policy, reference, rewards: dict, held_out: list, tokenizer, args, device) -> dict:
-    """Score, KL and length of one sampled answer to each held-out prompt, with the same randomness every time."""
-    places, stops = range(RANK, len(held_out), WORLD), stop_tokens(tokenizer)
+def evaluate_policy(policy, reference, rewards: dict, held_out: list, tokenizer, stops: list, args, device) -> dict:
+    """Score, KL and length of one sampled answer to each held-out prompt, with the same randomness every time; no constant, no baseline."""
+    places = range(RANK, len(held_out), WORLD)
     asked = [held_out[i] for i in places]
     numbers = uniform_numbers(args.seed, -1, list(places), args.max_new_tokens)
-    tokens, _, kept = sample_answers(policy, asked, numbers, stops, args, args.temperature, args.top_p)
+    tokens, _, kept = sample_answers(policy, asked, numbers, stops, args.tokens_per_forward, args.temperature, args.top_p)
     answered = [row._replace(responses=[ids]) for row, ids in zip(asked, tokens)]
     scores, _ = total_reward(rewards, answered, as_texts(tokenizer, tokens, stops))
+    ended = torch.tensor([bool(ids) and ids[-1] in stops for ids in tokens], dtype=torch.bool, device=device)
+    scores = torch.where(ended, scores, torch.full_like(scores, args.missing_eos_score))
     logps, ref_logps = (padded(response_logps(model, answered, kept, args, device)[0], device) for model in (policy, reference))
     sums = torch.stack([scores.sum(), (logps - ref_logps).sum(), torch.tensor(float(sum(map(len, tokens))), device=device)])
     score, kl, length = (over_ranks(sums) / len(held_out)).tolist()
@@ -1398,7 +1498,7 @@ def main(args: Args):
     device, dtype = start_ranks(args.dtype)
     reads = dict(model=args.model, reference=args.reference, value_model=args.value_model, dataset=args.dataset, eval_dataset=args.eval_dataset)
     reads |= dict(ptx_dataset=args.ptx_dataset, condition=args.condition, judge=args.judge, rubric=args.rubric, rule=args.rule.rpartition(":")[0])
-    out, last = begin(args, **reads, **{f"reward_model {i}": name for i, name in enumerate(args.reward_model)})
+    out, last, plan = begin(args, **reads, **{f"reward_model {i}": name for i, name in enumerate(args.reward_model)})
     started = time.time()
     torch.manual_seed(args.seed)
 
@@ -1406,14 +1506,18 @@ def main(args: Args):
     source = str(last or args.model)
     tokenizer = load_tokenizer(source)
     stops = stop_tokens(tokenizer)
-    policy = load_model(AutoModelForCausalLM, source, tokenizer, device, dtype)
-    reference, _ = load_frozen(AutoModelForCausalLM, args.reference or args.model, device, dtype, token_logps)
+    policy = trainable(AutoModelForCausalLM, source, tokenizer, args, device, dtype, token_logps)
+    known = policy.generation_config.eos_token_id  # a chat model may know more ends than its template shows
+    stops = sorted({*stops, *(known if isinstance(known, list) else [known] if known is not None else [])})
+    reference, other = load_frozen(AutoModelForCausalLM, args.reference or args.model, device, dtype, token_logps)
+    if other.get_vocab() != tokenizer.get_vocab():
+        refuse(f"--reference {args.reference}: reads other tokens than --model, so that there is no KL between them")
     rewards = load_rewards(args, device, dtype)
     max_length = min(args.max_length, getattr(policy.config, "max_position_embeddings", args.max_length))
     encode_row = questions(args, tokenizer, max_length - args.max_new_tokens)
     rows, held_out = prepare("--dataset", load_rows("--dataset", args.dataset, args.dataset_split), tokenizer, encode_row), []
     if args.eval_dataset:
-        held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset), tokenizer, encode_row)
+        held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset, args.eval_split), tokenizer, encode_row)
     elif len(rows) > 1:
         held_out = hold_out(rows, args.eval_fraction, args.seed)
     ptx_rows = []
@@ -1423,24 +1527,20 @@ def main(args: Args):
 
     # 2. the value model, from the reward model if that reads the same tokens; optimisers; where an earlier run stopped
     value_source = str(last / "value") if last else args.value_model or value_start(args, tokenizer)
-    value = load_model(AutoModelForSequenceClassification, value_source, tokenizer, device, dtype, num_labels=1)
-    if "SequenceClassification" not in "".join(AutoConfig.from_pretrained(value_source).architectures or []):
-        torch.nn.init.zeros_(value.score.weight)
-    for model in (policy, value):
-        if args.train_last_layers:
-            train_last(model, args.train_last_layers)
-        if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    policy, value = shard(policy, dtype, token_logps), shard(value, dtype, token_values)
+    value = trainable(AutoModelForSequenceClassification, value_source, tokenizer, args, device, dtype, token_values, num_labels=1)
     policy_optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     value_optimizer = make_optimizer(value, args.value_learning_rate, args.weight_decay)
     models, optimizers = {"": (policy, tokenizer), "value": (value, tokenizer)}, {"": policy_optimizer, "value": value_optimizer}
-    fresh = dict(step=0, episode=0, seconds=0.0, kl_coef=args.kl_coef, updates=0)
-    state = load_checkpoint(last, models, optimizers) if last else fresh
+    state = dict(step=0, episode=0, seconds=0.0, kl_coef=args.kl_coef, updates=0)
+    if last:
+        state = load_checkpoint(last, models, optimizers)
+    else:
+        claim(args, out, plan)
     started -= state["seconds"]
     episode, kl_coef, updates, baselines = state["episode"], state["kl_coef"], state["updates"], {}
     steps = math.ceil(len(rows) / args.batch_size) * args.epochs
     steps = min(steps, args.max_steps or steps)
+    ptx_size = args.ptx_batch_size or math.ceil(args.batch_size * args.num_generations / args.num_minibatches)
     work = f"{steps} batches of {args.batch_size} x {args.num_generations} answers, {args.ppo_epochs} x {args.num_minibatches} updates each"
     announce([policy, value], f"{args.model} and {value_source}", device, dtype, work)
     say(f"rewards: {', '.join(rewards)}; answers end at {' or '.join(tokenizer.convert_ids_to_tokens(stops))}")
@@ -1455,16 +1555,14 @@ def main(args: Args):
         asked = [rows[batch[place]] for place in places]
         # 4. answers y ~ pi, each with randomness of its own
         numbers = uniform_numbers(args.seed, step, slots, args.max_new_tokens)
-        tokens, sampled_logps, kept = sample_answers(policy, asked, numbers, stops, args, args.temperature, args.top_p)
+        tokens, sampled_logps, kept = sample_answers(policy, asked, numbers, stops, args.tokens_per_forward, args.temperature, args.top_p)
         answered = [row._replace(responses=[tokens[i * n + k]]) for i, row in enumerate(asked) for k in range(n)]
         # 5. their scores r(x, y); an answer that did not end has no other worth than --missing-eos-score
         texts = as_texts(tokenizer, tokens, stops)
         scores, named = total_reward(rewards, answered, texts)
         if args.reference_baseline:
-            new = [place for place in places if batch[place] not in baselines]
-            own = sample_answers(reference, [rows[batch[p]] for p in new], torch.zeros(len(new), args.max_new_tokens), stops, args, 0.0, 1.0)[0]
-            found, _ = total_reward(rewards, [rows[batch[p]] for p in new], as_texts(tokenizer, own, stops))
-            baselines |= {batch[p]: score for p, score in zip(new, found.tolist())}
+            new = [batch[place] for place in places if batch[place] not in baselines]
+            baselines |= zip(new, baseline_rewards(reference, rewards, [rows[i] for i in new], tokenizer, stops, args))
             scores = scores - torch.tensor([baselines[batch[slot // n]] for slot in slots], device=device)
         ended = torch.tensor([bool(t) and t[-1] in stops for t in tokens], dtype=torch.bool, device=device)
         scores = torch.where(ended, scores + args.reward_constant, torch.full_like(scores, args.missing_eos_score))
@@ -1486,13 +1584,15 @@ def main(args: Args):
         lengths[slots] = mask.sum(1).float()
         lengths = over_ranks(lengths).tolist()  # of all ranks' answers
         # 8. several passes of minibatches over the same answers
-        rate, warming = scheduled(args, step, steps) / args.learning_rate, step < args.critic_warmup
-        sums, norms, count = torch.zeros(8, device=device), [0.0, 0.0], 0
+        rate, warming = scheduled(args, step, steps), step < args.critic_warmup
+        norms, count = [0.0, 0.0], 0
+        sums = torch.zeros(8, device=device)  # policy: loss, approximate KL, clipped, ratio, ratio squared; ptx loss; value: loss, clipped
         for minibatch in minibatches(args, B, step):
             total = sum(lengths[slot] for slot in minibatch)  # its tokens, over all ranks
-            part = [i for i, slot in enumerate(slots) if slot in set(minibatch)]
+            chosen = set(minibatch)
+            part = [i for i, slot in enumerate(slots) if slot in chosen]  # of these, this rank's answers
             part_rows = [answered[i] for i in part]
-            flat = lambda x, group: torch.cat([x[part[i], : len(tokens[part[i]])] for i in group] or [x.new_zeros(1)])
+            flat = lambda x, group: torch.cat([x[part[i], : len(tokens[part[i]])] for i in group] or [x.new_zeros(1)])  # their tokens, end to end
             # 9. the policy's clipped loss, and the likelihood of other text
             for group, forwards, target in packed(part_rows, args.tokens_per_forward, device, policy.together) if not warming else ():
                 logps, *_ = policy.token_logps(forwards, target, args.temperature, nuclei(kept, [part[i] for i in group]))
@@ -1500,17 +1600,19 @@ def main(args: Args):
                 loss = policy_loss(logps, old, flat(advantages, group), args.clip).sum() / total * bool(group)
                 refuse_unless_finite(loss, step, f"the scores {scores.tolist()[:8]}")
                 (loss * WORLD).backward()  # FSDP averages over the ranks
-                ratio = (logps.detach() - old).exp()
-                seen = torch.stack([0.5 * ratio.log().square(), (ratio - 1).abs() > args.clip, ratio, ratio.square()]).sum(1) / total * bool(group)
-                sums[:5] += torch.cat([loss.detach()[None], seen])
+                log_ratio = logps.detach() - old
+                ratio = log_ratio.exp()
+                seen = torch.stack([0.5 * log_ratio.square(), (ratio - 1).abs() > args.clip, ratio, ratio.square()]).sum(1)  # by token
+                sums[:5] += torch.cat([loss.detach()[None], seen / total * bool(group)])
             if updates == 0 and not warming:
                 drift = over_ranks(sums[1].clone()).item()
                 assert drift < (1e-4 if dtype == torch.float32 else 0.05), f"approximate KL {drift} before the first update: two forwards differ"
             if ptx_rows and not warming:
-                others = [ptx_rows[i] for i in pick(len(ptx_rows), args.ptx_batch_size or len(minibatch), updates, args.seed)]
+                others = [ptx_rows[i] for i in pick(len(ptx_rows), ptx_size, updates, args.seed)]
                 trained = sum(sum(row.trained[0]) for row in others)
                 for group, forwards, target in packed(others[RANK::WORLD], args.tokens_per_forward, device, policy.together):
                     objective = policy.token_logps(forwards, target)[0].sum() / trained * bool(group)
+                    refuse_unless_finite(objective, step, "--ptx-dataset")
                     (-args.ptx_coef * objective * WORLD).backward()
                     sums[5] -= objective.detach()
             # 10. the value model's clipped loss
@@ -1552,8 +1654,9 @@ def main(args: Args):
         for name, x in named.items():
             total, applies = over_ranks(torch.stack([x.nan_to_num(0.0).sum(), (~x.isnan()).sum().float()])).tolist()
             metrics[f"rewards/{name}/mean"] = total / max(1, applies)
-        if held_out and (step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0):
-            metrics |= evaluate_policy(policy, reference, rewards, held_out, tokenizer, args, device)
+        too_far = bool(args.max_kl and kl > args.max_kl)
+        if held_out and (too_far or step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0):
+            metrics |= evaluate_policy(policy, reference, rewards, held_out, tokenizer, stops, args, device)
         now = time.time()
         metrics |= dict(eps=B / (now - clock), tokens_per_second=sum(lengths) / (now - clock))
         metrics |= dict(seconds=now - started, peak_memory_mb=peak_memory(device))
@@ -1566,7 +1669,7 @@ def main(args: Args):
             kl_coef = adapted_kl_coef(kl_coef, kl, args.kl_target, B, args.kl_horizon)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_checkpoint(out, step + 1, models, optimizers, episode=episode, seconds=now - started, kl_coef=kl_coef, updates=updates)
-        if args.max_kl and kl > args.max_kl:
+        if too_far:
             say(f"stopped after step {step + 1}: the KL to the reference is {kl:.3f}, beyond --max-kl {args.max_kl}; the policy is saved as it is")
             break
 

@@ -8,21 +8,22 @@
     InstructGPT (Ouyang et al. 2022, arXiv 2203.02155), eq. 1. All pairs of a prompt are one element: K answers, one pass each.
 
 Departures and options
-  1. --loss plackett-luce: the likelihood of the whole ranking (Starling, Zhu et al. 2024). --loss focal: InternLM2 (arXiv 2403.17297, eq. 1),
-     easy pairs count less; with --barrier 0.02, its log barrier (eq. 2) keeps scores within (-5, 5).
+  1. --loss plackett-luce: the likelihood of the whole ranking (Starling, Zhu et al. 2024, which divides it by K - 1). --loss focal:
+     InternLM2 (arXiv 2403.17297, eq. 1), easy pairs count less; with --barrier 0.02, its log barrier (eq. 2) keeps scores from growing beyond (-5, 5).
   2. A column `probability` (that chosen is better) makes soft labels (Constitutional AI, Bai et al. 2022, arXiv 2212.08073); a column
      `margin` is taken off the gap (Llama 2, arXiv 2307.09288, eq. 2) with --use-margin.
   3. --score-l2 and --length-buckets: ChatGLM-RLHF's prior on scores and its balance of longer and shorter winners (arXiv 2404.00934).
   4. --condition FILE: a system prompt for each `kind` of row, seen by the reward model only (InternLM2's conditional reward model).
-  5. The head starts at zero and has no bias; the score is read at the last token of the answer. After training the mean score on the
-     training set is stored as score_shift in config.json and subtracted by our loaders (InstructGPT's bias); elsewhere it is a constant.
+  5. The head starts at zero and has no bias; the score is read at the last token of the answer. After training, the mean score of the
+     training answers (of at most 4096 prompts) is stored as score_shift in config.json and subtracted when these scripts load the model;
+     other programs see all scores higher by that constant. InstructGPT takes the mean of the demonstrations.
   6. Ties say nothing and are left out; answers beyond --max-length are dropped, not cut: a cut answer has another worth.
 
 Reads prompt + chosen + rejected, chosen + rejected with the prompt inside (text or messages, HH-RLHF too), or prompt + completions +
 scores; optional columns kind, margin, probability. --model: an SFT checkpoint, or an earlier reward model to go on from.
 Writes a directory that loads as AutoModelForSequenceClassification, args.json, metrics.jsonl, curves.png, report.json to --output-dir.
 
-  python reward_model.py --learning-rate 1e-3                                                        the grid world
+  python reward_model.py --learning-rate 1e-3                                       the grid world, after sft.py has made runs/sft
   python reward_model.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized            one GPU
   torchrun --nproc-per-node 8 reward_model.py --model Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback_binarized      many
 
@@ -70,6 +71,8 @@ class Args:
     """split, for hub data sets and saved directories"""
     eval_dataset: str = ""
     """held-out data set; empty: a part of --dataset"""
+    eval_split: str = "test"
+    """split of --eval-dataset, for hub data sets and saved directories"""
     eval_fraction: float = 0.05
     """share of --dataset held out when there is no --eval-dataset (0: no evaluation)"""
     max_length: int = 1024
@@ -115,9 +118,9 @@ class Args:
     track: bool = False
     """also log to Weights & Biases (WANDB_MODE=offline needs no account)"""
     wandb_project: str = "reward_model"
-    """of --track"""
+    """project of --track"""
     run_name: str = ""
-    """of --track; empty: the output directory"""
+    """name of the run of --track (empty: the output directory)"""
 
 
 if __name__ == "__main__":
@@ -187,7 +190,7 @@ def plackett_luce_loss(scores, ranks):
 
 
 def log_barrier(scores, bound: float = 5.0):
-    """InternLM2 eq. 2: grows without limit as a score nears +-bound; scores beyond are held just inside, as in its code. Returns [R]."""
+    """InternLM2 eq. 2: rises as a score nears +-bound. Scores beyond are clamped just inside, as in its code, and feel no pull. Returns [R]."""
     scores = scores.clamp(-bound + 1e-3, bound - 1e-3)
     return -(torch.log(scores + bound) + torch.log(bound - scores))
 
@@ -197,8 +200,8 @@ def ranking_loss(args, scores, rows) -> torch.Tensor:
     losses, device, first = [], scores.device, 0
     for row in rows:
         own, pairs = scores[first : first + len(row.responses)], row.extra["pairs"]
-        better, worse = (own[[pair[i] for pair in pairs]] for i in (0, 1))  # [P]
-        probability, margin = (torch.tensor([pair[i] for pair in pairs], device=device) for i in (2, 3))  # [P]
+        w, l, probability, margin = (torch.tensor(column, device=device) for column in zip(*pairs))  # [P] each
+        better, worse = own[w], own[l]
         if args.loss == "plackett-luce":
             loss = plackett_luce_loss(own, torch.tensor(row.extra["ranks"], device=device))
         elif args.loss == "focal":
@@ -250,6 +253,11 @@ def refuse(message: str):
     sys.exit(2)
 
 
+def reason(e: Exception) -> str:
+    """The first line of what an exception says."""
+    return (str(e.__cause__ or e).splitlines() or [type(e).__name__])[0][:200]
+
+
 def say(*text):
     """Print on the first rank."""
     if RANK == 0:
@@ -270,7 +278,7 @@ def load_rows(option: str, name: str, split: str = "train") -> Dataset:
         else:
             data = load_dataset(hub, *config, split=split)
     except Exception as e:  # whatever the readers raise, the user needs to know which file it was
-        refuse(f"{option} {name}: cannot be read as a data set ({type(e).__name__}: {str(e.__cause__ or e).splitlines()[0][:200]})")
+        refuse(f"{option} {name}: cannot be read as a data set ({type(e).__name__}: {reason(e)})")
     if len(data) == 0:
         refuse(f"{option} {name}: has no rows")
     return data
@@ -370,9 +378,12 @@ def as_pair(prompt, chosen, rejected):
 def load_json(option: str, name: str):
     """The content of a JSON file."""
     try:
-        return json.loads(Path(name).read_text())
+        content = json.loads(Path(name).read_text())
     except (OSError, ValueError) as e:
-        refuse(f"{option} {name}: cannot be read as JSON ({e})")
+        refuse(f"{option} {name}: cannot be read as JSON ({reason(e)})")
+    if not isinstance(content, dict):
+        refuse(f"{option} {name}: must be a JSON object, it is a {type(content).__name__}")
+    return content
 
 
 def with_condition(prompt, condition: str):
@@ -387,10 +398,9 @@ def with_condition(prompt, condition: str):
 
 
 def report(option: str, tokenizer, rows: list, total: int, notes: Counter):
-    """What the data set came to: rows, drops by reason, lengths, and one example whose trained tokens stand in double brackets."""
-    at = lambda values, q: sorted(values)[min(len(values) - 1, int(q * len(values)))]
+    """Print how many rows were kept, what was dropped and why, lengths, and one example whose trained tokens stand in double brackets."""
     prompts, answers = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
-    quantiles = lambda values: "/".join(str(at(values, q)) for q in (0.5, 0.95, 1))
+    quantiles = lambda values: "/".join(str(sorted(values)[int(q * (len(values) - 1))]) for q in (0.5, 0.95, 1))
     say(f"{option}: {len(rows)} rows from {total}; " + (", ".join(f"{n} {why}" for why, n in notes.items() if n) or "none dropped, none cut"))
     say(f"  tokens (median/95%/most): prompt {quantiles(prompts)}, response {quantiles(answers)}")
     shown, marks = tokenizer.decode(rows[0].prompt)[-200:], rows[0].trained[0] if rows[0].trained else [True] * len(rows[0].responses[0])
@@ -410,12 +420,12 @@ def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
     for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or len(data) < 5000)):
         try:
             rows += encode_row(row, notes)
-        except Drop as reason:
-            notes[f"dropped: {reason}"] += 1
+        except Drop as drop:
+            notes[f"dropped: {drop}"] += 1
         except TemplateError as e:
             notes[f"dropped: refused by the chat template ({str(e)[:60]})"] += 1
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
-            refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {str(e)[:200]}); DATA in the header says what is read")
+            refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {reason(e)}); see 'Reads' at the top of this script")
     if not rows:
         refuse(f"{option}: none of its {len(data)} rows can be used: {dict(notes)}")
     report(option, tokenizer, rows, len(data), notes)
@@ -425,7 +435,8 @@ def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
 def template_options(row: dict) -> dict:
     """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
     tools = row.get("tools")
-    options = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None}
+    ours = ("chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt", "continue_final_message")  # no row's business
+    options = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None and k not in ours}
     return options | (dict(tools=json.loads(tools) if isinstance(tools, str) else tools) if tools else {})
 
 
@@ -434,6 +445,7 @@ def rankings(args, tokenizer, max_length: int, conditions: dict):
     stops, special = stop_tokens(tokenizer), special_tokens(tokenizer).values()
 
     def encode_row(row, notes):
+        p, margin = row.get("probability"), row.get("margin")
         if row.get("completions") is not None:
             prompt, responses, ranks = row["prompt"], row["completions"], row["scores"]
             prompt = as_messages(prompt) if isinstance(prompt, list) else prompt
@@ -442,20 +454,30 @@ def rankings(args, tokenizer, max_length: int, conditions: dict):
         else:
             prompt, responses = as_pair(row.get("prompt"), row["chosen"], row["rejected"])
             ranks = [1, 0]
+            gap = [row.get("score_chosen", row.get("chosen_reward")), row.get("score_rejected", row.get("rejected_reward"))]
+            margin = gap[0] - gap[1] if margin is None and None not in gap else margin
+            if args.use_margin and margin is None:
+                raise ValueError("--use-margin needs a column margin, or score_chosen and score_rejected")
+            if p is not None and not 0 <= p <= 1:
+                raise ValueError(f"probability must lie between 0 and 1, it is {p}")
+            if p is not None and p < 0.5:  # the better one first
+                responses, p = responses[::-1], 1 - p
         if not prompt:
             raise Drop("empty prompt")
-        texts = [m["content"] for part in (prompt, *responses) for m in as_messages(part)]
-        if not args.allow_special and any(s in text.removesuffix(tokenizer.eos_token) for text in texts for s in special):
+        texts = [m["content"] for m in as_messages(prompt)]
+        texts += [m["content"].removesuffix(tokenizer.eos_token) for r in responses for m in as_messages(r)]
+        if not args.allow_special and any(s in text for text in texts for s in special):
             raise Drop("special token in the text (--allow-special keeps it)")
         kind = row.get("kind") or ""
         options = template_options(row)
         prompt_ids, ids = encode(tokenizer, with_condition(prompt, conditions.get(kind, "")), responses, stops, **options)
+        if not prompt_ids:
+            raise Drop("prompt and answers share no token boundary")
         empty = [not "".join(m["content"] for m in as_messages(r)).strip() for r in responses]
         fits = [i for i, r in enumerate(ids) if len(prompt_ids) + len(r) <= max_length and not empty[i]]
         notes["answers dropped: empty"] += sum(empty)
         notes["answers dropped: beyond --max-length"] += len(ids) - sum(empty) - len(fits)
         ids, ranks = [ids[i] for i in fits], [ranks[i] for i in fits]
-        margin, p = row.get("margin"), row.get("probability")
         pairs = [
             (w, l, 1.0 if p is None else float(p), float(ranks[w] - ranks[l] if margin is None else margin))
             for w in range(len(ids)) for l in range(len(ids)) if ranks[w] > ranks[l] and ids[w] != ids[l]
@@ -485,13 +507,13 @@ def balanced(args, rows: list) -> list:
 
 def rows_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, sliding_window=None, rows=None, softcap=None, **kwargs):
     """Attention over rows laid end to end: a response sees its own prompt and itself. q, k, v [1, H, T, D]."""
-    if rows is None:  # sampling: the ordinary path
-        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if softcap is not None:
         raise NotImplementedError("soft-capped attention scores (Gemma 2) need the model's own attention")
+    if rows is None:  # sampling: the ordinary path
+        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
     options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    if q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1]:  # FlashAttention over segments;
+    if q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1] and not dropout:  # FlashAttention over segments;
         from torch.nn.attention.varlen import varlen_attn  # its causal mask is aligned to the last key, as a response needs it
 
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
@@ -506,21 +528,17 @@ def rows_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, s
         seen = (j <= i) & (j > i - (sliding_window or K))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, **options)
 
-    out, t = [], 0
-    for (P, R), same in groupby(rows["layout"]):  # neighbours of equal shape are one batch
-        n, L = len(list(same)), P + sum(R)
-        qs, ks, vs = (x[0, :, t : t + n * L].unflatten(1, (n, L)).transpose(0, 1) for x in (q, k, v))
-        parts, s = [attend(qs[:, :, :P], ks[:, :, :P], vs[:, :, :P])], P
-        for r in R:
-            own = slice(s, s := s + r)
-            parts.append(attend(qs[:, :, own], torch.cat([ks[:, :, :P], ks[:, :, own]], 2), torch.cat([vs[:, :, :P], vs[:, :, own]], 2)))
+    groups, out = [(form, len(list(same))) for form, same in groupby(rows["layout"])], []  # neighbours of equal shape are one batch
+    sizes = [n * (P + sum(R)) for (P, R), n in groups]
+    for ((P, R), n), *qkv in zip(groups, *(x[0].split(sizes, 1) for x in (q, k, v))):
+        (q0, *qs), (k0, *ks), (v0, *vs) = (x.unflatten(1, (n, -1)).transpose(0, 1).split([P, *R], 2) for x in qkv)
+        parts = [attend(q0, k0, v0), *(attend(q, torch.cat([k0, k], 2), torch.cat([v0, v], 2)) for q, k, v in zip(qs, ks, vs))]
         out.append(torch.cat(parts, 2).transpose(0, 1).flatten(1, 2))
-        t += n * L
     return torch.cat(out, 1).transpose(0, 1)[None], None  # [1, T, H, D]
 
 
 def rows_mask(*args, attention_mask=None, **kwargs):
-    """No mask for rows; the ordinary one elsewhere, where an attention_mask must be given (without it a sliding window would be lost)."""
+    """No mask where rows are given; elsewhere the ordinary one, from the attention_mask, without which a sliding window would be lost."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False})
 
 
@@ -538,22 +556,23 @@ def pack(rows: list, device, together: bool = True):
     """Rows end to end in one sequence, nothing padded; or, if not together, one sequence for each response.
 
     Returns forwards, a list of (model inputs, positions that predict the trained tokens, positions of the responses' last tokens),
-    and for all trained tokens in order: target, the token [N]; owner, the number of its response [N]."""
+    and the trained tokens in order [N]."""
     if not together:
-        forwards, targets, owners = [], [], []
+        forwards, targets = [], []
         for row in rows:
             for i, response in enumerate(row.responses):
-                ((inputs, *at),), target, owner = pack([Row(row.prompt, [response], row.trained and [row.trained[i]])], device)
+                (forward,), target = pack([Row(row.prompt, [response], row.trained and [row.trained[i]])], device)
+                inputs, *at = forward
                 inputs = {k: v for k, v in inputs.items() if k != "rows"} | dict(attention_mask=torch.ones_like(inputs["input_ids"]))
-                owners.append(owner + len(forwards))
-                targets.append(target)
                 forwards.append((inputs, *at))
-        return forwards, torch.cat(targets), torch.cat(owners)
-    ids, position, source, last, target, owner, layout, index, q_lens, k_lens = [], [], [], [], [], [], [], [], [], []
+                targets.append(target)
+        return forwards, torch.cat(targets)
+    ids, position, source, last, target, layout, index, q_lens, k_lens = [], [], [], [], [], [], [], [], []
     for row in rows:
-        start, end = len(ids), len(ids) + len(row.prompt)
+        start, end, (head, tails) = len(ids), len(ids) + len(row.prompt), shape(row)
         ids += row.prompt
         position += range(end - start)
+        index += range(start, start + head)  # the keys of each segment, prompt or response, one after the other
         for i, response in enumerate(row.responses):
             t = len(ids)
             ids += response
@@ -562,21 +581,16 @@ def pack(rows: list, device, together: bool = True):
             keep = row.trained[i] if row.trained else [True] * len(response)
             source += [s for s, k in zip(before, keep) if k]
             target += [token for token, k in zip(response, keep) if k]
-            owner += [len(last)] * sum(keep)
             last.append(len(ids) - 1)
-        head, tails = shape(row)
+            index += [*range(start, end), *range(t, t + len(response))] if tails else []
         layout.append((head, tails))
         q_lens += [head, *tails]
         k_lens += [head, *(head + r for r in tails)]
-        index += range(start, start + head)
-        for i, r in enumerate(tails):
-            own = end + sum(tails[:i])
-            index += [*range(start, end), *range(own, own + r)]
     tensor = lambda x: torch.tensor(x, device=device)
     cumulative = lambda x: tensor([0, *x]).cumsum(0, dtype=torch.int32)
     plan = dict(layout=layout, index=tensor(index), cu_q=cumulative(q_lens), cu_k=cumulative(k_lens), max_q=max(q_lens), max_k=max(k_lens))
     inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(position)[None], rows=plan, use_cache=False)
-    return [(inputs, tensor(source), tensor(last))], tensor(target), tensor(owner)
+    return [(inputs, tensor(source), tensor(last))], tensor(target)
 
 
 def response_scores(self, forwards):
@@ -590,9 +604,9 @@ def load_tokenizer(name: str):
     if not Path(name).exists() and (name.startswith(("runs/", "./", "../", "/")) or not name):
         refuse(f"{name or 'the empty path'}: there is no such checkpoint directory; make it first (see README: python sft.py writes runs/base)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as e:
-        refuse(f"{name}: no tokenizer can be loaded from it ({str(e).splitlines()[0][:200]})")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as e:
+        refuse(f"{name}: no tokenizer can be loaded from it ({reason(e)})")
     if tokenizer.eos_token is None:
         refuse(f"{name}: its tokenizer has no end-of-sequence token, so that no answer could ever end; give it one (eos_token)")
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
@@ -600,22 +614,21 @@ def load_tokenizer(name: str):
 
 
 def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False, **options):
-    """A checkpoint with float32 weights whose attention understands rows.
+    """A checkpoint with float32 weights, its attention replaced by `rows_attention`.
 
-    Where it cannot (found by trying), the model keeps its own attention and gets one sequence a forward: slow and right, with a notice."""
-    for attention in ("rows", "eager"):
-        try:
-            stored = AutoConfig.from_pretrained(name).dtype
-            model = auto.from_pretrained(name, attn_implementation=attention, dtype=torch.float32, **options)
-        except (OSError, ValueError, KeyError) as e:
-            refuse(f"{name}: no model can be loaded from it ({str(e).splitlines()[0][:200]})")
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
-        model = ready(model, device, stored or torch.float32, dropout)
-        model.together = attention == "rows" and rows_agree(model, device, dtype)
-        if model.together:
-            return model
-    say(f"note: the attention of {type(model).__name__} does not follow rows: one sequence a forward in float32, right but slow")
+    Where that gives other results (found by trying), the model keeps its own and gets one sequence a forward: slow and right, with a notice."""
+    try:
+        stored = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
+        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False, **options)
+    except Exception as e:
+        refuse(f"{name}: no model can be loaded from it ({reason(e)})")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
+    model = ready(model, device, stored or torch.float32, dropout)
+    model.together = rows_agree(model, device, dtype)
+    if not model.together:
+        model.set_attn_implementation("eager")
+        say(f"note: the attention of {type(model).__name__} does not follow rows: one sequence a forward in float32, right but slow")
     return model
 
 
@@ -631,15 +644,17 @@ def ready(model, device, stored=torch.float32, dropout: bool = False):
 
 @torch.no_grad()
 def rows_agree(model, device, dtype) -> bool:
-    """Whether two rows in one sequence give what each response gives alone, on random tokens."""
-    ids = lambda n: torch.randint(min(1000, model.config.get_text_config().vocab_size), (n,), generator=generator).tolist()
-    generator = torch.Generator().manual_seed(0)
-    rows = [Row(ids(5), [ids(4), ids(6)]), Row(ids(3), [ids(7)])]
+    """Whether rows in one sequence under our attention give what each response alone gives under the model's own, on random tokens."""
+    generator, hidden = torch.Generator().manual_seed(0), []
+    tokens = torch.randint(min(1000, model.config.get_text_config().vocab_size), (25,), generator=generator).tolist()
+    rows = [Row(tokens[:5], [tokens[5:9], tokens[9:15]]), Row(tokens[15:18], [tokens[18:]])]
     model.eval()
     try:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = [torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in pack(rows, device, t)[0]])
-                      for t in (True, False)]
+            for together, attention in ((False, "eager"), (True, "rows")):
+                model.set_attn_implementation(attention)
+                forwards, *_ = pack(rows, device, together)
+                hidden.append(torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in forwards]))
     except (NotImplementedError, TypeError):
         return False
     finally:
@@ -648,14 +663,19 @@ def rows_agree(model, device, dtype) -> bool:
     return bool((hidden[0] - hidden[1]).norm() <= tolerance * hidden[1].norm())
 
 
+def is_reward_model(name: str) -> bool:
+    """Whether a checkpoint that loads has a trained head with one score."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return "SequenceClassification" in "".join(config.architectures or []) and config.num_labels == 1
+
+
 def load_reward_model(name: str, device, dtype):
     """A reward model to train, its tokenizer, and whether the head is new, in which case it starts at zero."""
     tokenizer = load_tokenizer(name)
-    config = AutoConfig.from_pretrained(name)
-    new = "SequenceClassification" not in "".join(config.architectures or [])
-    if not new and config.num_labels != 1:
-        refuse(f"--model {name}: a classifier of {config.num_labels} labels; a reward model has one")
     model = load_model(AutoModelForSequenceClassification, name, tokenizer, device, dtype, num_labels=1)
+    if not hasattr(model, "score"):
+        refuse(f"{name}: {type(model).__name__} keeps its head elsewhere than in `score`; only decoder models are supported")
+    new = not is_reward_model(name)
     if new:
         torch.nn.init.zeros_(model.score.weight)
     # Hugging Face reads the score before the padding: no id that ends an answer may be the padding
@@ -705,7 +725,7 @@ def shard(model, dtype, *methods):
 
 
 def make_optimizer(model, learning_rate: float, weight_decay: float):
-    """AdamW, decaying matrices only. To be made before the first forward: after it, FSDP's root holds gathered weights, the wrong ones."""
+    """AdamW, decaying matrices only. Make it before the first forward, after which FSDP's root holds gathered weights in place of its own."""
     matrices, vectors = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == wide] for wide in (True, False)]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=True)
@@ -715,7 +735,8 @@ def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> f
     """One step of AdamW on the gradients at hand, clipped; returns their norm."""
     if WORLD > 1 and not model.together:  # weights that FSDP does not hold: average the gradients here
         for p in model.parameters():
-            if p.grad is not None:
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # experts that had no token on this rank
                 dist.all_reduce(p.grad.div_(WORLD))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     for group in optimizer.param_groups:
@@ -726,11 +747,11 @@ def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> f
 
 
 def scheduled(args, step: int, steps: int) -> float:
-    """The learning rate of a step (counted from 0): linear warm-up, then cosine to a tenth, linear to 0, or constant."""
+    """The share of the peak learning rate at a step (counted from 0): linear warm-up, then cosine to a tenth, linear to 0, or constant."""
     warmup = max(1, round(args.warmup_ratio * steps))
     done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
     after = dict(cosine=0.55 + 0.45 * math.cos(math.pi * done), linear=1 - done, constant=1.0)[args.lr_schedule]
-    return args.learning_rate * min(1.0, (step + 1) / warmup) * after
+    return min(1.0, (step + 1) / warmup) * after
 
 
 @lru_cache(2)
@@ -746,8 +767,9 @@ def pick(n: int, size: int, step: int, seed: int) -> list:
 
 
 def micro_batches(rows: list, limit: int, device, together: bool = True) -> list:
-    """This rank's rows, neighbours of one shape, in forwards of at most `limit` tokens: lists of row numbers, equally many on every rank."""
-    groups, total = [], limit
+    """This rank's rows, neighbours of one shape, in forwards of at most `limit` tokens (a longer row goes alone): lists of row numbers,
+    equally many on every rank."""
+    groups, total = [], limit  # full, so that the first row opens a group
     for i in sorted(range(len(rows)), key=lambda i: shape(rows[i])):
         size = len(rows[i].prompt) + sum(map(len, rows[i].responses))
         if total + size > limit or not together:
@@ -763,10 +785,10 @@ def micro_batches(rows: list, limit: int, device, together: bool = True) -> list
 
 
 def packed(rows: list, limit: int, device, together: bool = True):
-    """For each forward: the row numbers, the forwards and targets of `pack`. A rank that has run out of rows goes along with a spare one
-    and no numbers, so that all ranks make equally many forwards."""
+    """For each forward: the row numbers, and the forwards and targets of `pack`. A rank that has no rows left gets a spare row and no
+    numbers, so that all ranks make equally many forwards."""
     for group in micro_batches(rows, limit, device, together):
-        yield group, *pack([rows[i] for i in group] or [Row([0], [[0]])], device, together)[:2]
+        yield group, *pack([rows[i] for i in group] or [Row([0], [[0]])], device, together)
 
 
 def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
@@ -785,11 +807,11 @@ def hold_out(rows: list, fraction: float, seed: int) -> list:
 
 
 def fingerprint(name: str) -> str:
-    """Of a file or directory: names, sizes, and the content (of large weights: both ends); a hub id stands for itself."""
-    digest = hashlib.sha256()
-    path = Path(name)
-    for file in [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in (".json", ".jinja", ".safetensors", ".arrow")):
-        if file.name not in ("args.json", "trainer_state.json"):
+    """Of a file or directory: names, sizes, and the content (of large files: both ends); a hub id stands for itself."""
+    path, digest, kinds = Path(name), hashlib.sha256(), (".json", ".jinja", ".safetensors", ".arrow", ".parquet")
+    inside = [f for f in path.rglob("*") if f.suffix in kinds and not f.relative_to(path).parts[0].startswith(("checkpoint-", "saving", "value"))]
+    for file in [path] if path.is_file() else sorted(inside):
+        if file.name not in ("args.json", "report.json"):
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
             with file.open("rb") as f:
@@ -799,54 +821,84 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()[:16] if path.exists() else "hub"
 
 
+def check_numbers(args):
+    """Numbers out of range are refused before anything is read."""
+    counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
+    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon")
+    for name, value in asdict(args).items():
+        needed = ""
+        if isinstance(value, float) and not math.isfinite(value):
+            needed = "a number"
+        elif name in counts and value < 1:
+            needed = "1 or more"
+        elif name in ("temperature", "top_p") and value <= 0:
+            needed = "above 0"
+        elif name in ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam") and value > 1 or name == "eval_fraction" and value == 1:
+            needed = "a share of 1"
+        elif isinstance(value, (int, float)) and value < 0 and name not in ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight"):
+            needed = "0 or more"
+        if needed:
+            refuse(f"--{name.replace('_', '-')} {value}: must be {needed}")
+
+
 def begin(args, **inputs):
-    """The output directory, and the checkpoint to continue from or None. inputs: by option, every file and directory that is read.
+    """The output directory, the checkpoint to continue from or None, and what identifies the run. inputs: by option, all that is read.
 
     Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
+    check_numbers(args)
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
-    plan = json.loads(json.dumps(plan))
-    verdict = [None, None]  # an error or the news that all is done; the checkpoint
-    if RANK == 0:
-        try:
-            before = json.loads((out / "args.json").read_text())
-        except (OSError, ValueError):
-            before = None
+    plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
+    if RANK == 0:  # one rank looks, so that all see the same
+        file, before = out / "args.json", None
         steps = [int(d.name.split("-")[1]) for d in out.glob("checkpoint-*") if d.name.split("-")[1].isdigit()]
-        if args.resume and before:
+        try:
+            before = json.loads(file.read_text()) if file.exists() else None
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            error = f"--output-dir {out}: cannot be used ({e.strerror}); choose another"
+        except ValueError:
+            error = f"{file}: is damaged, so that nothing can be resumed; choose another --output-dir, or --overwrite without --resume"
+        inside = [k for k, v in inputs.items() if v and (out.resolve() == Path(v).resolve() or out.resolve() in Path(v).resolve().parents)]
+        if inside and not error:
+            error = f"--output-dir {out}: holds what --{inside[0].split()[0].replace('_', '-')} reads; choose another"
+        elif args.resume and before and not error:
             old = before.get("plan", {})
             changed = [f"{k} was {old.get(k)!r} and is {plan.get(k)!r}" for k in sorted({*old, *plan}) if old.get(k) != plan.get(k)]
             if changed:
-                verdict[0] = f"--resume: {out} holds another run ({'; '.join(changed)[:500]}); choose another --output-dir, or --overwrite"
-            elif before["finished"]:
-                verdict[0] = "finished"
-            elif steps:
-                verdict[1] = str(out / f"checkpoint-{max(steps)}")
-        elif not args.overwrite and out.is_dir() and any(out.iterdir()):
-            verdict[0] = f"--output-dir {out}: not empty; choose another, --resume what stands there, or --overwrite it"
-        if verdict == [None, None]:
-            try:
-                for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
-                    shutil.rmtree(stale)
-                (out / "metrics.jsonl").unlink(missing_ok=True)
-                out.mkdir(parents=True, exist_ok=True)
-                write_json(out / "args.json", record(args, plan, finished=False))
-            except OSError as e:
-                verdict[0] = f"--output-dir {out}: cannot be written ({e.strerror}); choose another"
+                changed = "; ".join(changed)[:500]
+                error = f"--resume: {out} holds another run ({changed}); choose another --output-dir, or --overwrite without --resume"
+            finished = before["finished"]
+            last = str(out / f"checkpoint-{max(steps)}") if steps else None
+        elif not error and not args.overwrite and any(out.iterdir()):
+            error = f"--output-dir {out}: not empty; choose another, --resume a run that stands there, or --overwrite it"
     if WORLD > 1:
-        dist.broadcast_object_list(verdict)
-    if verdict[0] == "finished":
+        error, finished, last = broadcast([error, finished, last])
+    if error:
+        refuse(error)
+    if finished:
         say(f"{out}: finished already with the same arguments and data; nothing to do")
         sys.exit(0)
-    if verdict[0]:
-        refuse(verdict[0])
-    return out, Path(verdict[1]) if verdict[1] else None
+    return out, Path(last) if last else None, plan
 
 
-def record(args, plan: dict, finished: bool) -> dict:
-    """What args.json holds: enough to say where a checkpoint comes from and to run it again."""
-    machine = dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD, threads=torch.get_num_threads())
-    return dict(script=Path(__file__).name, finished=finished, args=asdict(args), plan=plan, python=sys.version.split()[0]) | machine
+def broadcast(values: list) -> list:
+    """The first rank's values, on every rank."""
+    dist.broadcast_object_list(values)
+    return values
+
+
+def claim(args, out: Path, plan: dict):
+    """Clear the output directory for a new run and leave args.json there: enough to say where a checkpoint comes from and to run it again.
+
+    Called when all input has been read and found good. An older model stays until the new one takes its place."""
+    if RANK == 0:
+        for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
+            shutil.rmtree(stale)
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+        machine = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
+        machine |= dict(ranks=WORLD, threads=torch.get_num_threads())
+        write_json(out / "args.json", dict(script=Path(__file__).name, finished=False, args=asdict(args), plan=plan) | machine)
 
 
 def write_json(path: Path, value):
@@ -863,15 +915,14 @@ def write_model(directory: Path, model, tokenizer, dtype):
     for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
         weights.pop(tied, None)
     if RANK == 0:
-        config = model.config
-        config.dtype, before = dtype, (config.dtype, config._attn_implementation)
-        config._attn_implementation = None
+        config, before = model.config, (model.config.dtype, model.config._attn_implementation)
+        config.dtype, config._attn_implementation = dtype, None
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
             generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None)})
             generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
-            generation.do_sample = True  # temperature and top-p, where the parent set them, are refused without
+            generation.do_sample = True  # without it, a temperature or top-p that the parent stored would be refused
         model.save_pretrained(directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
         tokenizer.save_pretrained(directory)
         config.dtype, config._attn_implementation = before
@@ -893,9 +944,10 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
         write_model(part / name, model, tokenizer, torch.float32)
     if RANK == 0:
         torch.save(dict(state, step=step, optimizers=moments, rng=rng), part / "state.pt")
-        for file in part.rglob("*"):
-            with file.open("rb") if file.is_file() else os.fdopen(os.open(file, os.O_RDONLY)) as f:
-                os.fsync(f.fileno())
+        for file in (*part.rglob("*"), part):  # directories hold the names, so they are synced too
+            number = os.open(file, os.O_RDONLY)
+            os.fsync(number)
+            os.close(number)
         os.replace(part, out / f"checkpoint-{step}")
     if WORLD > 1:
         dist.barrier()
@@ -943,9 +995,9 @@ def refuse_unless_finite(loss, step: int, look_at: str):
 
 
 def announce(models: list, source: str, device, dtype, work: str):
-    """The run in two lines: what is trained, and how."""
+    """The run in two lines: what is trained, and how. A parameter takes 16 bytes: weight, gradient, two moments."""
     parameters = sum(p.numel() for model in models for p in model.parameters())
-    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {parameters >> 16} MB with AdamW")
+    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW")
     say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
 
 
@@ -1065,8 +1117,9 @@ def full_report(rows: list, scores: list, tokenizer) -> dict:
     result["groups"] = {name: dict(pairs=len(group), accuracy=accuracy(group)) for name, group in groups.items() if group}
     result["examples"], worst_first = [], sorted(pairs, key=lambda p: p["gap"])
     for p in (*worst_first[:2], *worst_first[-2:]):
-        row, text = rows[p["row"]], lambda k: tokenizer.decode(rows[p["row"]].responses[k])[:200]
-        result["examples"].append(dict(gap=p["gap"], prompt=tokenizer.decode(row.prompt)[-200:], better=text(p["better"]), worse=text(p["worse"])))
+        row = rows[p["row"]]
+        better, worse = (tokenizer.decode(row.responses[p[side]])[:200] for side in ("better", "worse"))
+        result["examples"].append(dict(gap=p["gap"], prompt=tokenizer.decode(row.prompt)[-200:], better=better, worse=worse))
     say(f"held out: {len(pairs)} pairs, accuracy {result['accuracy']:.3f}, calibration error {result['calibration_error']:.3f}, "
         f"correlation of score with length {result['length_correlation']:+.2f}")
     for name, group in result["groups"].items():
@@ -1078,10 +1131,12 @@ def full_report(rows: list, scores: list, tokenizer) -> dict:
 
 def main(args: Args):
     # 0. ranks, output, seed
-    if args.loss != "pairs" and args.use_margin or args.loss == "plackett-luce" and args.length_buckets:
-        refuse(f"--loss {args.loss} has no pairs for --use-margin or --length-buckets to change; use --loss pairs")
+    if args.loss != "pairs" and args.use_margin:
+        refuse(f"--loss {args.loss} takes no margin; leave out --use-margin or use --loss pairs")
+    if args.loss == "plackett-luce" and args.length_buckets:
+        refuse("--loss plackett-luce ranks whole lists, out of which --length-buckets would take pairs; use --loss pairs")
     device, dtype = start_ranks(args.dtype)
-    out, last = begin(args, model=args.model, dataset=args.dataset, eval_dataset=args.eval_dataset, condition=args.condition)
+    out, last, plan = begin(args, model=args.model, dataset=args.dataset, eval_dataset=args.eval_dataset, condition=args.condition)
     started = time.time()
     torch.manual_seed(args.seed)
 
@@ -1096,14 +1151,19 @@ def main(args: Args):
     encode_row = rankings(args, tokenizer, max_length, conditions)
     rows, held_out = prepare("--dataset", data, tokenizer, encode_row), []
     if args.eval_dataset:
-        held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset), tokenizer, encode_row)
+        held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset, args.eval_split), tokenizer, encode_row)
     elif len(rows) > 1:
         held_out = hold_out(rows, args.eval_fraction, args.seed)
+    if args.loss != "pairs" and any(row.extra["soft"] for row in rows):
+        refuse(f"--loss {args.loss} takes no soft labels, but the data set has a column probability; use --loss pairs or remove it")
     if args.length_buckets:
         rows = balanced(args, rows)
+        if not rows:
+            refuse("--length-buckets: no pair is left; use fewer edges")
     steps = math.ceil(len(rows) / args.batch_size) * args.epochs
     steps = min(steps, args.max_steps or steps)
-    announce([model], args.model, device, dtype, f"{steps} steps of {args.batch_size} prompts, {args.tokens_per_forward} tokens a forward at most")
+    work = f"{steps} steps of {args.batch_size} prompts, at most {args.tokens_per_forward} tokens a forward"
+    announce([model], args.model, device, dtype, work)
 
     # 2. the optimiser, and where an earlier run stopped
     if args.gradient_checkpointing:
@@ -1111,7 +1171,11 @@ def main(args: Args):
     model = shard(model, dtype, response_scores)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
     models, optimizers = {"": (model, tokenizer)}, {"": optimizer}
-    state = load_checkpoint(last, models, optimizers) if last else dict(step=0, num_tokens=0, seconds=0.0)
+    state = dict(step=0, num_tokens=0, seconds=0.0)
+    if last:
+        state = load_checkpoint(last, models, optimizers)
+    else:
+        claim(args, out, plan)
     started -= state["seconds"]
     num_tokens = state["num_tokens"]
 
@@ -1129,15 +1193,15 @@ def main(args: Args):
             scores = model.response_scores(forwards)
             # 5. the loss, averaged over the step's prompts; a rank without rows goes along with weight zero; FSDP averages over the ranks
             loss = ranking_loss(args, scores, part) / len(batch) if part else scores.sum() * 0
-            refuse_unless_finite(loss, step, f"the rows {numbers[:8]}")
+            refuse_unless_finite(loss, step, f"the kept rows {[numbers[RANK + WORLD * i] for i in group][:8]}")
             (loss * WORLD).backward()
             if group:
-                scores = scores.detach()
-                gaps = torch.tensor([p["gap"] for p in compare(part, scores.split([len(row.responses) for row in part]))], device=device)
-                sums += torch.stack([loss.detach(), (gaps > 0).sum(), gaps.sum(), scores.sum()])
+                scores = scores.detach().cpu()
+                gaps = [p["gap"] for p in compare(part, scores.split([len(row.responses) for row in part]))]
+                sums += torch.tensor([loss.item(), sum(gap > 0 for gap in gaps), sum(gaps), scores.sum().item()], device=device)
                 lowest, highest = min(lowest, scores.min().item()), max(highest, scores.max().item())
         # 6. one step of AdamW
-        learning_rate = scheduled(args, step, steps)
+        learning_rate = args.learning_rate * scheduled(args, step, steps)
         grad_norm = take_step(model, optimizer, learning_rate, args.max_grad_norm)
         # 7. what happened
         loss, right, gap, total = over_ranks(sums).tolist()
@@ -1156,8 +1220,8 @@ def main(args: Args):
         metrics |= dict(tokens_per_second=tokens / (now - clock), seconds=now - started, peak_memory_mb=peak_memory(device))
         log(args, out, metrics)
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{metrics['accuracy']:.2f}", margin=f"{metrics['margin']:.2f}")
-        if step == state["step"]:
-            bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step") if RANK == 0 else None
+        if step == state["step"] and RANK == 0:
+            bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_checkpoint(out, step + 1, models, optimizers, num_tokens=num_tokens, seconds=now - started)
 

@@ -64,6 +64,8 @@ class Args:
     """split, for hub data sets and saved directories"""
     eval_dataset: str = ""
     """held-out data set; empty: a part of --dataset"""
+    eval_split: str = "test"
+    """split of --eval-dataset, for hub data sets and saved directories"""
     eval_fraction: float = 0.02
     """share of --dataset held out when there is no --eval-dataset (0: no evaluation)"""
     max_length: int = 1024
@@ -78,7 +80,7 @@ class Args:
     batch_size: int = 32
     """sequences per optimiser step, over all ranks (InstructGPT: 32)"""
     tokens_per_forward: int = 16384
-    """memory knob: tokens per forward pass and rank; does not change the result"""
+    """memory knob: tokens per forward pass and rank; does not change the result (but where the model's config asks for dropout)"""
     learning_rate: float = 2e-5
     """peak of AdamW's learning rate (Llama 2: 2e-5; InstructGPT 1.3B: 9.65e-6; from scratch at width 128: 2e-3)"""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -109,9 +111,9 @@ class Args:
     track: bool = False
     """also log to Weights & Biases (WANDB_MODE=offline needs no account)"""
     wandb_project: str = "sft"
-    """of --track"""
+    """project of --track"""
     run_name: str = ""
-    """of --track; empty: the output directory"""
+    """name of the run of --track (empty: the output directory)"""
 
 
 if __name__ == "__main__":
@@ -182,6 +184,11 @@ def refuse(message: str):
     sys.exit(2)
 
 
+def reason(e: Exception) -> str:
+    """The first line of what an exception says."""
+    return (str(e.__cause__ or e).splitlines() or [type(e).__name__])[0][:200]
+
+
 def say(*text):
     """Print on the first rank."""
     if RANK == 0:
@@ -202,7 +209,7 @@ def load_rows(option: str, name: str, split: str = "train") -> Dataset:
         else:
             data = load_dataset(hub, *config, split=split)
     except Exception as e:  # whatever the readers raise, the user needs to know which file it was
-        refuse(f"{option} {name}: cannot be read as a data set ({type(e).__name__}: {str(e.__cause__ or e).splitlines()[0][:200]})")
+        refuse(f"{option} {name}: cannot be read as a data set ({type(e).__name__}: {reason(e)})")
     if len(data) == 0:
         refuse(f"{option} {name}: has no rows")
     return data
@@ -289,9 +296,9 @@ def encode_turns(tokenizer, messages: list, first: int, stops: list, **options) 
     The turns are found by rendering prefixes, so that any chat template will do. Returns [(ids, trained)], trained one bool per id: one
     pair for the whole conversation, or, where the template rewrites earlier turns (drops their thinking, say), one for each turn."""
     turns = []
-    for i in range(first, len(messages)):
+    for i in range(max(first, 1), len(messages)):  # an opening assistant turn answers nothing
         if messages[i]["role"] == "assistant":
-            head = render(tokenizer, messages[:i], answer_next=True, **options)
+            head = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False, **options)
             ids = end_turn(tokenizer, render(tokenizer, messages[: i + 1], **options), stops)
             turns.append((ids, shared(head, ids)))
     if turns and all(turns[-1][0][: len(ids)] == ids for ids, _ in turns):
@@ -301,10 +308,9 @@ def encode_turns(tokenizer, messages: list, first: int, stops: list, **options) 
 
 
 def report(option: str, tokenizer, rows: list, total: int, notes: Counter):
-    """What the data set came to: rows, drops by reason, lengths, and one example whose trained tokens stand in double brackets."""
-    at = lambda values, q: sorted(values)[min(len(values) - 1, int(q * len(values)))]
+    """Print how many rows were kept, what was dropped and why, lengths, and one example whose trained tokens stand in double brackets."""
     prompts, answers = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
-    quantiles = lambda values: "/".join(str(at(values, q)) for q in (0.5, 0.95, 1))
+    quantiles = lambda values: "/".join(str(sorted(values)[int(q * (len(values) - 1))]) for q in (0.5, 0.95, 1))
     say(f"{option}: {len(rows)} rows from {total}; " + (", ".join(f"{n} {why}" for why, n in notes.items() if n) or "none dropped, none cut"))
     say(f"  tokens (median/95%/most): prompt {quantiles(prompts)}, response {quantiles(answers)}")
     shown, marks = tokenizer.decode(rows[0].prompt)[-200:], rows[0].trained[0] if rows[0].trained else [True] * len(rows[0].responses[0])
@@ -324,12 +330,12 @@ def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
     for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or len(data) < 5000)):
         try:
             rows += encode_row(row, notes)
-        except Drop as reason:
-            notes[f"dropped: {reason}"] += 1
+        except Drop as drop:
+            notes[f"dropped: {drop}"] += 1
         except TemplateError as e:
             notes[f"dropped: refused by the chat template ({str(e)[:60]})"] += 1
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
-            refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {str(e)[:200]}); DATA in the header says what is read")
+            refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {reason(e)}); see 'Reads' at the top of this script")
     if not rows:
         refuse(f"{option}: none of its {len(data)} rows can be used: {dict(notes)}")
     report(option, tokenizer, rows, len(data), notes)
@@ -339,7 +345,8 @@ def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
 def template_options(row: dict) -> dict:
     """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
     tools = row.get("tools")
-    options = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None}
+    ours = ("chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt", "continue_final_message")  # no row's business
+    options = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None and k not in ours}
     return options | (dict(tools=json.loads(tools) if isinstance(tools, str) else tools) if tools else {})
 
 
@@ -352,13 +359,15 @@ def demonstrations(tokenizer, max_length: int, everything: bool, allow_special: 
         if not talk and answer is None and row.get("text") is None:
             raise Drop("no text")
         if talk or isinstance(prompt, list):
-            first = 0 if talk else len(prompt)
-            messages = as_messages(talk) if talk else as_messages(prompt) + as_messages(answer)
+            first, messages = (0, as_messages(talk)) if talk else (len(prompt), as_messages(prompt) + as_messages(answer))
+            if first and messages[first - 1]["role"] == messages[first]["role"] == "assistant":  # a prompt that ends in a begun answer
+                begun, rest = messages[first - 1], messages.pop(first)
+                first, messages[first - 1] = first - 1, dict(rest, content=begun["content"] + rest["content"])
             texts = [m["content"] for m in messages]
         else:
             texts = [prompt or "", answer] if answer is not None else ["", row["text"]]
             texts[1] = texts[1].removesuffix(tokenizer.eos_token)
-        if not texts[-1].strip():
+        if not texts[-1].strip() and not (talk and "tool_calls" in messages[-1]):
             raise Drop("empty answer")
         if not allow_special and any(s in text for text in texts for s in special):
             raise Drop("special token in the text (--allow-special keeps it)")
@@ -371,12 +380,13 @@ def demonstrations(tokenizer, max_length: int, everything: bool, allow_special: 
             raise Drop("no assistant turn")
         rows = []
         for ids, trained in found:
-            start = 1 if everything else max(1, trained.index(True))  # the first token has nothing to be predicted from
             trained = [True] * len(ids) if everything else trained
-            if not any(trained[start:max_length]):
-                raise Drop("prompt beyond --max-length")
-            notes["cut at --max-length"] += len(ids) > max_length
-            rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]]))
+            if any(trained[1:max_length]):  # the first token has nothing to be predicted from
+                start = trained.index(True, 1)
+                notes["cut at --max-length"] += len(ids) > max_length
+                rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]]))
+        if not rows:
+            raise Drop("prompt beyond --max-length")
         return rows
 
     return encode_row
@@ -387,13 +397,13 @@ def demonstrations(tokenizer, max_length: int, everything: bool, allow_special: 
 
 def rows_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, sliding_window=None, rows=None, softcap=None, **kwargs):
     """Attention over rows laid end to end: a response sees its own prompt and itself. q, k, v [1, H, T, D]."""
-    if rows is None:  # sampling: the ordinary path
-        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if softcap is not None:
         raise NotImplementedError("soft-capped attention scores (Gemma 2) need the model's own attention")
+    if rows is None:  # sampling: the ordinary path
+        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
     options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    if q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1]:  # FlashAttention over segments;
+    if q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1] and not dropout:  # FlashAttention over segments;
         from torch.nn.attention.varlen import varlen_attn  # its causal mask is aligned to the last key, as a response needs it
 
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
@@ -408,21 +418,17 @@ def rows_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, s
         seen = (j <= i) & (j > i - (sliding_window or K))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, **options)
 
-    out, t = [], 0
-    for (P, R), same in groupby(rows["layout"]):  # neighbours of equal shape are one batch
-        n, L = len(list(same)), P + sum(R)
-        qs, ks, vs = (x[0, :, t : t + n * L].unflatten(1, (n, L)).transpose(0, 1) for x in (q, k, v))
-        parts, s = [attend(qs[:, :, :P], ks[:, :, :P], vs[:, :, :P])], P
-        for r in R:
-            own = slice(s, s := s + r)
-            parts.append(attend(qs[:, :, own], torch.cat([ks[:, :, :P], ks[:, :, own]], 2), torch.cat([vs[:, :, :P], vs[:, :, own]], 2)))
+    groups, out = [(form, len(list(same))) for form, same in groupby(rows["layout"])], []  # neighbours of equal shape are one batch
+    sizes = [n * (P + sum(R)) for (P, R), n in groups]
+    for ((P, R), n), *qkv in zip(groups, *(x[0].split(sizes, 1) for x in (q, k, v))):
+        (q0, *qs), (k0, *ks), (v0, *vs) = (x.unflatten(1, (n, -1)).transpose(0, 1).split([P, *R], 2) for x in qkv)
+        parts = [attend(q0, k0, v0), *(attend(q, torch.cat([k0, k], 2), torch.cat([v0, v], 2)) for q, k, v in zip(qs, ks, vs))]
         out.append(torch.cat(parts, 2).transpose(0, 1).flatten(1, 2))
-        t += n * L
     return torch.cat(out, 1).transpose(0, 1)[None], None  # [1, T, H, D]
 
 
 def rows_mask(*args, attention_mask=None, **kwargs):
-    """No mask for rows; the ordinary one elsewhere, where an attention_mask must be given (without it a sliding window would be lost)."""
+    """No mask where rows are given; elsewhere the ordinary one, from the attention_mask, without which a sliding window would be lost."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False})
 
 
@@ -440,22 +446,23 @@ def pack(rows: list, device, together: bool = True):
     """Rows end to end in one sequence, nothing padded; or, if not together, one sequence for each response.
 
     Returns forwards, a list of (model inputs, positions that predict the trained tokens, positions of the responses' last tokens),
-    and for all trained tokens in order: target, the token [N]; owner, the number of its response [N]."""
+    and the trained tokens in order [N]."""
     if not together:
-        forwards, targets, owners = [], [], []
+        forwards, targets = [], []
         for row in rows:
             for i, response in enumerate(row.responses):
-                ((inputs, *at),), target, owner = pack([Row(row.prompt, [response], row.trained and [row.trained[i]])], device)
+                (forward,), target = pack([Row(row.prompt, [response], row.trained and [row.trained[i]])], device)
+                inputs, *at = forward
                 inputs = {k: v for k, v in inputs.items() if k != "rows"} | dict(attention_mask=torch.ones_like(inputs["input_ids"]))
-                owners.append(owner + len(forwards))
-                targets.append(target)
                 forwards.append((inputs, *at))
-        return forwards, torch.cat(targets), torch.cat(owners)
-    ids, position, source, last, target, owner, layout, index, q_lens, k_lens = [], [], [], [], [], [], [], [], [], []
+                targets.append(target)
+        return forwards, torch.cat(targets)
+    ids, position, source, last, target, layout, index, q_lens, k_lens = [], [], [], [], [], [], [], [], []
     for row in rows:
-        start, end = len(ids), len(ids) + len(row.prompt)
+        start, end, (head, tails) = len(ids), len(ids) + len(row.prompt), shape(row)
         ids += row.prompt
         position += range(end - start)
+        index += range(start, start + head)  # the keys of each segment, prompt or response, one after the other
         for i, response in enumerate(row.responses):
             t = len(ids)
             ids += response
@@ -464,21 +471,16 @@ def pack(rows: list, device, together: bool = True):
             keep = row.trained[i] if row.trained else [True] * len(response)
             source += [s for s, k in zip(before, keep) if k]
             target += [token for token, k in zip(response, keep) if k]
-            owner += [len(last)] * sum(keep)
             last.append(len(ids) - 1)
-        head, tails = shape(row)
+            index += [*range(start, end), *range(t, t + len(response))] if tails else []
         layout.append((head, tails))
         q_lens += [head, *tails]
         k_lens += [head, *(head + r for r in tails)]
-        index += range(start, start + head)
-        for i, r in enumerate(tails):
-            own = end + sum(tails[:i])
-            index += [*range(start, end), *range(own, own + r)]
     tensor = lambda x: torch.tensor(x, device=device)
     cumulative = lambda x: tensor([0, *x]).cumsum(0, dtype=torch.int32)
     plan = dict(layout=layout, index=tensor(index), cu_q=cumulative(q_lens), cu_k=cumulative(k_lens), max_q=max(q_lens), max_k=max(k_lens))
     inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(position)[None], rows=plan, use_cache=False)
-    return [(inputs, tensor(source), tensor(last))], tensor(target), tensor(owner)
+    return [(inputs, tensor(source), tensor(last))], tensor(target)
 
 
 def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
@@ -487,7 +489,7 @@ def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
     The vocabulary never stands whole in memory: it is computed by chunks of tokens, and again in the backward pass.
     kept: for each token the ids that nucleus sampling kept, a tensor each; the distribution is renormalised over them."""
     hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards])  # [N, d]
-    head, config = self.get_output_embeddings(), self.config
+    head, config = self.get_output_embeddings(), self.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
@@ -517,9 +519,9 @@ def load_tokenizer(name: str):
     if not Path(name).exists() and (name.startswith(("runs/", "./", "../", "/")) or not name):
         refuse(f"{name or 'the empty path'}: there is no such checkpoint directory; make it first (see README: python sft.py writes runs/base)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as e:
-        refuse(f"{name}: no tokenizer can be loaded from it ({str(e).splitlines()[0][:200]})")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as e:
+        refuse(f"{name}: no tokenizer can be loaded from it ({reason(e)})")
     if tokenizer.eos_token is None:
         refuse(f"{name}: its tokenizer has no end-of-sequence token, so that no answer could ever end; give it one (eos_token)")
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
@@ -527,22 +529,21 @@ def load_tokenizer(name: str):
 
 
 def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False, **options):
-    """A checkpoint with float32 weights whose attention understands rows.
+    """A checkpoint with float32 weights, its attention replaced by `rows_attention`.
 
-    Where it cannot (found by trying), the model keeps its own attention and gets one sequence a forward: slow and right, with a notice."""
-    for attention in ("rows", "eager"):
-        try:
-            stored = AutoConfig.from_pretrained(name).dtype
-            model = auto.from_pretrained(name, attn_implementation=attention, dtype=torch.float32, **options)
-        except (OSError, ValueError, KeyError) as e:
-            refuse(f"{name}: no model can be loaded from it ({str(e).splitlines()[0][:200]})")
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
-        model = ready(model, device, stored or torch.float32, dropout)
-        model.together = attention == "rows" and rows_agree(model, device, dtype)
-        if model.together:
-            return model
-    say(f"note: the attention of {type(model).__name__} does not follow rows: one sequence a forward in float32, right but slow")
+    Where that gives other results (found by trying), the model keeps its own and gets one sequence a forward: slow and right, with a notice."""
+    try:
+        stored = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
+        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False, **options)
+    except Exception as e:
+        refuse(f"{name}: no model can be loaded from it ({reason(e)})")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
+    model = ready(model, device, stored or torch.float32, dropout)
+    model.together = rows_agree(model, device, dtype)
+    if not model.together:
+        model.set_attn_implementation("eager")
+        say(f"note: the attention of {type(model).__name__} does not follow rows: one sequence a forward in float32, right but slow")
     return model
 
 
@@ -558,21 +559,46 @@ def ready(model, device, stored=torch.float32, dropout: bool = False):
 
 @torch.no_grad()
 def rows_agree(model, device, dtype) -> bool:
-    """Whether two rows in one sequence give what each response gives alone, on random tokens."""
-    ids = lambda n: torch.randint(min(1000, model.config.get_text_config().vocab_size), (n,), generator=generator).tolist()
-    generator = torch.Generator().manual_seed(0)
-    rows = [Row(ids(5), [ids(4), ids(6)]), Row(ids(3), [ids(7)])]
+    """Whether rows in one sequence under our attention give what each response alone gives under the model's own, on random tokens."""
+    generator, hidden = torch.Generator().manual_seed(0), []
+    tokens = torch.randint(min(1000, model.config.get_text_config().vocab_size), (25,), generator=generator).tolist()
+    rows = [Row(tokens[:5], [tokens[5:9], tokens[9:15]]), Row(tokens[15:18], [tokens[18:]])]
     model.eval()
     try:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = [torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in pack(rows, device, t)[0]])
-                      for t in (True, False)]
+            for together, attention in ((False, "eager"), (True, "rows")):
+                model.set_attn_implementation(attention)
+                forwards, *_ = pack(rows, device, together)
+                hidden.append(torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in forwards]))
     except (NotImplementedError, TypeError):
         return False
     finally:
         model.train()
     tolerance = 1e-3 if dtype == torch.float32 else 0.05
     return bool((hidden[0] - hidden[1]).norm() <= tolerance * hidden[1].norm())
+
+
+@torch.no_grad()
+def check_head(model, name: str, device):
+    """Refuse a model whose output layer does more than token_logps does."""
+    ids = list(range(3, 15))
+    forwards, target = pack([Row(ids[:4], [ids[4:]])], device, model.together)
+    inputs = torch.tensor([ids], device=device)
+    model.eval()
+    whole = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0, 3:-1].float().log_softmax(-1)
+    off = (token_logps(model, forwards, target)[0] - whole.gather(-1, target[:, None])[:, 0]).abs().max()
+    model.train()
+    if not off < 0.01:
+        refuse(f"{name}: the output layer of {type(model).__name__} does more than this script knows; its log-probabilities would be wrong")
+
+
+def plain_texts(option: str, data: Dataset) -> list:
+    """All the text of each row, to make a tokenizer from."""
+    columns = [c for c in ("text", "messages", "conversations", "prompt", "completion") if c in data.column_names]
+    try:
+        return ["".join(m["content"] for c in columns if row[c] for m in as_messages(row[c])) for row in data]
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        refuse(f"{option}: not in a known format ({type(e).__name__}: {reason(e)}); see 'Reads' at the top of this script")
 
 
 def new_model(args, texts: list):
@@ -635,7 +661,7 @@ def shard(model, dtype, *methods):
 
 
 def make_optimizer(model, learning_rate: float, weight_decay: float):
-    """AdamW, decaying matrices only. To be made before the first forward: after it, FSDP's root holds gathered weights, the wrong ones."""
+    """AdamW, decaying matrices only. Make it before the first forward, after which FSDP's root holds gathered weights in place of its own."""
     matrices, vectors = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == wide] for wide in (True, False)]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=True)
@@ -645,7 +671,8 @@ def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> f
     """One step of AdamW on the gradients at hand, clipped; returns their norm."""
     if WORLD > 1 and not model.together:  # weights that FSDP does not hold: average the gradients here
         for p in model.parameters():
-            if p.grad is not None:
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # experts that had no token on this rank
                 dist.all_reduce(p.grad.div_(WORLD))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     for group in optimizer.param_groups:
@@ -656,11 +683,11 @@ def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> f
 
 
 def scheduled(args, step: int, steps: int) -> float:
-    """The learning rate of a step (counted from 0): linear warm-up, then cosine to a tenth, linear to 0, or constant."""
+    """The share of the peak learning rate at a step (counted from 0): linear warm-up, then cosine to a tenth, linear to 0, or constant."""
     warmup = max(1, round(args.warmup_ratio * steps))
     done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
     after = dict(cosine=0.55 + 0.45 * math.cos(math.pi * done), linear=1 - done, constant=1.0)[args.lr_schedule]
-    return args.learning_rate * min(1.0, (step + 1) / warmup) * after
+    return min(1.0, (step + 1) / warmup) * after
 
 
 @lru_cache(2)
@@ -676,8 +703,9 @@ def pick(n: int, size: int, step: int, seed: int) -> list:
 
 
 def micro_batches(rows: list, limit: int, device, together: bool = True) -> list:
-    """This rank's rows, neighbours of one shape, in forwards of at most `limit` tokens: lists of row numbers, equally many on every rank."""
-    groups, total = [], limit
+    """This rank's rows, neighbours of one shape, in forwards of at most `limit` tokens (a longer row goes alone): lists of row numbers,
+    equally many on every rank."""
+    groups, total = [], limit  # full, so that the first row opens a group
     for i in sorted(range(len(rows)), key=lambda i: shape(rows[i])):
         size = len(rows[i].prompt) + sum(map(len, rows[i].responses))
         if total + size > limit or not together:
@@ -693,10 +721,10 @@ def micro_batches(rows: list, limit: int, device, together: bool = True) -> list
 
 
 def packed(rows: list, limit: int, device, together: bool = True):
-    """For each forward: the row numbers, the forwards and targets of `pack`. A rank that has run out of rows goes along with a spare one
-    and no numbers, so that all ranks make equally many forwards."""
+    """For each forward: the row numbers, and the forwards and targets of `pack`. A rank that has no rows left gets a spare row and no
+    numbers, so that all ranks make equally many forwards."""
     for group in micro_batches(rows, limit, device, together):
-        yield group, *pack([rows[i] for i in group] or [Row([0], [[0]])], device, together)[:2]
+        yield group, *pack([rows[i] for i in group] or [Row([0], [[0]])], device, together)
 
 
 def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
@@ -715,11 +743,11 @@ def hold_out(rows: list, fraction: float, seed: int) -> list:
 
 
 def fingerprint(name: str) -> str:
-    """Of a file or directory: names, sizes, and the content (of large weights: both ends); a hub id stands for itself."""
-    digest = hashlib.sha256()
-    path = Path(name)
-    for file in [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in (".json", ".jinja", ".safetensors", ".arrow")):
-        if file.name not in ("args.json", "trainer_state.json"):
+    """Of a file or directory: names, sizes, and the content (of large files: both ends); a hub id stands for itself."""
+    path, digest, kinds = Path(name), hashlib.sha256(), (".json", ".jinja", ".safetensors", ".arrow", ".parquet")
+    inside = [f for f in path.rglob("*") if f.suffix in kinds and not f.relative_to(path).parts[0].startswith(("checkpoint-", "saving", "value"))]
+    for file in [path] if path.is_file() else sorted(inside):
+        if file.name not in ("args.json", "report.json"):
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
             with file.open("rb") as f:
@@ -729,54 +757,84 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()[:16] if path.exists() else "hub"
 
 
+def check_numbers(args):
+    """Numbers out of range are refused before anything is read."""
+    counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
+    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon")
+    for name, value in asdict(args).items():
+        needed = ""
+        if isinstance(value, float) and not math.isfinite(value):
+            needed = "a number"
+        elif name in counts and value < 1:
+            needed = "1 or more"
+        elif name in ("temperature", "top_p") and value <= 0:
+            needed = "above 0"
+        elif name in ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam") and value > 1 or name == "eval_fraction" and value == 1:
+            needed = "a share of 1"
+        elif isinstance(value, (int, float)) and value < 0 and name not in ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight"):
+            needed = "0 or more"
+        if needed:
+            refuse(f"--{name.replace('_', '-')} {value}: must be {needed}")
+
+
 def begin(args, **inputs):
-    """The output directory, and the checkpoint to continue from or None. inputs: by option, every file and directory that is read.
+    """The output directory, the checkpoint to continue from or None, and what identifies the run. inputs: by option, all that is read.
 
     Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
+    check_numbers(args)
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
-    plan = json.loads(json.dumps(plan))
-    verdict = [None, None]  # an error or the news that all is done; the checkpoint
-    if RANK == 0:
-        try:
-            before = json.loads((out / "args.json").read_text())
-        except (OSError, ValueError):
-            before = None
+    plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
+    if RANK == 0:  # one rank looks, so that all see the same
+        file, before = out / "args.json", None
         steps = [int(d.name.split("-")[1]) for d in out.glob("checkpoint-*") if d.name.split("-")[1].isdigit()]
-        if args.resume and before:
+        try:
+            before = json.loads(file.read_text()) if file.exists() else None
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            error = f"--output-dir {out}: cannot be used ({e.strerror}); choose another"
+        except ValueError:
+            error = f"{file}: is damaged, so that nothing can be resumed; choose another --output-dir, or --overwrite without --resume"
+        inside = [k for k, v in inputs.items() if v and (out.resolve() == Path(v).resolve() or out.resolve() in Path(v).resolve().parents)]
+        if inside and not error:
+            error = f"--output-dir {out}: holds what --{inside[0].split()[0].replace('_', '-')} reads; choose another"
+        elif args.resume and before and not error:
             old = before.get("plan", {})
             changed = [f"{k} was {old.get(k)!r} and is {plan.get(k)!r}" for k in sorted({*old, *plan}) if old.get(k) != plan.get(k)]
             if changed:
-                verdict[0] = f"--resume: {out} holds another run ({'; '.join(changed)[:500]}); choose another --output-dir, or --overwrite"
-            elif before["finished"]:
-                verdict[0] = "finished"
-            elif steps:
-                verdict[1] = str(out / f"checkpoint-{max(steps)}")
-        elif not args.overwrite and out.is_dir() and any(out.iterdir()):
-            verdict[0] = f"--output-dir {out}: not empty; choose another, --resume what stands there, or --overwrite it"
-        if verdict == [None, None]:
-            try:
-                for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
-                    shutil.rmtree(stale)
-                (out / "metrics.jsonl").unlink(missing_ok=True)
-                out.mkdir(parents=True, exist_ok=True)
-                write_json(out / "args.json", record(args, plan, finished=False))
-            except OSError as e:
-                verdict[0] = f"--output-dir {out}: cannot be written ({e.strerror}); choose another"
+                changed = "; ".join(changed)[:500]
+                error = f"--resume: {out} holds another run ({changed}); choose another --output-dir, or --overwrite without --resume"
+            finished = before["finished"]
+            last = str(out / f"checkpoint-{max(steps)}") if steps else None
+        elif not error and not args.overwrite and any(out.iterdir()):
+            error = f"--output-dir {out}: not empty; choose another, --resume a run that stands there, or --overwrite it"
     if WORLD > 1:
-        dist.broadcast_object_list(verdict)
-    if verdict[0] == "finished":
+        error, finished, last = broadcast([error, finished, last])
+    if error:
+        refuse(error)
+    if finished:
         say(f"{out}: finished already with the same arguments and data; nothing to do")
         sys.exit(0)
-    if verdict[0]:
-        refuse(verdict[0])
-    return out, Path(verdict[1]) if verdict[1] else None
+    return out, Path(last) if last else None, plan
 
 
-def record(args, plan: dict, finished: bool) -> dict:
-    """What args.json holds: enough to say where a checkpoint comes from and to run it again."""
-    machine = dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD, threads=torch.get_num_threads())
-    return dict(script=Path(__file__).name, finished=finished, args=asdict(args), plan=plan, python=sys.version.split()[0]) | machine
+def broadcast(values: list) -> list:
+    """The first rank's values, on every rank."""
+    dist.broadcast_object_list(values)
+    return values
+
+
+def claim(args, out: Path, plan: dict):
+    """Clear the output directory for a new run and leave args.json there: enough to say where a checkpoint comes from and to run it again.
+
+    Called when all input has been read and found good. An older model stays until the new one takes its place."""
+    if RANK == 0:
+        for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
+            shutil.rmtree(stale)
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+        machine = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
+        machine |= dict(ranks=WORLD, threads=torch.get_num_threads())
+        write_json(out / "args.json", dict(script=Path(__file__).name, finished=False, args=asdict(args), plan=plan) | machine)
 
 
 def write_json(path: Path, value):
@@ -793,15 +851,14 @@ def write_model(directory: Path, model, tokenizer, dtype):
     for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
         weights.pop(tied, None)
     if RANK == 0:
-        config = model.config
-        config.dtype, before = dtype, (config.dtype, config._attn_implementation)
-        config._attn_implementation = None
+        config, before = model.config, (model.config.dtype, model.config._attn_implementation)
+        config.dtype, config._attn_implementation = dtype, None
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
             generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None)})
             generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
-            generation.do_sample = True  # temperature and top-p, where the parent set them, are refused without
+            generation.do_sample = True  # without it, a temperature or top-p that the parent stored would be refused
         model.save_pretrained(directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
         tokenizer.save_pretrained(directory)
         config.dtype, config._attn_implementation = before
@@ -823,9 +880,10 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
         write_model(part / name, model, tokenizer, torch.float32)
     if RANK == 0:
         torch.save(dict(state, step=step, optimizers=moments, rng=rng), part / "state.pt")
-        for file in part.rglob("*"):
-            with file.open("rb") if file.is_file() else os.fdopen(os.open(file, os.O_RDONLY)) as f:
-                os.fsync(f.fileno())
+        for file in (*part.rglob("*"), part):  # directories hold the names, so they are synced too
+            number = os.open(file, os.O_RDONLY)
+            os.fsync(number)
+            os.close(number)
         os.replace(part, out / f"checkpoint-{step}")
     if WORLD > 1:
         dist.barrier()
@@ -873,9 +931,9 @@ def refuse_unless_finite(loss, step: int, look_at: str):
 
 
 def announce(models: list, source: str, device, dtype, work: str):
-    """The run in two lines: what is trained, and how."""
+    """The run in two lines: what is trained, and how. A parameter takes 16 bytes: weight, gradient, two moments."""
     parameters = sum(p.numel() for model in models for p in model.parameters())
-    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {parameters >> 16} MB with AdamW")
+    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW")
     say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
 
 
@@ -936,7 +994,7 @@ def evaluate_sft(model, rows: list, args, device) -> dict:
 def main(args: Args):
     # 0. ranks, output, seed
     device, dtype = start_ranks(args.dtype)
-    out, last = begin(args, model=args.model, dataset=args.dataset, eval_dataset=args.eval_dataset)
+    out, last, plan = begin(args, model=args.model, dataset=args.dataset, eval_dataset=args.eval_dataset)
     started = time.time()
     torch.manual_seed(args.seed)
 
@@ -945,20 +1003,21 @@ def main(args: Args):
     if last or args.model:
         tokenizer = load_tokenizer(str(last or args.model))
         model = load_model(AutoModelForCausalLM, str(last or args.model), tokenizer, device, dtype, dropout=True)
+        check_head(model, args.model, device)
     else:
-        texts = [row.get("text") or "".join(m["content"] for m in as_messages(row.get("messages") or row["prompt"])) for row in data]
-        model, tokenizer = new_model(args, texts)
+        model, tokenizer = new_model(args, plain_texts("--dataset", data))
         model = ready(model, device, dropout=True)
     max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
     encode_row = demonstrations(tokenizer, max_length, everything=args.train_prompts or not args.model, allow_special=args.allow_special)
     rows, held_out = prepare("--dataset", data, tokenizer, encode_row), []
     if args.eval_dataset:
-        held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset), tokenizer, encode_row)
+        held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset, args.eval_split), tokenizer, encode_row)
     elif len(rows) > 1:
         held_out = hold_out(rows, args.eval_fraction, args.seed)
     steps = math.ceil(len(rows) / args.batch_size) * args.epochs
     steps = min(steps, args.max_steps or steps)
-    announce([model], args.model or "nothing", device, dtype, f"{steps} steps of {args.batch_size} rows, {args.tokens_per_forward} tokens a forward at most")
+    work = f"{steps} steps of {args.batch_size} rows, at most {args.tokens_per_forward} tokens a forward"
+    announce([model], args.model or "nothing", device, dtype, work)
 
     # 2. the optimiser, and where an earlier run stopped
     if args.gradient_checkpointing:
@@ -966,7 +1025,11 @@ def main(args: Args):
     model = shard(model, dtype, token_logps)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
     models, optimizers = {"": (model, tokenizer)}, {"": optimizer}
-    state = load_checkpoint(last, models, optimizers) if last else dict(step=0, num_tokens=0, seconds=0.0)
+    state = dict(step=0, num_tokens=0, seconds=0.0)
+    if last:
+        state = load_checkpoint(last, models, optimizers)
+    else:
+        claim(args, out, plan)
     started -= state["seconds"]
     num_tokens = state["num_tokens"]
 
@@ -983,11 +1046,11 @@ def main(args: Args):
             logps, entropy, top = model.token_logps(forwards, target)
             # 5. the loss over the whole step's tokens; a rank without rows goes along with weight zero; FSDP averages over the ranks
             loss = sft_loss(logps, total) * bool(group)
-            refuse_unless_finite(loss, step, f"the rows {numbers[:8]}")
+            refuse_unless_finite(loss, step, f"the kept rows {[numbers[RANK + WORLD * i] for i in group][:8]}")
             (loss * WORLD).backward()
             sums += torch.stack([loss.detach(), top.sum() / total * bool(group), entropy.sum() / total * bool(group)])
         # 6. one step of AdamW
-        learning_rate = scheduled(args, step, steps)
+        learning_rate = args.learning_rate * scheduled(args, step, steps)
         grad_norm = take_step(model, optimizer, learning_rate, args.max_grad_norm)
         # 7. what happened
         loss, accuracy, entropy = over_ranks(sums).tolist()
@@ -1001,8 +1064,8 @@ def main(args: Args):
         metrics |= dict(tokens_per_second=tokens / (now - clock), seconds=now - started, peak_memory_mb=peak_memory(device))
         log(args, out, metrics)
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
-        if step == state["step"]:
-            bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step") if RANK == 0 else None
+        if step == state["step"] and RANK == 0:
+            bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_checkpoint(out, step + 1, models, optimizers, num_tokens=num_tokens, seconds=now - started)
 
