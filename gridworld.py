@@ -803,8 +803,8 @@ def sft_row(rng, grid: tuple) -> dict:
 
 
 def ranking_row(rng, grid: tuple, count: int = 4) -> dict:
-    """Distinct answers to one prompt, scored by one annotator."""
-    prompt, kind, answers = [user(grid_text(grid))], rng.choice(("helpful", "harmless")), []
+    """Distinct answers to one prompt, scored by one annotator; as InstructGPT's labellers, these put helpfulness first."""
+    prompt, kind, answers = [user(grid_text(grid))], "helpful", []
     while len(answers) < count:
         answers += {propose(rng, grid)} - set(answers)
     return dict(prompt=prompt, completions=answers, scores=annotators_scores(rng, prompt, answers, kind), kind=kind, annotator="simulated")
