@@ -569,7 +569,8 @@ def questions(args, tokenizer, max_prompt: int):
         prompt = as_messages(prompt) if isinstance(prompt, list) else prompt
         if not args.allow_special and any(s in m["content"] for m in as_messages(prompt, "user") for s in special):
             raise Drop("special token in the text (--allow-special keeps it)")
-        ids = encode(tokenizer, prompt, [" a"], stops, **template_options(row))[0]
+        options = template_options(row)  # messages: up to where the assistant is to speak, as `generate` will be asked
+        ids = encode(tokenizer, prompt, [" a"], stops)[0] if isinstance(prompt, str) else render(tokenizer, prompt, answer_next=True, **options)
         if len(ids) > max_prompt:
             raise Drop("prompt beyond --max-length less --max-new-tokens")
         return [Row(ids, [[]], None, dict(row, prompt=prompt, kind=row.get("kind") or ""))]
@@ -896,6 +897,8 @@ def load_frozen(auto, name: str, device, dtype, method, **options):
     """A frozen model and its tokenizer."""
     tokenizer = load_tokenizer(name)
     model = load_model(auto, name, tokenizer, device, dtype, **options)
+    if method is token_logps:
+        check_head(model, name, device)
     return shard(model.requires_grad_(False), dtype, method), tokenizer
 
 
@@ -911,6 +914,8 @@ def reward_scores(model, tokenizer, conditions: dict, args, device, rows: list, 
         asked.append(Row(prompt[-max(1, longest - len(answer)) :], [answer[: longest - 1]]))
     for group, forwards, _ in packed(asked, args.tokens_per_forward, device, model.together):
         scores[group] = model.response_scores(forwards)[: len(group)]
+    if not scores.isfinite().all():
+        refuse(f"a reward model's score is {scores[~scores.isfinite()][0].item()}: its weights are damaged")
     return scores
 
 
@@ -928,7 +933,8 @@ def conversation_text(prompt, answer: str) -> str:
     turns = [m for m in prompt if m["role"] != "system"]
     if len(turns) == 1:
         return f"{turns[0]['content']}\n{answer}"
-    return "\n".join(f"{m['role']}: {m['content']}" for m in [*turns, dict(role="assistant", content=answer)])
+    talk = "\n".join(f"{m['role']}: {m['content']}" for m in turns)
+    return talk + answer if turns and turns[-1]["role"] == "assistant" else f"{talk}\nassistant: {answer}"  # an answer already begun goes on
 
 
 @torch.no_grad()
@@ -1265,6 +1271,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
     models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers and lists."""
     part = out / f"saving-{step}"
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    for model, _ in models.values():
+        getattr(model, "reshard", lambda: None)()  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
     moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items()}
     rng = [dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)]
     if WORLD > 1:
@@ -1432,16 +1440,21 @@ def minibatches(args, answers: int, step: int):
         yield from (order[a:b] for a, b in zip(cuts, cuts[1:]) if b > a)
 
 
-def as_texts(tokenizer, answers: list, stops: list) -> list:
+def as_texts(tokenizer, rows: list, answers: list, stops: list) -> list:
     """Answers as the reward sources read them: without the stop token and other special tokens."""
-    return [tokenizer.decode(ids[:-1] if ids and ids[-1] in stops else ids, skip_special_tokens=True) for ids in answers]
+    texts = []
+    for row, ids in zip(rows, answers):
+        before = row.prompt[-1:] if isinstance(row.extra["prompt"], str) else []  # SentencePiece drops the space before a text's first word
+        text = tokenizer.decode(before + (ids[:-1] if ids and ids[-1] in stops else ids), skip_special_tokens=True)
+        texts.append(text[len(tokenizer.decode(before, skip_special_tokens=True)) :])
+    return texts
 
 
 def baseline_rewards(reference, rewards: dict, rows: list, tokenizer, stops: list, args) -> list:
     """The reward of the reference's own greedy answer to each prompt (ChatGLM-RLHF), whether it ends or not."""
     numbers = torch.zeros(len(rows), args.max_new_tokens)
     tokens, *_ = sample_answers(reference, rows, numbers, stops, args.tokens_per_forward, temperature=0.0, top_p=1.0)
-    return total_reward(rewards, rows, as_texts(tokenizer, tokens, stops))[0].tolist()
+    return total_reward(rewards, rows, as_texts(tokenizer, rows, tokens, stops))[0].tolist()
 
 
 def value_start(args, tokenizer) -> str:
@@ -1460,7 +1473,7 @@ def evaluate_policy(policy, reference, rewards: dict, held_out: list, tokenizer,
     numbers = uniform_numbers(args.seed, -1, list(places), args.max_new_tokens)
     tokens, _, kept = sample_answers(policy, asked, numbers, stops, args.tokens_per_forward, args.temperature, args.top_p)
     answered = [row._replace(responses=[ids]) for row, ids in zip(asked, tokens)]
-    scores, _ = total_reward(rewards, answered, as_texts(tokenizer, tokens, stops))
+    scores, _ = total_reward(rewards, answered, as_texts(tokenizer, answered, tokens, stops))
     ended = torch.tensor([bool(ids) and ids[-1] in stops for ids in tokens], dtype=torch.bool, device=device)
     scores = torch.where(ended, scores, torch.full_like(scores, args.missing_eos_score))
     logps, ref_logps = (padded(response_logps(model, answered, kept, args, device)[0], device) for model in (policy, reference))
@@ -1474,7 +1487,7 @@ def show(rows: list, texts: list, named: dict, count: int = 3):
     for i in range(min(count, len(rows))):
         prompt = rows[i].extra["prompt"]
         prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        rewards = ", ".join(f"{k} {float(v[i]):+.2f}" for k, v in named.items())
+        rewards = ", ".join(f"{k} {float(v[i]):+.2f}" for k, v in named.items() if not math.isnan(v[i]))
         tqdm.write(f"  {prompt[-60:]!r} -> {texts[i][:100]!r}   {rewards}")
 
 
@@ -1527,17 +1540,20 @@ def main(args: Args):
 
     # 2. the value model, from the reward model if that reads the same tokens; optimisers; where an earlier run stopped
     value_source = str(last / "value") if last else args.value_model or value_start(args, tokenizer)
+    if args.value_model and not tokenizer.get_vocab().items() <= load_tokenizer(args.value_model).get_vocab().items():
+        refuse(f"--value-model {args.value_model}: reads other tokens than --model; choose another, or none")
     value = trainable(AutoModelForSequenceClassification, value_source, tokenizer, args, device, dtype, token_values, num_labels=1)
     policy_optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
     value_optimizer = make_optimizer(value, args.value_learning_rate, args.weight_decay)
     models, optimizers = {"": (policy, tokenizer), "value": (value, tokenizer)}, {"": policy_optimizer, "value": value_optimizer}
-    state = dict(step=0, episode=0, seconds=0.0, kl_coef=args.kl_coef, updates=0)
+    state = dict(step=0, episode=0, seconds=0.0, kl_coef=args.kl_coef, updates=0, baselines=[{}])
     if last:
         state = load_checkpoint(last, models, optimizers)
     else:
         claim(args, out, plan)
     started -= state["seconds"]
-    episode, kl_coef, updates, baselines = state["episode"], state["kl_coef"], state["updates"], {}
+    episode, kl_coef, updates = state["episode"], state["kl_coef"], state["updates"]
+    baselines = state["baselines"][RANK % len(state["baselines"])]  # by row: each rank's own, to the last bit
     steps = math.ceil(len(rows) / args.batch_size) * args.epochs
     steps = min(steps, args.max_steps or steps)
     ptx_size = args.ptx_batch_size or math.ceil(args.batch_size * args.num_generations / args.num_minibatches)
@@ -1558,7 +1574,7 @@ def main(args: Args):
         tokens, sampled_logps, kept = sample_answers(policy, asked, numbers, stops, args.tokens_per_forward, args.temperature, args.top_p)
         answered = [row._replace(responses=[tokens[i * n + k]]) for i, row in enumerate(asked) for k in range(n)]
         # 5. their scores r(x, y); an answer that did not end has no other worth than --missing-eos-score
-        texts = as_texts(tokenizer, tokens, stops)
+        texts = as_texts(tokenizer, answered, tokens, stops)
         scores, named = total_reward(rewards, answered, texts)
         if args.reference_baseline:
             new = [batch[place] for place in places if batch[place] not in baselines]
@@ -1662,13 +1678,19 @@ def main(args: Args):
         metrics |= dict(seconds=now - started, peak_memory_mb=peak_memory(device))
         log(args, out, metrics)
         bar.set_postfix(score=f"{score:.3f}", kl=f"{kl:.3f}", length=f"{sum(lengths) / B:.1f}", ended=f"{share_eos:.2f}")
+        if step == state["step"] and RANK == 0:
+            bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
         if args.show_every and step % args.show_every == 0 and RANK == 0:
             show(answered, texts, named | dict(total=scores))
         # 13. the KL coefficient follows its target; a policy gone too far ends the run
         if args.kl_target:
             kl_coef = adapted_kl_coef(kl_coef, kl, args.kl_target, B, args.kl_horizon)
-        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
-            save_checkpoint(out, step + 1, models, optimizers, episode=episode, seconds=now - started, kl_coef=kl_coef, updates=updates)
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps and not too_far:
+            known = [baselines] * WORLD
+            if WORLD > 1:
+                dist.all_gather_object(known, baselines)
+            progress = dict(episode=episode, seconds=now - started, kl_coef=kl_coef, updates=updates, baselines=known)
+            save_checkpoint(out, step + 1, models, optimizers, **progress)
         if too_far:
             say(f"stopped after step {step + 1}: the KL to the reference is {kl:.3f}, beyond --max-kl {args.max_kl}; the policy is saved as it is")
             break

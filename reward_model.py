@@ -934,6 +934,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
     models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers and lists."""
     part = out / f"saving-{step}"
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    for model, _ in models.values():
+        getattr(model, "reshard", lambda: None)()  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
     moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items()}
     rng = [dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)]
     if WORLD > 1:
