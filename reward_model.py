@@ -9,7 +9,8 @@
 
 Departures and options
   1. --loss plackett-luce: the likelihood of the whole ranking (Starling, Zhu et al. 2024, which divides it by K - 1). --loss focal:
-     InternLM2 (arXiv 2403.17297, eq. 1), easy pairs count less; with --barrier 0.02, its log barrier (eq. 2) keeps scores from growing beyond (-5, 5).
+     easy pairs count less (InternLM2, arXiv 2403.17297, eq. 1); with --barrier 0.02, its log barrier (eq. 2) keeps scores from growing
+     beyond (-5, 5).
   2. A column `probability` (that chosen is better) makes soft labels (Constitutional AI, Bai et al. 2022, arXiv 2212.08073); a column
      `margin` is taken off the gap (Llama 2, arXiv 2307.09288, eq. 2) with --use-margin.
   3. --score-l2 and --length-buckets: ChatGLM-RLHF's prior on scores and its balance of longer and shorter winners (arXiv 2404.00934).
