@@ -430,6 +430,14 @@ def make_folder(option: str, folder: Path) -> Path:
     return folder
 
 
+def make_place(option: str, path: Path, kinds=()) -> Path:
+    """Where a file will go, its folder made; kinds: the endings that can be written, where not all can."""
+    make_folder(f"{option}: the folder", path.parent)
+    if path.is_dir() or (kinds and path.suffix not in kinds):
+        refuse(f"{option} {path}: must be the name of a file" + f" that ends in {', '.join(kinds)}" * bool(kinds))
+    return path
+
+
 def write_text(path: Path, text: str):
     """The whole file or none of it: written beside, then renamed."""
     part = path.with_name(path.name + ".part")
@@ -446,7 +454,7 @@ def read_column(option: str, path: Path, column: str, accept=str) -> list:
         try:
             values.append(json.loads(line)[column])
             accept(values[-1])
-        except (ValueError, TypeError, KeyError) as e:
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
             refuse(f"{option} {path}, line {number}: needs JSON with a usable {column} ({type(e).__name__}: {e})")
     return values or refuse(f"{option} {path}: has no rows")
 
@@ -736,10 +744,10 @@ def score_task(rng, grid: tuple) -> list:
 
 def revision_task(rng, grid: tuple) -> list:
     """One answer examined by a principle, then revised: two turns."""
-    principle, walk = rng.choice(PRINCIPLES), rng.choice(walks(grid))
+    principle, walk = rng.choice(PRINCIPLES[:-1]), rng.choice(walks(grid))  # "is better" has no single reason to name
     answer = lie(rng, walk) if principle == "is true" and rng.random() < 0.5 else tell(walk)
     revised = walk
-    if principle in ("pays more", "is better"):
+    if principle == "pays more":
         other = rng.choice([w for w in walks(grid) if w != walk])
         critique = f"{tell(other)} pays {'more' if other.total > walk.total else 'less' if other.total < walk.total else 'the same'}"
         revised = max(walk, other, key=lambda w: w.total)
@@ -882,6 +890,8 @@ def must_be_checkpoints(directories):
     for directory in directories:
         if not (Path(directory) / "config.json").is_file():
             refuse(f"{directory}: is no checkpoint directory (it has no config.json); correct the path, or make it first")
+        if "SequenceClassification" in (Path(directory) / "config.json").read_text(encoding="utf-8"):
+            refuse(f"{directory}: is a reward model, which scores answers and gives none; name a policy")
 
 
 def load_policy(name: str):
@@ -890,8 +900,8 @@ def load_policy(name: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as e:
-        refuse(f"{name}: no language model can be loaded from it ({str(e).splitlines()[0][:200]})")
+    except Exception as e:
+        refuse(f"{name}: no language model can be loaded from it ({(str(e).splitlines() or [type(e).__name__])[0][:200]})")
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         refuse(f"{name}: its tokenizer has no chat template or no end-of-sequence token, so that it cannot be asked")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
@@ -996,7 +1006,7 @@ def annotate(args: AnnotateArgs):
     if args.patch and args.format != "preferences":
         refuse("--patch writes pairs: it needs --format preferences")
     must_be_checkpoints(args.model)
-    output = make_folder("--output: the folder", Path(args.output).parent) / Path(args.output).name
+    output = make_place("--output", Path(args.output))
     prompts, rng = read_column("--prompts", Path(args.prompts), "prompt", read_grid), random.Random(args.seed)
     prompts = rng.sample(prompts, min(args.rows, len(prompts)))
     columns = []  # of answers: every policy gives each prompt its share of the K
@@ -1137,7 +1147,7 @@ def score(args: ScoreArgs):
     if not args.checkpoints or args.samples < 1 or args.max_new_tokens < 1:
         refuse("score: needs a checkpoint directory (python gridworld.py score runs/sft), and --samples and --max-new-tokens of at least 1")
     must_be_checkpoints(args.checkpoints)
-    picture, table = (make_folder("score: the folder", Path(file).parent) / Path(file).name for file in (args.output, args.csv))
+    picture, table = make_place("--output", Path(args.output), (".png", ".pdf", ".svg")), make_place("--csv", Path(args.csv))
     prompts = read_column("--data", Path(args.data) / "test.jsonl", "prompt", read_grid)
     texts = read_column("--data", Path(args.data) / "test_pretrain.jsonl", "text")
     grids, rng = [read_grid(prompt) for prompt in prompts], random.Random(args.seed)

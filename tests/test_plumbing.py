@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import unicodedata
 from collections import Counter
@@ -275,6 +276,7 @@ def test_options_of_a_row_reach_the_template(tiny_tokenizer):
         ids = sft.render(tokenizer, talk("Hi"), **sft.template_options(row))
         assert tokenizer.decode(ids).startswith('[{"name": "f"}] calm ')
     assert sft.template_options(dict(tools=None, chat_template_kwargs=None)) == sft.template_options({}) == {}
+    assert sft.template_options(dict(chat_template_kwargs=dict(tokenize=False, add_generation_prompt=True))) == {}  # these are ours to say
 
 
 def test_messages_are_cleaned():
@@ -537,6 +539,13 @@ def equal(a, b) -> bool:
     return len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
+def whole_checkpoints(out, whole):
+    """What has a checkpoint's name, at any moment, has all of its files."""
+    for checkpoint in out.glob("checkpoint-*"):
+        assert {file.name for file in checkpoint.iterdir()} == {file.name for file in (whole / "checkpoint-4").iterdir()}
+        torch.load(checkpoint / "state.pt", weights_only=True)
+
+
 def killed_at_rename(script, args, number: int):
     """script.main(args), killed just before it gives the number-th file or directory its final name."""
     count, rename = [0], os.replace
@@ -557,6 +566,7 @@ def test_bug28_killed_at_random_moments_and_resumed(seed, short_run, finished, t
     args = sft.Args(**short_run, output_dir=str(out), resume=True)
     for _ in range(3):
         in_child(sft.main, args, kill_after=moments.uniform(0.3, 1.2) * lines_of(finished)[-1]["seconds"])
+        whole_checkpoints(out, finished)
     assert in_child(sft.main, args) == 0
     same_run(out, finished)
 
@@ -566,8 +576,7 @@ def test_bug28_killed_before_a_rename_and_resumed(number, short_run, finished, t
     """The renames of this run: args.json, three checkpoints, the finished model's six files, args.json again, curves.png."""
     args = sft.Args(**short_run, output_dir=str(tmp_path / "run"), resume=True)
     assert in_child(killed_at_rename, sft, args, number) == -9
-    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):  # whatever has the name is whole
-        assert {file.name for file in checkpoint.iterdir()} == {file.name for file in (finished / "checkpoint-4").iterdir()}
+    whole_checkpoints(tmp_path / "run", finished)
     assert in_child(sft.main, args) == 0
     same_run(tmp_path / "run", finished)
 
@@ -605,8 +614,6 @@ def test_bug28_resuming_with_other_arguments_is_refused(change, short_run, finis
 @pytest.mark.parametrize("what", ["dataset", "model"])
 def test_bug28_resuming_with_other_data_is_refused(what, short_run, tmp_path, capsys):
     """The file or directory keeps its name and changes its content."""
-    import shutil
-
     flags, out = dict(short_run, max_steps=1, dataset=jsonl(tmp_path / "chats.jsonl", CONVERSATIONS), model=str(tmp_path / "model")), tmp_path / "run"
     shutil.copytree(short_run["model"], tmp_path / "model")
     sft.main(sft.Args(**flags, output_dir=str(out)))
@@ -647,8 +654,6 @@ def test_bad_input_does_not_touch_the_directory_to_overwrite(short_run, tmp_path
 @pytest.mark.parametrize("what", ["model", "dataset"])
 def test_what_is_read_is_not_overwritten(what, short_run, finished, tmp_path, capsys):
     """A run whose output directory is, or holds, its own input."""
-    import shutil
-
     shutil.copytree(finished, tmp_path / "run")
     data = jsonl(tmp_path / "run" / "chats.jsonl", CONVERSATIONS)
     inputs = [dict(model=str(tmp_path / "run")), dict(model=str(tmp_path / "run" / "checkpoint-8"))] if what == "model" else [dict(dataset=data)]

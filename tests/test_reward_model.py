@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -143,7 +144,7 @@ def test_plackett_luce_is_a_distribution_over_rankings():
     for order in itertools.permutations(range(4)):  # the best first
         ranks = torch.tensor([4.0 - order.index(i) for i in range(4)])
         p = math.exp(-rm.plackett_luce_loss(scores, ranks).item())
-        e = [math.exp(scores[i]) for i in order]
+        e = [math.exp(scores[i].item()) for i in order]
         assert p == pytest.approx(math.prod(e[j] / sum(e[j:]) for j in range(3)), rel=1e-6)
         total += p
     assert total == pytest.approx(1.0, abs=1e-6)
@@ -293,6 +294,15 @@ def test_bug11_what_cannot_be_compared_is_dropped(row, tiny_tokenizer):
         read(tiny_tokenizer, row)
 
 
+def test_bug10_an_answer_that_swallows_the_prompt_is_dropped(dressed):  # noqa: F811
+    """Without a BOS token, `u` and `p` are one token: nothing is left that both answers follow."""
+    tokenizer = copy.deepcopy(dressed("chatml"))
+    tokenizer.backend_tokenizer.post_processor = None
+    assert len(tokenizer("u").input_ids) == len(tokenizer("up").input_ids) == 1
+    with pytest.raises(rm.Drop, match="boundary"):
+        read(tokenizer, dict(prompt="u", chosen="p", rejected=" x"))
+
+
 def test_a_ranking_has_all_pairs_of_unequal_rank(tiny_tokenizer):
     row = read(tiny_tokenizer, dict(prompt=talk("a"), completions=["b", "c", "d", "b"], scores=[0.5, 2, 0.5, 1]))
     assert {pair[:2]: pair[3] for pair in row.extra["pairs"]} == {(1, 0): 1.5, (1, 2): 1.5, (1, 3): 1.0, (3, 2): 0.5}  # 0 and 3 are the same text
@@ -432,9 +442,10 @@ def test_bug18_a_prompt_that_merged_into_its_answers(scoring_dir):
 # ------------------------------------------------------------------------------------------------------------------------ metrics
 
 
-def scored_pairs(gaps):
-    """Rows of two answers whose scores differ by the gaps; the better answer has the length 3, the worse 1."""
-    rows = [Row([1], [[2, 2, 2], [2]], None, dict(pairs=[(0, 1, 1.0, 1.0)], ranks=[1.0, 0.0], kind="k" if gap > 1 else "", soft=False)) for gap in gaps]
+def scored_pairs(gaps, labels=None):
+    """Rows of two answers whose scores differ by the gaps, whose labels differ by the labels; the better has the length 3, the worse 1."""
+    extra = lambda gap, label: dict(pairs=[(0, 1, 1.0, label)], ranks=[label, 0.0], kind="k" if gap > 1 else "", soft=False)
+    rows = [Row([1], [[2, 2, 2], [2]], None, extra(gap, label)) for gap, label in zip(gaps, labels or [1.0] * len(gaps))]
     return rows, [torch.tensor([gap, 0.0]) for gap in gaps]
 
 
@@ -450,7 +461,7 @@ def test_calibration_error():
     assert rm.calibration_error([gap(0.62), -gap(0.92)]) == pytest.approx((0.38 + 0.92) / 2)
     assert rm.calibration_error([gap(0.75)] * 3 + [-gap(0.75)]) == pytest.approx(0.0, abs=1e-9)
     assert rm.calibration_error([1e6]) == pytest.approx(0.0, abs=1e-9)
-    assert rm.calibration_error([gap(0.56), -gap(0.64)]) == pytest.approx((0.44 + 0.64) / 2)  # not in one bin: each is a tenth of 0.5 to 1
+    assert rm.calibration_error([gap(0.52), -gap(0.57)]) == pytest.approx((0.48 + 0.57) / 2)  # not in one bin: each is a tenth of 0.5 to 1
 
 
 def test_length_correlation_is_within_prompts():
@@ -468,6 +479,12 @@ def test_the_report_groups_pairs(tiny_tokenizer):
     groups = {name: (group["pairs"], group["accuracy"]) for name, group in result["groups"].items()}
     assert groups == {"kind all": (2, 0.5), "kind k": (2, 1.0), "better is longer": (4, 0.75)}
     assert result["examples"][0]["gap"] == -1.0 and result["examples"][-1]["gap"] == 3.0 and {"prompt", "better", "worse"} <= set(result["examples"][0])
+
+
+def test_the_report_tells_close_calls_from_clear_ones(tiny_tokenizer):
+    result = rm.full_report(*scored_pairs([-1.0, -2.0, 1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), tiny_tokenizer)
+    close, clear = (group for name, group in result["groups"].items() if name.startswith("labelled gap"))
+    assert close == dict(pairs=3, accuracy=pytest.approx(1 / 3)) and clear["accuracy"] == 1.0 and clear["pairs"] in (1, 2)
 
 
 # -------------------------------------------------------------------------------------------------------------------------- runs
@@ -713,8 +730,6 @@ def test_a_classifier_is_no_reward_model(short_run, tiny_model_dir, tmp_path, ca
 
 @pytest.mark.parametrize("change", [None, lambda b: b[:-9]], ids=["no config", "broken config"])
 def test_a_checkpoint_without_its_config_is_refused(change, short_run, tiny_model_dir, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(tiny_model_dir("llama"), tmp_path / "broken")
     config = tmp_path / "broken" / "config.json"
     config.unlink() if change is None else config.write_bytes(change(config.read_bytes()))

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -111,6 +112,7 @@ FORMATS = {  # a row -> (its text, its trained parts)
         dict(messages=[*talk("2?"), CALL, dict(role="tool", content="2"), dict(role="assistant", content="It is 2.")], tools=TOOLS), None,
         ['{"name": "sum", "arguments": {"a": 2}}<|end|>', "It is 2.<|end|>"],
     ),
+    "a tool call at the end": (dict(messages=[*talk("2?"), CALL]), None, ['{"name": "sum", "arguments": {"a": 2}}<|end|>']),
 }  # fmt: skip
 
 
@@ -362,13 +364,14 @@ def test_bug05_06_packed_log_probabilities_are_those_of_each_response_alone(fami
 def test_bug06_no_row_or_response_sees_another(family, tiny_model_dir):
     folder = tiny_model_dir(family)
     model = sft.load_model(AutoModelForCausalLM, str(folder), tokenizer_of(folder), CPU, torch.float32).eval()
-    rows = some_rows()
     score = lambda rows: sft.token_logps(model, *sft.pack(rows, CPU))[0].split([len(r) for row in rows for r in row.responses])
-    before = score(rows)
-    rows[0] = Row(rows[0].prompt, [rows[0].responses[0], [9] * 17, rows[0].responses[2]])
-    after = score(rows)
-    same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(before, after, strict=True)]
-    assert same == [True, False] + [True] * (len(same) - 2)
+    before = score(some_rows())
+    assert model.together
+    for row, number, changed in ((0, 0, 0), (0, 1, 1), (0, 2, 2), (2, 0, 4)):  # a row, one of its responses, and the number of that among all
+        rows = some_rows()
+        rows[row].responses[number][:] = [9] * len(rows[row].responses[number])
+        same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(before, score(rows), strict=True)]
+        assert [i for i, ok in enumerate(same) if not ok] == [changed]
 
 
 UNEVEN = [dict(messages=talk("Go " * (1 + 13 * i % 40), "up " * (1 + 17 * i % 60), "Why?", "So.")) for i in range(9)]
@@ -492,14 +495,15 @@ def test_bug04_torchrun_from_scratch(torchrun, tmp_path):
     assert many.keys() == one.keys() and all(many[name] == one[name] for name in ("tokenizer.json", "config.json", "chat_template.jinja", "generation_config.json"))
 
 
-def test_bug28_two_ranks_resume(uneven, tmp_path):
-    flags = uneven | dict(save_every=2)
-    for name, steps in (("whole", 3), ("parts", 2)):
-        on_ranks(sft, 2, **flags, max_steps=3, output_dir=str(tmp_path / name))
-        if steps == 2:  # as if it had been killed in the third step
-            kept = json.loads((tmp_path / name / "args.json").read_text())
-            (tmp_path / name / "args.json").write_text(json.dumps(kept | dict(finished=False)))
-            on_ranks(sft, 2, **flags, max_steps=3, output_dir=str(tmp_path / name), resume=True)
+def test_bug28_two_ranks_resume(uneven, tiny_model_dir, tmp_path):
+    """With dropout, so that each rank needs random numbers of its own."""
+    flags = uneven | dict(model=str(tiny_model_dir("gpt2")), batch_size=3, save_every=2)
+    on_ranks(sft, 2, **flags, output_dir=str(tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")  # as if it had been killed in the third and last step
+    kept = json.loads((tmp_path / "parts" / "args.json").read_text())
+    (tmp_path / "parts" / "args.json").write_text(json.dumps(kept | dict(finished=False)))
+    (tmp_path / "parts" / "model.safetensors").unlink()
+    on_ranks(sft, 2, **flags, output_dir=str(tmp_path / "parts"), resume=True)
     same_to(tmp_path / "parts", tmp_path / "whole", 0.0)
 
 
@@ -562,8 +566,6 @@ def test_bug29_weights_are_saved_in_the_dtype_they_came_in(uneven, tiny_model_di
 
 def test_bug01_one_conversation_learnt_by_heart_is_repeated_and_stops(tiny_model_dir, tmp_path):
     """Padding and end-of-sequence are one token: where padding is masked by its id, the model never learns to stop."""
-    import shutil
-
     shutil.copytree(tiny_model_dir("llama"), tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     tokenizer.pad_token = tokenizer.eos_token
@@ -588,7 +590,18 @@ def test_a_model_from_nothing_learns_the_walks(tmp_path):
     lines = lines_of(tmp_path / "run")
     assert lines[0]["loss"] == pytest.approx(torch.tensor(384.0).log().item(), abs=0.3)  # ln V, as the header says
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    model, tokenizer = (auto.from_pretrained(tmp_path / "run") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    written = model.generate(tokenizer("right", return_tensors="pt").input_ids, do_sample=False, max_new_tokens=60)[0]
+    assert re.fullmatch(r"<\|bos\|>right .* =.*<\|end\|>", tokenizer.decode(written))  # the tied weights are whole, and it stops
     assert len(evaluations) == len(lines) // 10 + (len(lines) % 10 > 0) and evaluations[-1] < 1.2 < evaluations[0]
+
+
+def test_the_split_to_evaluate_on(uneven, tmp_path, capsys):
+    sft.DatasetDict(train=sft.Dataset.from_list(UNEVEN), test=sft.Dataset.from_list(UNEVEN[:2])).save_to_disk(tmp_path / "splits")
+    flags = uneven | dict(dataset=str(tmp_path / "splits"), eval_dataset=str(tmp_path / "splits"), max_steps=1)
+    sft.main(sft.Args(**flags, output_dir=str(tmp_path / "run")))
+    said = capsys.readouterr().out
+    assert "--dataset: 9 rows from 9" in said and "--eval-dataset: 2 rows from 2" in said
 
 
 def test_only_a_tracked_run_touches_wandb(uneven, tmp_path, monkeypatch):
@@ -608,8 +621,6 @@ def test_only_a_tracked_run_touches_wandb(uneven, tmp_path, monkeypatch):
 
 def broken(folder, tmp_path, name, change) -> str:
     """A copy of a checkpoint whose file `name` is gone (None), or has its bytes changed."""
-    import shutil
-
     shutil.copytree(folder, tmp_path / "broken")
     file = tmp_path / "broken" / name
     file.unlink() if change is None else file.write_bytes(change(file.read_bytes()))
@@ -663,11 +674,25 @@ def test_unknown_models_are_refused(model, uneven, tmp_path, capsys, monkeypatch
 
 @pytest.mark.parametrize("flags", [
     dict(batch_size=0), dict(epochs=0), dict(max_steps=-1), dict(eval_fraction=1.0, eval_dataset=""), dict(eval_fraction=-0.5, eval_dataset=""),
-    dict(max_length=0), dict(learning_rate=float("nan")), dict(eval_dataset="nowhere.jsonl"),
+    dict(max_length=0), dict(learning_rate=float("nan")), dict(eval_dataset="nowhere.jsonl"), dict(tokens_per_forward=0), dict(weight_decay=-1.0),
 ], ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()))  # fmt: skip
 def test_bad_arguments_are_refused(flags, uneven, tmp_path, capsys):
     name = "max-length" if "max_length" in flags else next(k for k in flags).replace("_", "-")
     assert f"--{name}" in refused(sft, capsys, **uneven | flags, output_dir=str(tmp_path / "run"))
+
+
+def test_a_model_whose_head_does_more_than_we_know_is_refused(uneven, tmp_path, capsys, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def louder(self, *arguments, **options):
+        out = forward(self, *arguments, **options)
+        out.logits = out.logits * 2
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", louder)
+    assert "output layer" in refused(sft, capsys, **uneven, output_dir=str(tmp_path / "run"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(uneven, tmp_path, capsys):
