@@ -20,7 +20,8 @@ Departures and options
 Reads any of: text; messages; prompt + completion (text or messages). Writes a plain Hugging Face directory, args.json,
 metrics.jsonl and curves.png to --output-dir.
 
-  python sft.py --learning-rate 2e-3 --batch-size 64 --epochs 1                          the grid world's base model, from nothing
+  python sft.py --learning-rate 2e-3                                                     the grid world's base model, from nothing
+  python sft.py --model runs/base --dataset data/grid/sft.jsonl --learning-rate 1e-3 --output-dir runs/sft        and what it imitates
   python sft.py --model Qwen/Qwen3-0.6B-Base --dataset trl-lib/Capybara --output-dir runs/sft          one GPU
   torchrun --nproc-per-node 8 sft.py --model Qwen/Qwen3-8B-Base --dataset trl-lib/Capybara --output-dir runs/sft          many
 

@@ -13,7 +13,6 @@ import random
 import shutil
 import socket
 import unicodedata
-from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
@@ -140,7 +139,8 @@ MISTRAL = (
 )
 QWEN3 = (  # earlier turns lose their thinking
     "{% for m in messages %}{% set text = m['content'] if loop.last else m['content'].split('</think>')[-1].lstrip('\n') %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + text + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 GLM = (  # nothing marks the end of a turn but the start of the next
     "[gMASK]<sop>{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}"
@@ -225,7 +225,10 @@ def test_bug03_no_bos_where_the_tokenizer_has_none(dressed):
     assert tokenizer.decode(head + response) == "Go up. No.<|im_end|>"
 
 
-@pytest.mark.parametrize("prompt, response", [("the robot ", "walks"), ("Go up.", "."), ("to the ri", "ght corner"), ("line\n", "\nnext"), ("a", " b")])
+BOUNDARIES = [("the robot ", "walks"), ("Go up.", "."), ("to the ri", "ght corner"), ("line\n", "\nnext"), ("a", " b")]
+
+
+@pytest.mark.parametrize("prompt, response", BOUNDARIES)
 def test_bug10_prompt_and_response_are_tokenised_together(prompt, response, tiny_tokenizer):
     stops = sft.stop_tokens(tiny_tokenizer)
     head, (tail,) = sft.encode(tiny_tokenizer, prompt, [response], stops)

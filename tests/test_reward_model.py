@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import reward_model as rm
@@ -15,8 +14,8 @@ from conftest import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from reward_model import Row
-from test_plumbing import CPU, TEMPLATES, anything, dressed, every_template, in_child, jsonl, killed_at_rename, lasting, lines_of, nfc, on_ranks  # noqa: F401
-from test_plumbing import refused, same_run, snapshot, talk, tokenizer_of, weights_of
+from test_plumbing import CPU, TEMPLATES, every_template, in_child, jsonl, killed_at_rename, lasting, lines_of, on_ranks, refused
+from test_plumbing import dressed, same_run, snapshot, talk, tokenizer_of, weights_of  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 f64 = lambda *values: torch.tensor(values, dtype=torch.float64, requires_grad=True)
@@ -77,7 +76,10 @@ def test_focal_loss(gap, factor, loss):
     assert loss_of(f64(gap, 0), loss="focal").item() == pytest.approx(loss, abs=1e-6)
 
 
-@pytest.mark.parametrize("x, barrier, slope", [(0, -3.218876, 0), (2, -3.044522, 0.190476), (4, -2.197225, 0.888889), (4.9, 0.010050, None), (-4.5, -1.558145, None)])
+BARRIER = [(0, -3.218876, 0), (2, -3.044522, 0.190476), (4, -2.197225, 0.888889), (4.9, 0.010050, None), (-4.5, -1.558145, None)]
+
+
+@pytest.mark.parametrize("x, barrier, slope", BARRIER)
 def test_log_barrier(x, barrier, slope):
     """InternLM2, eq. 2; symmetric, with its minimum at 0."""
     scores = f64(x, -x)
@@ -122,7 +124,14 @@ def test_margin():
     assert wide == pytest.approx(-(logsig(1 - 3) + logsig(-1 - 4) + logsig(-2 - 1)) / 3, abs=1e-6)
 
 
-PLACKETT_LUCE = [([2, 1, 0], 0.72086765), ([0, 1, 2], 3.72086765), ([0, 0, 0], math.log(6)), ([3] * 7, 8.52516136), ([7, 6, 5, 4, 3, 2, 1], 2.52692791), ([1, 0], 0.31326169)]
+PLACKETT_LUCE = [
+    ([2, 1, 0], 0.72086765),
+    ([0, 1, 2], 3.72086765),
+    ([0, 0, 0], math.log(6)),
+    ([3] * 7, 8.52516136),
+    ([7, 6, 5, 4, 3, 2, 1], 2.52692791),
+    ([1, 0], 0.31326169),
+]
 
 
 @pytest.mark.parametrize("scores, loss", PLACKETT_LUCE)
@@ -380,7 +389,12 @@ def some_rankings(seed=0) -> list:
     """Rankings of very different shapes; most are longer than the sliding window of the tiny models."""
     generator = torch.Generator().manual_seed(seed)
     ids = lambda n: torch.randint(7, 300, (n,), generator=generator).tolist() + [2]
-    return [Row(ids(4), [ids(3), ids(17), ids(1), ids(9)]), Row(ids(20), [ids(8), ids(8)]), Row(ids(20), [ids(8), ids(8)]), Row(ids(11), [ids(5), ids(30)])]
+    return [
+        Row(ids(4), [ids(3), ids(17), ids(1), ids(9)]),
+        Row(ids(20), [ids(8), ids(8)]),
+        Row(ids(20), [ids(8), ids(8)]),
+        Row(ids(11), [ids(5), ids(30)]),
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -401,20 +415,21 @@ def test_bug18_packed_scores_are_those_of_each_answer_alone(family, scoring_dir)
 def test_bug18_padding_does_not_move_the_score(side, scoring_dir):
     """Padded by hand, on either side, with an end of turn inside the prompt: Hugging Face's batch of four has our scores."""
     model, tokenizer, _ = rm.load_reward_model(str(scoring_dir("llama")), CPU, torch.float32)
-    row = read(tokenizer, dict(prompt=talk("a", "b", "Which way?"), completions=["Up.", "Right, then up.", "No", "I do not know."], scores=[3, 2, 1, 0]))
+    answers = ["Up.", "Right, then up.", "No", "I do not know."]
+    row = read(tokenizer, dict(prompt=talk("a", "b", "Which way?"), completions=answers, scores=[3, 2, 1, 0]))
     ours = rm.response_scores(model.eval(), rm.pack([row], CPU)[0])
     plain = AutoModelForSequenceClassification.from_pretrained(scoring_dir("llama"))
     batch = tokenizer.pad(dict(input_ids=[row.prompt + r for r in row.responses]), padding_side=side, return_tensors="pt")
     assert plain(**batch).logits[:, 0].tolist() == pytest.approx(ours.tolist(), abs=1e-5) and batch["attention_mask"].min() == 0
 
 
-@pytest.mark.parametrize("roles", [dict(pad_token="<|end|>"), dict(pad_token=None), dict(pad_token="<|end|>", unk_token=None), dict(pad_token=None, unk_token=None)])
+@pytest.mark.parametrize("padding", ["<|end|>", None])
+@pytest.mark.parametrize("unknown", ["<|endoftext|>", None])
 @torch.no_grad()
-def test_bug18_the_padding_is_no_token_that_ends_an_answer(roles, tiny_model_dir, tmp_path):
+def test_bug18_the_padding_is_no_token_that_ends_an_answer(padding, unknown, tiny_model_dir, tmp_path):
     """Hugging Face reads the score before the padding: were that the end of turn, it would read it elsewhere than we do."""
     tokenizer = copy.deepcopy(tokenizer_of(tiny_model_dir("llama")))
-    for name, value in roles.items():
-        setattr(tokenizer, name, value)
+    tokenizer.pad_token, tokenizer.unk_token = padding, unknown
     AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama")).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     data = jsonl(tmp_path / "rows.jsonl", [dict(prompt=talk("Which way?"), chosen=GOOD, rejected=BAD)] * 2)
@@ -474,11 +489,14 @@ def test_length_correlation_is_within_prompts():
 
 
 def test_the_report_groups_pairs(tiny_tokenizer):
-    result = rm.full_report(*scored_pairs([3.0, 2.0, 0.5, -1.0]), tiny_tokenizer)
-    assert (result["pairs"], result["accuracy"], result["length_correlation"]) == (4, 0.75, pytest.approx(rm.length_correlation(*scored_pairs([3.0, 2.0, 0.5, -1.0]))))
+    rows, scores = scored_pairs([3.0, 2.0, 0.5, -1.0])
+    result = rm.full_report(rows, scores, tiny_tokenizer)
+    assert (result["pairs"], result["accuracy"]) == (4, 0.75)
+    assert result["length_correlation"] == pytest.approx(rm.length_correlation(rows, scores))
     groups = {name: (group["pairs"], group["accuracy"]) for name, group in result["groups"].items()}
     assert groups == {"kind all": (2, 0.5), "kind k": (2, 1.0), "better is longer": (4, 0.75)}
-    assert result["examples"][0]["gap"] == -1.0 and result["examples"][-1]["gap"] == 3.0 and {"prompt", "better", "worse"} <= set(result["examples"][0])
+    worst, *_, best = result["examples"]
+    assert (worst["gap"], best["gap"]) == (-1.0, 3.0) and {"prompt", "better", "worse"} <= worst.keys()
 
 
 def test_the_report_tells_close_calls_from_clear_ones(tiny_tokenizer):
@@ -497,7 +515,8 @@ def walks(n: int, k: int, seed=0) -> list:
     rows = []
     for i in range(n):
         answers = [" ".join(("up", "right", "left")[number(0, 3)] for _ in range(number(2, 9))) for _ in range(k)]
-        rows.append(dict(prompt=talk(f"Walk {i % 7}!"), completions=answers, scores=[a.split().count("up") for a in answers], kind=("helpful", "harmless")[i % 2]))
+        row = dict(prompt=talk(f"Walk {i % 7}!"), completions=answers, scores=[a.split().count("up") for a in answers])
+        rows.append(row | dict(kind=("helpful", "harmless")[i % 2]))
     return rows
 
 
@@ -670,9 +689,11 @@ def test_a_simple_preference_is_learnt(flags, tiny_model_dir, tmp_path):
 
 def test_a_condition_decides_between_two_preferences(tiny_model_dir, tmp_path):
     """One kind wants `up`, the other `right`: with the condition both are learnt, without it neither can be (InternLM2)."""
-    rows = [dict(prompt=talk(f"Walk {i % 9}!"), completions=["up", "right"], scores=[i % 2, 1 - i % 2], kind=("helpful", "harmless")[i % 2]) for i in range(64)]
+    kinds = [("helpful", [0, 1]), ("harmless", [1, 0])] * 32
+    rows = [dict(prompt=talk(f"Walk {i % 9}!"), completions=["up", "right"], scores=s, kind=kind) for i, (kind, s) in enumerate(kinds)]
     (tmp_path / "conditions.json").write_text('{"helpful": "Go right.", "harmless": "Go up."}')
-    flags = dict(model=str(tiny_model_dir("llama")), dataset=jsonl(tmp_path / "rows.jsonl", rows), epochs=8, batch_size=16, learning_rate=5e-3, eval_fraction=0.25)
+    flags = dict(model=str(tiny_model_dir("llama")), dataset=jsonl(tmp_path / "rows.jsonl", rows), eval_fraction=0.25)
+    flags |= dict(epochs=8, batch_size=16, learning_rate=5e-3)
     for name, condition in (("with", str(tmp_path / "conditions.json")), ("without", "")):
         rm.main(rm.Args(**flags, condition=condition, output_dir=str(tmp_path / name)))
     accuracy = {name: lines_of(tmp_path / name)[-1]["eval_accuracy"] for name in ("with", "without")}
@@ -719,7 +740,8 @@ def test_bad_conditions_are_refused(content, short_run, tmp_path, capsys):
 
 def test_length_buckets_that_leave_nothing_are_refused(tiny_model_dir, tmp_path, capsys):
     data = jsonl(tmp_path / "rows.jsonl", [dict(prompt="a", chosen=" b c d", rejected=" e")] * 4)
-    assert "--length-buckets" in refused(rm, capsys, model=str(tiny_model_dir("llama")), dataset=data, length_buckets=(4,), output_dir=str(tmp_path / "run"))
+    flags = dict(model=str(tiny_model_dir("llama")), dataset=data, length_buckets=(4,), output_dir=str(tmp_path / "run"))
+    assert "--length-buckets" in refused(rm, capsys, **flags)
 
 
 def test_a_classifier_is_no_reward_model(short_run, tiny_model_dir, tmp_path, capsys):
@@ -745,9 +767,15 @@ def test_real_pairs(real_data, tmp_path, capsys):
     tokenizer, kept = tokenizer_of(real_data / "stories260K-hf"), 0
     for row in data:
         prompt, answers = rm.as_pair(None, row["chosen"], row["rejected"])
-        assert prompt.startswith("\n\nHuman:") and prompt.endswith("\n\nAssistant:") and [prompt + a for a in answers] == [row["chosen"], row["rejected"]]
+        assert (
+            prompt.startswith("\n\nHuman:")
+            and prompt.endswith("\n\nAssistant:")
+            and [prompt + a for a in answers] == [row["chosen"], row["rejected"]]
+        )
         kept += all(a.strip() for a in answers) and max(len(tokenizer(prompt + a).input_ids) + 1 for a in answers) <= 512 and answers[0] != answers[1]
-    flags = dict(model=str(real_data / "stories260K-hf"), dataset=str(real_data / "hh_rlhf_raw_implicit.jsonl"), max_steps=3, batch_size=8, learning_rate=1e-3)
+    flags = dict(
+        model=str(real_data / "stories260K-hf"), dataset=str(real_data / "hh_rlhf_raw_implicit.jsonl"), max_steps=3, batch_size=8, learning_rate=1e-3
+    )
     rm.main(rm.Args(**flags, output_dir=str(tmp_path / "run")))
     assert f"{kept} rows from 200" in capsys.readouterr().out and 20 < kept < 200
     assert lines_of(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -763,7 +791,9 @@ def test_real_rankings(real_data, tmp_path, capsys):
         fit = [score for text, score in zip(row["completions"], row["scores"]) if text.strip() and size(text) <= 512]
         own = sum(a != b for a, b in itertools.combinations(fit, 2))
         rows, pairs = rows + (own > 0), pairs + own
-    flags = dict(model=str(real_data / "stories260K-hf"), dataset=str(real_data / "kwise_xstest.jsonl"), max_steps=3, batch_size=8, learning_rate=1e-3)
+    flags = dict(
+        model=str(real_data / "stories260K-hf"), dataset=str(real_data / "kwise_xstest.jsonl"), max_steps=3, batch_size=8, learning_rate=1e-3
+    )
     rm.main(rm.Args(**flags, output_dir=str(tmp_path / "run")))
     said = capsys.readouterr().out
     assert f"{rows} rows from {len(data)}" in said and f"{pairs} pairs" in said and 50 < rows < len(data)

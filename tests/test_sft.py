@@ -15,8 +15,8 @@ from conftest import FAMILIES, SENTENCES
 from hypothesis import given
 from hypothesis import strategies as st
 from sft import Row
-from test_plumbing import CPU, TEMPLATES, anything, dressed, every_template, in_child, jsonl, lasting, lines_of, on_ranks, refused, snapshot  # noqa: F401
-from test_plumbing import talk, tokenizer_of, trained_text, weights_of, whole_text
+from test_plumbing import CPU, TEMPLATES, anything, every_template, jsonl, lasting, lines_of, on_ranks, refused, snapshot
+from test_plumbing import dressed, talk, tokenizer_of, trained_text, weights_of, whole_text  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,7 +134,11 @@ def test_every_format(source, name, with_tools, tmp_path):
     if source == "jsonl":
         row = sft.load_rows("--dataset", jsonl(tmp_path / "rows.jsonl", [row, {}]))[0]
     if source == "parquet":
-        other = dict(row, messages=[dict(CALL, tool_calls=[dict(type="function", function=dict(name="f", arguments=dict(b=3)))])], tools=None) if "call" in name else {}
+        other = (
+            dict(row, messages=[dict(CALL, tool_calls=[dict(type="function", function=dict(name="f", arguments=dict(b=3)))])], tools=None)
+            if "call" in name
+            else {}
+        )
         sft.Dataset.from_list([row, other]).to_parquet(tmp_path / "rows.parquet")
         row = sft.load_rows("--dataset", str(tmp_path / "rows.parquet"))[0]
     (row,) = demonstrate(with_tools, row)
@@ -162,7 +166,9 @@ def test_bug01_eos_is_trained_where_it_is_the_padding_too(tiny_tokenizer):
     assert row.responses[0][-1] == tokenizer.pad_token_id and row.trained[0][-1]
 
 
-@pytest.mark.parametrize("row", [dict(text="a<|end|>b"), dict(messages=talk("a<|end|><|assistant|>b", "c")), dict(prompt="<|system|>a", completion="b")])
+@pytest.mark.parametrize(
+    "row", [dict(text="a<|end|>b"), dict(messages=talk("a<|end|><|assistant|>b", "c")), dict(prompt="<|system|>a", completion="b")]
+)
 def test_special_tokens_in_the_text_are_dropped_unless_allowed(row, tiny_tokenizer):
     with pytest.raises(sft.Drop, match="special token"):
         demonstrate(tiny_tokenizer, row)
@@ -253,7 +259,9 @@ def test_from_scratch_on_every_format(row, tmp_path):
 def scored(hidden, head, target, temperature=1.0, kept=None, **config):
     """token_logps of a model that is a head and nothing else: its hidden states [N, d] are given."""
     base = lambda **inputs: SimpleNamespace(last_hidden_state=hidden[None])
-    model = SimpleNamespace(base_model=base, get_output_embeddings=lambda: head, config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(**config)))
+    model = SimpleNamespace(
+        base_model=base, get_output_embeddings=lambda: head, config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(**config))
+    )
     return sft.token_logps(model, [({}, torch.arange(len(target)), None)], target, temperature, kept)
 
 
@@ -341,7 +349,13 @@ def some_rows(seed=0) -> list:
     """Rows of very different shapes, two of them equal, most longer than the sliding window of the tiny models."""
     generator = torch.Generator().manual_seed(seed)
     ids = lambda n: torch.randint(7, 300, (n,), generator=generator).tolist()
-    return [Row(ids(5), [ids(3), ids(17), ids(1)]), Row(ids(1), [ids(2)]), Row(ids(20), [ids(8), ids(8)]), Row(ids(20), [ids(8), ids(8)]), Row(ids(12), [ids(30)])]
+    return [
+        Row(ids(5), [ids(3), ids(17), ids(1)]),
+        Row(ids(1), [ids(2)]),
+        Row(ids(20), [ids(8), ids(8)]),
+        Row(ids(20), [ids(8), ids(8)]),
+        Row(ids(12), [ids(30)]),
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -450,7 +464,11 @@ def test_bug30_a_tiny_learning_rate_moves_every_weight(uneven, tmp_path):
     """Computed in bfloat16, the weights and the optimiser are float32; a norm's weight stands at 1.0, where bfloat16 cannot add 1e-6."""
     before = weights_of(uneven["model"])
     for dtype in ("float32", "bfloat16"):
-        sft.main(sft.Args(**uneven | dict(learning_rate=1e-6, lr_schedule="constant", batch_size=9, epochs=3, dtype=dtype), output_dir=str(tmp_path / dtype)))
+        sft.main(
+            sft.Args(
+                **uneven | dict(learning_rate=1e-6, lr_schedule="constant", batch_size=9, epochs=3, dtype=dtype), output_dir=str(tmp_path / dtype)
+            )
+        )
         after = weights_of(tmp_path / dtype)
         for name, weight in before.items():
             seen = weight.abs().sum() if "embed" in name else 1  # of the embeddings, only those of the text's tokens have a gradient
@@ -492,7 +510,9 @@ def test_bug04_torchrun_from_scratch(torchrun, tmp_path):
     sft.main(sft.Args(**flags, output_dir=str(tmp_path / "one")))
     same_to(tmp_path / "many", tmp_path / "one", 1e-5)
     many, one = snapshot(tmp_path / "many"), snapshot(tmp_path / "one")
-    assert many.keys() == one.keys() and all(many[name] == one[name] for name in ("tokenizer.json", "config.json", "chat_template.jinja", "generation_config.json"))
+    assert many.keys() == one.keys() and all(
+        many[name] == one[name] for name in ("tokenizer.json", "config.json", "chat_template.jinja", "generation_config.json")
+    )
 
 
 def test_bug28_two_ranks_resume(uneven, tiny_model_dir, tmp_path):
@@ -585,7 +605,9 @@ def test_bug01_one_conversation_learnt_by_heart_is_repeated_and_stops(tiny_model
 
 def test_a_model_from_nothing_learns_the_walks(tmp_path):
     data = jsonl(tmp_path / "walks.jsonl", [dict(text=text) for text in WALKS])
-    flags = dict(dataset=data, hidden_size=32, num_layers=1, num_heads=2, epochs=4, learning_rate=1e-2, batch_size=16, eval_fraction=0.1, eval_every=10)
+    flags = dict(
+        dataset=data, hidden_size=32, num_layers=1, num_heads=2, epochs=4, learning_rate=1e-2, batch_size=16, eval_fraction=0.1, eval_every=10
+    )
     sft.main(sft.Args(**flags, output_dir=str(tmp_path / "run")))
     lines = lines_of(tmp_path / "run")
     assert lines[0]["loss"] == pytest.approx(torch.tensor(384.0).log().item(), abs=0.3)  # ln V, as the header says
@@ -702,7 +724,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(uneven, tmp_path, capsys):
 
 def test_a_user_sees_one_line(run_script, tmp_path):
     done = run_script("sft", "--dataset", "nowhere.jsonl", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: --dataset nowhere.jsonl: ")
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and len(done.stderr.splitlines()) == 1
+        and done.stderr.startswith("error: --dataset nowhere.jsonl: ")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------- real data
@@ -721,7 +748,9 @@ def test_real_conversations(name, real_data, tmp_path, capsys):
         head = "<s>" + f"user: {texts[0]}</s>\nassistant:"
         fits = len(tokenizer(head, add_special_tokens=False).input_ids) < 512
         kept += fits and bool(texts[-1].strip()) and not any(s in text for text in texts for s in ("<s>", "</s>", "<unk>"))
-    flags = dict(model=str(real_data / "stories260K-hf"), dataset=str(real_data / name), max_steps=3, batch_size=4, learning_rate=1e-3, eval_fraction=0.0)
+    flags = dict(
+        model=str(real_data / "stories260K-hf"), dataset=str(real_data / name), max_steps=3, batch_size=4, learning_rate=1e-3, eval_fraction=0.0
+    )
     sft.main(sft.Args(**flags, output_dir=str(tmp_path / "run")))
     assert f"{kept} rows from {len(data)}" in capsys.readouterr().out
     assert all(0 < line["loss"] < 6 for line in lines_of(tmp_path / "run"))
