@@ -191,6 +191,7 @@ class Args:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
 
+import glob
 import hashlib
 import importlib.util
 import json
@@ -330,7 +331,7 @@ def load_rows(option: str, name: str, split: str = "train") -> Dataset:
             data = load_from_disk(name)
             data = data[split] if isinstance(data, DatasetDict) else data
         elif path.is_file():
-            data = load_dataset("parquet" if ".parquet" in path.suffixes else "json", data_files=name, split="train")
+            data = load_dataset("parquet" if ".parquet" in path.suffixes else "json", data_files=glob.escape(name), split="train")
         elif path.suffix in (".jsonl", ".json", ".parquet", ".gz"):
             refuse(f"{option} {name}: there is no such file; make it first (python gridworld.py data writes data/grid) or correct the path")
         else:
@@ -347,6 +348,13 @@ def shared(a, b) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
+def without_none(value):
+    """A nested value less the None that readers of JSON and Parquet fill in for absent keys."""
+    if isinstance(value, dict):
+        return {k: without_none(v) for k, v in value.items() if v is not None}
+    return [without_none(v) for v in value] if isinstance(value, list) else value
+
+
 def as_messages(value, role: str = "assistant") -> list:
     """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of one turn."""
     if isinstance(value, str):
@@ -354,7 +362,7 @@ def as_messages(value, role: str = "assistant") -> list:
     names = dict(human="user", gpt="assistant")
     messages = []
     for turn in value:
-        turn = {k: v for k, v in turn.items() if v is not None}  # the JSON reader fills absent keys with None
+        turn = without_none(turn)
         if "from" in turn:
             turn = dict(role=names.get(turn["from"], turn["from"]), content=turn["value"])
         turn.setdefault("content", "" if "tool_calls" in turn else None)
@@ -461,6 +469,15 @@ def load_json(option: str, name: str):
     return content
 
 
+def load_conditions(name: str) -> dict:
+    """The system prompts by kind, {} where no file is given."""
+    conditions = load_json("--condition", name) if name else {}
+    for kind, text in conditions.items():
+        if not isinstance(text, str):
+            refuse(f"--condition {name}: the system prompt of {kind} must be text, it is {text!r}")
+    return conditions
+
+
 def with_condition(prompt, condition: str):
     """The prompt behind a system prompt that only the reward model sees (InternLM2)."""
     if not condition:
@@ -523,23 +540,24 @@ def demonstrations(tokenizer, max_length: int, everything: bool, allow_special: 
         talk, prompt, answer = row.get("messages") or row.get("conversations"), row.get("prompt"), row.get("completion")
         if not talk and answer is None and row.get("text") is None:
             raise Drop("no text")
-        if talk or isinstance(prompt, list):
-            first, messages = (0, as_messages(talk)) if talk else (len(prompt), as_messages(prompt) + as_messages(answer))
-            if first and messages[first - 1]["role"] == messages[first]["role"] == "assistant":  # a prompt that ends in a begun answer
-                begun, rest = messages[first - 1], messages.pop(first)
-                first, messages[first - 1] = first - 1, dict(rest, content=begun["content"] + rest["content"])
-            texts = [m["content"] for m in messages]
+        chat = bool(talk) or isinstance(prompt, list)
+        if chat:
+            before, after = ([], as_messages(talk)) if talk else (as_messages(prompt), as_messages(answer))
+            texts = [m["content"] for m in before + after]
         else:
-            texts = [prompt or "", answer] if answer is not None else ["", row["text"]]
-            texts[1] = texts[1].removesuffix(tokenizer.eos_token)
-        if not texts[-1].strip() and not (talk and "tool_calls" in messages[-1]):
+            before, after = (prompt or "", answer) if answer is not None else ("", row["text"])
+            texts = [before, after.removesuffix(tokenizer.eos_token)]
+        if not after or not texts[-1].strip() and not (chat and "tool_calls" in after[-1]):
             raise Drop("empty answer")
         if not allow_special and any(s in text for text in texts for s in special):
             raise Drop("special token in the text (--allow-special keeps it)")
-        if talk or isinstance(prompt, list):
-            found = encode_turns(tokenizer, messages, first, stops, **template_options(row))
+        begun = chat and bool(before) and before[-1]["role"] == after[0]["role"] == "assistant"  # the prompt ends in an answer already begun
+        if begun and len(after) > 1:
+            raise Drop("a prompt that ends in a begun answer, with a completion of several turns")
+        if chat and not begun:
+            found = encode_turns(tokenizer, before + after, len(before), stops, **template_options(row))
         else:
-            head, (tail,) = encode(tokenizer, texts[0], [texts[1]], stops)
+            head, (tail,) = encode(tokenizer, before, [after], stops, **template_options(row))
             found = [(head + tail, [t >= len(head) for t in range(len(head) + len(tail))])]
         if not found:
             raise Drop("no assistant turn")
@@ -726,12 +744,20 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
+def load_config(name: str):
+    """A checkpoint's config."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as e:
+        refuse(f"{name}: no model's config can be loaded from it ({reason(e)})")
+
+
 def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False, **options):
     """A checkpoint with float32 weights, its attention replaced by `rows_attention`.
 
     Where that gives other results (found by trying), the model keeps its own and gets one sequence a forward: slow and right, with a notice."""
+    stored = load_config(name).dtype
     try:
-        stored = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
         model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False, **options)
     except Exception as e:
         refuse(f"{name}: no model can be loaded from it ({reason(e)})")
@@ -792,7 +818,7 @@ def check_head(model, name: str, device):
 
 def is_reward_model(name: str) -> bool:
     """Whether a checkpoint that loads has a trained head with one score."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = load_config(name)
     return "SequenceClassification" in "".join(config.architectures or []) and config.num_labels == 1
 
 
@@ -1005,7 +1031,7 @@ def load_rule(name: str):
 
 def load_rewards(args, device, dtype) -> dict:
     """Every source of reward: name -> (weight, function of rows and answer texts that gives scores [B], NaN where it does not apply)."""
-    conditions = load_json("--condition", args.condition) if args.condition else {}
+    conditions = load_conditions(args.condition)
     rewards, weights = {}, args.reward_weights or [1.0] * len(args.reward_model)
     for name, weight in zip(args.reward_model, weights):
         model, tokenizer = load_frozen(AutoModelForSequenceClassification, name, device, dtype, response_scores, num_labels=1)
@@ -1190,7 +1216,7 @@ def begin(args, **inputs):
         file, before = out / "args.json", None
         steps = [int(d.name.split("-")[1]) for d in out.glob("checkpoint-*") if d.name.split("-")[1].isdigit()]
         try:
-            before = json.loads(file.read_text()) if file.exists() else None
+            before = json.loads(file.read_text()) if args.resume and file.exists() else None
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             error = f"--output-dir {out}: cannot be used ({e.strerror}); choose another"
@@ -1262,6 +1288,8 @@ def write_model(directory: Path, model, tokenizer, dtype):
             generation.do_sample = True  # without it, a temperature or top-p that the parent stored would be refused
         model.save_pretrained(directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
         tokenizer.save_pretrained(directory)
+        saved = json.loads((directory / "config.json").read_text())  # where save_pretrained has written the dtype of the training
+        (directory / "config.json").write_text(json.dumps(saved | dict(dtype=str(dtype).removeprefix("torch.")), indent=2) + "\n")
         config.dtype, config._attn_implementation = before
 
 
@@ -1330,6 +1358,7 @@ def finish(out: Path, models: dict):
 def refuse_unless_finite(loss, step: int, look_at: str):
     """A loss that is not a number ends the run."""
     if not torch.isfinite(loss):
+        print(file=sys.stderr)  # off the progress bar's line
         refuse(f"step {step + 1}: the loss is {loss.item()}; lower the learning rate, or look at {look_at}")
 
 
@@ -1696,8 +1725,8 @@ def main(args: Args):
             break
 
     # 14. a checkpoint that anything loads
-    finish(out, models)
     draw(out, ["objective/scores", "objective/kl", "policy/entropy_avg", "response_length", "val/explained_variance"])
+    finish(out, models)
     if "eval_scores" in metrics:
         say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
     say(f"done: {out} after {time.time() - started:.0f} s")

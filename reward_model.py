@@ -127,6 +127,7 @@ class Args:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
 
+import glob
 import hashlib
 import json
 import math
@@ -273,7 +274,7 @@ def load_rows(option: str, name: str, split: str = "train") -> Dataset:
             data = load_from_disk(name)
             data = data[split] if isinstance(data, DatasetDict) else data
         elif path.is_file():
-            data = load_dataset("parquet" if ".parquet" in path.suffixes else "json", data_files=name, split="train")
+            data = load_dataset("parquet" if ".parquet" in path.suffixes else "json", data_files=glob.escape(name), split="train")
         elif path.suffix in (".jsonl", ".json", ".parquet", ".gz"):
             refuse(f"{option} {name}: there is no such file; make it first (python gridworld.py data writes data/grid) or correct the path")
         else:
@@ -290,6 +291,13 @@ def shared(a, b) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
+def without_none(value):
+    """A nested value less the None that readers of JSON and Parquet fill in for absent keys."""
+    if isinstance(value, dict):
+        return {k: without_none(v) for k, v in value.items() if v is not None}
+    return [without_none(v) for v in value] if isinstance(value, list) else value
+
+
 def as_messages(value, role: str = "assistant") -> list:
     """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of one turn."""
     if isinstance(value, str):
@@ -297,7 +305,7 @@ def as_messages(value, role: str = "assistant") -> list:
     names = dict(human="user", gpt="assistant")
     messages = []
     for turn in value:
-        turn = {k: v for k, v in turn.items() if v is not None}  # the JSON reader fills absent keys with None
+        turn = without_none(turn)
         if "from" in turn:
             turn = dict(role=names.get(turn["from"], turn["from"]), content=turn["value"])
         turn.setdefault("content", "" if "tool_calls" in turn else None)
@@ -387,6 +395,15 @@ def load_json(option: str, name: str):
     return content
 
 
+def load_conditions(name: str) -> dict:
+    """The system prompts by kind, {} where no file is given."""
+    conditions = load_json("--condition", name) if name else {}
+    for kind, text in conditions.items():
+        if not isinstance(text, str):
+            refuse(f"--condition {name}: the system prompt of {kind} must be text, it is {text!r}")
+    return conditions
+
+
 def with_condition(prompt, condition: str):
     """The prompt behind a system prompt that only the reward model sees (InternLM2)."""
     if not condition:
@@ -465,6 +482,8 @@ def rankings(args, tokenizer, max_length: int, conditions: dict):
                 responses, p = responses[::-1], 1 - p
         if not prompt:
             raise Drop("empty prompt")
+        if not responses:
+            raise Drop("nothing to compare: no answers")
         texts = [m["content"] for m in as_messages(prompt)]
         texts += [m["content"].removesuffix(tokenizer.eos_token) for r in responses for m in as_messages(r)]
         if not args.allow_special and any(s in text for text in texts for s in special):
@@ -614,12 +633,20 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
+def load_config(name: str):
+    """A checkpoint's config."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as e:
+        refuse(f"{name}: no model's config can be loaded from it ({reason(e)})")
+
+
 def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False, **options):
     """A checkpoint with float32 weights, its attention replaced by `rows_attention`.
 
     Where that gives other results (found by trying), the model keeps its own and gets one sequence a forward: slow and right, with a notice."""
+    stored = load_config(name).dtype
     try:
-        stored = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
         model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False, **options)
     except Exception as e:
         refuse(f"{name}: no model can be loaded from it ({reason(e)})")
@@ -666,13 +693,15 @@ def rows_agree(model, device, dtype) -> bool:
 
 def is_reward_model(name: str) -> bool:
     """Whether a checkpoint that loads has a trained head with one score."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = load_config(name)
     return "SequenceClassification" in "".join(config.architectures or []) and config.num_labels == 1
 
 
 def load_reward_model(name: str, device, dtype):
     """A reward model to train, its tokenizer, and whether the head is new, in which case it starts at zero."""
-    tokenizer = load_tokenizer(name)
+    tokenizer, config = load_tokenizer(name), load_config(name)
+    if "SequenceClassification" in "".join(config.architectures or []) and config.num_labels != 1:
+        refuse(f"{name}: a classifier of {config.num_labels} labels; a reward model has one label, its score")
     model = load_model(AutoModelForSequenceClassification, name, tokenizer, device, dtype, num_labels=1)
     if not hasattr(model, "score"):
         refuse(f"{name}: {type(model).__name__} keeps its head elsewhere than in `score`; only decoder models are supported")
@@ -854,7 +883,7 @@ def begin(args, **inputs):
         file, before = out / "args.json", None
         steps = [int(d.name.split("-")[1]) for d in out.glob("checkpoint-*") if d.name.split("-")[1].isdigit()]
         try:
-            before = json.loads(file.read_text()) if file.exists() else None
+            before = json.loads(file.read_text()) if args.resume and file.exists() else None
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             error = f"--output-dir {out}: cannot be used ({e.strerror}); choose another"
@@ -926,6 +955,8 @@ def write_model(directory: Path, model, tokenizer, dtype):
             generation.do_sample = True  # without it, a temperature or top-p that the parent stored would be refused
         model.save_pretrained(directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
         tokenizer.save_pretrained(directory)
+        saved = json.loads((directory / "config.json").read_text())  # where save_pretrained has written the dtype of the training
+        (directory / "config.json").write_text(json.dumps(saved | dict(dtype=str(dtype).removeprefix("torch.")), indent=2) + "\n")
         config.dtype, config._attn_implementation = before
 
 
@@ -994,6 +1025,7 @@ def finish(out: Path, models: dict):
 def refuse_unless_finite(loss, step: int, look_at: str):
     """A loss that is not a number ends the run."""
     if not torch.isfinite(loss):
+        print(file=sys.stderr)  # off the progress bar's line
         refuse(f"step {step + 1}: the loss is {loss.item()}; lower the learning rate, or look at {look_at}")
 
 
@@ -1148,7 +1180,7 @@ def main(args: Args):
     if not ({"prompt", "completions", "scores"} <= set(data.column_names) or {"chosen", "rejected"} <= set(data.column_names)):
         found = ", ".join(data.column_names)
         refuse(f"--dataset {args.dataset}: needs columns chosen and rejected, or prompt, completions and scores; it has {found}")
-    conditions = load_json("--condition", args.condition) if args.condition else {}
+    conditions = load_conditions(args.condition)
     model, tokenizer, new = load_reward_model(str(last or args.model), device, dtype)
     max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
     encode_row = rankings(args, tokenizer, max_length, conditions)
@@ -1238,8 +1270,8 @@ def main(args: Args):
             write_json(out / "report.json", result)
 
     # 9. a checkpoint that anything loads
-    finish(out, models)
     draw(out, ["loss", "accuracy", "margin", "mean_reward"])
+    finish(out, models)
     say(f"done: {out} after {time.time() - started:.0f} s")
     if dist.is_initialized():
         dist.destroy_process_group()

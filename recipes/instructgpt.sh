@@ -20,7 +20,7 @@ for seed in ${SEEDS:-0}; do
     data=data/grid; tiny && data=data/tiny && runs=runs/tiny
     say() { printf '\n== %s\n' "$*"; }
     few() { if tiny; then echo "--max-steps $1"; fi; }
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # such small matrices gain little from a second core, and lose much when it is busy
 
     say "the world, as text"
     [ -e $data/test.jsonl ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400)
@@ -41,7 +41,7 @@ for seed in ${SEEDS:-0}; do
     ppo() {
         OMP_NUM_THREADS=1 python ppo.py --model $runs/sft --reward-model $runs/reward_model --dataset $data/prompts.jsonl --seed $seed --resume \
             --learning-rate 2e-4 --value-learning-rate 1e-3 --warmup-ratio 0.1 --kl-coef 0.2 --batch-size 128 --ppo-epochs 2 --max-new-tokens 24 \
-            $(tiny && echo --max-steps 3 || echo --max-steps 80) "$@"
+            $(few 3) "$@"
     }
     ppo --output-dir $runs/ppo &
     first=$!

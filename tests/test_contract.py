@@ -108,7 +108,7 @@ def unsafe_loads(text: str) -> list:
         if isinstance(node, ast.Call):
             if ast.unparse(node.func) == "torch.load" and "weights_only=True" not in map(ast.unparse, node.keywords):
                 complaints.append(f"line {node.lineno}: torch.load without weights_only=True")
-            if any(k.arg in ("trust_remote_code", "allow_pickle") for k in node.keywords):
+            if any(k.arg in ("trust_remote_code", "allow_pickle") and ast.unparse(k.value) != "False" for k in node.keywords):
                 complaints.append(f"line {node.lineno}: {ast.unparse(node)} would run code from a file")
     return complaints
 

@@ -82,10 +82,18 @@ def refused(script, capsys, **flags) -> str:
     return said[0]
 
 
+def forked(work, *arguments):
+    """A copy of this process at work: torch need not be imported again, which takes longer than most runs here."""
+    if torch.cuda.is_available():
+        pytest.skip("a forked process cannot use CUDA")
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
 def in_child(work, *arguments, kill_after=None, timeout=120) -> int:
     """work(*arguments) in a copy of this process, killed after so many seconds if said; its exit code (-9: killed)."""
-    child = multiprocessing.get_context("fork").Process(target=work, args=arguments)
-    child.start()
+    child = forked(work, *arguments)
     child.join(timeout if kill_after is None else kill_after)
     hangs = child.is_alive() and kill_after is None
     child.kill()
@@ -106,10 +114,7 @@ def on_ranks(script, world: int, timeout=120, **flags):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    start = multiprocessing.get_context("fork").Process
-    ranks = [start(target=rank_of, args=(script, script.Args(**flags), rank, world, port)) for rank in range(world)]
-    for process in ranks:
-        process.start()
+    ranks = [forked(rank_of, script, script.Args(**flags), rank, world, port) for rank in range(world)]
     for process in ranks:
         process.join(timeout)
     codes = [process.exitcode for process in ranks]

@@ -211,26 +211,30 @@ def texts(tokenizer, row: Row):
 
 CHAT = ("<|bos|><|user|>Which way?<|end|><|assistant|>", ["Up.<|end|>", "Right.<|end|>"])
 GOOD, BAD = ([dict(role="assistant", content=text)] for text in ("Up.", "Right."))
+TEXT = ("<|bos|>Which way?", [" Up.<|end|>", " Right.<|end|>"])
+WAY, HH = talk("Which way?"), "\n\nHuman: A?\n\nAssistant: B.\n\nHuman: Which way?\n\nAssistant:"
 LAYOUTS = {
-    "prompt apart, text": (dict(prompt="Which way?", chosen=" Up.", rejected=" Right."), ("<|bos|>Which way?", [" Up.<|end|>", " Right.<|end|>"])),
-    "prompt apart, messages": (dict(prompt=talk("Which way?"), chosen=GOOD, rejected=BAD), CHAT),
-    "prompt in messages, answers in text": (dict(prompt=talk("Which way?"), chosen="Up.", rejected="Right."), CHAT),
-    "prompt inside, messages": (dict(chosen=talk("Which way?") + GOOD, rejected=talk("Which way?") + BAD), CHAT),
-    "prompt inside, messages, and once more in words": (dict(prompt="Which way?", chosen=talk("Which way?") + GOOD, rejected=talk("Which way?") + BAD), CHAT),
+    "prompt apart, text": (dict(prompt="Which way?", chosen=" Up.", rejected=" Right."), TEXT),
+    "prompt apart, messages": (dict(prompt=WAY, chosen=GOOD, rejected=BAD), CHAT),
+    "prompt in messages, answers in text": (dict(prompt=WAY, chosen="Up.", rejected="Right."), CHAT),
+    "prompt inside, messages": (dict(chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),
+    "prompt inside, messages, and once more in words": (dict(prompt="Which way?", chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),
     "prompt in words, answers as messages": (dict(prompt="Which way?", chosen=GOOD, rejected=BAD), CHAT),
     "from and value": (
-        dict(prompt=[{"from": "human", "value": "Which way?"}], chosen=[{"from": "gpt", "value": "Up."}], rejected=[{"from": "gpt", "value": "Right."}]), CHAT,
+        dict(
+            prompt=[{"from": "human", "value": "Which way?"}],
+            chosen=[{"from": "gpt", "value": "Up."}],
+            rejected=[{"from": "gpt", "value": "Right."}],
+        ),
+        CHAT,
     ),
-    "prompt inside, text": (dict(chosen="Which way? Up.", rejected="Which way? Right."), ("<|bos|>Which way?", [" Up.<|end|>", " Right.<|end|>"])),
-    "HH-RLHF": (
-        dict(chosen="\n\nHuman: A?\n\nAssistant: B.\n\nHuman: Which way?\n\nAssistant: Up, I think.", rejected="\n\nHuman: A?\n\nAssistant: B.\n\nHuman: Which way?\n\nAssistant: Up."),
-        ("<|bos|>\n\nHuman: A?\n\nAssistant: B.\n\nHuman: Which way?\n\nAssistant:", [" Up, I think.<|end|>", " Up.<|end|>"]),
-    ),
-    "K-wise, text": (dict(prompt="Which way?", completions=[" Up.", " Right."], scores=[1, 0]), ("<|bos|>Which way?", [" Up.<|end|>", " Right.<|end|>"])),
-    "K-wise, prompt in messages": (dict(prompt=talk("Which way?"), completions=["Up.", "Right."], scores=[0.5, 0.1]), CHAT),
-    "K-wise, messages": (dict(prompt=talk("Which way?"), completions=[GOOD, BAD], scores=[0.5, 0.1]), CHAT),
+    "prompt inside, text": (dict(chosen="Which way? Up.", rejected="Which way? Right."), TEXT),
+    "HH-RLHF": (dict(chosen=f"{HH} Up, I think.", rejected=f"{HH} Up."), (f"<|bos|>{HH}", [" Up, I think.<|end|>", " Up.<|end|>"])),
+    "K-wise, text": (dict(prompt="Which way?", completions=[" Up.", " Right."], scores=[1, 0]), TEXT),
+    "K-wise, prompt in messages": (dict(prompt=WAY, completions=["Up.", "Right."], scores=[0.5, 0.1]), CHAT),
+    "K-wise, messages": (dict(prompt=WAY, completions=[GOOD, BAD], scores=[0.5, 0.1]), CHAT),
     "several turns": (
-        dict(prompt=talk("Which way?"), chosen=GOOD + talk("Why?", "So."), rejected=BAD),
+        dict(prompt=WAY, chosen=GOOD + talk("Why?", "So."), rejected=BAD),
         (CHAT[0], ["Up.<|end|><|user|>Why?<|end|><|assistant|>So.<|end|>", "Right.<|end|>"]),
     ),
 }  # fmt: skip
@@ -293,11 +297,19 @@ def test_bug11_a_prompt_inside_two_conversations(start, chosen, rejected):
     assert [prompt + answer for answer in answers] == [chosen, rejected] and all(answers) and prompt
 
 
-@pytest.mark.parametrize("row", [
-    dict(prompt="Which way?", chosen=" Up.", rejected=" Up."), dict(chosen="Which way? Up.", rejected="Which way? Up."), dict(chosen=talk("a") + GOOD, rejected=talk("a") + GOOD),
-    dict(prompt="a", completions=["b", "c"], scores=[1, 1]), dict(prompt="a", completions=["b"], scores=[1]), dict(prompt="a", completions=[], scores=[]),
-    dict(prompt="a", chosen=" ", rejected="b"), dict(prompt=talk("a"), chosen=[], rejected=GOOD),
-])  # fmt: skip
+USELESS = {
+    "identical": dict(prompt="Which way?", chosen=" Up.", rejected=" Up."),
+    "identical, prompt inside": dict(chosen="Which way? Up.", rejected="Which way? Up."),
+    "identical, messages": dict(chosen=WAY + GOOD, rejected=WAY + GOOD),
+    "a tie": dict(prompt="a", completions=["b", "c"], scores=[1, 1]),
+    "one answer": dict(prompt="a", completions=["b"], scores=[1]),
+    "no answer": dict(prompt="a", completions=[], scores=[]),
+    "an empty answer": dict(prompt="a", chosen=" ", rejected="b"),
+    "an empty list": dict(prompt=WAY, chosen=[], rejected=GOOD),
+}
+
+
+@pytest.mark.parametrize("row", USELESS.values(), ids=USELESS)
 def test_bug11_what_cannot_be_compared_is_dropped(row, tiny_tokenizer):
     with pytest.raises(rm.Drop, match="nothing to compare"):
         read(tiny_tokenizer, row)
@@ -628,7 +640,7 @@ def test_bug28_killed_and_resumed(moment, short_run, finished, tmp_path):
     assert (tmp_path / "run" / "report.json").read_text() == (finished / "report.json").read_text()
 
 
-@pytest.mark.parametrize("number", [4, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2, 3, *range(5, 15)))])
+@pytest.mark.parametrize("number", [4, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2, 3, *range(5, 13)))])
 def test_bug28_killed_before_a_rename_and_resumed(number, short_run, finished, tmp_path):
     args = rm.Args(**short_run, output_dir=str(tmp_path / "run"), resume=True)
     assert in_child(killed_at_rename, rm, args, number) == -9
@@ -722,7 +734,8 @@ def test_bad_rows_are_refused(rows, says, tiny_model_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    dict(batch_size=0), dict(epochs=0), dict(eval_fraction=1.0, eval_dataset=""), dict(condition="nowhere.json"), dict(model="no/such/model"), dict(dataset="nowhere.jsonl"),
+    dict(batch_size=0), dict(epochs=0), dict(eval_fraction=1.0, eval_dataset=""), dict(condition="nowhere.json"),
+    dict(model="no/such/model"), dict(dataset="nowhere.jsonl"),
     dict(loss="focal", use_margin=True), dict(loss="plackett-luce", length_buckets=(3,)),
 ], ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()))  # fmt: skip
 def test_bad_arguments_are_refused(flags, short_run, tmp_path, capsys):

@@ -72,42 +72,36 @@ def test_any_conversation_is_masked_as_its_beginnings_are(tiny_tokenizer, texts)
 
 TOOLS = [dict(type="function", function=dict(name="sum", parameters=dict(type="object", properties=dict(a=dict(type="number")))))]
 CALL = dict(role="assistant", tool_calls=[dict(type="function", function=dict(name="sum", arguments=dict(a=2)))])
+SAID, SEE_YOU = "<|bos|><|user|>Hi.<|end|><|assistant|>Hello!<|end|>", "<|user|>Bye.<|end|><|assistant|>See you.<|end|>"
 FORMATS = {  # a row -> (its text, its trained parts)
     "text": (dict(text="Up, right."), "<|bos|>Up, right.<|end|>", ["Up, right.<|end|>"]),
     "text with its end": (dict(text="Up, right.<|end|>"), "<|bos|>Up, right.<|end|>", ["Up, right.<|end|>"]),
-    "messages": (
-        dict(messages=[dict(role="system", content="Be brief."), *talk("Hi.", "Hello!", "Bye.", "See you.")]),
-        "<|bos|><|system|>Be brief.<|end|><|user|>Hi.<|end|><|assistant|>Hello!<|end|><|user|>Bye.<|end|><|assistant|>See you.<|end|>",
-        ["Hello!<|end|>", "See you.<|end|>"],
+    "messages": (dict(messages=talk("Hi.", "Hello!", "Bye.", "See you.")), SAID + SEE_YOU, ["Hello!<|end|>", "See you.<|end|>"]),
+    "messages with a system turn": (
+        dict(messages=[dict(role="system", content="Be brief."), *talk("Hi.", "Hello!")]),
+        SAID.replace("<|bos|>", "<|bos|><|system|>Be brief.<|end|>"), ["Hello!<|end|>"],
     ),
-    "messages, the user speaks last": (
-        dict(messages=talk("Hi.", "Hello!", "Bye.")), "<|bos|><|user|>Hi.<|end|><|assistant|>Hello!<|end|>", ["Hello!<|end|>"],
+    "messages, the user speaks last": (dict(messages=talk("Hi.", "Hello!", "Bye.")), SAID, ["Hello!<|end|>"]),
+    "messages, the assistant speaks first": (
+        dict(messages=[dict(role="assistant", content="Welcome!"), *talk("Hi.", "Hello!")]),
+        SAID.replace("<|bos|>", "<|bos|><|assistant|>Welcome!<|end|>"), ["Hello!<|end|>"],
     ),
-    "conversations": (
-        dict(conversations=[{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello!"}]),
-        "<|bos|><|system|>Be brief.<|end|><|user|>Hi.<|end|><|assistant|>Hello!<|end|>", ["Hello!<|end|>"],
-    ),
+    "conversations": (dict(conversations=[{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello!"}]), SAID, ["Hello!<|end|>"]),
     "prompt and completion": (dict(prompt="Up or", completion=" right?"), "<|bos|>Up or right?<|end|>", [" right?<|end|>"]),
     "prompt and completion with its end": (dict(prompt="Up or", completion=" right?<|end|>"), "<|bos|>Up or right?<|end|>", [" right?<|end|>"]),
     "messages as prompt and completion": (
-        dict(prompt=talk("Hi.", "Hello!", "Bye."), completion=[dict(role="assistant", content="See you.")]),
-        "<|bos|><|user|>Hi.<|end|><|assistant|>Hello!<|end|><|user|>Bye.<|end|><|assistant|>See you.<|end|>", ["See you.<|end|>"],
+        dict(prompt=talk("Hi.", "Hello!", "Bye."), completion=[dict(role="assistant", content="See you.")]), SAID + SEE_YOU, ["See you.<|end|>"],
     ),
-    "messages as prompt, text as completion": (dict(prompt=talk("Hi."), completion="Hello!"), "<|bos|><|user|>Hi.<|end|><|assistant|>Hello!<|end|>", ["Hello!<|end|>"]),
+    "messages as prompt, text as completion": (dict(prompt=talk("Hi."), completion="Hello!"), SAID, ["Hello!<|end|>"]),
     "a completion of several turns": (
-        dict(prompt=talk("Hi."), completion=talk("Hi.", "Hello!", "Bye.", "See you.")[1:]),
-        "<|bos|><|user|>Hi.<|end|><|assistant|>Hello!<|end|><|user|>Bye.<|end|><|assistant|>See you.<|end|>", ["Hello!<|end|>", "See you.<|end|>"],
+        dict(prompt=talk("Hi."), completion=talk("Hi.", "Hello!", "Bye.", "See you.")[1:]), SAID + SEE_YOU, ["Hello!<|end|>", "See you.<|end|>"],
     ),
     "a completion that continues a prompt": (
         dict(prompt=talk("Count.", "one, two,"), completion=[dict(role="assistant", content=" three")]),
         "<|bos|><|user|>Count.<|end|><|assistant|>one, two, three<|end|>", [" three<|end|>"],
     ),
-    "an assistant that speaks first": (
-        dict(messages=[dict(role="assistant", content="Welcome!"), *talk("Hi.", "Hello!")]),
-        "<|bos|><|assistant|>Welcome!<|end|><|user|>Hi.<|end|><|assistant|>Hello!<|end|>", None,
-    ),
-    "tools": (dict(messages=talk("Hi.", "Hello!"), tools=TOOLS), f"{json.dumps(TOOLS)}<|bos|><|user|>Hi.<|end|><|assistant|>Hello!<|end|>", ["Hello!<|end|>"]),
-    "tools as JSON": (dict(messages=talk("Hi.", "Hello!"), tools=json.dumps(TOOLS)), f"{json.dumps(TOOLS)}<|bos|><|user|>Hi.<|end|><|assistant|>Hello!<|end|>", ["Hello!<|end|>"]),
+    "tools": (dict(messages=talk("Hi.", "Hello!"), tools=TOOLS), json.dumps(TOOLS) + SAID, ["Hello!<|end|>"]),
+    "tools as JSON": (dict(messages=talk("Hi.", "Hello!"), tools=json.dumps(TOOLS)), json.dumps(TOOLS) + SAID, ["Hello!<|end|>"]),
     "tool calls": (
         dict(messages=[*talk("2?"), CALL, dict(role="tool", content="2"), dict(role="assistant", content="It is 2.")], tools=TOOLS), None,
         ['{"name": "sum", "arguments": {"a": 2}}<|end|>', "It is 2.<|end|>"],
@@ -134,16 +128,12 @@ def test_every_format(source, name, with_tools, tmp_path):
     if source == "jsonl":
         row = sft.load_rows("--dataset", jsonl(tmp_path / "rows.jsonl", [row, {}]))[0]
     if source == "parquet":
-        other = (
-            dict(row, messages=[dict(CALL, tool_calls=[dict(type="function", function=dict(name="f", arguments=dict(b=3)))])], tools=None)
-            if "call" in name
-            else {}
-        )
-        sft.Dataset.from_list([row, other]).to_parquet(tmp_path / "rows.parquet")
+        other_call = dict(CALL, tool_calls=[dict(type="function", function=dict(name="f", arguments=dict(b=3)))])
+        sft.Dataset.from_list([row, dict(messages=[other_call]) if "call" in name else {}]).to_parquet(tmp_path / "rows.parquet")
         row = sft.load_rows("--dataset", str(tmp_path / "rows.parquet"))[0]
     (row,) = demonstrate(with_tools, row)
+    assert trained_text(with_tools, row) == parts
     assert text is None or whole_text(with_tools, row) == text
-    assert parts is None or trained_text(with_tools, row) == parts
 
 
 def test_prompts_are_trained_when_asked(tiny_tokenizer):
@@ -175,10 +165,14 @@ def test_special_tokens_in_the_text_are_dropped_unless_allowed(row, tiny_tokeniz
     assert demonstrate(tiny_tokenizer, row, allow_special=True)
 
 
-@pytest.mark.parametrize("row, why", [
-    (dict(text=" \n"), "empty"), (dict(text=None), "no text"), (dict(messages=[]), "no text"), (dict(prompt="a", completion=""), "empty"), (dict(messages=talk("a")), "no assistant"),
-    (dict(messages=talk("a", " ")), "empty"), (dict(prompt=talk("a"), completion=[]), "no assistant|empty|no text"), (dict(prompt="a " * 600, completion="b"), "max-length"),
-])  # fmt: skip
+NOTHING = [
+    (dict(text=" \n"), "empty"), (dict(text=None), "no text"), (dict(messages=[]), "no text"), (dict(prompt="a", completion=""), "empty"),
+    (dict(messages=talk("a")), "no assistant"), (dict(messages=talk("a", " ")), "empty"), (dict(prompt=talk("a"), completion=[]), "assistant|answer"),
+    (dict(prompt="a " * 600, completion="b"), "max-length"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, why", NOTHING)
 def test_bug08_rows_with_nothing_to_train_are_dropped(row, why, tiny_tokenizer):
     with pytest.raises(sft.Drop, match=why):
         demonstrate(tiny_tokenizer, row)
