@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import socket
+import threading
 import unicodedata
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +24,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sft import Row
+from tqdm import tqdm
 
 settings.register_profile("quiet", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("quiet")
@@ -86,9 +88,14 @@ def forked(work, *arguments):
     """A copy of this process at work: torch need not be imported again, which takes longer than most runs here."""
     if torch.cuda.is_available():
         pytest.skip("a forked process cannot use CUDA")
-    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process = multiprocessing.get_context("fork").Process(target=at_work, args=(work, *arguments))
     process.start()
     return process
+
+
+def at_work(work, *arguments):
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared with this process: killed with it in hand, the child would stop the tests for ever
+    work(*arguments)
 
 
 def in_child(work, *arguments, kill_after=None, timeout=120) -> int:

@@ -15,7 +15,7 @@ from conftest import FAMILIES, SENTENCES
 from hypothesis import given
 from hypothesis import strategies as st
 from sft import Row
-from test_plumbing import CPU, TEMPLATES, anything, every_template, jsonl, lasting, lines_of, on_ranks, refused, snapshot
+from test_plumbing import CPU, TEMPLATES, anything, every_template, in_child, jsonl, lasting, lines_of, on_ranks, refused, snapshot
 from test_plumbing import dressed, talk, tokenizer_of, trained_text, weights_of, whole_text  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -457,17 +457,13 @@ def test_metrics_are_those_of_the_rows(uneven, tmp_path):
 def test_bug30_a_tiny_learning_rate_moves_every_weight(uneven, tmp_path):
     """Computed in bfloat16, the weights and the optimiser are float32; a norm's weight stands at 1.0, where bfloat16 cannot add 1e-6."""
     before = weights_of(uneven["model"])
+    flags = uneven | dict(learning_rate=1e-6, lr_schedule="constant", batch_size=9, epochs=3)
     for dtype in ("float32", "bfloat16"):
-        sft.main(
-            sft.Args(
-                **uneven | dict(learning_rate=1e-6, lr_schedule="constant", batch_size=9, epochs=3, dtype=dtype), output_dir=str(tmp_path / dtype)
-            )
-        )
+        assert in_child(sft.main, sft.Args(**flags, dtype=dtype, output_dir=str(tmp_path / dtype))) == 0
         after = weights_of(tmp_path / dtype)
         for name, weight in before.items():
-            seen = weight.abs().sum() if "embed" in name else 1  # of the embeddings, only those of the text's tokens have a gradient
             moved = (after[name] - weight).abs()
-            assert 5e-7 < moved.max() < 4e-6 and seen, (dtype, name, moved.max())
+            assert 5e-7 < moved.max() < 4e-6, (dtype, name, moved.max())
             assert "norm" not in name or (moved > 0).float().mean() > 0.9, (dtype, name)
     loss, other = (lines_of(tmp_path / dtype)[0]["loss"] for dtype in ("float32", "bfloat16"))
     assert loss != other and loss == pytest.approx(other, rel=0.02)
