@@ -706,9 +706,10 @@ def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
             allowed[torch.arange(len(kept), device=logits.device).repeat_interleave(count), torch.cat(kept)] = True
             logits = logits.masked_fill(~allowed, -math.inf)
         logps = logits.log_softmax(-1)
+        chosen = logps.gather(-1, target[:, None])[:, 0]
         with torch.no_grad():
-            entropy, top = torch.special.entr(logps.exp()).sum(-1), logps.argmax(-1) == target
-        return logps.gather(-1, target[:, None])[:, 0], entropy, top
+            entropy, top = torch.special.entr(logps.exp()).sum(-1), chosen == logps.amax(-1)  # amax is several times faster than argmax
+        return chosen, entropy, top
 
     size, parts = max(64, 2**23 // head.weight.shape[0]), []  # tokens of a chunk: 32 MB of logits
     for i in range(0, len(target), size):
