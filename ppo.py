@@ -1234,7 +1234,7 @@ def begin(args, **inputs):
                 error = f"--resume: {out} holds another run ({changed}); choose another --output-dir, or --overwrite without --resume"
             finished = before["finished"]
             last = str(out / f"checkpoint-{max(steps)}") if steps else None
-        elif not error and not args.overwrite and any(out.iterdir()):
+        elif not error and not args.overwrite and any(f.suffix != ".part" for f in out.iterdir()):  # .part: a write that was killed
             error = f"--output-dir {out}: not empty; choose another, --resume a run that stands there, or --overwrite it"
     if WORLD > 1:
         error, finished, last = broadcast([error, finished, last])
@@ -1302,6 +1302,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     for model, _ in models.values():
         getattr(model, "reshard", lambda: None)()  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
+    if RANK == 0:
+        shutil.rmtree(part, ignore_errors=True)  # what a killed save left
     moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items()}
     rng = [dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)]
     if WORLD > 1:
@@ -1342,6 +1344,8 @@ def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
 def finish(out: Path, models: dict):
     """The models in their places, each file renamed into it whole; then args.json says that the run is finished."""
     part = out / "saving"
+    if RANK == 0:
+        shutil.rmtree(part, ignore_errors=True)  # what a killed save left
     for name, (model, tokenizer) in models.items():
         write_model(part / name, model, tokenizer, model.stored)
     if RANK == 0:
