@@ -619,7 +619,7 @@ def test_bug04_the_split_into_forwards_changes_no_gradient(short_run, scoring_di
 @pytest.mark.parametrize("family, world", [("llama", 2), ("nemotron", 2), pytest.param("llama", 4, marks=pytest.mark.slow)])
 def test_bug04_ranks_change_nothing(family, world, short_run, tiny_model_dir, tmp_path):
     """The last step has one row, so that a rank has none; metrics, report, weights and files are those of one process."""
-    flags = short_run | dict(model=str(tiny_model_dir(family)), max_steps=5)
+    flags = short_run | dict(model=str(tiny_model_dir(family)), max_steps=5, eval_every=2)
     on_ranks(rm, world, **flags, output_dir=str(tmp_path / "many"))
     rm.main(rm.Args(**flags, output_dir=str(tmp_path / "one")))
     for ours, theirs in zip(lasting(tmp_path / "many"), lasting(tmp_path / "one"), strict=True):

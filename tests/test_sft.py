@@ -472,23 +472,28 @@ def test_bug30_a_tiny_learning_rate_moves_every_weight(uneven, tmp_path):
 # -------------------------------------------------------------------------------------------------------------------------- ranks
 
 
-def same_to(a, b, tolerance: float):
-    """Two runs agree in all metrics and in all weights."""
-    for ours, theirs in zip(lasting(a), lasting(b), strict=True):
-        assert ours == pytest.approx(theirs, abs=tolerance, rel=tolerance)
+def same_weights(a, b, tolerance: float):
     ours, theirs = weights_of(a), weights_of(b)
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.allclose(ours[name], theirs[name], atol=tolerance), (name, (ours[name] - theirs[name]).abs().max())
 
 
+def same_to(a, b, tolerance: float):
+    """Two runs agree in all metrics and in all weights."""
+    for ours, theirs in zip(lasting(a), lasting(b), strict=True):
+        assert ours == pytest.approx(theirs, abs=tolerance, rel=tolerance)
+    same_weights(a, b, tolerance)
+
+
 @pytest.mark.parametrize("family, world", [("llama", 2), ("gemma2", 2), pytest.param("llama", 4, marks=pytest.mark.slow)])
 def test_bug04_ranks_change_nothing(family, world, uneven, tiny_model_dir, tmp_path):
     """The last batch has one row: all ranks but the first are left without any. The forwards are small, so that ranks have unequally many."""
-    flags = uneven | dict(model=str(tiny_model_dir(family)), tokens_per_forward=70, save_every=2)
+    flags = uneven | dict(model=str(tiny_model_dir(family)), tokens_per_forward=70, save_every=2, eval_every=2)
     on_ranks(sft, world, **flags, output_dir=str(tmp_path / "many"))
     sft.main(sft.Args(**flags, output_dir=str(tmp_path / "one")))
     same_to(tmp_path / "many", tmp_path / "one", 1e-5)
+    same_weights(tmp_path / "many" / "checkpoint-2", tmp_path / "one" / "checkpoint-2", 1e-5)  # saved just after an evaluation
     assert snapshot(tmp_path / "many").keys() == snapshot(tmp_path / "one").keys()  # a checkpoint has the same files, too
 
 
@@ -507,7 +512,7 @@ def test_bug04_torchrun_from_scratch(torchrun, tmp_path):
 
 def test_bug28_two_ranks_resume(uneven, tiny_model_dir, tmp_path):
     """With dropout, so that each rank needs random numbers of its own."""
-    flags = uneven | dict(model=str(tiny_model_dir("gpt2")), batch_size=3, save_every=2)
+    flags = uneven | dict(model=str(tiny_model_dir("gpt2")), batch_size=3, save_every=2, eval_every=2)
     on_ranks(sft, 2, **flags, output_dir=str(tmp_path / "whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")  # as if it had been killed in the third and last step
     kept = json.loads((tmp_path / "parts" / "args.json").read_text())
