@@ -38,7 +38,7 @@ with tokenizers and templates of their own. Writes the policy to --output-dir, a
   val/explained_variance  any        rises towards 1         below 0 for long: --critic-warmup, higher --value-learning-rate
   val/ratio               near 1     near 1                  far from 1: the same
   val/share_eos           -          rises to 1              falls: answers run into --max-new-tokens; see --missing-eos-score
-  sampling/logp_difference  ~0       ~0                      above 0.05: sampler and trainer disagree (bfloat16 gives about 0.01)
+  sampling/logp_difference  ~0       ~0                      above 0.05: sampler and trainer disagree (bfloat16: 0.02, seen on CPU)
 """
 
 import sys
@@ -330,6 +330,8 @@ def load_rows(option: str, name: str, split: str = "train") -> Dataset:
         if path.is_dir():
             data = load_from_disk(name)
             data = data[split] if isinstance(data, DatasetDict) else data
+        elif path.is_file() and path.stat().st_size == 0:
+            refuse(f"{option} {name}: is an empty file; make it again, or correct the path")
         elif path.is_file():
             data = load_dataset("parquet" if ".parquet" in path.suffixes else "json", data_files=glob.escape(name), split="train")
         elif path.suffix in (".jsonl", ".json", ".parquet", ".gz"):
@@ -519,7 +521,8 @@ def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
             refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {reason(e)}); see 'Reads' at the top of this script")
     if not rows:
-        refuse(f"{option}: none of its {len(data)} rows can be used: {dict(notes)}")
+        why = ", ".join(f"{n} {note}" for note, n in notes.items() if n)
+        refuse(f"{option}: none of its {len(data)} rows can be used ({why}); its columns are {', '.join(data.column_names)}; see 'Reads' at the top")
     report(option, tokenizer, rows, len(data), notes)
     return rows
 
@@ -1284,7 +1287,7 @@ def write_model(directory: Path, model, tokenizer, dtype):
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-            generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None)})
+            generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))})
             generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
             generation.do_sample = True  # without it, a temperature or top-p that the parent stored would be refused
         model.save_pretrained(directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
@@ -1555,22 +1558,24 @@ def main(args: Args):
     stops = stop_tokens(tokenizer)
     policy = trainable(AutoModelForCausalLM, source, tokenizer, args, device, dtype, token_logps)
     known = policy.generation_config.eos_token_id  # a chat model may know more ends than its template shows
-    stops = sorted({*stops, *(known if isinstance(known, list) else [known] if known is not None else [])})
-    reference, other = load_frozen(AutoModelForCausalLM, args.reference or args.model, device, dtype, token_logps)
-    if other.get_vocab() != tokenizer.get_vocab():
+    known = known if isinstance(known, list) else [known] if known is not None else []
+    stops = sorted({*stops, *(i for i in known if i < len(tokenizer))})  # a config's default may lie beyond a small vocabulary
+    reference, its_tokenizer = load_frozen(AutoModelForCausalLM, args.reference or args.model, device, dtype, token_logps)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         refuse(f"--reference {args.reference}: reads other tokens than --model, so that there is no KL between them")
     rewards = load_rewards(args, device, dtype)
     max_length = min(args.max_length, getattr(policy.config, "max_position_embeddings", args.max_length))
     encode_row = questions(args, tokenizer, max_length - args.max_new_tokens)
-    rows, held_out = prepare("--dataset", load_rows("--dataset", args.dataset, args.dataset_split), tokenizer, encode_row), []
+    rows, held_out = prepare(f"--dataset {args.dataset}", load_rows("--dataset", args.dataset, args.dataset_split), tokenizer, encode_row), []
     if args.eval_dataset:
-        held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset, args.eval_split), tokenizer, encode_row)
+        other = load_rows("--eval-dataset", args.eval_dataset, args.eval_split)
+        held_out = prepare(f"--eval-dataset {args.eval_dataset}", other, tokenizer, encode_row)
     elif len(rows) > 1:
         held_out = hold_out(rows, args.eval_fraction, args.seed)
     ptx_rows = []
     if args.ptx_dataset:
         ptx_encode = demonstrations(tokenizer, max_length, everything=False, allow_special=args.allow_special)
-        ptx_rows = prepare("--ptx-dataset", load_rows("--ptx-dataset", args.ptx_dataset), tokenizer, ptx_encode)
+        ptx_rows = prepare(f"--ptx-dataset {args.ptx_dataset}", load_rows("--ptx-dataset", args.ptx_dataset), tokenizer, ptx_encode)
 
     # 2. the value model, from the reward model if that reads the same tokens; optimisers; where an earlier run stopped
     value_source = str(last / "value") if last else args.value_model or value_start(args, tokenizer)

@@ -273,6 +273,8 @@ def load_rows(option: str, name: str, split: str = "train") -> Dataset:
         if path.is_dir():
             data = load_from_disk(name)
             data = data[split] if isinstance(data, DatasetDict) else data
+        elif path.is_file() and path.stat().st_size == 0:
+            refuse(f"{option} {name}: is an empty file; make it again, or correct the path")
         elif path.is_file():
             data = load_dataset("parquet" if ".parquet" in path.suffixes else "json", data_files=glob.escape(name), split="train")
         elif path.suffix in (".jsonl", ".json", ".parquet", ".gz"):
@@ -445,7 +447,8 @@ def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
             refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {reason(e)}); see 'Reads' at the top of this script")
     if not rows:
-        refuse(f"{option}: none of its {len(data)} rows can be used: {dict(notes)}")
+        why = ", ".join(f"{n} {note}" for note, n in notes.items() if n)
+        refuse(f"{option}: none of its {len(data)} rows can be used ({why}); its columns are {', '.join(data.column_names)}; see 'Reads' at the top")
     report(option, tokenizer, rows, len(data), notes)
     return rows
 
@@ -479,7 +482,7 @@ def rankings(args, tokenizer, max_length: int, conditions: dict):
             if p is not None and not 0 <= p <= 1:
                 raise ValueError(f"probability must lie between 0 and 1, it is {p}")
             if p is not None and p < 0.5:  # the better one first
-                responses, p = responses[::-1], 1 - p
+                responses, p, margin = responses[::-1], 1 - p, None if margin is None else -margin
         if not prompt:
             raise Drop("empty prompt")
         if not responses:
@@ -950,7 +953,7 @@ def write_model(directory: Path, model, tokenizer, dtype):
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-            generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None)})
+            generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))})
             generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
             generation.do_sample = True  # without it, a temperature or top-p that the parent stored would be refused
         model.save_pretrained(directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
@@ -1148,7 +1151,7 @@ def full_report(rows: list, scores: list, tokenizer) -> dict:
     groups = {f"kind {k}": [p for p in pairs if p["kind"] == k] for k in sorted({p["kind"] for p in pairs})}
     if low < high:
         groups[f"labelled gap up to {low:.3g}"] = [p for p in pairs if p["label"] <= low]
-        groups[f"labelled gap above {high:.3g}"] = [p for p in pairs if p["label"] > high]
+        groups[f"labelled gap from {high:.3g}"] = [p for p in pairs if p["label"] >= high]
     for name, sign in (("better is longer", 1), ("better is shorter", -1), ("equal length", 0)):
         groups[name] = [p for p in pairs if (p["length"] > 0) - (p["length"] < 0) == sign]
     result = dict(pairs=len(pairs), accuracy=accuracy(pairs), calibration_error=calibration_error([p["gap"] for p in pairs]))
@@ -1188,9 +1191,10 @@ def main(args: Args):
     model, tokenizer, new = load_reward_model(str(last or args.model), device, dtype)
     max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
     encode_row = rankings(args, tokenizer, max_length, conditions)
-    rows, held_out = prepare("--dataset", data, tokenizer, encode_row), []
+    rows, held_out = prepare(f"--dataset {args.dataset}", data, tokenizer, encode_row), []
     if args.eval_dataset:
-        held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset, args.eval_split), tokenizer, encode_row)
+        other = load_rows("--eval-dataset", args.eval_dataset, args.eval_split)
+        held_out = prepare(f"--eval-dataset {args.eval_dataset}", other, tokenizer, encode_row)
     elif len(rows) > 1:
         held_out = hold_out(rows, args.eval_fraction, args.seed)
     if args.loss != "pairs" and any(row.extra["soft"] for row in rows):

@@ -204,6 +204,8 @@ def load_rows(option: str, name: str, split: str = "train") -> Dataset:
         if path.is_dir():
             data = load_from_disk(name)
             data = data[split] if isinstance(data, DatasetDict) else data
+        elif path.is_file() and path.stat().st_size == 0:
+            refuse(f"{option} {name}: is an empty file; make it again, or correct the path")
         elif path.is_file():
             data = load_dataset("parquet" if ".parquet" in path.suffixes else "json", data_files=glob.escape(name), split="train")
         elif path.suffix in (".jsonl", ".json", ".parquet", ".gz"):
@@ -346,7 +348,8 @@ def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
             refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {reason(e)}); see 'Reads' at the top of this script")
     if not rows:
-        refuse(f"{option}: none of its {len(data)} rows can be used: {dict(notes)}")
+        why = ", ".join(f"{n} {note}" for note, n in notes.items() if n)
+        refuse(f"{option}: none of its {len(data)} rows can be used ({why}); its columns are {', '.join(data.column_names)}; see 'Reads' at the top")
     report(option, tokenizer, rows, len(data), notes)
     return rows
 
@@ -630,7 +633,8 @@ def new_model(args, texts: list):
     bpe.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=args.vocab_size, special_tokens=special, initial_alphabet=alphabet))
+    options = dict(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=args.vocab_size, **options))
     bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
     names = dict(pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|end|>", extra_special_tokens=special[3:])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **names)
@@ -875,7 +879,7 @@ def write_model(directory: Path, model, tokenizer, dtype):
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-            generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None)})
+            generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))})
             generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
             generation.do_sample = True  # without it, a temperature or top-p that the parent stored would be refused
         model.save_pretrained(directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
@@ -1037,9 +1041,10 @@ def main(args: Args):
         model = ready(model, device, dropout=True)
     max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
     encode_row = demonstrations(tokenizer, max_length, everything=args.train_prompts or not args.model, allow_special=args.allow_special)
-    rows, held_out = prepare("--dataset", data, tokenizer, encode_row), []
+    rows, held_out = prepare(f"--dataset {args.dataset}", data, tokenizer, encode_row), []
     if args.eval_dataset:
-        held_out = prepare("--eval-dataset", load_rows("--eval-dataset", args.eval_dataset, args.eval_split), tokenizer, encode_row)
+        other = load_rows("--eval-dataset", args.eval_dataset, args.eval_split)
+        held_out = prepare(f"--eval-dataset {args.eval_dataset}", other, tokenizer, encode_row)
     elif len(rows) > 1:
         held_out = hold_out(rows, args.eval_fraction, args.seed)
     steps = math.ceil(len(rows) / args.batch_size) * args.epochs

@@ -351,6 +351,14 @@ def test_every_kind_of_file_is_read(save, tmp_path):
     assert list(sft.load_rows("--dataset", save(tmp_path))) == ROWS
 
 
+@pytest.mark.parametrize("content, why", [("", "empty file"), ('{"x": 1}\n', "columns are x")])
+def test_a_file_without_rows_to_train_is_named_with_the_reason(content, why, short_run, tmp_path, capsys):
+    path = tmp_path / "nothing.jsonl"
+    path.write_text(content)
+    said = refused(sft, capsys, **short_run | dict(dataset=str(path)), output_dir=str(tmp_path / "run"))
+    assert str(path) in said and why in said
+
+
 def test_a_split_is_read(tmp_path):
     assert list(sft.load_rows("--dataset", as_splits(tmp_path), "test")) == ROWS[:1]
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -901,6 +902,15 @@ def test_reference_baseline_subtracts_the_reference_answers_reward(train, spy):
     ended = scores != -1
     assert greedy.numel() == 6 and ended.sum() > 4 and expected[ended].any()
     assert torch.equal(scores[ended], expected[ended])
+
+
+def test_an_end_token_beyond_the_vocabulary_is_left_out(talker, train, tmp_path):
+    """A config's default may name one: GPT-2's is 50256, whatever the tokenizer."""
+    shutil.copytree(talker, tmp_path / "odd")
+    (tmp_path / "odd" / "generation_config.json").write_text(json.dumps(dict(eos_token_id=50256)))
+    train(model=str(tmp_path / "odd"), max_steps=1)
+    tokenizer = AutoTokenizer.from_pretrained("out")
+    assert json.loads(Path("out/generation_config.json").read_text())["eos_token_id"] == ppo.stop_tokens(tokenizer)
 
 
 def test_reference_baseline_is_made_once_for_each_prompt(train, spy):

@@ -373,6 +373,7 @@ def test_margin_and_probability_are_read(tiny_tokenizer):
         assert read(tiny_tokenizer, row | dict(zip(names, (3.5, 1.5)))).extra["pairs"] == [(0, 1, 1.0, 2.0)]
     swapped = read(tiny_tokenizer, row | dict(probability=0.25))  # the better one first
     assert texts(tiny_tokenizer, swapped)[1] == [" c<|end|>", " b<|end|>"] and swapped.extra["pairs"][0][:3] == (0, 1, 0.75)
+    assert read(tiny_tokenizer, row | dict(probability=0.25, margin=-0.5)).extra["pairs"] == [(0, 1, 0.75, 0.5)]  # the gap turns with the pair
 
 
 # ------------------------------------------------------------------------------------------------------------------------ scores

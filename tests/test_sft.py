@@ -618,7 +618,8 @@ def test_the_split_to_evaluate_on(uneven, tmp_path, capsys):
     flags = uneven | dict(dataset=str(tmp_path / "splits"), eval_dataset=str(tmp_path / "splits"), max_steps=1)
     sft.main(sft.Args(**flags, output_dir=str(tmp_path / "run")))
     said = capsys.readouterr().out
-    assert "--dataset: 9 rows from 9" in said and "--eval-dataset: 2 rows from 2" in said
+    where = tmp_path / "splits"  # the report names what it read
+    assert f"--dataset {where}: 9 rows from 9" in said and f"--eval-dataset {where}: 2 rows from 2" in said
 
 
 def test_only_a_tracked_run_touches_wandb(uneven, tmp_path, monkeypatch):
