@@ -858,15 +858,16 @@ def check_numbers(args):
     """Numbers out of range are refused before anything is read."""
     counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
     counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon")
+    shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight")
     for name, value in asdict(args).items():
         needed = ""
         if isinstance(value, float) and not math.isfinite(value):
             needed = "a number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("temperature", "top_p") and value <= 0:
+        elif name in ("temperature", "top_p", "beta", "merge_keep") and value <= 0:
             needed = "above 0"
-        elif name in ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam") and value > 1 or name == "eval_fraction" and value == 1:
+        elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
             needed = "a share of 1"
         elif isinstance(value, (int, float)) and value < 0 and name not in ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight"):
             needed = "0 or more"
@@ -1262,7 +1263,7 @@ def main(args: Args):
         now = time.time()
         metrics |= dict(tokens_per_second=tokens / (now - clock), seconds=now - started, peak_memory_mb=peak_memory(device))
         log(args, out, metrics)
-        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{metrics['accuracy']:.2f}", margin=f"{metrics['margin']:.2f}")
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{metrics['accuracy']:.2f}", margin=f"{metrics['margin']:.2f}", refresh=False)
         if step == state["step"] and RANK == 0:
             bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
