@@ -213,7 +213,7 @@ def dpo_terms(args, rows: list, logps, entropy, top):
         losses = ipo_loss(implicit_gap(sums / lengths, ref_sums / lengths, better, worse), args.beta)
     else:
         losses = dpo_loss(implicit_gap(sums, ref_sums, better, worse), args.beta, args.label_smoothing)
-    lengths = response_sums(torch.ones_like(logps), rows)
+    lengths = response_sums(torch.ones_like(logps), rows).clamp(min=1)  # 0: cut before its first trained token, which is in no pair
     nll = -response_sums(logps, rows)[best]  # [B]; format tokens stay in, so that the policy goes on to end its turns
     nll = nll if args.nll_sum else nll / lengths[best]
     loss = (losses * share).sum() + args.nll_coef * nll.sum()
@@ -405,6 +405,8 @@ def as_pair(prompt, chosen, rejected):
         if chosen[0]["role"] == "assistant":
             return as_messages(prompt or "", "user"), [chosen, rejected]
         n = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
+            n -= 1
         return chosen[:n], [chosen[n:], rejected[n:]]
     if prompt:
         return as_messages(prompt) if isinstance(prompt, list) else prompt, [chosen, rejected]
@@ -412,6 +414,13 @@ def as_pair(prompt, chosen, rejected):
     speaker = chosen.rfind("\n\nAssistant:", 0, n)  # HH-RLHF: back to the last turn that both share; else to the last whole word
     n = speaker + len("\n\nAssistant:") if speaker >= 0 else max(0, chosen.rfind(" ", 0, min(n, len(chosen) - 1, len(rejected) - 1) + 1))
     return chosen[:n], [chosen[n:], rejected[n:]]
+
+
+def check_pairs(name: str, data: Dataset):
+    """Refuse a data set that holds neither pairs nor rankings."""
+    columns = set(data.column_names)
+    if not ({"prompt", "completions", "scores"} <= columns or {"chosen", "rejected"} <= columns):
+        refuse(f"{name}: needs columns chosen and rejected, or prompt, completions and scores; it has {', '.join(data.column_names)}")
 
 
 def report(option: str, tokenizer, rows: list, total: int, notes: Counter):
@@ -497,11 +506,13 @@ def preferences(args, tokenizer, max_length: int, rewards=None):
             if isinstance(r, list) and len(r) > 1:
                 whole, marks = encode_turns(tokenizer, prompt + as_messages(r), len(prompt), stops, **template_options(row))[-1]
                 if whole != prompt_ids + ids[i]:
-                    raise Drop("an answer of several turns, under a chat template that rewrites the earlier ones")
+                    raise Drop("an answer of several turns that goes on from one begun, or under a chat template that rewrites the earlier ones")
                 trained[i] = marks[len(prompt_ids) :]
         notes["answers cut at --max-length"] += sum(len(r) > room for r in ids)
         ids, trained = [r[:room] for r in ids], [t[:room] for t in trained]
-        places = [(i, j) for i in range(len(ids)) for j in range(len(ids)) if ids[i] != ids[j] and any(trained[i]) and any(trained[j])]
+        some = [i for i, t in enumerate(trained) if any(t)]  # an answer of several turns may be cut before its first of the assistant's
+        ids, trained, scores = ([x[i] for i in some] for x in (ids, trained, scores))
+        places = [(i, j) for i in range(len(ids)) for j in range(len(ids)) if ids[i] != ids[j]]
         pairs = [(i, j) for i, j in places if scores[i] > scores[j] or rewards and scores[i] == scores[j] and i < j]
         if not pairs:
             raise Drop("nothing to compare: answers tied, identical, or cut before they differ")
@@ -1118,7 +1129,7 @@ def draw(out: Path, keys: list):
 
 @torch.no_grad()
 def reference_sums(sums_of, model, rows: list, args, device) -> torch.Tensor:
-    """The model's log-probability of every row's responses, one after the other [R], on every rank; sums_of: `response_sums`, or what stands for it."""
+    """The model's log-probability of every row's responses, one after the other [R], on every rank; sums_of: response_sums or its stand-in."""
     first = [0]
     for row in rows:
         first.append(first[-1] + len(row.responses))
@@ -1165,23 +1176,24 @@ def mark_content(tokenizer, rows: list, stops: list):
     """Writes into row.extra["content"], for each trained token, 1.0 or, if it belongs to the format, 0.0: an end of turn, or what the chat
     template puts before an answer beyond its generation prompt."""
     user = [dict(role="user", content="a")]
-    one, other = (render(tokenizer, user + as_messages(text)) for text in ("b", "c"))
-    header = one[len(render(tokenizer, user, answer_next=True)) : shared(one, other)]
+    head, one, other = render(tokenizer, user, answer_next=True), *(render(tokenizer, user + as_messages(text)) for text in ("b", "c"))
+    header = one[shared(head, one) : shared(one, other)]
     for row in rows:
         row.extra["content"] = []
         for response, trained in zip(row.responses, row.trained):
-            start = len(header) if response[: len(header)] == header else 0
-            row.extra["content"].append([float(i >= start and token not in stops) for i, token in enumerate(response) if trained[i]])
+            starts = [i for i, t in enumerate(trained) if t and not (i and trained[i - 1])]  # of the assistant's turns
+            starts = [i for i in starts if response[i : i + len(header)] == header[: len(response) - i]]
+            headers = {j for i in starts for j in range(i, i + len(header))}
+            row.extra["content"].append([float(i not in headers and token not in stops) for i, token in enumerate(response) if trained[i]])
 
 
 def learnt_since(args, device, dtype) -> list:
     """tau: the reference's weights less those of --merge-base; by parameter, of sharded ones this rank's part."""
-    reference, _ = load_frozen(AutoModelForCausalLM, args.reference or args.model, device, dtype, token_logps)
-    base, _ = load_frozen(AutoModelForCausalLM, args.merge_base, device, dtype, token_logps)
-    pairs = [(p, q) for p, q in zip(reference.parameters(), base.parameters(), strict=True)]
-    if any(p.shape != q.shape for p, q in pairs):
+    names = (args.reference or args.model, args.merge_base)
+    reference, base = (list(load_frozen(AutoModelForCausalLM, name, device, dtype, token_logps)[0].parameters()) for name in names)
+    if [p.shape for p in reference] != [q.shape for q in base]:
         refuse(f"--merge-base {args.merge_base}: its weights have other shapes than the reference's; name the checkpoint from which that was made")
-    return [p.detach() - q.detach() for p, q in pairs]
+    return [p.detach() - q.detach() for p, q in zip(reference, base)]
 
 
 def merge_online(args, model, optimizer, tau: list):
@@ -1264,9 +1276,7 @@ def main(args: Args):
 
     # 1. pairs of a better and a worse answer
     data = load_rows("--dataset", args.dataset, args.dataset_split)
-    if not ({"prompt", "completions", "scores"} <= set(data.column_names) or {"chosen", "rejected"} <= set(data.column_names)):
-        found = ", ".join(data.column_names)
-        refuse(f"--dataset {args.dataset}: needs columns chosen and rejected, or prompt, completions and scores; it has {found}")
+    check_pairs(f"--dataset {args.dataset}", data)
     source = str(last or args.model)
     tokenizer = load_tokenizer(source)
     stops = stop_tokens(tokenizer)
@@ -1275,6 +1285,7 @@ def main(args: Args):
     rows, held_out = prepare(f"--dataset {args.dataset}", data, tokenizer, encode_row), []
     if args.eval_dataset:
         other = load_rows("--eval-dataset", args.eval_dataset, args.eval_split)
+        check_pairs(f"--eval-dataset {args.eval_dataset}", other)
         held_out = prepare(f"--eval-dataset {args.eval_dataset}", other, tokenizer, encode_row)
     elif len(rows) > 1:
         held_out = hold_out(rows, args.eval_fraction, args.seed)
@@ -1303,14 +1314,16 @@ def main(args: Args):
         policy.gradient_checkpointing_enable(dict(use_reentrant=False))
     policy = shard(policy, dtype, token_logps)
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
-    if tau:
-        merge_online(args, policy, optimizer, tau)
+    if tau and [t.shape for t in tau] != [p.shape for p in policy.parameters()]:
+        refuse(f"--reference {args.reference}: its weights have other shapes than --model's, so that what it has learnt cannot be merged with them")
     models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
     state = dict(step=0, num_tokens=0, seconds=0.0, ref_logps=ref_logps)
     if last:
         state = load_checkpoint(last, models, optimizers)
     else:
         claim(args, out, plan)
+    if tau:  # not before: torch loads an optimiser's state with the help of a step of its own, which must not be merged
+        merge_online(args, policy, optimizer, tau)
     started -= state["seconds"]
     num_tokens, ref_logps = state["num_tokens"], state["ref_logps"]
     if ref_logps is None:  # the reference is the policy before its first step
@@ -1341,7 +1354,7 @@ def main(args: Args):
         metrics = dict(step=step + 1, **{k: v / len(batch) for k, v in zip(LOGGED, over_ranks(sums).tolist())})
         if step == 0 and not args.reference:
             at_zero, loss = math.log(2) if args.loss == "sigmoid" else 1 / (4 * args.beta**2), metrics["loss"] - args.nll_coef * metrics["nll_loss"]
-            near = (1e-4 if dtype == torch.float32 else 0.05) * max(1, at_zero)
+            near = (1e-4 if dtype == torch.float32 else 0.05) * max(1, at_zero) + 1e-6 * metrics["loss"]  # of which nll_loss may be most
             assert abs(loss - at_zero) < near, f"the first loss is {loss}, not {at_zero}: policy and reference differ"
         tokens = sum(len(row.prompt) + sum(map(len, row.responses)) for row in batch)
         num_tokens += tokens

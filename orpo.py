@@ -181,11 +181,12 @@ def orpo_terms(args, rows: list, logps, entropy, top):
     """The loss of a batch (eq. 6), summed over its rows, and the sums of what is LOGGED. logps, entropy, top [N]: of all trained tokens."""
     better, worse, share, best = pairings(rows, logps.device)
     ones = torch.ones_like(logps)
-    lengths, sums = counted_sums(ones, rows), counted_sums(logps, rows)  # of the answers alone, [R]
+    lengths, whole = (f(ones, rows).clamp(min=1) for f in (counted_sums, response_sums))  # 0: cut before its first trained token, in no pair
+    sums = counted_sums(logps, rows)  # of the answers alone, [R]
     means = sums / lengths  # log P, eq. 3
     ratio = log_odds_ratio(means[better], means[worse])
     losses = odds_ratio_loss(ratio)
-    nll = -(response_sums(logps, rows) / response_sums(ones, rows))[best]  # L_SFT, [B]; with its prompt where that is trained
+    nll = -(response_sums(logps, rows) / whole)[best]  # L_SFT, [B]; with its prompt where that is trained
     loss = nll.sum() + args.odds_ratio_coef * (losses * share).sum()
     with torch.no_grad():
         rewards, gap = args.odds_ratio_coef * means, means[better] - means[worse]
@@ -357,6 +358,8 @@ def as_pair(prompt, chosen, rejected):
         if chosen[0]["role"] == "assistant":
             return as_messages(prompt or "", "user"), [chosen, rejected]
         n = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
+            n -= 1
         return chosen[:n], [chosen[n:], rejected[n:]]
     if prompt:
         return as_messages(prompt) if isinstance(prompt, list) else prompt, [chosen, rejected]
@@ -364,6 +367,13 @@ def as_pair(prompt, chosen, rejected):
     speaker = chosen.rfind("\n\nAssistant:", 0, n)  # HH-RLHF: back to the last turn that both share; else to the last whole word
     n = speaker + len("\n\nAssistant:") if speaker >= 0 else max(0, chosen.rfind(" ", 0, min(n, len(chosen) - 1, len(rejected) - 1) + 1))
     return chosen[:n], [chosen[n:], rejected[n:]]
+
+
+def check_pairs(name: str, data: Dataset):
+    """Refuse a data set that holds neither pairs nor rankings."""
+    columns = set(data.column_names)
+    if not ({"prompt", "completions", "scores"} <= columns or {"chosen", "rejected"} <= columns):
+        refuse(f"{name}: needs columns chosen and rejected, or prompt, completions and scores; it has {', '.join(data.column_names)}")
 
 
 def report(option: str, tokenizer, rows: list, total: int, notes: Counter):
@@ -449,11 +459,13 @@ def preferences(args, tokenizer, max_length: int, rewards=None):
             if isinstance(r, list) and len(r) > 1:
                 whole, marks = encode_turns(tokenizer, prompt + as_messages(r), len(prompt), stops, **template_options(row))[-1]
                 if whole != prompt_ids + ids[i]:
-                    raise Drop("an answer of several turns, under a chat template that rewrites the earlier ones")
+                    raise Drop("an answer of several turns that goes on from one begun, or under a chat template that rewrites the earlier ones")
                 trained[i] = marks[len(prompt_ids) :]
         notes["answers cut at --max-length"] += sum(len(r) > room for r in ids)
         ids, trained = [r[:room] for r in ids], [t[:room] for t in trained]
-        places = [(i, j) for i in range(len(ids)) for j in range(len(ids)) if ids[i] != ids[j] and any(trained[i]) and any(trained[j])]
+        some = [i for i, t in enumerate(trained) if any(t)]  # an answer of several turns may be cut before its first of the assistant's
+        ids, trained, scores = ([x[i] for i in some] for x in (ids, trained, scores))
+        places = [(i, j) for i in range(len(ids)) for j in range(len(ids)) if ids[i] != ids[j]]
         pairs = [(i, j) for i, j in places if scores[i] > scores[j] or rewards and scores[i] == scores[j] and i < j]
         if not pairs:
             raise Drop("nothing to compare: answers tied, identical, or cut before they differ")
@@ -1103,9 +1115,7 @@ def main(args: Args):
 
     # 1. pairs of a better and a worse answer
     data = load_rows("--dataset", args.dataset, args.dataset_split)
-    if not ({"prompt", "completions", "scores"} <= set(data.column_names) or {"chosen", "rejected"} <= set(data.column_names)):
-        found = ", ".join(data.column_names)
-        refuse(f"--dataset {args.dataset}: needs columns chosen and rejected, or prompt, completions and scores; it has {found}")
+    check_pairs(f"--dataset {args.dataset}", data)
     source = str(last or args.model)
     tokenizer = load_tokenizer(source)
     stops = stop_tokens(tokenizer)
@@ -1114,6 +1124,7 @@ def main(args: Args):
     rows, held_out = prepare(f"--dataset {args.dataset}", data, tokenizer, encode_row), []
     if args.eval_dataset:
         other = load_rows("--eval-dataset", args.eval_dataset, args.eval_split)
+        check_pairs(f"--eval-dataset {args.eval_dataset}", other)
         held_out = prepare(f"--eval-dataset {args.eval_dataset}", other, tokenizer, encode_row)
     elif len(rows) > 1:
         held_out = hold_out(rows, args.eval_fraction, args.seed)

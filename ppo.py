@@ -451,6 +451,8 @@ def as_pair(prompt, chosen, rejected):
         if chosen[0]["role"] == "assistant":
             return as_messages(prompt or "", "user"), [chosen, rejected]
         n = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
+            n -= 1
         return chosen[:n], [chosen[n:], rejected[n:]]
     if prompt:
         return as_messages(prompt) if isinstance(prompt, list) else prompt, [chosen, rejected]

@@ -377,6 +377,8 @@ def as_pair(prompt, chosen, rejected):
         if chosen[0]["role"] == "assistant":
             return as_messages(prompt or "", "user"), [chosen, rejected]
         n = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
+            n -= 1
         return chosen[:n], [chosen[n:], rejected[n:]]
     if prompt:
         return as_messages(prompt) if isinstance(prompt, list) else prompt, [chosen, rejected]
@@ -384,6 +386,13 @@ def as_pair(prompt, chosen, rejected):
     speaker = chosen.rfind("\n\nAssistant:", 0, n)  # HH-RLHF: back to the last turn that both share; else to the last whole word
     n = speaker + len("\n\nAssistant:") if speaker >= 0 else max(0, chosen.rfind(" ", 0, min(n, len(chosen) - 1, len(rejected) - 1) + 1))
     return chosen[:n], [chosen[n:], rejected[n:]]
+
+
+def check_pairs(name: str, data: Dataset):
+    """Refuse a data set that holds neither pairs nor rankings."""
+    columns = set(data.column_names)
+    if not ({"prompt", "completions", "scores"} <= columns or {"chosen", "rejected"} <= columns):
+        refuse(f"{name}: needs columns chosen and rejected, or prompt, completions and scores; it has {', '.join(data.column_names)}")
 
 
 def load_json(option: str, name: str):
@@ -1163,8 +1172,10 @@ def full_report(rows: list, scores: list, tokenizer) -> dict:
         row = rows[p["row"]]
         better, worse = (tokenizer.decode(row.responses[p[side]])[:200] for side in ("better", "worse"))
         result["examples"].append(dict(gap=p["gap"], prompt=tokenizer.decode(row.prompt)[-200:], better=better, worse=worse))
-    say(f"held out: {len(pairs)} pairs, accuracy {result['accuracy']:.3f}, calibration error {result['calibration_error']:.3f}, "
-        f"correlation of score with length {result['length_correlation']:+.2f}")
+    say(
+        f"held out: {len(pairs)} pairs, accuracy {result['accuracy']:.3f}, calibration error {result['calibration_error']:.3f}, "
+        f"correlation of score with length {result['length_correlation']:+.2f}"
+    )
     for name, group in result["groups"].items():
         say(f"  {name:<24} {group['pairs']:>6} pairs   accuracy {group['accuracy']:.3f}")
     for e in result["examples"]:
@@ -1185,9 +1196,7 @@ def main(args: Args):
 
     # 1. the model, its head at zero unless it is a reward model already, and the rankings
     data = load_rows("--dataset", args.dataset, args.dataset_split)
-    if not ({"prompt", "completions", "scores"} <= set(data.column_names) or {"chosen", "rejected"} <= set(data.column_names)):
-        found = ", ".join(data.column_names)
-        refuse(f"--dataset {args.dataset}: needs columns chosen and rejected, or prompt, completions and scores; it has {found}")
+    check_pairs(f"--dataset {args.dataset}", data)
     conditions = load_conditions(args.condition)
     model, tokenizer, new = load_reward_model(str(last or args.model), device, dtype)
     max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
@@ -1195,6 +1204,7 @@ def main(args: Args):
     rows, held_out = prepare(f"--dataset {args.dataset}", data, tokenizer, encode_row), []
     if args.eval_dataset:
         other = load_rows("--eval-dataset", args.eval_dataset, args.eval_split)
+        check_pairs(f"--eval-dataset {args.eval_dataset}", other)
         held_out = prepare(f"--eval-dataset {args.eval_dataset}", other, tokenizer, encode_row)
     elif len(rows) > 1:
         held_out = hold_out(rows, args.eval_fraction, args.seed)

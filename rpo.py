@@ -202,7 +202,7 @@ def rpo_terms(args, rows: list, logps, entropy, top):
     given = torch.tensor([score for row in rows for score in row.extra["scores"]], device=logps.device)  # r, [R]
     h, g = implicit_gap(sums, ref_sums, better, worse), given[better] - given[worse]  # [P]
     losses = rpo_loss(h, g, args.beta, args.eta, args.distance)
-    lengths = response_sums(torch.ones_like(logps), rows)
+    lengths = response_sums(torch.ones_like(logps), rows).clamp(min=1)  # 0: cut before its first trained token, which is in no pair
     nll = -sums[best]  # [B]
     nll = nll if args.nll_sum else nll / lengths[best]
     loss = (losses * share).sum() + args.nll_coef * nll.sum()
@@ -378,6 +378,8 @@ def as_pair(prompt, chosen, rejected):
         if chosen[0]["role"] == "assistant":
             return as_messages(prompt or "", "user"), [chosen, rejected]
         n = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
+            n -= 1
         return chosen[:n], [chosen[n:], rejected[n:]]
     if prompt:
         return as_messages(prompt) if isinstance(prompt, list) else prompt, [chosen, rejected]
@@ -385,6 +387,13 @@ def as_pair(prompt, chosen, rejected):
     speaker = chosen.rfind("\n\nAssistant:", 0, n)  # HH-RLHF: back to the last turn that both share; else to the last whole word
     n = speaker + len("\n\nAssistant:") if speaker >= 0 else max(0, chosen.rfind(" ", 0, min(n, len(chosen) - 1, len(rejected) - 1) + 1))
     return chosen[:n], [chosen[n:], rejected[n:]]
+
+
+def check_pairs(name: str, data: Dataset):
+    """Refuse a data set that holds neither pairs nor rankings."""
+    columns = set(data.column_names)
+    if not ({"prompt", "completions", "scores"} <= columns or {"chosen", "rejected"} <= columns):
+        refuse(f"{name}: needs columns chosen and rejected, or prompt, completions and scores; it has {', '.join(data.column_names)}")
 
 
 def report(option: str, tokenizer, rows: list, total: int, notes: Counter):
@@ -470,11 +479,13 @@ def preferences(args, tokenizer, max_length: int, rewards=None):
             if isinstance(r, list) and len(r) > 1:
                 whole, marks = encode_turns(tokenizer, prompt + as_messages(r), len(prompt), stops, **template_options(row))[-1]
                 if whole != prompt_ids + ids[i]:
-                    raise Drop("an answer of several turns, under a chat template that rewrites the earlier ones")
+                    raise Drop("an answer of several turns that goes on from one begun, or under a chat template that rewrites the earlier ones")
                 trained[i] = marks[len(prompt_ids) :]
         notes["answers cut at --max-length"] += sum(len(r) > room for r in ids)
         ids, trained = [r[:room] for r in ids], [t[:room] for t in trained]
-        places = [(i, j) for i in range(len(ids)) for j in range(len(ids)) if ids[i] != ids[j] and any(trained[i]) and any(trained[j])]
+        some = [i for i, t in enumerate(trained) if any(t)]  # an answer of several turns may be cut before its first of the assistant's
+        ids, trained, scores = ([x[i] for i in some] for x in (ids, trained, scores))
+        places = [(i, j) for i in range(len(ids)) for j in range(len(ids)) if ids[i] != ids[j]]
         pairs = [(i, j) for i, j in places if scores[i] > scores[j] or rewards and scores[i] == scores[j] and i < j]
         if not pairs:
             raise Drop("nothing to compare: answers tied, identical, or cut before they differ")
@@ -1113,7 +1124,7 @@ def score_rows(model, rows: list, args, device) -> list:
 
 @torch.no_grad()
 def reference_sums(sums_of, model, rows: list, args, device) -> torch.Tensor:
-    """The model's log-probability of every row's responses, one after the other [R], on every rank; sums_of: `response_sums`, or what stands for it."""
+    """The model's log-probability of every row's responses, one after the other [R], on every rank; sums_of: response_sums or its stand-in."""
     first = [0]
     for row in rows:
         first.append(first[-1] + len(row.responses))
@@ -1160,7 +1171,7 @@ def given_rewards(row: dict, scores: list) -> list:
     """The rewards of a row's answers: a reward model's, a ranking's own scores, the columns of a pair, or its margin."""
     if MODEL_REWARDS in row:
         if row[MODEL_REWARDS] is None:
-            raise Drop("too long for the reward model")
+            raise Drop("too long for the reward model, or refused by its chat template")
         return row[MODEL_REWARDS]
     if row.get("completions") is not None:
         return scores
@@ -1173,20 +1184,15 @@ def given_rewards(row: dict, scores: list) -> list:
 
 def check_columns(args, name: str, data: Dataset):
     """Refuse a data set without answers to compare, or without rewards for them."""
-    columns = set(data.column_names)
-    ranked, paired = {"prompt", "completions", "scores"} <= columns, {"chosen", "rejected"} <= columns
-    if not ranked and not paired:
-        refuse(f"{name}: needs columns chosen and rejected, or prompt, completions and scores; it has {', '.join(data.column_names)}")
-    if not (ranked or args.reward_model or {"score_chosen", "score_rejected"} <= columns or {"chosen_reward", "rejected_reward"} <= columns
-            or "margin" in columns):  # fmt: skip
-        found = ", ".join(data.column_names)
-        refuse(
-            f"{name}: says which answer is better but not by how much; give --reward-model, or columns score_chosen and score_rejected (it has {found})"
-        )
+    check_pairs(name, data)
+    columns, sources = set(data.column_names), [{"completions"}, {"score_chosen", "score_rejected"}, {"chosen_reward", "rejected_reward"}, {"margin"}]
+    if not args.reward_model and not any(some <= columns for some in sources):
+        needs = f"give --reward-model, or columns score_chosen and score_rejected (it has {', '.join(data.column_names)})"
+        refuse(f"{name}: says which answer is better but not by how much; {needs}")
 
 
 def scorer(args, device, dtype):
-    """A function that gives a data set the column MODEL_REWARDS, the reward model's score of every answer; without a reward model, it does nothing."""
+    """A function that gives a data set the column MODEL_REWARDS, the reward model's score of every answer; without one, it does nothing."""
     if not args.reward_model:
         return lambda data: data
     if not is_reward_model(args.reward_model):
