@@ -6,12 +6,13 @@
 
     loss(pi) = - E log sigmoid( beta * h ),   h = log( pi(y_w|x) / ref(y_w|x) ) - log( pi(y_l|x) / ref(y_l|x) )
     DPO (Rafailov et al. 2023, arXiv 2305.18290), eq. 7. The policy is its own reward model: r(x, y) = beta log( pi(y|x) / ref(y|x) ), eq. 5
-    less a constant of x; log-probabilities are sums over the answer's tokens, its end included.
+    up to beta log Z(x), which is the same for both answers; log-probabilities are sums over the answer's tokens, its end included.
 
 Departures and options
   1. --label-smoothing e: a share e of the labels is taken to be wrong (conservative DPO, of the authors' code).
   2. --loss ipo: (h - 1 / (2 beta))^2, whose h stops growing (Azar et al. 2023, arXiv 2310.12036, eq. 17), with h of log-probabilities
-     averaged over each answer's tokens; the authors of DPO take sums here.
+     averaged over each answer's tokens, so that long answers need no larger gap (the paper and DPO's authors take sums): beta 0.1 then
+     asks for a gap of 5 nats a token. rewards/* and logps/* are of sums all the same.
   3. --nll-coef c: adds c times the chosen answer's negative log-likelihood, which holds it up, as the mean over its tokens or with
      --nll-sum their sum. DPO with this term is also called RPO (Pang et al. 2024, arXiv 2404.19733); rpo.py is another method.
   4. Llama 3 (arXiv 2407.21783, 4.1.4): --nll-coef 0.2 and --mask-format-tokens, which takes headers and end-of-turn tokens out of both
@@ -19,8 +20,10 @@ Departures and options
   5. --optimizer ondare and onties: Qwen2's online merging (Lu et al. 2024, arXiv 2405.17931, eqs. 1-7): each step of Adam is thinned out
      and merged with what the reference has learnt since --merge-base. By the paper, not its repository, which scales kept entries up by
      1 / p, draws tau's mask once, and elects the sign before weighing. Merging every K-th step only, which was worse, is left out.
-  6. AdamW, not the paper's RMSprop. The reference's log-probabilities are computed once, so that one model is in memory while training.
-     A ranking of K answers gives all its pairs, each prompt counting once; ties say nothing. --max-length cuts answers, counted.
+  6. AdamW (betas 0.9, 0.95) with a cosine to a tenth, not the paper's RMSprop at a constant rate. The reference's log-probabilities are
+     computed once, so that one model is in memory while training.
+     A ranking of K answers gives all its pairs, each prompt counting once; ties say nothing. --max-length cuts answers, counted. Only
+     messages go through the chat template; text is used as it is, with an end-of-sequence token.
   Online DPO is rounds of sampling (rlaif.py best-of-n) and this.
 
 Reads prompt + chosen + rejected, chosen + rejected with the prompt inside (text or messages, HH-RLHF too), or prompt + completions +
@@ -28,14 +31,14 @@ scores. Writes a plain Hugging Face directory, args.json, metrics.jsonl and curv
 
   python dpo.py --learning-rate 1e-4 --max-new-tokens 24                                                           the grid world
   python dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized                                  one GPU
-  torchrun --nproc-per-node 8 dpo.py --model Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback_binarized               many
+  torchrun --nproc-per-node 8 dpo.py --model Qwen/Qwen3-8B --gradient-checkpointing --dataset trl-lib/ultrafeedback_binarized  many
 
   Metric               at step 1      then           if not
-  loss                 ln 2 = 0.693   falls          flat: raise --learning-rate; below 0.1 early: the pairs are told apart by something
-                       (IPO 1/4beta^2)               trivial, such as length
-  rewards/accuracies   0 (all tied)   0.6 to 0.8     0.5: labels are noise, or --learning-rate is too low
+  loss                 ln 2 = 0.693   falls          flat: raise --learning-rate; DPO's below 0.1 early: the pairs are told apart by something
+                       (IPO 1/4beta^2)               trivial, such as length (with --nll-coef the loss has that term too)
+  rewards/accuracies   0 (all tied)   0.6 to 0.8     0.5: labels are noise, or --learning-rate is too low (in bfloat16 rounding breaks ties)
   rewards/margins      0              rises          without bound, where labels are clean: stop earlier, --label-smoothing, or --loss ipo
-  logps/chosen         -              falls a little DPO lowers both; if samples get worse, raise --beta or --nll-coef
+  logps/chosen         -              falls a little (sums, in nats) DPO lowers both; if samples get worse, raise --beta or --nll-coef
   logps/rejected       -              falls more     rises: --learning-rate too low
   nll_loss             -              near level     rises much: as for logps/chosen
   entropy              -              near level     to 0: the policy collapses; raise --beta
@@ -83,7 +86,7 @@ class Args:
     eval_fraction: float = 0.05
     """share of --dataset held out when there is no --eval-dataset (0: no evaluation)"""
     max_length: int = 1024
-    """tokens of prompt and answer; longer answers are cut, longer prompts dropped (paper: 512)"""
+    """tokens of prompt and answer; longer answers are cut, longer prompts dropped (paper's code: 512)"""
     allow_special: bool = False
     """keep rows whose text contains one of the tokenizer's special tokens (else dropped: a user must not be able to end a turn)"""
     # --- optimisation
@@ -94,15 +97,15 @@ class Args:
     batch_size: int = 64
     """pairs (or rankings) per optimiser step, over all ranks (paper: 64)"""
     tokens_per_forward: int = 16384
-    """memory knob: tokens per forward pass and rank; does not change the result"""
+    """memory knob: tokens per forward pass and rank (a longer row goes alone); changes the result by rounding only"""
     optimizer: Literal["adamw", "ondare", "onties"] = "adamw"
-    """ondare, onties: merge each step with the reference's own weights (Qwen2); need --merge-base"""
+    """ondare, onties: merge each step with what the reference has learnt (Qwen2); need --merge-base, and 8 more bytes a parameter"""
     merge_base: str = ""
     """the pre-trained checkpoint from which the reference was fine-tuned"""
     merge_keep: float = 0.5
     """p, share of entries kept of each step and of the difference reference less base (paper's script: 0.01; robust from 5e-4)"""
     merge_weight: float = 1e-6
-    """alpha, weight of that difference in each step (paper: 1e-7 to 1e-5)"""
+    """alpha, weight of that difference in each step (paper: 1e-7 to 1e-5); all T steps add alpha T p of it: short runs want alpha T near 0.01"""
     learning_rate: float = 1e-6
     """peak of AdamW's learning rate (paper: 1e-6, of RMSprop; small models want more)"""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -121,7 +124,7 @@ class Args:
     output_dir: str = "runs/dpo"
     """where checkpoint, metrics and curves go"""
     seed: int = 0
-    """of data order and of the merging optimisers"""
+    """of what is held out, of data order and of the merging optimisers"""
     eval_every: int = 0
     """optimiser steps between evaluations (0: at the end only)"""
     show: int = 3
@@ -129,7 +132,7 @@ class Args:
     max_new_tokens: int = 128
     """tokens of such an answer"""
     save_every: int = 0
-    """optimiser steps between resumable checkpoints, checkpoint-N/ (0: none)"""
+    """optimiser steps between resumable checkpoints, checkpoint-N/, all of which are kept (0: none)"""
     resume: bool = False
     """continue from the last checkpoint in --output-dir; a finished run of the same arguments is left as it is"""
     overwrite: bool = False
@@ -145,8 +148,10 @@ class Args:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
 
+import gc
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -156,6 +161,7 @@ import shutil
 import time
 import types
 from collections import Counter
+from datetime import timedelta
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -183,7 +189,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # ---------------------------------------------------------------------------------------------------------------- the method
 
 LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "nll_loss")
-LOGGED += ("entropy", "mean_token_accuracy")  # of the better answer, as TRL's
+LOGGED += ("entropy", "mean_token_accuracy")  # of the better answers' tokens
 
 
 def implicit_gap(logps, ref_logps, better, worse):
@@ -209,21 +215,22 @@ def dpo_terms(args, rows: list, logps, entropy, top):
     better, worse, share, best = pairings(rows, logps.device)
     sums, ref_sums = counted_sums(logps, rows), torch.cat([row.extra["ref_logps"] for row in rows]).to(logps.device)  # [R]
     if args.loss == "ipo":
-        lengths = counted_sums(torch.ones_like(logps), rows).clamp(min=1)
-        losses = ipo_loss(implicit_gap(sums / lengths, ref_sums / lengths, better, worse), args.beta)
+        counted = counted_sums(torch.ones_like(logps), rows).clamp(min=1)  # 0 where there is nothing but format tokens
+        losses = ipo_loss(implicit_gap(sums / counted, ref_sums / counted, better, worse), args.beta)
     else:
         losses = dpo_loss(implicit_gap(sums, ref_sums, better, worse), args.beta, args.label_smoothing)
-    lengths = response_sums(torch.ones_like(logps), rows).clamp(min=1)  # 0: cut before its first trained token, which is in no pair
+    lengths = response_sums(torch.ones_like(logps), rows)
     nll = -response_sums(logps, rows)[best]  # [B]; format tokens stay in, so that the policy goes on to end its turns
     nll = nll if args.nll_sum else nll / lengths[best]
     loss = (losses * share).sum() + args.nll_coef * nll.sum()
     with torch.no_grad():
         rewards = args.beta * (sums - ref_sums)  # implicit rewards, [R]
-        gap = rewards[better] - rewards[worse]
-        of_pairs = [rewards[better], rewards[worse], (gap > 0).float(), gap, sums[better], sums[worse]]
-        of_tokens = [(response_sums(x, rows) / lengths)[better] for x in (entropy, top.float())]
-        seen = [loss, *((x * share).sum() for x in of_pairs), nll.sum(), *((x * share).sum() for x in of_tokens)]
-    return loss, torch.stack(seen).detach()
+        chosen, rejected = rewards[better], rewards[worse]
+        by_pair = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+        by_pair |= {"rewards/accuracies": (chosen > rejected).float(), "logps/chosen": sums[better], "logps/rejected": sums[worse]}
+        by_pair |= {name: (response_sums(x, rows) / lengths)[better] for name, x in (("entropy", entropy), ("mean_token_accuracy", top.float()))}
+        seen = dict(loss=loss, nll_loss=nll.sum()) | {name: (x * share).sum() for name, x in by_pair.items()}
+    return loss, torch.stack([seen[name] for name in LOGGED]).detach()
 
 
 def merged(before, after, tau, alpha: float, kept, tau_kept, elect: bool):
@@ -239,7 +246,7 @@ def merged(before, after, tau, alpha: float, kept, tau_kept, elect: bool):
 
 def largest(x, share: float):
     """Which entries are among that share of the largest by magnitude (OnTIES, eq. 5); at least one. Bool, of x's shape."""
-    places = x.abs().flatten().topk(max(1, round(share * x.numel()))).indices
+    places = x.abs().flatten().topk(max(1, round(share * x.numel())), sorted=False).indices
     return torch.zeros(x.numel(), dtype=torch.bool, device=x.device).index_fill(0, places, True).view_as(x)
 
 
@@ -408,8 +415,13 @@ def as_pair(prompt, chosen, rejected):
         while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
             n -= 1
         return chosen[:n], [chosen[n:], rejected[n:]]
+    if prompt and isinstance(prompt, list):
+        prompt, whole = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
+        if all(talk[: len(prompt)] == prompt and len(talk) > len(prompt) for talk in whole):  # the prompt is given apart and again in both
+            return prompt, [talk[len(prompt) :] for talk in whole]
+        return prompt, [chosen, rejected]
     if prompt:
-        return as_messages(prompt) if isinstance(prompt, list) else prompt, [chosen, rejected]
+        return prompt, [chosen, rejected]
     n = shared(chosen, rejected)
     speaker = chosen.rfind("\n\nAssistant:", 0, n)  # HH-RLHF: back to the last turn that both share; else to the last whole word
     n = speaker + len("\n\nAssistant:") if speaker >= 0 else max(0, chosen.rfind(" ", 0, min(n, len(chosen) - 1, len(rejected) - 1) + 1))
@@ -471,7 +483,8 @@ def as_answers(row: dict):
     """(prompt, responses, scores) of a ranking, or of a pair, whose scores are 1 and 0."""
     if row.get("completions") is None:
         return *as_pair(row.get("prompt"), row["chosen"], row["rejected"]), [1.0, 0.0]
-    prompt, responses, scores = row["prompt"], row["completions"], row["scores"]
+    prompt, responses, scores = row["prompt"], row["completions"], row.get("scores")
+    scores = [0.0] * len(responses) if scores is None else scores  # without scores all are tied
     if len(responses) != len(scores) or any(s is None or math.isnan(s) for s in scores):
         raise ValueError(f"{len(responses)} completions need as many scores, none missing; they are {scores}")
     return as_messages(prompt) if isinstance(prompt, list) else prompt, responses, scores
@@ -637,7 +650,8 @@ def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
             entropy, top = torch.special.entr(logps.exp()).sum(-1), chosen == logps.amax(-1)  # amax is several times faster than argmax
         return chosen, entropy, top
 
-    size, parts = max(64, 2**23 // head.weight.shape[0]), []  # tokens of a chunk: 32 MB of logits
+    # tokens of a chunk: 32 MB of logits, or more, since its gradient of the head is added in the computation's dtype, and many small ones blur
+    size, parts = max(512, 2**23 // head.weight.shape[0]), []
     for i in range(0, len(target), size):
         part = hidden[i : i + size], target[i : i + size], kept and kept[i : i + size]
         once = len(target) <= size  # a single chunk may be kept for the backward pass
@@ -735,7 +749,9 @@ def rows_agree(model, device, dtype) -> bool:
                 model.set_attn_implementation(attention)
                 forwards, *_ = pack(rows, device, together)
                 hidden.append(torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in forwards]))
-    except (NotImplementedError, TypeError):
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, TypeError, RuntimeError):
         return False
     finally:
         model.train()
@@ -777,7 +793,7 @@ def start_ranks(dtype: str):
     compute = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" else torch.float32
     backend = "nccl" if device.type == "cuda" else "gloo"
     if WORLD > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first rank writes a checkpoint
     elif compute != torch.float32:  # FSDP's mixed precision, for one rank as for many
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, compute
@@ -814,11 +830,15 @@ def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> f
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # experts that had no token on this rank
                 dist.all_reduce(p.grad.div_(WORLD))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = float(getattr(norm, "full_tensor", lambda: norm)())
+    if not math.isfinite(norm):  # the same on every rank
+        print(file=sys.stderr)  # off the progress bar's line
+        refuse(f"the norm of the gradients is {norm}, at a finite loss; lower the learning rate, or use --dtype float32")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
-    return float(getattr(norm, "full_tensor", lambda: norm)())
+    return norm
 
 
 def scheduled(args, step: int, steps: int) -> float:
@@ -873,11 +893,13 @@ def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     return values
 
 
-def hold_out(rows: list, fraction: float, seed: int) -> list:
-    """Takes a random share of the rows out of the list and returns it."""
-    held = set(random.Random(seed).sample(range(len(rows)), round(fraction * len(rows))))
-    out = [row for i, row in enumerate(rows) if i in held]
-    rows[:] = [row for i, row in enumerate(rows) if i not in held]
+def hold_out(rows: list, fraction: float, seed: int, by_prompt: bool = True) -> list:
+    """Takes a random share of the prompts, with all their rows, out of the list and returns these; or of the rows, whatever their prompts."""
+    keys = [tuple(row.prompt) if by_prompt else i for i, row in enumerate(rows)]
+    every = list(dict.fromkeys(keys))
+    held = {every[i] for i in random.Random(seed).sample(range(len(every)), min(len(every) - 1, round(fraction * len(every))))}
+    out = [row for key, row in zip(keys, rows) if key in held]
+    rows[:] = [row for key, row in zip(keys, rows) if key not in held]
     return out
 
 
@@ -899,7 +921,7 @@ def fingerprint(name: str) -> str:
 def check_numbers(args):
     """Numbers out of range are refused before anything is read."""
     counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
-    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon")
+    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples")
     shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight")
     for name, value in asdict(args).items():
         needed = ""
@@ -907,10 +929,10 @@ def check_numbers(args):
             needed = "a number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("temperature", "top_p", "beta", "merge_keep") and value <= 0:
+        elif name in ("temperature", "top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0:
             needed = "above 0"
         elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
-            needed = "a share of 1"
+            needed = "at most 1" if value > 1 else "below 1"
         elif isinstance(value, (int, float)) and value < 0 and name not in ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight"):
             needed = "0 or more"
         if needed:
@@ -922,7 +944,10 @@ def begin(args, **inputs):
 
     Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
     check_numbers(args)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        refuse("--track: needs wandb, which is not installed (pip install wandb)")
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
+    free += ("gradient_checkpointing", "show", "show_every")
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
     plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
     if RANK == 0:  # one rank looks, so that all see the same
@@ -1025,7 +1050,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
     for name, (model, tokenizer) in models.items():
         write_model(part / name, model, tokenizer, torch.float32)
     if RANK == 0:
-        torch.save(dict(state, step=step, optimizers=moments, rng=rng), part / "state.pt")
+        stored = {name: str(model.stored).removeprefix("torch.") for name, (model, _) in models.items()}  # for the final save; here all is float32
+        torch.save(dict(state, step=step, optimizers=moments, rng=rng, stored=stored), part / "state.pt")
         for file in (*part.rglob("*"), part):  # directories hold the names, so they are synced too
             number = os.open(file, os.O_RDONLY)
             os.fsync(number)
@@ -1040,6 +1066,8 @@ def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
     for name, optimizer in optimizers.items():
         dcp.set_optimizer_state_dict(models[name][0], optimizer, state["optimizers"][name], options=dcp.StateDictOptions(full_state_dict=True))
+    for name, stored in state["stored"].items():
+        models[name][0].stored = getattr(torch, stored)
     rng = state["rng"][RANK % len(state["rng"])]
     torch.set_rng_state(rng["cpu"])
     if rng["cuda"] is not None and torch.cuda.is_available():
@@ -1082,7 +1110,7 @@ def refuse_unless_finite(loss, step: int, look_at: str):
 def announce(models: list, source: str, device, dtype, work: str):
     """The run in two lines: what is trained, and how. A parameter takes 16 bytes: weight, gradient, two moments."""
     parameters = sum(p.numel() for model in models for p in model.parameters())
-    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW")
+    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW over all ranks")
     say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
 
 
@@ -1125,6 +1153,13 @@ def draw(out: Path, keys: list):
     figure.savefig(out / "curves.part.png", dpi=120)
     os.replace(out / "curves.part.png", out / "curves.png")
     plt.close(figure)
+
+
+def free_memory():
+    """Give a deleted model's memory back: the methods bound to it make a cycle, which `del` alone leaves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -1197,7 +1232,8 @@ def learnt_since(args, device, dtype) -> list:
 
 
 def merge_online(args, model, optimizer, tau: list):
-    """From now on every step of the optimiser is merged with tau; sharded weights get the very entries that whole ones would."""
+    """From now on every step of the optimiser is merged with tau; sharded weights get the entries that whole ones would (OnTIES but for near
+    ties, of which Adam's first steps, all of one size, are full)."""
     parameters, before, elect = list(model.parameters()), [], args.optimizer == "onties"
     whole = lambda x: x.full_tensor() if isinstance(x, DTensor) else x
     own = lambda x: x.to_local() if isinstance(x, DTensor) else x
@@ -1235,6 +1271,7 @@ def average(args):
     device, names = torch.device("cpu"), args.average
     mean, tokenizer = None, load_tokenizer(names[0])
     for n, name in enumerate(names, 1):
+        model = weights = None
         if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
             refuse(f"--average {name}: reads other tokens than {names[0]}, so that their weights have no mean")
         model = load_model(AutoModelForCausalLM, name, tokenizer, device, torch.float32)
@@ -1297,13 +1334,17 @@ def main(args: Args):
     everything = rows + held_out
 
     # 2. the reference's log-probabilities, if it is another model than the policy; what it has learnt since --merge-base
-    ref_logps, tau = None, learnt_since(args, device, dtype) if args.merge_base else []
+    ref_logps, tau = None, []
+    if args.merge_base:
+        tau = learnt_since(args, device, dtype)
+        free_memory()
     if args.reference and not last:
         reference, its_tokenizer = load_frozen(AutoModelForCausalLM, args.reference, device, dtype, token_logps)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
             refuse(f"--reference {args.reference}: reads other tokens than --model, so that the two cannot be compared")
         ref_logps = reference_sums(counted_sums, reference, everything, args, device)
         del reference
+        free_memory()
 
     # 3. the policy, its optimiser, and where an earlier run stopped
     policy = load_model(AutoModelForCausalLM, source, tokenizer, device, dtype)
@@ -1354,17 +1395,20 @@ def main(args: Args):
         metrics = dict(step=step + 1, **{k: v / len(batch) for k, v in zip(LOGGED, over_ranks(sums).tolist())})
         if step == 0 and not args.reference:
             at_zero, loss = math.log(2) if args.loss == "sigmoid" else 1 / (4 * args.beta**2), metrics["loss"] - args.nll_coef * metrics["nll_loss"]
-            near = (1e-4 if dtype == torch.float32 else 0.05) * max(1, at_zero) + 1e-6 * metrics["loss"]  # of which nll_loss may be most
+            near = (1e-4 if dtype == torch.float32 else 0.05 * max(1, args.beta / 0.1)) * max(1, at_zero) + 1e-6 * metrics[
+                "loss"
+            ]  # of which nll_loss may be most
             assert abs(loss - at_zero) < near, f"the first loss is {loss}, not {at_zero}: policy and reference differ"
         tokens = sum(len(row.prompt) + sum(map(len, row.responses)) for row in batch)
         num_tokens += tokens
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, epoch=(step + 1) / math.ceil(len(rows) / args.batch_size))
         metrics |= dict(num_tokens=num_tokens)
+        took = time.time() - clock
         evaluating = step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0
         if held_out and evaluating:
             metrics |= evaluate_pairs(dpo_terms, LOGGED, policy, held_out, args, device)
         now = time.time()
-        metrics |= dict(tokens_per_second=tokens / (now - clock), seconds=now - started, peak_memory_mb=peak_memory(device))
+        metrics |= dict(tokens_per_second=tokens / took, seconds=now - started, peak_memory_mb=peak_memory(device))
         log(args, out, metrics)
         bar.set_postfix(
             loss=f"{metrics['loss']:.3f}", acc=f"{metrics['rewards/accuracies']:.2f}", margin=f"{metrics['rewards/margins']:.2f}", refresh=False
@@ -1378,8 +1422,8 @@ def main(args: Args):
             save_checkpoint(out, step + 1, models, optimizers, **progress)
 
     # 9. a checkpoint that anything loads
-    draw(out, ["loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"])
     finish(out, models)
+    draw(out, ["loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"])
     if held_out:
         say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
     say(f"done: {out} after {time.time() - started:.0f} s")

@@ -561,6 +561,17 @@ def check_answer(grid: tuple, answer: str) -> Verdict:
     return Verdict("walk", score, text == tell(walk), walk.safe, walk)
 
 
+def walk_score(prompts: list, completions: list, **columns) -> list:
+    """A reward function for --rule gridworld.py:walk_score: the score of an honest walk, 0 for a lie or no walk; None where no score is defined."""
+    rewards = []
+    for prompt, completion in zip(prompts, completions):
+        grid = read_grid(prompt)
+        verdict = check_answer(grid, completion[-1]["content"])
+        defined = not is_blocked(grid) and len({walk.total for walk in walks(grid)}) > 1
+        rewards.append(verdict.score * verdict.honest if defined else None)
+    return rewards
+
+
 def user(content: str) -> dict:
     return dict(role="user", content=content)
 

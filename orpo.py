@@ -10,11 +10,12 @@
 
 Departures and options
   1. --odds-ratio-coef: lambda; TRL calls it beta. At 0 this is fine-tuning on the chosen answers, with the rejected ones watched.
-  2. --nll-scope: the likelihood is that of the answer (the paper's eq. 2 and TRL 1.16), or of prompt and answer (the authors' code).
+  2. --nll-scope: the likelihood is that of the answer (the paper's eq. 2), or of prompt and answer (the authors' code, TRL). It is a mean
+     over each answer's tokens, then over prompts; TRL's is one over all the batch's tokens.
   3. Where the authors' code errs: its likelihood leaves out the end of the answer, its odds take in one position too many, and its
      log(1 - e^x) is not finite at x = 0; here the end counts in both, the answer is exactly the answer, and x is kept below -1e-6.
-  4. Zephyr-141B's run (alignment handbook): lambda 0.05, learning rate 5e-6, 32 pairs a step, 3 epochs. Its inverse square root schedule
-     is left out; --lr-schedule cosine comes near.
+  4. Zephyr-141B (alignment handbook): --odds-ratio-coef 0.05, the rest as the defaults here; its inverse square root schedule, and the
+     load-balancing loss of its experts, are left out.
   5. A ranking of K answers gives all its pairs, and the likelihood of its best; each prompt counts once; ties say nothing. --max-length
      cuts answers, counted.
 
@@ -23,17 +24,17 @@ scores. Writes a plain Hugging Face directory, args.json, metrics.jsonl and curv
 
   python orpo.py --learning-rate 1e-3 --max-new-tokens 24                                                          the grid world
   python orpo.py --model Qwen/Qwen3-0.6B-Base --dataset trl-lib/ultrafeedback_binarized                            one GPU
-  torchrun --nproc-per-node 8 orpo.py --model Qwen/Qwen3-8B-Base --dataset trl-lib/ultrafeedback_binarized         many
+  torchrun --nproc-per-node 8 orpo.py --model Qwen/Qwen3-8B-Base --gradient-checkpointing --dataset trl-lib/ultrafeedback_binarized  many
 
   Metric               at step 1      then           if not
   loss                 -              falls          flat: raise --learning-rate
   nll_loss             of the base    falls          flat: the same
   rewards/accuracies   about 0.5      rises          stays: raise --odds-ratio-coef or --learning-rate; 1.0: told apart by something trivial
   rewards/margins      about 0        rises          the same; it is lambda times the difference of the two log P
-  log_odds_ratio       about -0.7     rises to 0     log sigmoid of the log odds ratio: the same as for the accuracy
+  log_odds_ratio       about -0.7     rises          log sigmoid of the log odds ratio: the same as for the accuracy
   log_odds_chosen      about 0        rises          the log odds ratio itself (the names are TRL's)
-  logps/chosen         -              rises          falls: lambda too large (the paper: at 1.0 both fall)
-  logps/rejected       -              lags, falls    rises with logps/chosen: lambda too small
+  logps/chosen         -              rises          (means over tokens) falls: lambda too large (the paper: at 1.0 both fall)
+  logps/rejected       -              rises less     as fast as logps/chosen: lambda too small (the paper: at 0.1 both rise, at 0.5 it falls)
   entropy              -              falls          to 0: collapsed; fewer epochs
 """
 
@@ -77,7 +78,7 @@ class Args:
     batch_size: int = 32
     """pairs (or rankings) per optimiser step, over all ranks (Zephyr-141B: 32)"""
     tokens_per_forward: int = 16384
-    """memory knob: tokens per forward pass and rank; does not change the result"""
+    """memory knob: tokens per forward pass and rank (a longer row goes alone); changes the result by rounding only"""
     learning_rate: float = 5e-6
     """peak of AdamW's learning rate (paper: 8e-6, for Mistral 5e-6; Zephyr-141B: 5e-6; small models want more)"""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -96,7 +97,7 @@ class Args:
     output_dir: str = "runs/orpo"
     """where checkpoint, metrics and curves go"""
     seed: int = 0
-    """of data order"""
+    """of what is held out, of data order"""
     eval_every: int = 0
     """optimiser steps between evaluations (0: at the end only)"""
     show: int = 3
@@ -104,7 +105,7 @@ class Args:
     max_new_tokens: int = 128
     """tokens of such an answer"""
     save_every: int = 0
-    """optimiser steps between resumable checkpoints, checkpoint-N/ (0: none)"""
+    """optimiser steps between resumable checkpoints, checkpoint-N/, all of which are kept (0: none)"""
     resume: bool = False
     """continue from the last checkpoint in --output-dir; a finished run of the same arguments is left as it is"""
     overwrite: bool = False
@@ -122,6 +123,7 @@ if __name__ == "__main__":
 
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -131,6 +133,7 @@ import shutil
 import time
 import types
 from collections import Counter
+from datetime import timedelta
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -161,14 +164,16 @@ LOGGED += ("log_odds_ratio", "log_odds_chosen", "entropy", "mean_token_accuracy"
 
 
 def log1mexp(x):
-    """log(1 - e^x) for x <= 0, finite up to 0 (where x is taken as -1e-6) and accurate in both tails (Maechler 2012). Any shape."""
+    """log(1 - e^x) for x <= 0, finite up to 0 and accurate in both tails (Maechler 2012). Any shape.
+
+    Its slope grows like 1 / x; above -1e-6, where x counts as -1e-6, there is none."""
     x = x.clamp(max=-1e-6)
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-def log_odds_ratio(better, worse):
+def log_odds_ratio(chosen_logp, rejected_logp):
     """log odds(y_w) - log odds(y_l), from mean log-probabilities [P] (eqs. 3 and 4); returns [P]."""
-    return (better - worse) - (log1mexp(better) - log1mexp(worse))
+    return (chosen_logp - rejected_logp) - (log1mexp(chosen_logp) - log1mexp(rejected_logp))
 
 
 def odds_ratio_loss(ratio):
@@ -178,22 +183,24 @@ def odds_ratio_loss(ratio):
 
 
 def orpo_terms(args, rows: list, logps, entropy, top):
-    """The loss of a batch (eq. 6), summed over its rows, and the sums of what is LOGGED. logps, entropy, top [N]: of all trained tokens."""
+    """The loss of a batch (eq. 6), summed over its rows, and the sums of what is LOGGED. logps, entropy, top [N]: of all trained tokens in
+    order their log-probability, the entropy, and whether the token was the likeliest."""
     better, worse, share, best = pairings(rows, logps.device)
     ones = torch.ones_like(logps)
-    lengths, whole = (f(ones, rows).clamp(min=1) for f in (counted_sums, response_sums))  # 0: cut before its first trained token, in no pair
-    sums = counted_sums(logps, rows)  # of the answers alone, [R]
-    means = sums / lengths  # log P, eq. 3
+    lengths, whole = counted_sums(ones, rows), response_sums(ones, rows)  # of the answers alone; with a trained prompt
+    means = counted_sums(logps, rows) / lengths  # log P, eq. 3, [R]
     ratio = log_odds_ratio(means[better], means[worse])
     losses = odds_ratio_loss(ratio)
-    nll = -(response_sums(logps, rows) / whole)[best]  # L_SFT, [B]; with its prompt where that is trained
-    loss = nll.sum() + args.odds_ratio_coef * (losses * share).sum()
+    nll = -(response_sums(logps, rows) / whole)[best]  # L_SFT, [B]
+    loss = nll.sum() + args.odds_ratio_coef * (losses * share).sum()  # share: each prompt counts once, whatever its number of pairs
     with torch.no_grad():
-        rewards, gap = args.odds_ratio_coef * means, means[better] - means[worse]
-        of_pairs = [rewards[better], rewards[worse], (gap > 0).float(), args.odds_ratio_coef * gap, sums[better], sums[worse]]
-        of_tokens = [(counted_sums(x, rows) / lengths)[better] for x in (entropy, top.float())]  # of the better answer, as TRL's
-        seen = [loss, *((x * share).sum() for x in of_pairs), nll.sum(), *((x * share).sum() for x in (-losses, ratio, *of_tokens))]
-    return loss, torch.stack(seen).detach()
+        chosen, rejected = means[better], means[worse]
+        by_pair = {"logps/chosen": chosen, "logps/rejected": rejected, "rewards/accuracies": (chosen > rejected).float()}
+        by_pair |= {"rewards/chosen": args.odds_ratio_coef * chosen, "rewards/rejected": args.odds_ratio_coef * rejected}
+        by_pair |= {"rewards/margins": args.odds_ratio_coef * (chosen - rejected), "log_odds_chosen": ratio, "log_odds_ratio": -losses}  # TRL's names
+        by_pair |= {name: (counted_sums(x, rows) / lengths)[better] for name, x in (("entropy", entropy), ("mean_token_accuracy", top.float()))}
+        seen = dict(loss=loss, nll_loss=nll.sum()) | {name: (x * share).sum() for name, x in by_pair.items()}
+    return loss, torch.stack([seen[name] for name in LOGGED]).detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------------- data
@@ -361,8 +368,13 @@ def as_pair(prompt, chosen, rejected):
         while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
             n -= 1
         return chosen[:n], [chosen[n:], rejected[n:]]
+    if prompt and isinstance(prompt, list):
+        prompt, whole = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
+        if all(talk[: len(prompt)] == prompt and len(talk) > len(prompt) for talk in whole):  # the prompt is given apart and again in both
+            return prompt, [talk[len(prompt) :] for talk in whole]
+        return prompt, [chosen, rejected]
     if prompt:
-        return as_messages(prompt) if isinstance(prompt, list) else prompt, [chosen, rejected]
+        return prompt, [chosen, rejected]
     n = shared(chosen, rejected)
     speaker = chosen.rfind("\n\nAssistant:", 0, n)  # HH-RLHF: back to the last turn that both share; else to the last whole word
     n = speaker + len("\n\nAssistant:") if speaker >= 0 else max(0, chosen.rfind(" ", 0, min(n, len(chosen) - 1, len(rejected) - 1) + 1))
@@ -424,7 +436,8 @@ def as_answers(row: dict):
     """(prompt, responses, scores) of a ranking, or of a pair, whose scores are 1 and 0."""
     if row.get("completions") is None:
         return *as_pair(row.get("prompt"), row["chosen"], row["rejected"]), [1.0, 0.0]
-    prompt, responses, scores = row["prompt"], row["completions"], row["scores"]
+    prompt, responses, scores = row["prompt"], row["completions"], row.get("scores")
+    scores = [0.0] * len(responses) if scores is None else scores  # without scores all are tied
     if len(responses) != len(scores) or any(s is None or math.isnan(s) for s in scores):
         raise ValueError(f"{len(responses)} completions need as many scores, none missing; they are {scores}")
     return as_messages(prompt) if isinstance(prompt, list) else prompt, responses, scores
@@ -590,7 +603,8 @@ def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
             entropy, top = torch.special.entr(logps.exp()).sum(-1), chosen == logps.amax(-1)  # amax is several times faster than argmax
         return chosen, entropy, top
 
-    size, parts = max(64, 2**23 // head.weight.shape[0]), []  # tokens of a chunk: 32 MB of logits
+    # tokens of a chunk: 32 MB of logits, or more, since its gradient of the head is added in the computation's dtype, and many small ones blur
+    size, parts = max(512, 2**23 // head.weight.shape[0]), []
     for i in range(0, len(target), size):
         part = hidden[i : i + size], target[i : i + size], kept and kept[i : i + size]
         once = len(target) <= size  # a single chunk may be kept for the backward pass
@@ -688,7 +702,9 @@ def rows_agree(model, device, dtype) -> bool:
                 model.set_attn_implementation(attention)
                 forwards, *_ = pack(rows, device, together)
                 hidden.append(torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in forwards]))
-    except (NotImplementedError, TypeError):
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, TypeError, RuntimeError):
         return False
     finally:
         model.train()
@@ -721,7 +737,7 @@ def start_ranks(dtype: str):
     compute = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" else torch.float32
     backend = "nccl" if device.type == "cuda" else "gloo"
     if WORLD > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first rank writes a checkpoint
     elif compute != torch.float32:  # FSDP's mixed precision, for one rank as for many
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, compute
@@ -758,11 +774,15 @@ def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> f
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # experts that had no token on this rank
                 dist.all_reduce(p.grad.div_(WORLD))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = float(getattr(norm, "full_tensor", lambda: norm)())
+    if not math.isfinite(norm):  # the same on every rank
+        print(file=sys.stderr)  # off the progress bar's line
+        refuse(f"the norm of the gradients is {norm}, at a finite loss; lower the learning rate, or use --dtype float32")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
-    return float(getattr(norm, "full_tensor", lambda: norm)())
+    return norm
 
 
 def scheduled(args, step: int, steps: int) -> float:
@@ -817,11 +837,13 @@ def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     return values
 
 
-def hold_out(rows: list, fraction: float, seed: int) -> list:
-    """Takes a random share of the rows out of the list and returns it."""
-    held = set(random.Random(seed).sample(range(len(rows)), round(fraction * len(rows))))
-    out = [row for i, row in enumerate(rows) if i in held]
-    rows[:] = [row for i, row in enumerate(rows) if i not in held]
+def hold_out(rows: list, fraction: float, seed: int, by_prompt: bool = True) -> list:
+    """Takes a random share of the prompts, with all their rows, out of the list and returns these; or of the rows, whatever their prompts."""
+    keys = [tuple(row.prompt) if by_prompt else i for i, row in enumerate(rows)]
+    every = list(dict.fromkeys(keys))
+    held = {every[i] for i in random.Random(seed).sample(range(len(every)), min(len(every) - 1, round(fraction * len(every))))}
+    out = [row for key, row in zip(keys, rows) if key in held]
+    rows[:] = [row for key, row in zip(keys, rows) if key not in held]
     return out
 
 
@@ -843,7 +865,7 @@ def fingerprint(name: str) -> str:
 def check_numbers(args):
     """Numbers out of range are refused before anything is read."""
     counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
-    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon")
+    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples")
     shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight")
     for name, value in asdict(args).items():
         needed = ""
@@ -851,10 +873,10 @@ def check_numbers(args):
             needed = "a number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("temperature", "top_p", "beta", "merge_keep") and value <= 0:
+        elif name in ("temperature", "top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0:
             needed = "above 0"
         elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
-            needed = "a share of 1"
+            needed = "at most 1" if value > 1 else "below 1"
         elif isinstance(value, (int, float)) and value < 0 and name not in ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight"):
             needed = "0 or more"
         if needed:
@@ -866,7 +888,10 @@ def begin(args, **inputs):
 
     Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
     check_numbers(args)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        refuse("--track: needs wandb, which is not installed (pip install wandb)")
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
+    free += ("gradient_checkpointing", "show", "show_every")
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
     plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
     if RANK == 0:  # one rank looks, so that all see the same
@@ -969,7 +994,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
     for name, (model, tokenizer) in models.items():
         write_model(part / name, model, tokenizer, torch.float32)
     if RANK == 0:
-        torch.save(dict(state, step=step, optimizers=moments, rng=rng), part / "state.pt")
+        stored = {name: str(model.stored).removeprefix("torch.") for name, (model, _) in models.items()}  # for the final save; here all is float32
+        torch.save(dict(state, step=step, optimizers=moments, rng=rng, stored=stored), part / "state.pt")
         for file in (*part.rglob("*"), part):  # directories hold the names, so they are synced too
             number = os.open(file, os.O_RDONLY)
             os.fsync(number)
@@ -984,6 +1010,8 @@ def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
     for name, optimizer in optimizers.items():
         dcp.set_optimizer_state_dict(models[name][0], optimizer, state["optimizers"][name], options=dcp.StateDictOptions(full_state_dict=True))
+    for name, stored in state["stored"].items():
+        models[name][0].stored = getattr(torch, stored)
     rng = state["rng"][RANK % len(state["rng"])]
     torch.set_rng_state(rng["cpu"])
     if rng["cuda"] is not None and torch.cuda.is_available():
@@ -1026,7 +1054,7 @@ def refuse_unless_finite(loss, step: int, look_at: str):
 def announce(models: list, source: str, device, dtype, work: str):
     """The run in two lines: what is trained, and how. A parameter takes 16 bytes: weight, gradient, two moments."""
     parameters = sum(p.numel() for model in models for p in model.parameters())
-    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW")
+    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW over all ranks")
     say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
 
 
@@ -1098,8 +1126,8 @@ def show_answers(model, tokenizer, rows: list, stops: list, limit: int):
 
 
 def with_prompt(row: Row) -> Row:
-    """The row with its prompt (but for the first token) trained in front of the best answer, and in front of the others for context only; so
-    it is computed once for each. extra["content"] marks the answers among the trained tokens."""
+    """The row with its prompt moved from the shared part into every answer (but for the first token, which nothing predicts): so it is run K
+    times, and its tokens can be trained once, with the best. extra["content"] marks the answers among the trained tokens."""
     first, head, best = row.prompt[:1], row.prompt[1:], row.extra["scores"].index(max(row.extra["scores"]))
     trained = [[i == best] * len(head) + t for i, t in enumerate(row.trained)]
     content = [[0.0] * (len(head) * (i == best)) + [1.0] * sum(t) for i, t in enumerate(row.trained)]
@@ -1177,11 +1205,12 @@ def main(args: Args):
         num_tokens += tokens
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, epoch=(step + 1) / math.ceil(len(rows) / args.batch_size))
         metrics |= dict(num_tokens=num_tokens)
+        took = time.time() - clock
         evaluating = step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0
         if held_out and evaluating:
             metrics |= evaluate_pairs(orpo_terms, LOGGED, policy, held_out, args, device)
         now = time.time()
-        metrics |= dict(tokens_per_second=tokens / (now - clock), seconds=now - started, peak_memory_mb=peak_memory(device))
+        metrics |= dict(tokens_per_second=tokens / took, seconds=now - started, peak_memory_mb=peak_memory(device))
         log(args, out, metrics)
         bar.set_postfix(
             loss=f"{metrics['loss']:.3f}", acc=f"{metrics['rewards/accuracies']:.2f}", margin=f"{metrics['rewards/margins']:.2f}", refresh=False
@@ -1194,8 +1223,8 @@ def main(args: Args):
             save_checkpoint(out, step + 1, models, optimizers, num_tokens=num_tokens, seconds=now - started)
 
     # 8. a checkpoint that anything loads
-    draw(out, ["loss", "nll_loss", "rewards/accuracies", "logps/chosen", "logps/rejected"])
     finish(out, models)
+    draw(out, ["loss", "nll_loss", "rewards/accuracies", "logps/chosen", "logps/rejected"])
     if held_out:
         say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
     say(f"done: {out} after {time.time() - started:.0f} s")

@@ -26,7 +26,7 @@ with tokenizers and templates of their own. Writes the policy to --output-dir, a
 
   python ppo.py --learning-rate 1e-4 --value-learning-rate 1e-3 --kl-coef 0.2 --max-new-tokens 24                  the grid world
   python ppo.py --model Qwen/Qwen3-0.6B --reward-model runs/rm --dataset trl-lib/ultrafeedback-prompt              one GPU
-  torchrun --nproc-per-node 8 ppo.py --model Qwen/Qwen3-8B --reward-model runs/rm --dataset trl-lib/ultrafeedback-prompt       many
+  torchrun --nproc-per-node 8 ppo.py --model Qwen/Qwen3-8B --gradient-checkpointing --reward-model runs/rm --dataset ...  many
 
   Metric                  at step 1  then                    if not
   objective/scores        -          rises                   flat: lower --kl-coef, raise the learning rates; look at the samples printed
@@ -175,7 +175,7 @@ class Args:
     show_every: int = 10
     """batches between printed samples (0: never)"""
     save_every: int = 0
-    """batches between resumable checkpoints, checkpoint-N/ (0: none)"""
+    """batches between resumable checkpoints, checkpoint-N/, all of which are kept (0: none)"""
     resume: bool = False
     """continue from the last checkpoint in --output-dir; a finished run of the same arguments is left as it is"""
     overwrite: bool = False
@@ -204,6 +204,7 @@ import time
 import types
 from collections import Counter
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -454,8 +455,13 @@ def as_pair(prompt, chosen, rejected):
         while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
             n -= 1
         return chosen[:n], [chosen[n:], rejected[n:]]
+    if prompt and isinstance(prompt, list):
+        prompt, whole = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
+        if all(talk[: len(prompt)] == prompt and len(talk) > len(prompt) for talk in whole):  # the prompt is given apart and again in both
+            return prompt, [talk[len(prompt) :] for talk in whole]
+        return prompt, [chosen, rejected]
     if prompt:
-        return as_messages(prompt) if isinstance(prompt, list) else prompt, [chosen, rejected]
+        return prompt, [chosen, rejected]
     n = shared(chosen, rejected)
     speaker = chosen.rfind("\n\nAssistant:", 0, n)  # HH-RLHF: back to the last turn that both share; else to the last whole word
     n = speaker + len("\n\nAssistant:") if speaker >= 0 else max(0, chosen.rfind(" ", 0, min(n, len(chosen) - 1, len(rejected) - 1) + 1))
@@ -586,6 +592,7 @@ def questions(args, tokenizer, max_prompt: int):
 
     def encode_row(row, notes):
         prompt = row.get("prompt")
+        prompt = [dict(role="user", content=row["question"])] if prompt is None and row.get("question") else prompt
         prompt = as_pair(prompt, row["chosen"], row["rejected"])[0] if "chosen" in row else prompt
         if not prompt:
             raise Drop("empty prompt")
@@ -716,7 +723,8 @@ def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
             entropy, top = torch.special.entr(logps.exp()).sum(-1), chosen == logps.amax(-1)  # amax is several times faster than argmax
         return chosen, entropy, top
 
-    size, parts = max(64, 2**23 // head.weight.shape[0]), []  # tokens of a chunk: 32 MB of logits
+    # tokens of a chunk: 32 MB of logits, or more, since its gradient of the head is added in the computation's dtype, and many small ones blur
+    size, parts = max(512, 2**23 // head.weight.shape[0]), []
     for i in range(0, len(target), size):
         part = hidden[i : i + size], target[i : i + size], kept and kept[i : i + size]
         once = len(target) <= size  # a single chunk may be kept for the backward pass
@@ -727,13 +735,13 @@ def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
 def response_scores(self, forwards):
     """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0."""
     hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, last] for inputs, _, last in forwards])  # [R, d]
-    return self.score(hidden)[:, 0].float() - getattr(self.config, "score_shift", 0.0)
+    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
 
 
 def token_values(self, forwards):
     """The value of the state before each response token [N]: the head on the hidden state that predicts it."""
     hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards])  # [N, d]
-    return self.score(hidden)[:, 0].float() - getattr(self.config, "score_shift", 0.0)
+    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
 
 
 def load_tokenizer(name: str):
@@ -800,7 +808,9 @@ def rows_agree(model, device, dtype) -> bool:
                 model.set_attn_implementation(attention)
                 forwards, *_ = pack(rows, device, together)
                 hidden.append(torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in forwards]))
-    except (NotImplementedError, TypeError):
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, TypeError, RuntimeError):
         return False
     finally:
         model.train()
@@ -826,6 +836,13 @@ def is_reward_model(name: str) -> bool:
     """Whether a checkpoint that loads has a trained head with one score."""
     config = load_config(name)
     return "SequenceClassification" in "".join(config.architectures or []) and config.num_labels == 1
+
+
+def all_stops(model, tokenizer) -> list:
+    """`stop_tokens`, and the further ones that a chat model's generation_config may know."""
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known] if known is not None else []
+    return sorted({*stop_tokens(tokenizer), *(i for i in known if i < len(tokenizer))})  # a config's default may lie beyond a small vocabulary
 
 
 def trainable(auto, name: str, tokenizer, args, device, dtype, method, **options):
@@ -1071,7 +1088,7 @@ def start_ranks(dtype: str):
     compute = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" else torch.float32
     backend = "nccl" if device.type == "cuda" else "gloo"
     if WORLD > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first rank writes a checkpoint
     elif compute != torch.float32:  # FSDP's mixed precision, for one rank as for many
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, compute
@@ -1108,11 +1125,15 @@ def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> f
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # experts that had no token on this rank
                 dist.all_reduce(p.grad.div_(WORLD))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = float(getattr(norm, "full_tensor", lambda: norm)())
+    if not math.isfinite(norm):  # the same on every rank
+        print(file=sys.stderr)  # off the progress bar's line
+        refuse(f"the norm of the gradients is {norm}, at a finite loss; lower the learning rate, or use --dtype float32")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
-    return float(getattr(norm, "full_tensor", lambda: norm)())
+    return norm
 
 
 def scheduled(args, step: int, steps: int) -> float:
@@ -1167,11 +1188,13 @@ def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     return values
 
 
-def hold_out(rows: list, fraction: float, seed: int) -> list:
-    """Takes a random share of the rows out of the list and returns it."""
-    held = set(random.Random(seed).sample(range(len(rows)), round(fraction * len(rows))))
-    out = [row for i, row in enumerate(rows) if i in held]
-    rows[:] = [row for i, row in enumerate(rows) if i not in held]
+def hold_out(rows: list, fraction: float, seed: int, by_prompt: bool = True) -> list:
+    """Takes a random share of the prompts, with all their rows, out of the list and returns these; or of the rows, whatever their prompts."""
+    keys = [tuple(row.prompt) if by_prompt else i for i, row in enumerate(rows)]
+    every = list(dict.fromkeys(keys))
+    held = {every[i] for i in random.Random(seed).sample(range(len(every)), min(len(every) - 1, round(fraction * len(every))))}
+    out = [row for key, row in zip(keys, rows) if key in held]
+    rows[:] = [row for key, row in zip(keys, rows) if key not in held]
     return out
 
 
@@ -1193,7 +1216,7 @@ def fingerprint(name: str) -> str:
 def check_numbers(args):
     """Numbers out of range are refused before anything is read."""
     counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
-    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon")
+    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples")
     shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight")
     for name, value in asdict(args).items():
         needed = ""
@@ -1201,10 +1224,10 @@ def check_numbers(args):
             needed = "a number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("temperature", "top_p", "beta", "merge_keep") and value <= 0:
+        elif name in ("temperature", "top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0:
             needed = "above 0"
         elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
-            needed = "a share of 1"
+            needed = "at most 1" if value > 1 else "below 1"
         elif isinstance(value, (int, float)) and value < 0 and name not in ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight"):
             needed = "0 or more"
         if needed:
@@ -1216,7 +1239,10 @@ def begin(args, **inputs):
 
     Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
     check_numbers(args)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        refuse("--track: needs wandb, which is not installed (pip install wandb)")
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
+    free += ("gradient_checkpointing", "show", "show_every")
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
     plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
     if RANK == 0:  # one rank looks, so that all see the same
@@ -1319,7 +1345,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
     for name, (model, tokenizer) in models.items():
         write_model(part / name, model, tokenizer, torch.float32)
     if RANK == 0:
-        torch.save(dict(state, step=step, optimizers=moments, rng=rng), part / "state.pt")
+        stored = {name: str(model.stored).removeprefix("torch.") for name, (model, _) in models.items()}  # for the final save; here all is float32
+        torch.save(dict(state, step=step, optimizers=moments, rng=rng, stored=stored), part / "state.pt")
         for file in (*part.rglob("*"), part):  # directories hold the names, so they are synced too
             number = os.open(file, os.O_RDONLY)
             os.fsync(number)
@@ -1334,6 +1361,8 @@ def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
     for name, optimizer in optimizers.items():
         dcp.set_optimizer_state_dict(models[name][0], optimizer, state["optimizers"][name], options=dcp.StateDictOptions(full_state_dict=True))
+    for name, stored in state["stored"].items():
+        models[name][0].stored = getattr(torch, stored)
     rng = state["rng"][RANK % len(state["rng"])]
     torch.set_rng_state(rng["cpu"])
     if rng["cuda"] is not None and torch.cuda.is_available():
@@ -1376,7 +1405,7 @@ def refuse_unless_finite(loss, step: int, look_at: str):
 def announce(models: list, source: str, device, dtype, work: str):
     """The run in two lines: what is trained, and how. A parameter takes 16 bytes: weight, gradient, two moments."""
     parameters = sum(p.numel() for model in models for p in model.parameters())
-    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW")
+    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW over all ranks")
     say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
 
 
@@ -1440,11 +1469,11 @@ def sample_answers(model, rows: list, numbers, stops: list, limit: int, temperat
 
 
 def response_logps(model, rows: list, kept: list, args, device):
-    """Log-probabilities and entropies of the answers' tokens, by answer, under the distribution that was sampled from."""
+    """Log-probabilities and entropies of the answers' tokens, by row, under the distribution that was sampled from."""
     logps, entropies = [None] * len(rows), [None] * len(rows)
     for group, forwards, target in packed(rows, args.tokens_per_forward, device, model.together):
         parts = model.token_logps(forwards, target, args.temperature, nuclei(kept, group))
-        lengths = [len(rows[i].responses[0]) for i in group] or [len(target)]
+        lengths = [sum(map(len, rows[i].responses)) for i in group] or [len(target)]
         for i, logp, entropy in zip(group, parts[0].split(lengths), parts[1].split(lengths)):
             logps[i], entropies[i] = logp, entropy
     return logps, entropies
@@ -1459,9 +1488,9 @@ def response_values(model, rows: list, args, device) -> list:
     return values
 
 
-def nuclei(kept: list, answers: list):
-    """The kept ids of every token of these answers in a row, or None where sampling kept everything."""
-    return [ids for i in answers for ids in kept[i]] if answers and kept[answers[0]] is not None else None
+def nuclei(kept: list, numbers: list):
+    """The kept ids of every token of these rows, one after the other, or None where sampling kept everything."""
+    return [ids for i in numbers for ids in kept[i]] if numbers and kept[numbers[0]] is not None else None
 
 
 def padded(parts: list, device) -> torch.Tensor:
@@ -1472,11 +1501,11 @@ def padded(parts: list, device) -> torch.Tensor:
     return out
 
 
-def minibatches(args, answers: int, step: int):
-    """The answers of each update: every pass over the batch in an order of its own, cut into parts of nearly equal size."""
-    for epoch in range(args.ppo_epochs):
-        order = shuffled(answers, step * args.ppo_epochs + epoch, args.seed)
-        cuts = [round(i * answers / args.num_minibatches) for i in range(args.num_minibatches + 1)]
+def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
+    """The places, of n, of each update: every pass over the batch in an order of its own, cut into parts of nearly equal size."""
+    for i in range(passes):
+        order = shuffled(n, step * passes + i, seed)
+        cuts = [round(k * n / parts) for k in range(parts + 1)]
         yield from (order[a:b] for a, b in zip(cuts, cuts[1:]) if b > a)
 
 
@@ -1558,11 +1587,8 @@ def main(args: Args):
     # 1. policy and reference, what rewards the policy, and prompts
     source = str(last or args.model)
     tokenizer = load_tokenizer(source)
-    stops = stop_tokens(tokenizer)
     policy = trainable(AutoModelForCausalLM, source, tokenizer, args, device, dtype, token_logps)
-    known = policy.generation_config.eos_token_id  # a chat model may know more ends than its template shows
-    known = known if isinstance(known, list) else [known] if known is not None else []
-    stops = sorted({*stops, *(i for i in known if i < len(tokenizer))})  # a config's default may lie beyond a small vocabulary
+    stops = all_stops(policy, tokenizer)
     reference, its_tokenizer = load_frozen(AutoModelForCausalLM, args.reference or args.model, device, dtype, token_logps)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         refuse(f"--reference {args.reference}: reads other tokens than --model, so that there is no KL between them")
@@ -1645,7 +1671,7 @@ def main(args: Args):
         rate, warming = scheduled(args, step, steps), step < args.critic_warmup
         norms, count = [0.0, 0.0], 0
         sums = torch.zeros(8, device=device)  # policy: loss, approximate KL, clipped, ratio, ratio squared; ptx loss; value: loss, clipped
-        for minibatch in minibatches(args, B, step):
+        for minibatch in minibatches(B, args.ppo_epochs, args.num_minibatches, step, args.seed):
             total = sum(lengths[slot] for slot in minibatch)  # its tokens, over all ranks
             chosen = set(minibatch)
             part = [i for i, slot in enumerate(slots) if slot in chosen]  # of these, this rank's answers
@@ -1713,10 +1739,11 @@ def main(args: Args):
             total, applies = over_ranks(torch.stack([x.nan_to_num(0.0).sum(), (~x.isnan()).sum().float()])).tolist()
             metrics[f"rewards/{name}/mean"] = total / max(1, applies)
         too_far = bool(args.max_kl and kl > args.max_kl)
+        took = time.time() - clock
         if held_out and (too_far or step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0):
             metrics |= evaluate_policy(policy, reference, rewards, held_out, tokenizer, stops, args, device)
         now = time.time()
-        metrics |= dict(eps=B / (now - clock), tokens_per_second=sum(lengths) / (now - clock))
+        metrics |= dict(eps=B / took, tokens_per_second=sum(lengths) / took)
         metrics |= dict(seconds=now - started, peak_memory_mb=peak_memory(device))
         log(args, out, metrics)
         bar.set_postfix(score=f"{score:.3f}", kl=f"{kl:.3f}", length=f"{sum(lengths) / B:.1f}", ended=f"{share_eos:.2f}", refresh=False)
@@ -1738,8 +1765,8 @@ def main(args: Args):
             break
 
     # 14. a checkpoint that anything loads
-    draw(out, ["objective/scores", "objective/kl", "policy/entropy_avg", "response_length", "val/explained_variance"])
     finish(out, models)
+    draw(out, ["objective/scores", "objective/kl", "policy/entropy_avg", "response_length", "val/explained_variance"])
     if "eval_scores" in metrics:
         say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
     say(f"done: {out} after {time.time() - started:.0f} s")

@@ -10,13 +10,15 @@
     stays near. That optimum is KL-regularised RL's on the reward r with the KL coefficient beta / eta.
 
 Departures and options
-  1. --distance: backward-kl, the paper's, target first; forward-kl, the policy first; squared, (beta h - eta g)^2, whose gradient over all
-     pairs of K sampled answers is that of REINFORCE leave-one-out (RPO as a framework, Sun et al. 2025, arXiv 2502.00203).
+  1. --distance: backward-kl, KL[ s(eta g) || s(beta h) ], the paper's D; forward-kl, KL[ s(beta h) || s(eta g) ]; squared,
+     (beta h - eta g)^2, whose gradient over all pairs of K answers sampled from pi itself is, up to a factor, that of REINFORCE
+     leave-one-out on r - (beta / eta) log( pi / ref ) (RPO as a framework, Sun et al. 2025, arXiv 2502.00203).
   2. g comes from --reward-model, which scores all answers before training, or from the data: columns scores, score_chosen and
-     score_rejected (or chosen_reward and rejected_reward), or margin. The answers of a prompt give all their pairs, ties too (g = 0);
-     each prompt counts once.
+     score_rejected (or chosen_reward and rejected_reward), or margin; it decides which answer is the better one, whatever its column.
+     The answers of a prompt give all their pairs, ties too (g = 0); each prompt counts once. A reward model reads answers uncut.
   3. --nll-coef c: adds c times the best answer's negative log-likelihood (the paper: 1e-5, on the sum: --nll-sum).
-  4. The paper goes three rounds, each from and against the last one's checkpoint: --model alone, since --reference is --model.
+  4. The paper goes three rounds, each from and against the last one's checkpoint: run this again with --model set to the last
+     --output-dir, and with fresh answers; --reference follows --model.
   5. AdamW; the reference's log-probabilities are computed once, so that one model is in memory while training. --max-length cuts
      answers, counted.
   Another method goes by this name: DPO with a likelihood term (Pang et al. 2024, arXiv 2404.19733), which is dpo.py --nll-coef.
@@ -27,13 +29,15 @@ scores. Writes a plain Hugging Face directory, args.json, metrics.jsonl and curv
 
   python rpo.py --learning-rate 1e-4 --max-new-tokens 24                                                           the grid world
   python rpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --reward-model runs/rm           one GPU
-  torchrun --nproc-per-node 8 rpo.py --model Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback_binarized --reward-model runs/rm     many
+  torchrun --nproc-per-node 8 rpo.py --model Qwen/Qwen3-8B --gradient-checkpointing --dataset ... --reward-model runs/rm  many
 
   Metric               at step 1      then           if not
-  loss                 D[0 || eta g]  falls          flat: raise --learning-rate; large: --eta times g is large, see target_gap
+  loss                 D[0 || eta g]  falls          flat: raise --learning-rate; large: --eta times g is large, see target_gap; with
+                                                     --nll-coef it has that term too, and preference_loss is without it
   target_gap           eta g          -              beyond 5 or so: its sign is all that counts, as in DPO: lower --eta
-  gap_error            its size       falls          |beta h - eta g|; flat while the loss falls: a few large gaps take it all
-  rewards/accuracies   0 (all tied)   0.6 to 0.9     0.5: rewards are noise, or --learning-rate is too low (pairs with g = 0 count as wrong)
+  gap_error            |eta g|        falls          (it is |beta h - eta g|) flat while the loss falls: a few large gaps take it all
+  rewards/accuracies   0 (all tied)   0.6 to 0.9     0.5: rewards are noise, or --learning-rate is too low (pairs with g = 0 count as wrong;
+                                                     at step 1 in bfloat16 rounding breaks ties)
   rewards/margins      0              to target_gap  beyond it: overfitted; fewer epochs
   logps/chosen         -              falls a little if samples get worse, raise --beta or --nll-coef
   nll_loss             -              near level     rises much: the same
@@ -56,11 +60,11 @@ class Args:
     beta: float = 0.1
     """strength of the pull to the reference (paper: tuned between 0.001 and 1; its code: 0.2)"""
     eta: float = 1.0
-    """scale of the rewards (paper: 1)"""
+    """scale of the rewards (paper: 1); the metric target_gap, eta g, does best around 1 to 3: a reward model of wider scores wants less"""
     nll_coef: float = 0.0
     """weight of the best answer's negative log-likelihood (paper: 1e-5, with --nll-sum)"""
     nll_sum: bool = False
-    """sum that likelihood over the answer's tokens, instead of the mean"""
+    """sum that likelihood over the answer's tokens, instead of the mean (also as logged)"""
     reward_model: str = ""
     """reward model that scores the answers: hub id or directory (empty: the data set's own scores)"""
     # --- model
@@ -91,7 +95,7 @@ class Args:
     batch_size: int = 64
     """pairs (or rankings) per optimiser step, over all ranks (its code's authors found 256 and 512 best)"""
     tokens_per_forward: int = 16384
-    """memory knob: tokens per forward pass and rank; does not change the result"""
+    """memory knob: tokens per forward pass and rank (a longer row goes alone); changes the result by rounding only"""
     learning_rate: float = 3e-7
     """peak of AdamW's learning rate (paper: 3e-7 for 340 B; small models want more)"""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -110,7 +114,7 @@ class Args:
     output_dir: str = "runs/rpo"
     """where checkpoint, metrics and curves go"""
     seed: int = 0
-    """of data order"""
+    """of what is held out, of data order"""
     eval_every: int = 0
     """optimiser steps between evaluations (0: at the end only)"""
     show: int = 3
@@ -118,7 +122,7 @@ class Args:
     max_new_tokens: int = 128
     """tokens of such an answer"""
     save_every: int = 0
-    """optimiser steps between resumable checkpoints, checkpoint-N/ (0: none)"""
+    """optimiser steps between resumable checkpoints, checkpoint-N/, all of which are kept (0: none)"""
     resume: bool = False
     """continue from the last checkpoint in --output-dir; a finished run of the same arguments is left as it is"""
     overwrite: bool = False
@@ -134,8 +138,10 @@ class Args:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
 
+import gc
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -145,6 +151,7 @@ import shutil
 import time
 import types
 from collections import Counter
+from datetime import timedelta
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -192,7 +199,9 @@ def rpo_loss(h, g, beta: float, eta: float, distance: str = "backward-kl"):
         return bernoulli_kl(eta * g, beta * h)  # gradient of h: beta (s(beta h) - s(eta g))
     if distance == "forward-kl":
         return bernoulli_kl(beta * h, eta * g)
-    return (beta * h - eta * g).square()
+    if distance == "squared":
+        return (beta * h - eta * g).square()
+    raise ValueError(f"distance must be backward-kl, forward-kl or squared, it is {distance}")
 
 
 def rpo_terms(args, rows: list, logps, entropy, top):
@@ -202,18 +211,19 @@ def rpo_terms(args, rows: list, logps, entropy, top):
     given = torch.tensor([score for row in rows for score in row.extra["scores"]], device=logps.device)  # r, [R]
     h, g = implicit_gap(sums, ref_sums, better, worse), given[better] - given[worse]  # [P]
     losses = rpo_loss(h, g, args.beta, args.eta, args.distance)
-    lengths = response_sums(torch.ones_like(logps), rows).clamp(min=1)  # 0: cut before its first trained token, which is in no pair
+    lengths = response_sums(torch.ones_like(logps), rows)
     nll = -sums[best]  # [B]
     nll = nll if args.nll_sum else nll / lengths[best]
     loss = (losses * share).sum() + args.nll_coef * nll.sum()
     with torch.no_grad():
-        rewards = args.beta * (sums - ref_sums)  # implicit rewards, [R]
-        gap = args.beta * h
-        of_pairs = [rewards[better], rewards[worse], (gap > 0).float(), gap, sums[better], sums[worse]]
-        of_gaps = [losses, args.eta * g, (gap - args.eta * g).abs()]
-        of_tokens = [(response_sums(x, rows) / lengths)[better] for x in (entropy, top.float())]  # of the better answer, as TRL's
-        seen = [loss, *((x * share).sum() for x in of_pairs), nll.sum(), *((x * share).sum() for x in (*of_gaps, *of_tokens))]
-    return loss, torch.stack(seen).detach()
+        rewards, target = args.beta * (sums - ref_sums), args.eta * g  # implicit rewards, [R]
+        chosen, rejected = rewards[better], rewards[worse]
+        by_pair = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected, "preference_loss": losses}
+        by_pair |= {"rewards/accuracies": ((chosen > rejected) & (g > 0)).float(), "logps/chosen": sums[better], "logps/rejected": sums[worse]}
+        by_pair |= {"target_gap": target, "gap_error": (chosen - rejected - target).abs()}
+        by_pair |= {name: (response_sums(x, rows) / lengths)[better] for name, x in (("entropy", entropy), ("mean_token_accuracy", top.float()))}
+        seen = dict(loss=loss, nll_loss=nll.sum()) | {name: (x * share).sum() for name, x in by_pair.items()}
+    return loss, torch.stack([seen[name] for name in LOGGED]).detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------------- data
@@ -381,8 +391,13 @@ def as_pair(prompt, chosen, rejected):
         while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
             n -= 1
         return chosen[:n], [chosen[n:], rejected[n:]]
+    if prompt and isinstance(prompt, list):
+        prompt, whole = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
+        if all(talk[: len(prompt)] == prompt and len(talk) > len(prompt) for talk in whole):  # the prompt is given apart and again in both
+            return prompt, [talk[len(prompt) :] for talk in whole]
+        return prompt, [chosen, rejected]
     if prompt:
-        return as_messages(prompt) if isinstance(prompt, list) else prompt, [chosen, rejected]
+        return prompt, [chosen, rejected]
     n = shared(chosen, rejected)
     speaker = chosen.rfind("\n\nAssistant:", 0, n)  # HH-RLHF: back to the last turn that both share; else to the last whole word
     n = speaker + len("\n\nAssistant:") if speaker >= 0 else max(0, chosen.rfind(" ", 0, min(n, len(chosen) - 1, len(rejected) - 1) + 1))
@@ -444,7 +459,8 @@ def as_answers(row: dict):
     """(prompt, responses, scores) of a ranking, or of a pair, whose scores are 1 and 0."""
     if row.get("completions") is None:
         return *as_pair(row.get("prompt"), row["chosen"], row["rejected"]), [1.0, 0.0]
-    prompt, responses, scores = row["prompt"], row["completions"], row["scores"]
+    prompt, responses, scores = row["prompt"], row["completions"], row.get("scores")
+    scores = [0.0] * len(responses) if scores is None else scores  # without scores all are tied
     if len(responses) != len(scores) or any(s is None or math.isnan(s) for s in scores):
         raise ValueError(f"{len(responses)} completions need as many scores, none missing; they are {scores}")
     return as_messages(prompt) if isinstance(prompt, list) else prompt, responses, scores
@@ -610,7 +626,8 @@ def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
             entropy, top = torch.special.entr(logps.exp()).sum(-1), chosen == logps.amax(-1)  # amax is several times faster than argmax
         return chosen, entropy, top
 
-    size, parts = max(64, 2**23 // head.weight.shape[0]), []  # tokens of a chunk: 32 MB of logits
+    # tokens of a chunk: 32 MB of logits, or more, since its gradient of the head is added in the computation's dtype, and many small ones blur
+    size, parts = max(512, 2**23 // head.weight.shape[0]), []
     for i in range(0, len(target), size):
         part = hidden[i : i + size], target[i : i + size], kept and kept[i : i + size]
         once = len(target) <= size  # a single chunk may be kept for the backward pass
@@ -640,7 +657,7 @@ def pairings(rows: list, device):
 def response_scores(self, forwards):
     """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0."""
     hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, last] for inputs, _, last in forwards])  # [R, d]
-    return self.score(hidden)[:, 0].float() - getattr(self.config, "score_shift", 0.0)
+    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
 
 
 def load_tokenizer(name: str):
@@ -707,7 +724,9 @@ def rows_agree(model, device, dtype) -> bool:
                 model.set_attn_implementation(attention)
                 forwards, *_ = pack(rows, device, together)
                 hidden.append(torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in forwards]))
-    except (NotImplementedError, TypeError):
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, TypeError, RuntimeError):
         return False
     finally:
         model.train()
@@ -755,7 +774,7 @@ def start_ranks(dtype: str):
     compute = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" else torch.float32
     backend = "nccl" if device.type == "cuda" else "gloo"
     if WORLD > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first rank writes a checkpoint
     elif compute != torch.float32:  # FSDP's mixed precision, for one rank as for many
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, compute
@@ -792,11 +811,15 @@ def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> f
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # experts that had no token on this rank
                 dist.all_reduce(p.grad.div_(WORLD))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = float(getattr(norm, "full_tensor", lambda: norm)())
+    if not math.isfinite(norm):  # the same on every rank
+        print(file=sys.stderr)  # off the progress bar's line
+        refuse(f"the norm of the gradients is {norm}, at a finite loss; lower the learning rate, or use --dtype float32")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
-    return float(getattr(norm, "full_tensor", lambda: norm)())
+    return norm
 
 
 def scheduled(args, step: int, steps: int) -> float:
@@ -851,11 +874,13 @@ def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     return values
 
 
-def hold_out(rows: list, fraction: float, seed: int) -> list:
-    """Takes a random share of the rows out of the list and returns it."""
-    held = set(random.Random(seed).sample(range(len(rows)), round(fraction * len(rows))))
-    out = [row for i, row in enumerate(rows) if i in held]
-    rows[:] = [row for i, row in enumerate(rows) if i not in held]
+def hold_out(rows: list, fraction: float, seed: int, by_prompt: bool = True) -> list:
+    """Takes a random share of the prompts, with all their rows, out of the list and returns these; or of the rows, whatever their prompts."""
+    keys = [tuple(row.prompt) if by_prompt else i for i, row in enumerate(rows)]
+    every = list(dict.fromkeys(keys))
+    held = {every[i] for i in random.Random(seed).sample(range(len(every)), min(len(every) - 1, round(fraction * len(every))))}
+    out = [row for key, row in zip(keys, rows) if key in held]
+    rows[:] = [row for key, row in zip(keys, rows) if key not in held]
     return out
 
 
@@ -877,7 +902,7 @@ def fingerprint(name: str) -> str:
 def check_numbers(args):
     """Numbers out of range are refused before anything is read."""
     counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
-    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon")
+    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples")
     shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight")
     for name, value in asdict(args).items():
         needed = ""
@@ -885,10 +910,10 @@ def check_numbers(args):
             needed = "a number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("temperature", "top_p", "beta", "merge_keep") and value <= 0:
+        elif name in ("temperature", "top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0:
             needed = "above 0"
         elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
-            needed = "a share of 1"
+            needed = "at most 1" if value > 1 else "below 1"
         elif isinstance(value, (int, float)) and value < 0 and name not in ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight"):
             needed = "0 or more"
         if needed:
@@ -900,7 +925,10 @@ def begin(args, **inputs):
 
     Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
     check_numbers(args)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        refuse("--track: needs wandb, which is not installed (pip install wandb)")
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
+    free += ("gradient_checkpointing", "show", "show_every")
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
     plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
     if RANK == 0:  # one rank looks, so that all see the same
@@ -1003,7 +1031,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
     for name, (model, tokenizer) in models.items():
         write_model(part / name, model, tokenizer, torch.float32)
     if RANK == 0:
-        torch.save(dict(state, step=step, optimizers=moments, rng=rng), part / "state.pt")
+        stored = {name: str(model.stored).removeprefix("torch.") for name, (model, _) in models.items()}  # for the final save; here all is float32
+        torch.save(dict(state, step=step, optimizers=moments, rng=rng, stored=stored), part / "state.pt")
         for file in (*part.rglob("*"), part):  # directories hold the names, so they are synced too
             number = os.open(file, os.O_RDONLY)
             os.fsync(number)
@@ -1018,6 +1047,8 @@ def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
     for name, optimizer in optimizers.items():
         dcp.set_optimizer_state_dict(models[name][0], optimizer, state["optimizers"][name], options=dcp.StateDictOptions(full_state_dict=True))
+    for name, stored in state["stored"].items():
+        models[name][0].stored = getattr(torch, stored)
     rng = state["rng"][RANK % len(state["rng"])]
     torch.set_rng_state(rng["cpu"])
     if rng["cuda"] is not None and torch.cuda.is_available():
@@ -1060,7 +1091,7 @@ def refuse_unless_finite(loss, step: int, look_at: str):
 def announce(models: list, source: str, device, dtype, work: str):
     """The run in two lines: what is trained, and how. A parameter takes 16 bytes: weight, gradient, two moments."""
     parameters = sum(p.numel() for model in models for p in model.parameters())
-    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW")
+    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW over all ranks")
     say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
 
 
@@ -1122,6 +1153,13 @@ def score_rows(model, rows: list, args, device) -> list:
     return [scores[a:b] for a, b in zip(first, first[1:])]
 
 
+def free_memory():
+    """Give a deleted model's memory back: the methods bound to it make a cycle, which `del` alone leaves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @torch.no_grad()
 def reference_sums(sums_of, model, rows: list, args, device) -> torch.Tensor:
     """The model's log-probability of every row's responses, one after the other [R], on every rank; sums_of: response_sums or its stand-in."""
@@ -1177,47 +1215,44 @@ def given_rewards(row: dict, scores: list) -> list:
         return scores
     pair = [row.get("score_chosen", row.get("chosen_reward")), row.get("score_rejected", row.get("rejected_reward"))]
     pair = [row.get("margin"), 0.0] if None in pair else pair
-    if None in pair or any(math.isnan(r) for r in pair):
+    if None in pair or not all(map(math.isfinite, pair)):
         raise Drop("no reward for one of the answers")
     return pair
 
 
 def check_columns(args, name: str, data: Dataset):
     """Refuse a data set without answers to compare, or without rewards for them."""
-    check_pairs(name, data)
+    if not (args.reward_model and {"prompt", "completions"} <= set(data.column_names)):  # a reward model gives the scores
+        check_pairs(name, data)
     columns, sources = set(data.column_names), [{"completions"}, {"score_chosen", "score_rejected"}, {"chosen_reward", "rejected_reward"}, {"margin"}]
     if not args.reward_model and not any(some <= columns for some in sources):
         needs = f"give --reward-model, or columns score_chosen and score_rejected (it has {', '.join(data.column_names)})"
         refuse(f"{name}: says which answer is better but not by how much; {needs}")
 
 
-def scorer(args, device, dtype):
-    """A function that gives a data set the column MODEL_REWARDS, the reward model's score of every answer; without one, it does nothing."""
-    if not args.reward_model:
-        return lambda data: data
+def add_rewards(args, sets: dict, device, dtype) -> dict:
+    """The data sets, by option, with the column MODEL_REWARDS: the reward model's score of every answer of a row, read whole; None where it
+    cannot be read."""
     if not is_reward_model(args.reward_model):
         refuse(f"--reward-model {args.reward_model}: not a reward model (a sequence classifier with one label); make one with reward_model.py")
     model, tokenizer = load_frozen(AutoModelForSequenceClassification, args.reward_model, device, dtype, response_scores, num_labels=1)
     stops, limit = stop_tokens(tokenizer), getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-
-    def score(data):
-        rows, numbers = [], []
+    for option, data in sets.items():
+        rows, numbers, rewards = [], [], [None] * len(data)
         for number, row in enumerate(data):
             try:
                 prompt, responses, _ = as_answers(row)
                 prompt_ids, ids = encode(tokenizer, prompt, responses, stops, **template_options(row))
             except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError):
-                continue  # `prepare` will say what is wrong with it
+                continue  # what is wrong with the row itself, `prepare` will say
             if prompt_ids and all(len(prompt_ids) + len(r) <= limit for r in ids):
                 rows.append(Row(prompt_ids, ids))
                 numbers.append(number)
-        rewards = [None] * len(data)
+        say(f"--reward-model {args.reward_model}: scores the answers of {len(rows)} of the {len(data)} rows of {option}")
         for number, scores in zip(numbers, score_rows(model, rows, args, device)):
             rewards[number] = scores.tolist()
-        say(f"--reward-model {args.reward_model}: has scored the answers of {len(rows)} of {len(data)} rows")
-        return data.add_column(MODEL_REWARDS, rewards)
-
-    return score
+        sets[option] = data.add_column(MODEL_REWARDS, rewards)
+    return sets
 
 
 def main(args: Args):
@@ -1229,19 +1264,22 @@ def main(args: Args):
     torch.manual_seed(args.seed)
 
     # 1. answers with their rewards, and all pairs of them
-    data = load_rows("--dataset", args.dataset, args.dataset_split)
-    check_columns(args, f"--dataset {args.dataset}", data)
+    sets = {"--dataset": load_rows("--dataset", args.dataset, args.dataset_split)}
+    if args.eval_dataset:
+        sets["--eval-dataset"] = load_rows("--eval-dataset", args.eval_dataset, args.eval_split)
+    check_columns(args, f"--dataset {args.dataset}", sets["--dataset"])
+    check_columns(args, f"--eval-dataset {args.eval_dataset}", sets.get("--eval-dataset", sets["--dataset"]))
     source = str(last or args.model)
     tokenizer = load_tokenizer(source)
     stops = stop_tokens(tokenizer)
     max_length = min(args.max_length, getattr(load_config(source).get_text_config(), "max_position_embeddings", args.max_length))
     encode_row = preferences(args, tokenizer, max_length, given_rewards)
-    score = scorer(args, device, dtype)
-    rows, held_out = prepare(f"--dataset {args.dataset}", score(data), tokenizer, encode_row), []
+    if args.reward_model:
+        sets = add_rewards(args, sets, device, dtype)
+        free_memory()
+    rows, held_out = prepare(f"--dataset {args.dataset}", sets["--dataset"], tokenizer, encode_row), []
     if args.eval_dataset:
-        other = load_rows("--eval-dataset", args.eval_dataset, args.eval_split)
-        check_columns(args, f"--eval-dataset {args.eval_dataset}", other)
-        held_out = prepare(f"--eval-dataset {args.eval_dataset}", score(other), tokenizer, encode_row)
+        held_out = prepare(f"--eval-dataset {args.eval_dataset}", sets["--eval-dataset"], tokenizer, encode_row)
     elif len(rows) > 1:
         held_out = hold_out(rows, args.eval_fraction, args.seed)
     shown = held_out[: args.show]
@@ -1257,6 +1295,7 @@ def main(args: Args):
             refuse(f"--reference {args.reference}: reads other tokens than --model, so that the two cannot be compared")
         ref_logps = reference_sums(response_sums, reference, everything, args, device)
         del reference
+        free_memory()
 
     # 3. the policy, its optimiser, and where an earlier run stopped
     policy = load_model(AutoModelForCausalLM, source, tokenizer, device, dtype)
@@ -1310,11 +1349,12 @@ def main(args: Args):
         num_tokens += tokens
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, epoch=(step + 1) / math.ceil(len(rows) / args.batch_size))
         metrics |= dict(num_tokens=num_tokens)
+        took = time.time() - clock
         evaluating = step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0
         if held_out and evaluating:
             metrics |= evaluate_pairs(rpo_terms, LOGGED, policy, held_out, args, device)
         now = time.time()
-        metrics |= dict(tokens_per_second=tokens / (now - clock), seconds=now - started, peak_memory_mb=peak_memory(device))
+        metrics |= dict(tokens_per_second=tokens / took, seconds=now - started, peak_memory_mb=peak_memory(device))
         log(args, out, metrics)
         bar.set_postfix(
             loss=f"{metrics['loss']:.3f}", acc=f"{metrics['rewards/accuracies']:.2f}", margin=f"{metrics['rewards/margins']:.2f}", refresh=False
@@ -1328,8 +1368,8 @@ def main(args: Args):
             save_checkpoint(out, step + 1, models, optimizers, **progress)
 
     # 9. a checkpoint that anything loads
-    draw(out, ["loss", "gap_error", "rewards/margins", "logps/chosen", "logps/rejected"])
     finish(out, models)
+    draw(out, ["loss", "gap_error", "rewards/margins", "logps/chosen", "logps/rejected"])
     if held_out:
         say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
     say(f"done: {out} after {time.time() - started:.0f} s")

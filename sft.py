@@ -23,7 +23,7 @@ metrics.jsonl and curves.png to --output-dir.
   python sft.py --learning-rate 2e-3                                                     the grid world's base model, from nothing
   python sft.py --model runs/base --dataset data/grid/sft.jsonl --learning-rate 1e-3 --output-dir runs/sft        and what it imitates
   python sft.py --model Qwen/Qwen3-0.6B-Base --dataset trl-lib/Capybara --output-dir runs/sft          one GPU
-  torchrun --nproc-per-node 8 sft.py --model Qwen/Qwen3-8B-Base --dataset trl-lib/Capybara --output-dir runs/sft          many
+  torchrun --nproc-per-node 8 sft.py --model Qwen/Qwen3-8B-Base --gradient-checkpointing --dataset trl-lib/Capybara --output-dir runs/sft  many
 
   Metric               at step 1              then             if not
   loss                 ln V from scratch,     falls, flattens  rising: learning rate too high; at once near 0: the answer stands in the
@@ -104,7 +104,7 @@ class Args:
     eval_every: int = 0
     """optimiser steps between evaluations (0: at the end only)"""
     save_every: int = 0
-    """optimiser steps between resumable checkpoints, checkpoint-N/ (0: none)"""
+    """optimiser steps between resumable checkpoints, checkpoint-N/, all of which are kept (0: none)"""
     resume: bool = False
     """continue from the last checkpoint in --output-dir; a finished run of the same arguments is left as it is"""
     overwrite: bool = False
@@ -122,6 +122,7 @@ if __name__ == "__main__":
 
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -131,6 +132,7 @@ import shutil
 import time
 import types
 from collections import Counter
+from datetime import timedelta
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -520,7 +522,8 @@ def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
             entropy, top = torch.special.entr(logps.exp()).sum(-1), chosen == logps.amax(-1)  # amax is several times faster than argmax
         return chosen, entropy, top
 
-    size, parts = max(64, 2**23 // head.weight.shape[0]), []  # tokens of a chunk: 32 MB of logits
+    # tokens of a chunk: 32 MB of logits, or more, since its gradient of the head is added in the computation's dtype, and many small ones blur
+    size, parts = max(512, 2**23 // head.weight.shape[0]), []
     for i in range(0, len(target), size):
         part = hidden[i : i + size], target[i : i + size], kept and kept[i : i + size]
         once = len(target) <= size  # a single chunk may be kept for the backward pass
@@ -592,7 +595,9 @@ def rows_agree(model, device, dtype) -> bool:
                 model.set_attn_implementation(attention)
                 forwards, *_ = pack(rows, device, together)
                 hidden.append(torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in forwards]))
-    except (NotImplementedError, TypeError):
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, TypeError, RuntimeError):
         return False
     finally:
         model.train()
@@ -661,7 +666,7 @@ def start_ranks(dtype: str):
     compute = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" else torch.float32
     backend = "nccl" if device.type == "cuda" else "gloo"
     if WORLD > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first rank writes a checkpoint
     elif compute != torch.float32:  # FSDP's mixed precision, for one rank as for many
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, compute
@@ -698,11 +703,15 @@ def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> f
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # experts that had no token on this rank
                 dist.all_reduce(p.grad.div_(WORLD))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = float(getattr(norm, "full_tensor", lambda: norm)())
+    if not math.isfinite(norm):  # the same on every rank
+        print(file=sys.stderr)  # off the progress bar's line
+        refuse(f"the norm of the gradients is {norm}, at a finite loss; lower the learning rate, or use --dtype float32")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
-    return float(getattr(norm, "full_tensor", lambda: norm)())
+    return norm
 
 
 def scheduled(args, step: int, steps: int) -> float:
@@ -757,11 +766,13 @@ def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     return values
 
 
-def hold_out(rows: list, fraction: float, seed: int) -> list:
-    """Takes a random share of the rows out of the list and returns it."""
-    held = set(random.Random(seed).sample(range(len(rows)), round(fraction * len(rows))))
-    out = [row for i, row in enumerate(rows) if i in held]
-    rows[:] = [row for i, row in enumerate(rows) if i not in held]
+def hold_out(rows: list, fraction: float, seed: int, by_prompt: bool = True) -> list:
+    """Takes a random share of the prompts, with all their rows, out of the list and returns these; or of the rows, whatever their prompts."""
+    keys = [tuple(row.prompt) if by_prompt else i for i, row in enumerate(rows)]
+    every = list(dict.fromkeys(keys))
+    held = {every[i] for i in random.Random(seed).sample(range(len(every)), min(len(every) - 1, round(fraction * len(every))))}
+    out = [row for key, row in zip(keys, rows) if key in held]
+    rows[:] = [row for key, row in zip(keys, rows) if key not in held]
     return out
 
 
@@ -783,7 +794,7 @@ def fingerprint(name: str) -> str:
 def check_numbers(args):
     """Numbers out of range are refused before anything is read."""
     counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
-    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon")
+    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples")
     shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight")
     for name, value in asdict(args).items():
         needed = ""
@@ -791,10 +802,10 @@ def check_numbers(args):
             needed = "a number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("temperature", "top_p", "beta", "merge_keep") and value <= 0:
+        elif name in ("temperature", "top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0:
             needed = "above 0"
         elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
-            needed = "a share of 1"
+            needed = "at most 1" if value > 1 else "below 1"
         elif isinstance(value, (int, float)) and value < 0 and name not in ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight"):
             needed = "0 or more"
         if needed:
@@ -806,7 +817,10 @@ def begin(args, **inputs):
 
     Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
     check_numbers(args)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        refuse("--track: needs wandb, which is not installed (pip install wandb)")
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
+    free += ("gradient_checkpointing", "show", "show_every")
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
     plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
     if RANK == 0:  # one rank looks, so that all see the same
@@ -909,7 +923,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
     for name, (model, tokenizer) in models.items():
         write_model(part / name, model, tokenizer, torch.float32)
     if RANK == 0:
-        torch.save(dict(state, step=step, optimizers=moments, rng=rng), part / "state.pt")
+        stored = {name: str(model.stored).removeprefix("torch.") for name, (model, _) in models.items()}  # for the final save; here all is float32
+        torch.save(dict(state, step=step, optimizers=moments, rng=rng, stored=stored), part / "state.pt")
         for file in (*part.rglob("*"), part):  # directories hold the names, so they are synced too
             number = os.open(file, os.O_RDONLY)
             os.fsync(number)
@@ -924,6 +939,8 @@ def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
     for name, optimizer in optimizers.items():
         dcp.set_optimizer_state_dict(models[name][0], optimizer, state["optimizers"][name], options=dcp.StateDictOptions(full_state_dict=True))
+    for name, stored in state["stored"].items():
+        models[name][0].stored = getattr(torch, stored)
     rng = state["rng"][RANK % len(state["rng"])]
     torch.set_rng_state(rng["cpu"])
     if rng["cuda"] is not None and torch.cuda.is_available():
@@ -966,7 +983,7 @@ def refuse_unless_finite(loss, step: int, look_at: str):
 def announce(models: list, source: str, device, dtype, work: str):
     """The run in two lines: what is trained, and how. A parameter takes 16 bytes: weight, gradient, two moments."""
     parameters = sum(p.numel() for model in models for p in model.parameters())
-    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW")
+    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW over all ranks")
     say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
 
 
@@ -1047,7 +1064,7 @@ def main(args: Args):
         other = load_rows("--eval-dataset", args.eval_dataset, args.eval_split)
         held_out = prepare(f"--eval-dataset {args.eval_dataset}", other, tokenizer, encode_row)
     elif len(rows) > 1:
-        held_out = hold_out(rows, args.eval_fraction, args.seed)
+        held_out = hold_out(rows, args.eval_fraction, args.seed, by_prompt=False)
     steps = math.ceil(len(rows) / args.batch_size) * args.epochs
     steps = min(steps, args.max_steps or steps)
     work = f"{steps} steps of {args.batch_size} rows, at most {args.tokens_per_forward} tokens a forward"
@@ -1092,10 +1109,11 @@ def main(args: Args):
         num_tokens += tokens
         metrics = dict(step=step + 1, loss=loss, mean_token_accuracy=accuracy, entropy=entropy, grad_norm=grad_norm, learning_rate=learning_rate)
         metrics |= dict(epoch=(step + 1) / math.ceil(len(rows) / args.batch_size), num_tokens=num_tokens)
+        took = time.time() - clock
         if held_out and (step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0):
             metrics |= evaluate_sft(model, held_out, args, device)
         now = time.time()
-        metrics |= dict(tokens_per_second=tokens / (now - clock), seconds=now - started, peak_memory_mb=peak_memory(device))
+        metrics |= dict(tokens_per_second=tokens / took, seconds=now - started, peak_memory_mb=peak_memory(device))
         log(args, out, metrics)
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}", refresh=False)
         if step == state["step"] and RANK == 0:
@@ -1104,8 +1122,8 @@ def main(args: Args):
             save_checkpoint(out, step + 1, models, optimizers, num_tokens=num_tokens, seconds=now - started)
 
     # 8. a checkpoint that anything loads
-    draw(out, ["loss", "mean_token_accuracy", "entropy", "grad_norm"])
     finish(out, models)
+    draw(out, ["loss", "mean_token_accuracy", "entropy", "grad_norm"])
     if held_out:
         say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
     say(f"done: {out} after {time.time() - started:.0f} s")
