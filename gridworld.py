@@ -572,6 +572,11 @@ def walk_score(prompts: list, completions: list, **columns) -> list:
     return rewards
 
 
+def best_walk(prompts: list, completions: list, **columns) -> list:
+    """For --rule gridworld.py:best_walk: 1 for a walk of the highest score told honestly, else 0; None where no score is defined."""
+    return [None if score is None else float(score == 1) for score in walk_score(prompts, completions)]
+
+
 def user(content: str) -> dict:
     return dict(role="user", content=content)
 

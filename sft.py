@@ -837,7 +837,7 @@ def begin(args, **inputs):
         if inside and not error:
             error = f"--output-dir {out}: holds what --{inside[0].split()[0].replace('_', '-')} reads; choose another"
         elif args.resume and before and not error:
-            old = before.get("plan", {})
+            old = {k: v for k, v in before.get("plan", {}).items() if k not in free}
             changed = [f"{k} was {old.get(k)!r} and is {plan.get(k)!r}" for k in sorted({*old, *plan}) if old.get(k) != plan.get(k)]
             if changed:
                 changed = "; ".join(changed)[:500]

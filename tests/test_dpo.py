@@ -5,11 +5,15 @@ import json
 import math
 import os
 import shutil
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 
 import dpo
+import orpo
 import pytest
+import reward_model
+import rpo
 import torch
 import torch.distributed as dist
 from conftest import FAMILIES, TEMPLATE, tiny_config
@@ -19,7 +23,7 @@ from hypothesis import strategies as st
 from test_plumbing import CPU, TEMPLATES, every_template, in_child, jsonl, killed_at_rename, lasting, lines_of, on_ranks, refused
 from test_plumbing import dressed, same_run, snapshot, talk, tokenizer_of, weights_of  # noqa: F401
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 f64 = lambda *values: torch.tensor(values, dtype=torch.float64, requires_grad=True)
 
@@ -225,12 +229,12 @@ def test_bug15_ipo_averages_over_tokens_and_dpo_does_not():
     assert terms_of(twice)[0].item() == pytest.approx(-logsig(0.1 * 6), abs=1e-6)
 
 
-def test_an_answer_without_trained_tokens_leaves_the_loss_finite():
-    """The best of three was cut before its first trained token: it is in no pair, and the others still teach."""
-    (row,) = rows_of([(Answer([-1, -2], [-1, -1]), 2), (Answer([-1], [-2]), 1), (Answer([-2], [-1]), 0)])
-    row = row._replace(trained=[[False] * 2, [True], [True]], extra=row.extra | dict(pairs=[(1, 2)]))
-    loss, seen = dpo.dpo_terms(dpo.Args(nll_coef=0.2), [row], f64(-1, -2), f64(0, 0), f64(0, 0))
-    assert loss.isfinite() and seen.isfinite().all()
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_an_answer_of_format_tokens_only_leaves_the_loss_finite(loss):
+    """Cut behind its header, say: nothing of it counts in h."""
+    got, seen, logps = terms_of([(Answer([-1, -2], [-1, -1], [0.0, 0.0]), 1), (Answer([-1], [-2], [1.0]), 0)], loss=loss)
+    assert got.item() == pytest.approx(-logsig(-0.1) if loss == "sigmoid" else (-1 - 5) ** 2) and all(map(math.isfinite, seen.values()))
+    assert torch.autograd.grad(got, logps)[0][:2].tolist() == [0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the merging
@@ -330,6 +334,7 @@ LAYOUTS = {
     "prompt inside, text": (dict(chosen="Which way? Up.", rejected="Which way? Right."), TEXT),
     "prompt inside, messages": (dict(chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),
     "UltraFeedback: inside, and once more in words": (dict(prompt="Which way?", chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),
+    "apart in messages, and once more in both": (dict(prompt=WAY, chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),
     "HH-RLHF": (dict(chosen=f"{HH} Up, I think.", rejected=f"{HH} Up."), (f"<|bos|>{HH}", [" Up, I think.<|end|>", " Up.<|end|>"])),
     "ranking, text": (dict(prompt="Which way?", completions=[" Up.", " Right."], scores=[1, 0]), TEXT),
     "ranking, messages": (dict(prompt=WAY, completions=[GOOD, BAD], scores=[0.5, 0.1]), CHAT),
@@ -369,6 +374,22 @@ def test_bug09_long_answers_are_cut_and_prompts_never(tiny_tokenizer):
     for limit in (20, 5):
         with pytest.raises(dpo.Drop, match="prompt beyond --max-length"):
             read(tiny_tokenizer, row, max_length=limit)
+
+
+@pytest.mark.parametrize("rest, left, pairs", [(["Up.", "No"], 2, [(0, 1)]), (["Up."], 1, None)])
+@pytest.mark.parametrize("rewards", [None, lambda row, scores: [-s for s in scores]])
+def test_an_answer_left_without_trained_tokens_by_the_cut_is_dropped(rest, left, pairs, rewards, tiny_tokenizer):
+    """Cut within the user's turn before the assistant's, with its score; where another answer is left, the others still teach."""
+    best = [dict(role="user", content="up " * 40), dict(role="assistant", content="So.")]
+    row, scores = dict(prompt=WAY, completions=[best, *rest], scores=[2, 1, 0][: left + 1]), [1.0, 0.0][:left]
+    encode_row = dpo.preferences(dpo.Args(), tiny_tokenizer, 30, rewards)
+    if pairs is None:
+        with pytest.raises(dpo.Drop, match="nothing to compare"):
+            encode_row(row, Counter())
+    else:
+        (kept,) = encode_row(row, Counter())
+        assert kept.extra == dict(pairs=[(1, 0)] if rewards else pairs, scores=[-s for s in scores] if rewards else scores)
+        assert len(kept.responses) == left == len(kept.trained) and all(map(any, kept.trained))
 
 
 USELESS = {
@@ -815,6 +836,89 @@ def test_bug29_a_finished_run_is_a_model(short_run, whole, tmp_path):
     assert line["loss"] == pytest.approx(math.log(2), abs=1e-5) and line["logps/chosen"] == pytest.approx(before["eval_logps/chosen"], abs=1e-3)
 
 
+# ------------------------------------------------------------------------------------- what all scripts that read preferences must do
+
+every_script = pytest.mark.parametrize("script", [dpo, orpo, rpo, reward_model], ids=lambda script: script.__name__)
+
+
+@pytest.fixture(scope="module")
+def pairs_run(tiny_model_dir, tmp_path_factory):
+    """Flags of a short run, for any of the scripts, on 12 pairs of which three each share a prompt."""
+    rows = [dict(prompt=talk(f"Walk {i % 4}!"), chosen=f"up {i}", rejected=f"right {i % 3}", margin=0.5) for i in range(12)]
+    data = jsonl(tmp_path_factory.mktemp("pairs") / "rows.jsonl", rows)
+    return dict(model=str(tiny_model_dir("llama")), dataset=data, batch_size=3, max_steps=1, learning_rate=1e-3, eval_fraction=0.25)
+
+
+@every_script
+def test_no_prompt_of_the_training_is_held_out(script, pairs_run, monkeypatch, tmp_path):
+    parts, real = [], script.hold_out
+    monkeypatch.setattr(script, "hold_out", lambda rows, *rest: [*map(parts.append, (rows, real(rows, *rest)))] and parts[1])
+    script.main(script.Args(**pairs_run, output_dir=str(tmp_path / "run")))
+    ours, theirs = ({tuple(row.prompt) for row in part} for part in parts)
+    assert not ours & theirs and list(map(len, (ours, theirs, *parts))) == [3, 1, 9, 3]
+    assert lines_of(tmp_path / "run")[0]["epoch"] == pytest.approx(1 / 3) and "eval_loss" in lines_of(tmp_path / "run")[0]
+
+
+@every_script
+def test_a_picture_that_cannot_be_drawn_costs_no_model(script, pairs_run, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "draw", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        script.main(script.Args(**pairs_run, output_dir=str(tmp_path / "run")))
+    ours, theirs = weights_of(tmp_path / "run"), weights_of(pairs_run["model"])
+    assert not torch.equal(ours["model.norm.weight"], theirs["model.norm.weight"]) and tokenizer_of(tmp_path / "run")
+
+
+@every_script
+def test_bug28_a_resumed_run_ends_in_the_dtype_of_its_parent(script, pairs_run, tmp_path):
+    """Its checkpoints are float32."""
+    AutoModelForCausalLM.from_pretrained(pairs_run["model"], dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    tokenizer_of(pairs_run["model"]).save_pretrained(tmp_path / "half")
+    flags = pairs_run | dict(model=str(tmp_path / "half"), max_steps=2, save_every=1)
+    assert in_child(script.main, script.Args(**flags, output_dir=str(tmp_path / "whole"))) == 0
+    args = script.Args(**flags, output_dir=str(tmp_path / "run"), resume=True)
+    assert in_child(killed_at_rename, script, args, 3) == -9
+    assert in_child(script.main, args) == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+    assert {w.dtype for w in weights_of(tmp_path / "run").values()} == {torch.bfloat16}
+
+
+@every_script
+def test_the_gradients_of_a_run_must_be_finite(script, pairs_run, monkeypatch, tmp_path, capsys):
+    """At a loss that is; the weights on disk are those of the last good step, and the run is not finished."""
+    real = script.take_step
+
+    def poisoned(model, *rest):
+        next(model.parameters()).grad.view(-1)[0] = math.nan
+        return real(model, *rest)
+
+    monkeypatch.setattr(script, "take_step", poisoned)
+    assert "the norm of the gradients is nan" in refused(script, capsys, **pairs_run, output_dir=str(tmp_path / "run"))
+    assert not json.loads((tmp_path / "run" / "args.json").read_text())["finished"] and not list(tmp_path.glob("run/*.safetensors"))
+
+
+FREED = [(dpo, ["reference"]), (dpo, ["merge_base"]), (rpo, ["reward_model", "reference"])]
+
+
+@pytest.mark.parametrize("script, others", FREED, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_one_model_is_in_memory_while_training(script, others, pairs_run, base_dir, monkeypatch, tmp_path):
+    """Whatever was loaded before the policy is gone when that is announced."""
+    with torch.random.fork_rng():
+        AutoModelForSequenceClassification.from_pretrained(base_dir, num_labels=1).save_pretrained(tmp_path / "rm")
+    tokenizer_of(base_dir).save_pretrained(tmp_path / "rm")
+    loaded, alive, load, announce = [], [], script.load_model, script.announce
+
+    def loads(*args, **options):
+        model = load(*args, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(script, "load_model", loads)
+    monkeypatch.setattr(script, "announce", lambda *args: alive.extend(r() is not None for r in loaded) or announce(*args))
+    flags = pairs_run | {name: str(tmp_path / "rm") if name == "reward_model" else base_dir for name in others}
+    script.main(script.Args(**flags | (dict(optimizer="ondare") if "merge_base" in others else {}), output_dir=str(tmp_path / "run")))
+    assert alive == [False] * (len(alive) - 1) + [True] and len(alive) == 3 - (others == ["reference"])
+
+
 # --------------------------------------------------------------------------------------------------------------------- averaging
 
 
@@ -864,7 +968,7 @@ def test_what_has_no_average_is_refused(change, tiny_model_dir, tiny_tokenizer, 
     dict(loss="ipo", label_smoothing=0.1), dict(label_smoothing=0.5), dict(label_smoothing=-0.1), dict(optimizer="ondare"), dict(optimizer="onties"),
     dict(merge_base="."), dict(beta=0.0), dict(merge_keep=0.0), dict(merge_keep=1.5), dict(merge_weight=-1.0), dict(batch_size=0), dict(epochs=0),
     dict(nll_coef=-1.0), dict(beta=math.nan), dict(reference="no/such/model"), dict(model="no/such/model"), dict(dataset="nowhere.jsonl"),
-    dict(average=("no/such/model",)),
+    dict(average=("no/such/model",)), dict(max_grad_norm=0.0),
 ], ids=str)  # fmt: skip
 def test_bad_arguments_are_refused(flags, short_run, tmp_path, capsys):
     said = refused(dpo, capsys, **short_run | flags, output_dir=str(tmp_path / "run"))
@@ -910,10 +1014,16 @@ BAD_ROWS = {  # rows -> what the message must say
 
 
 @pytest.mark.parametrize("rows, says", BAD_ROWS.values(), ids=BAD_ROWS)
-def test_bad_rows_are_refused(rows, says, tiny_model_dir, tmp_path, capsys):
-    data = jsonl(tmp_path / "rows.jsonl", rows)
-    said = refused(dpo, capsys, model=str(tiny_model_dir("llama")), dataset=data, output_dir=str(tmp_path / "run"))
-    assert "--dataset" in said and says in said
+@pytest.mark.parametrize("option", ["dataset", "eval_dataset"])
+def test_bad_rows_are_refused(option, rows, says, short_run, tmp_path, capsys):
+    said = refused(dpo, capsys, **short_run | {option: jsonl(tmp_path / "rows.jsonl", rows)}, output_dir=str(tmp_path / "run"))
+    assert f"--{option.replace('_', '-')}" in said and says in said
+
+
+def test_bug28_what_does_not_change_the_result_may_change(short_run, whole):
+    with pytest.raises(SystemExit) as end:
+        dpo.main(dpo.Args(**short_run, show=0, gradient_checkpointing=True, output_dir=str(whole("adamw")), resume=True))
+    assert end.value.code == 0
 
 
 def test_another_reference_is_another_run(short_run, base_dir, whole, capsys):

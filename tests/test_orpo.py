@@ -113,7 +113,7 @@ def by_definition(rows: list, values: list, coef: float) -> dict:
             logps, entropies, tops, _ = answers[i]
             each = {"log_odds_chosen": ratio, "log_odds_ratio": -math.log1p(math.exp(-ratio)), "loss": coef * math.log1p(math.exp(-ratio))}
             each |= {"rewards/chosen": coef * math.log(P[i]), "rewards/rejected": coef * math.log(P[j]), "rewards/accuracies": P[i] > P[j]}
-            each |= {"rewards/margins": coef * math.log(P[i] / P[j]), "logps/chosen": sum(logps), "logps/rejected": sum(answers[j][0])}
+            each |= {"rewards/margins": coef * math.log(P[i] / P[j]), "logps/chosen": mean(logps), "logps/rejected": mean(answers[j][0])}
             total.update({k: v / len(pairs) for k, v in (each | dict(entropy=mean(entropies), mean_token_accuracy=mean(tops))).items()})
         nll = -answers[scores.index(max(scores))][3]
         total.update(dict(nll_loss=nll, loss=nll))
@@ -132,16 +132,16 @@ def test_a_batch_of_rankings_is_the_sum_over_its_prompts():
         assert seen == pytest.approx(by_definition(rows, values, coef), rel=1e-6) and loss.item() == pytest.approx(seen["loss"])
 
 
-def test_an_answer_without_trained_tokens_leaves_the_loss_finite():
-    """A ranking's best, cut before the assistant's turn in it, is in no pair and has no likelihood."""
-    row = Row([1], [[2], [2], [2]], [[False], [True], [True]], dict(pairs=[(1, 2)], scores=[2.0, 1.0, 0.0]))
-    logps = f64(-0.4, -1.5)
-    loss, seen = terms([row], logps)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.0132133, abs=1e-6) and logps.grad.tolist() == pytest.approx([-0.0375442, 0.0159326], abs=1e-6)
-    assert all(map(math.isfinite, seen.values()))
-    logps = f64(-3, -0.4, -1.5)  # with a prompt, that is trained
-    assert terms([orpo.with_prompt(row._replace(prompt=[1, 1]))], logps)[0].item() == pytest.approx(3.0132133, abs=1e-6)
+def test_an_answer_left_without_trained_tokens_by_the_cut_is_dropped(tiny_tokenizer):
+    """A ranking's best, cut before the assistant's turn in it, is in no pair, and the likelihood is that of the best that is left."""
+    best = [dict(role="user", content="up " * 40), dict(role="assistant", content="So.")]
+    row = read(tiny_tokenizer, dict(prompt=talk("Which way?"), completions=["No", best, "Up."], scores=[0, 2, 1]), max_length=30)
+    assert len(row.responses) == 2 and row.extra["pairs"] == [(1, 0)] and all(map(any, row.trained))
+    n, m = map(len, row.responses)
+    logps = f64(*[-1.5] * n, *[-0.4] * m)
+    assert terms([row], logps)[0].item() == pytest.approx(0.413213, abs=1e-6) == terms([row], logps)[1]["loss"]
+    with_prompt = f64(*[-1.5] * n, *[-0.4] * (len(row.prompt) - 1 + m))
+    assert terms([orpo.with_prompt(row)], with_prompt)[1]["nll_loss"] == pytest.approx(0.4)
 
 
 def test_only_trained_tokens_count():
@@ -435,6 +435,7 @@ def test_bad_rows_are_refused(option, rows, says, short_run, tmp_path, capsys):
 @pytest.mark.parametrize("flags", [
     dict(odds_ratio_coef=-0.1), dict(odds_ratio_coef=math.nan), dict(batch_size=0), dict(epochs=0), dict(max_length=0),
     dict(eval_fraction=1.0), dict(model="no/such/model"), dict(dataset="nowhere.jsonl"), dict(eval_dataset="nowhere.jsonl"),
+    dict(max_grad_norm=0.0),
 ], ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()))  # fmt: skip
 def test_bad_arguments_are_refused(flags, short_run, tmp_path, capsys):
     said = refused(orpo, capsys, **short_run | flags, output_dir=str(tmp_path / "run"))

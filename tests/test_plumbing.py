@@ -446,10 +446,29 @@ def test_an_epoch_is_every_row_once_in_an_order_of_its_own(n, size, seed):
 @given(st.integers(2, 60), st.floats(0, 0.9), st.integers(0, 5))
 def test_held_out_rows_are_not_trained_on(n, fraction, seed):
     rows = list(range(n))
-    held = sft.hold_out(rows, fraction, seed)
-    assert sorted(rows + held) == list(range(n)) and len(held) == round(fraction * n)
+    held = sft.hold_out(rows, fraction, seed, by_prompt=False)
+    assert sorted(rows + held) == list(range(n)) and len(held) == min(n - 1, round(fraction * n))
     again = list(range(n))
-    assert sft.hold_out(again, fraction, seed) == held and again == rows
+    assert sft.hold_out(again, fraction, seed, by_prompt=False) == held and again == rows
+
+
+@given(st.lists(st.integers(0, 8), min_size=2, max_size=40), st.floats(0, 0.99), st.integers(0, 5))
+def test_a_prompt_is_held_out_with_all_its_rows(prompts, fraction, seed):
+    """In their order; and a prompt at least is left to train on."""
+    every = [Row([7, prompt], [[i]]) for i, prompt in enumerate(prompts)]
+    rows, n = list(every), len(set(prompts))
+    held = sft.hold_out(rows, fraction, seed)
+    ours, theirs = ({row.prompt[1] for row in part} for part in (rows, held))
+    assert not ours & theirs and len(theirs) == min(n - 1, round(fraction * n)) and sorted(rows + held, key=lambda row: row.responses) == every
+    assert all(part == sorted(part, key=lambda row: row.responses) for part in (rows, held))
+
+
+def test_of_plain_text_rows_are_held_out(short_run, tmp_path):
+    """They all have one prompt, the BOS token: by prompts nothing would be held out."""
+    data = jsonl(tmp_path / "texts.jsonl", [dict(text="up " * (i + 1)) for i in range(8)])
+    sft.main(sft.Args(**short_run | dict(dataset=data, eval_fraction=0.25, max_steps=1, batch_size=1), output_dir=str(tmp_path / "run")))
+    (line,) = lines_of(tmp_path / "run")
+    assert line["epoch"] == pytest.approx(1 / 6) and math.isfinite(line["eval_loss"])
 
 
 # ------------------------------------------------------------------------------------------------------- steps of the optimiser
@@ -499,6 +518,17 @@ def test_gradients_are_clipped_on_their_joint_norm():
         assert sft.take_step(model, optimizer, 1.0, 1.0) == pytest.approx(math.hypot(*gradient))
         assert torch.allclose(seen.pop(), torch.tensor([clipped]), atol=1e-4)
         assert model.weight.grad is None or not model.weight.grad.any()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_its_step(value, capsys):
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.together, optimizer, before = True, torch.optim.AdamW(model.parameters()), model.weight.detach().clone()
+    model.weight.grad = torch.tensor([[1.0, value]])
+    with pytest.raises(SystemExit) as end:
+        sft.take_step(model, optimizer, 0.1, 1.0)
+    assert end.value.code == 2 and f"the norm of the gradients is {abs(value)}" in capsys.readouterr().err
+    assert torch.equal(model.weight, before) and not optimizer.state
 
 
 def tokenizer_of(folder):
@@ -624,6 +654,22 @@ def test_bug28_a_checkpoint_is_a_model_of_its_own(finished):
     assert sorted(path.name for path in finished.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
 
 
+def test_bug28_a_resumed_run_ends_in_the_dtype_of_its_parent(short_run, tiny_model_dir, tmp_path):
+    """Its checkpoints are float32."""
+    source = tmp_path / "half"
+    sft.AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"), dtype=torch.bfloat16).save_pretrained(source)
+    tokenizer_of(tiny_model_dir("llama")).save_pretrained(source)
+    flags = short_run | dict(model=str(source), max_steps=4, save_every=2)
+    assert in_child(sft.main, sft.Args(**flags, output_dir=str(tmp_path / "whole"))) == 0
+    args = sft.Args(**flags, output_dir=str(tmp_path / "run"), resume=True)
+    assert in_child(killed_at_rename, sft, args, 3) == -9  # the first file of the finished model
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert in_child(sft.main, args) == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+    assert {w.dtype for w in weights_of(tmp_path / "run").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_bug28_a_finished_run_is_left_as_it_is(short_run, finished, capsys):
     before = snapshot(finished)
     with pytest.raises(SystemExit) as end:
@@ -632,7 +678,7 @@ def test_bug28_a_finished_run_is_left_as_it_is(short_run, finished, capsys):
 
 
 def test_bug28_what_does_not_change_the_result_may_change(short_run, finished):
-    free = dict(tokens_per_forward=7, save_every=1, run_name="other")
+    free = dict(tokens_per_forward=7, save_every=1, run_name="other", gradient_checkpointing=True)
     with pytest.raises(SystemExit) as end:
         sft.main(sft.Args(**short_run | free, output_dir=str(finished), resume=True))
     assert end.value.code == 0
@@ -695,6 +741,24 @@ def test_what_is_read_is_not_overwritten(what, short_run, finished, tmp_path, ca
     for change in inputs:
         assert "--output-dir" in refused(sft, capsys, **short_run | change, output_dir=str(tmp_path / "run"), overwrite=True)
         assert snapshot(tmp_path / "run") == before
+
+
+def test_tracking_without_wandb_is_refused_at_the_start(short_run, tmp_path, capsys, monkeypatch):
+    real = sft.importlib.util.find_spec
+    monkeypatch.setattr(sft.importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else real(name, *rest))
+    said = refused(sft, capsys, **short_run, track=True, output_dir=str(tmp_path / "run"))
+    assert "--track" in said and "wandb" in said and not (tmp_path / "run").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_model(short_run, finished, monkeypatch, tmp_path):
+    def fails(*_):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(sft, "draw", fails)
+    with pytest.raises(RuntimeError, match="no fonts"):
+        sft.main(sft.Args(**short_run | dict(save_every=0), output_dir=str(tmp_path / "run")))
+    ours, theirs = weights_of(tmp_path / "run"), weights_of(finished)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
 def test_after_bad_input_the_same_command_works_once_it_is_corrected(short_run, tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import reward_model as rm
@@ -230,6 +231,7 @@ LAYOUTS = {
     ),
     "prompt inside, text": (dict(chosen="Which way? Up.", rejected="Which way? Right."), TEXT),
     "HH-RLHF": (dict(chosen=f"{HH} Up, I think.", rejected=f"{HH} Up."), (f"<|bos|>{HH}", [" Up, I think.<|end|>", " Up.<|end|>"])),
+    "prompt apart in messages, and once more in both": (dict(prompt=WAY, chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),
     "K-wise, text": (dict(prompt="Which way?", completions=[" Up.", " Right."], scores=[1, 0]), TEXT),
     "K-wise, prompt in messages": (dict(prompt=WAY, completions=["Up.", "Right."], scores=[0.5, 0.1]), CHAT),
     "K-wise, messages": (dict(prompt=WAY, completions=[GOOD, BAD], scores=[0.5, 0.1]), CHAT),
@@ -295,6 +297,31 @@ def test_bug11_a_prompt_inside_two_conversations(start, chosen, rejected):
     chosen, rejected = talk("q", *start, *chosen), talk("q", *start, *rejected)
     prompt, answers = rm.as_pair(None, chosen, rejected)
     assert [prompt + answer for answer in answers] == [chosen, rejected] and all(answers) and prompt
+    assert prompt[-1]["role"] == "user" == [*answers[0], *answers[1]][0]["role"].replace("assistant", "user")
+
+
+PARTING = [  # what two talks share, what each goes on with, and how many messages are the prompt
+    (talk("q"), talk("", "a")[1:], talk("", "b")[1:], 1),
+    (talk("q", "a"), talk("r", "c"), talk("s", "c"), 1),  # at a user's turn: the answer before it belongs to both
+    (talk("q", "a", "r", "b"), talk("s", "c"), talk("t", "d"), 3),
+    (talk("q", "a", "r"), talk("", "c")[1:], talk("", "d", "s", "e")[1:], 3),
+    ([dict(role="system", content="s"), *talk("q", "a")], talk("r", "c"), talk("s", "c"), 2),
+]
+
+
+@pytest.mark.parametrize("start, chosen, rejected, n", PARTING)
+@pytest.mark.parametrize("again", [False, True])
+def test_bug11_where_two_conversations_part(start, chosen, rejected, n, again):
+    """The answers begin with the assistant's turn before; given apart as messages too, the prompt stands where it was given, and once."""
+    whole = [start + chosen, start + rejected]
+    assert rm.as_pair(whole[0][:n] if again else None, *whole) == (whole[0][:n], [talk[n:] for talk in whole])
+    assert whole[0][n]["role"] == whole[1][n]["role"] == "assistant"
+
+
+def test_bug11_a_prompt_that_one_answer_only_repeats_is_kept():
+    """An answer may quote; only where both begin with the prompt is it theirs."""
+    assert rm.as_pair(WAY, WAY + GOOD, BAD) == (WAY, [WAY + GOOD, BAD])
+    assert rm.as_pair(WAY, WAY, WAY + GOOD) == (WAY, [WAY, WAY + GOOD])
 
 
 USELESS = {
@@ -421,6 +448,19 @@ def test_bug18_packed_scores_are_those_of_each_answer_alone(family, scoring_dir)
     scores = rm.response_scores(model.eval(), forwards)
     assert not new and model.together == (family not in ("gemma2", "nemotron"))
     assert scores.tolist() == pytest.approx(expected, abs=2e-4) and scores.std() > 0.1
+
+
+def test_the_head_multiplies_in_float32(monkeypatch):
+    """Where hidden states and head are bfloat16: a score near 20 would come in steps of an eighth."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hidden, head = torch.randn(1, 6, 64).bfloat16(), torch.nn.Linear(64, 1, bias=False).bfloat16()
+    head.weight.data.mul_(40)
+    base, config = lambda **inputs: SimpleNamespace(last_hidden_state=hidden), SimpleNamespace(score_shift=0.5)
+    scores = rm.response_scores(SimpleNamespace(base_model=base, score=head, config=config), [({}, None, torch.tensor([5, 2]))])
+    expected = hidden[0, [5, 2]].double() @ head.weight[0].double() - 0.5
+    assert scores.dtype == torch.float32 and scores.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert (head(hidden[0, [5, 2]])[:, 0].float() - 0.5 - expected).abs().max() > 1e-3  # as it was
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -632,6 +672,14 @@ def test_bug04_ranks_change_nothing(family, world, short_run, tiny_model_dir, tm
     assert shift[0] == pytest.approx(shift[1], abs=1e-4)
 
 
+def test_bfloat16(short_run, tmp_path):
+    """FSDP's mixed precision on one rank: near the float32 run."""
+    for dtype in ("bfloat16", "float32"):
+        assert in_child(rm.main, rm.Args(**short_run | dict(max_steps=3), dtype=dtype, output_dir=str(tmp_path / dtype))) == 0
+    for ours, theirs in zip(lines_of(tmp_path / "bfloat16"), lines_of(tmp_path / "float32"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.03) and ours["max_reward"] == pytest.approx(theirs["max_reward"], abs=0.05)
+
+
 @pytest.mark.parametrize("moment", [0.5, 0.8])
 def test_bug28_killed_and_resumed(moment, short_run, finished, tmp_path):
     args = rm.Args(**short_run, output_dir=str(tmp_path / "run"), resume=True)
@@ -735,7 +783,7 @@ def test_bad_rows_are_refused(rows, says, tiny_model_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    dict(batch_size=0), dict(epochs=0), dict(eval_fraction=1.0, eval_dataset=""), dict(condition="nowhere.json"),
+    dict(batch_size=0), dict(epochs=0), dict(eval_fraction=1.0, eval_dataset=""), dict(condition="nowhere.json"), dict(max_grad_norm=0.0),
     dict(model="no/such/model"), dict(dataset="nowhere.jsonl"),
     dict(loss="focal", use_margin=True), dict(loss="plackett-luce", length_buckets=(3,)),
 ], ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()))  # fmt: skip

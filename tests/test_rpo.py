@@ -150,7 +150,7 @@ def by_definition(rows: list, values: list, refs: list, distance="backward-kl", 
                 "target_gap": b,
                 "gap_error": abs(a - b),
                 "rewards/margins": a,
-                "rewards/accuracies": a > 0,
+                "rewards/accuracies": a > 0 and b > 0,
             }
             each |= {"rewards/chosen": implicit[i], "rewards/rejected": implicit[j], "logps/chosen": sum(logps), "logps/rejected": sum(answers[j][0])}
             total.update({k: v / len(pairs) for k, v in (each | dict(entropy=mean(entropies), mean_token_accuracy=mean(tops))).items()})
@@ -177,12 +177,15 @@ def test_a_batch_is_the_sum_over_its_prompts(distance, flags):
     assert seen == pytest.approx(expected, rel=1e-6, abs=1e-7) and loss.item() == pytest.approx(seen["loss"])
 
 
-def test_an_answer_without_trained_tokens_leaves_the_loss_finite():
-    """A ranking's best, cut before the assistant's turn in it, is in no pair and has no likelihood."""
-    row = rewarded([1, 1, 1], [2.0, 1.0, 0.0], [0.0, -11.0, -11.5])
-    row = row._replace(trained=[[False], [True], [True]], extra=row.extra | dict(pairs=[(1, 2)]))
-    loss, seen = terms([row], f64(-10, -12), beta=1.0, nll_coef=0.5)
-    assert loss.item() == pytest.approx(0.02262230, abs=1e-6) and all(map(math.isfinite, seen.values()))
+@pytest.mark.parametrize("rewards, logps, right", [([2, 1], (-1, -2), 1), ([2, 1], (-2, -1), 0), ([1, 1], (-1, -2), 0), ([2, 1], (-1, -1), 0)])
+def test_a_pair_is_right_where_the_better_answer_wins(rewards, logps, right):
+    """Equal rewards have no better answer, and a tie is no win."""
+    assert terms([rewarded([1, 1], list(map(float, rewards)), [0.0, 0.0])], f64(*logps))[1]["rewards/accuracies"] == right
+
+
+def test_an_unknown_distance_is_none():
+    with pytest.raises(ValueError, match="backward-kl, forward-kl or squared"):
+        rpo.rpo_loss(f64(1), f64(1), 0.1, 1.0, "reverse-kl")
 
 
 # --------------------------------------------------------------------------------------------------------------------- the rewards
@@ -225,7 +228,7 @@ def test_a_ranking_has_all_its_pairs_and_ties(tiny_tokenizer):
 
 @pytest.mark.parametrize("columns", [
     dict(score_chosen=1.0, score_rejected=None), dict(score_chosen=math.nan, score_rejected=1.0), dict(margin=None), dict(margin=math.nan), dict(),
-    dict(chosen_reward=1.0),
+    dict(chosen_reward=1.0), dict(score_chosen=math.inf, score_rejected=1.0), dict(chosen_reward=1.0, rejected_reward=-math.inf), dict(margin=math.inf),
 ])  # fmt: skip
 def test_a_pair_without_rewards_is_dropped(columns, tiny_tokenizer):
     with pytest.raises(rpo.Drop, match="no reward"):
@@ -253,7 +256,8 @@ def scores_by_transformers(folder, prompt, answers: list) -> list:
 
 
 def scored(folder, rows: list, **flags):
-    return rpo.scorer(rpo.Args(reward_model=str(folder), **flags), CPU, torch.float32)(rpo.Dataset.from_list(rows))
+    args, sets = rpo.Args(reward_model=str(folder), **flags), {"--dataset": rpo.Dataset.from_list(rows)}
+    return rpo.add_rewards(args, sets, CPU, torch.float32)["--dataset"]
 
 
 def with_shift(folder, shift: float, target):
@@ -292,6 +296,19 @@ def test_bug19_a_reward_model_with_another_tokenizer(dressed, tmp_path):  # noqa
     assert torch.tensor(scored(tmp_path / "other", rows)[rpo.MODEL_REWARDS]).sub(torch.tensor(expected)).abs().max() < 1e-4
 
 
+def test_all_data_sets_are_scored_by_one_loaded_model(scoring_dir, monkeypatch, capsys):
+    loaded, real = [], rpo.load_frozen
+    monkeypatch.setattr(rpo, "load_frozen", lambda *args, **options: loaded.append(args) or real(*args, **options))
+    rows = {"--dataset": walks(3, 2), "--eval-dataset": walks(2, 3, seed=1)}
+    sets = rpo.add_rewards(rpo.Args(reward_model=str(scoring_dir)), {k: rpo.Dataset.from_list(v) for k, v in rows.items()}, CPU, torch.float32)
+    said = capsys.readouterr().out
+    for option, data in sets.items():
+        expected = [scores_by_transformers(scoring_dir, row["prompt"], row["completions"]) for row in rows[option]]
+        assert [r == pytest.approx(e, abs=1e-5) for r, e in zip(data[rpo.MODEL_REWARDS], expected, strict=True)] == [True] * len(rows[option])
+        assert f"of the {len(data)} rows of {option}" in said
+    assert list(sets) == list(rows) and len(loaded) == 1
+
+
 def test_a_row_too_long_for_the_reward_model_is_dropped(scoring_dir, tmp_path, tiny_tokenizer, capsys):
     small = tmp_path / "small"
     with_shift(scoring_dir, 0.0, small)
@@ -299,7 +316,7 @@ def test_a_row_too_long_for_the_reward_model_is_dropped(scoring_dir, tmp_path, t
     (small / "config.json").write_text(json.dumps(config | dict(max_position_embeddings=64)))
     rows = [PAIR, PAIR | dict(rejected="up, right, " * 30), PAIR | dict(chosen="No.")]
     data = scored(small, rows)
-    assert "2 of 3 rows" in capsys.readouterr().out and [r is None for r in data[rpo.MODEL_REWARDS]] == [False, True, False]
+    assert "2 of the 3 rows of --dataset" in capsys.readouterr().out and [r is None for r in data[rpo.MODEL_REWARDS]] == [False, True, False]
     encode_row = rpo.preferences(rpo.Args(), tiny_tokenizer, 512, rpo.given_rewards)
     assert len(rpo.prepare("--dataset", data, tiny_tokenizer, encode_row)) == 2 and "1 dropped: " in capsys.readouterr().out
 
@@ -544,6 +561,23 @@ def test_bad_rows_are_refused(option, rows, says, short_run, tmp_path, capsys):
     assert f"--{option.replace('_', '-')}" in said and says in said
 
 
+def test_rankings_need_no_scores_where_a_reward_model_gives_them(of_kind, tmp_path, capsys):
+    """And theirs count for nothing where they have some."""
+    flags = of_kind("reward model") | dict(max_steps=1, save_every=0, eval_dataset="")
+    rows = [json.loads(line) for line in open(flags["dataset"])]
+    changes = dict(plain={}, none=None, reversed=dict(scores=[0, -1, -2]), null=dict(scores=None))
+    lines = {}
+    for name, change in changes.items():
+        rpo.Dataset.from_list([{k: v for k, v in (row | (change or {})).items() if k != "scores" or change is not None} for row in rows]).to_parquet(
+            tmp_path / f"{name}.parquet"
+        )
+        rpo.main(rpo.Args(**flags | dict(dataset=str(tmp_path / f"{name}.parquet")), output_dir=str(tmp_path / name)))
+        (lines[name],) = lasting(tmp_path / name)
+    assert lines["none"] == lines["plain"] == lines["reversed"] == lines["null"] and lines["none"]["target_gap"] > 0.01
+    said = refused(rpo, capsys, **of_kind("plain") | dict(dataset=str(tmp_path / "none.parquet")), output_dir=str(tmp_path / "run"))
+    assert "--dataset" in said and "scores" in said
+
+
 def test_some_rows_without_rewards_are_dropped_and_counted(short_run, tmp_path, capsys):
     rows = [row | dict(margin=None if i % 3 else 0.5) for i, row in enumerate(similar_pairs(9))]
     flags = short_run | dict(dataset=jsonl(tmp_path / "rows.jsonl", rows), eval_dataset="", max_steps=1)
@@ -553,7 +587,7 @@ def test_some_rows_without_rewards_are_dropped_and_counted(short_run, tmp_path, 
 
 @pytest.mark.parametrize("flags", [
     dict(beta=0.0), dict(beta=-1.0), dict(eta=-1.0), dict(eta=math.inf), dict(nll_coef=-1.0), dict(batch_size=0), dict(model="no/such/model"),
-    dict(reference="no/such/reference"), dict(reward_model="no/such/judge"), dict(dataset="nowhere.jsonl"), dict(eval_dataset="nowhere.jsonl"),
+    dict(max_grad_norm=0.0), dict(reference="no/such/reference"), dict(reward_model="no/such/judge"), dict(dataset="nowhere.jsonl"), dict(eval_dataset="nowhere.jsonl"),
 ], ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()))  # fmt: skip
 def test_bad_arguments_are_refused(flags, short_run, tmp_path, capsys):
     said = refused(rpo, capsys, **short_run | flags, output_dir=str(tmp_path / "run"))
