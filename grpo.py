@@ -229,7 +229,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 def group_advantages(rewards, scale: str = "sample", epsilon: float = 1e-4):
     """A_i of outcome supervision: a reward less its group's mean, by the group's standard deviation. rewards [P, G]: a row each prompt."""
-    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = rewards - rewards[:, :1]  # so that equal rewards give exactly 0, whose mean rounding cannot miss
+    centred = centred - centred.mean(1, keepdim=True)
     if scale == "none":
         return centred  # Dr. GRPO: hard and easy prompts weigh as their rewards spread
     return centred / (rewards.std(1, correction=int(scale == "sample"), keepdim=True) + epsilon)
@@ -311,7 +312,8 @@ def found_answer(text: str, how: str) -> str | None:
         return text[start + len("\\boxed{") : end - 1] if start >= 0 and not depth else None
     if how == "hash":
         return text.rpartition("####")[2] if "####" in text else None
-    expression = r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?" if how == "number" else how
+    number = r"(?:(?<![\w)])-[$€£]?)?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:/\d+)?|(?<![\w.])\.\d+)"
+    expression = number if how == "number" else how
     matches = [m.group(1) if m.re.groups else m.group() for m in re.finditer(expression, text)]
     return matches[-1] if matches else None
 
@@ -321,11 +323,13 @@ def canonical(answer: str | None) -> str | None:
     if answer is None:
         return None
     text = " ".join(answer.split()).rstrip(" .").lower()
-    number = re.sub(r"^(-?)[$€£]|(?<=\d),(?=\d{3})|\s|%$", r"\1", text)
-    try:
-        return str(Fraction(number))
-    except (ValueError, ZeroDivisionError):
-        return text or None
+    number = re.sub(r"^(-?)\\?[$€£]|(?<=\d)[, ](?=\d{3}(?!\d))|(?<!\d) | (?!\d)|\\?%$", r"\1", text)
+    if re.fullmatch(r"[-+]?[\d./]+(e[-+]?\d{1,3})?", number):  # a policy may write any exponent, and the number would be as long
+        try:
+            return str(Fraction(number))
+        except (ValueError, ZeroDivisionError):
+            pass
+    return text or None
 
 
 def true_answer(column) -> str | None:
@@ -336,8 +340,8 @@ def true_answer(column) -> str | None:
 
 
 def after_thinking(text: str) -> str:
-    """What stands after the thinking; nothing, where thinking has not ended."""
-    return text.rpartition("</think>")[2] if "</think>" in text else text.partition("<think>")[0]
+    """What stands after the thinking, and before any that follows; nothing, where an answer begins with thinking that has not ended."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def well_formed(text: str) -> bool:
@@ -1354,8 +1358,8 @@ def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     return state
 
 
-def finish(out: Path, models: dict):
-    """The models in their places, each file renamed into it whole; then args.json says that the run is finished."""
+def finish(out: Path, models: dict, curves: list):
+    """The models in their places, each file renamed into it whole; the picture; then args.json says that the run is finished."""
     part = out / "saving"
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)  # what a killed save left
@@ -1370,6 +1374,8 @@ def finish(out: Path, models: dict):
             for stale in {*(out / name).glob("*.safetensors*")} - {out / name / file.name for file in written}:
                 stale.unlink()
         shutil.rmtree(part)
+        if curves:
+            draw(out, curves)
         write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
 
 
@@ -1407,8 +1413,6 @@ def peak_memory(device) -> int:
 
 def draw(out: Path, keys: list):
     """curves.png from metrics.jsonl."""
-    if RANK > 0:
-        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1490,7 +1494,7 @@ def as_written(tokenizer, rows: list, answers: list, stops: list) -> list:
         text = tokenizer.decode(before + (ids[:-1] if ids and ids[-1] in stops else ids))[len(tokenizer.decode(before)) :]
         for other in others:
             text = text.replace(other, "")
-        opened = not isinstance(row.extra["prompt"], str) and tokenizer.decode(row.prompt[-4:]).rstrip().endswith("<think>")
+        opened = not isinstance(row.extra["prompt"], str) and tokenizer.decode(row.prompt[-16:]).rstrip().endswith("<think>")
         texts.append("<think>" * opened + text)
     return texts
 
@@ -1503,7 +1507,12 @@ def match_scores(how: str, device, rows: list, texts: list) -> torch.Tensor:
 
 def all_rewards(rewards: dict, args, rows: list, texts: list, device):
     """The weighted sum [B] of all rewards, and each by name. Only the format is judged with the thinking; all else reads what comes after."""
-    named = total_reward(rewards, rows, [after_thinking(text).strip() for text in texts])[1] if rewards else {}
+    answers = []
+    for row, text in zip(rows, texts):
+        prompt, answer = row.extra["prompt"], after_thinking(text).rstrip()
+        goes_on = isinstance(prompt, str) or prompt[-1]["role"] == "assistant"  # then the space before its first word is part of it
+        answers.append(answer if goes_on else answer.lstrip())
+    named = total_reward(rewards, rows, answers)[1] if rewards else {}
     weights = {name: weight for name, (weight, _) in rewards.items()}
     if args.format_weight:
         named["format"], weights["format"] = torch.tensor([float(well_formed(text)) for text in texts], device=device), args.format_weight
@@ -1520,13 +1529,19 @@ def cut_into_steps(tokenizer, row: Row, ids: list, stops: list, separator: str):
     return [whole[:end] for end in ends], [b - a for a, b in zip([0, *cuts], cuts)]
 
 
-def process_advantages(rewards: dict, tokenizer, row: Row, answers: list, stops: list, args, device) -> list:
-    """Process supervision of one group: for each answer its tokens' advantages [T]."""
-    steps = [cut_into_steps(tokenizer, row, ids, stops, args.step_separator) for ids in answers]
-    texts = [text for found, _ in steps for text in found]
-    total, _ = all_rewards(rewards, args, [row] * len(texts), texts, device)
-    advantages = step_advantages(list(total.split([len(found) for found, _ in steps])), args.scale)
-    return [a.repeat_interleave(torch.tensor(lengths, device=device)) for a, (_, lengths) in zip(advantages, steps)]
+def process_advantages(rewards: dict, tokenizer, rows: list, stops: list, args, device) -> list:
+    """Process supervision: for each row, which is a group, the advantages of its tokens [T], answer after answer.
+
+    The steps of all groups are scored at once: ranks may have unequally many groups, and must call a sharded reward model equally often."""
+    groups = [[cut_into_steps(tokenizer, row, ids, stops, args.step_separator) for ids in row.responses] for row in rows]
+    counts = [[len(texts) for texts, _ in steps] for steps in groups]
+    asked = [row for row, own in zip(rows, counts) for _ in range(sum(own))]
+    total, _ = all_rewards(rewards, args, asked, [text for steps in groups for texts, _ in steps for text in texts], device)
+    advantages = []
+    for steps, own, scores in zip(groups, counts, total.split(list(map(sum, counts)))):
+        by_step = torch.cat(step_advantages(list(scores.split(own)), args.scale))
+        advantages.append(by_step.repeat_interleave(torch.tensor([n for _, lengths in steps for n in lengths], device=device)))
+    return advantages
 
 
 def thinking_length(tokenizer, text: str, tokens: int) -> int:
@@ -1633,10 +1648,11 @@ def check_grpo(args):
         refuse(f"--overlong-cache {args.overlong_cache}: must be at most --max-new-tokens, {args.max_new_tokens}")
     if args.overlong_cache and args.step_separator:
         refuse("--overlong-cache is a reward of whole answers, --step-separator gives one to each step; use one of the two")
-    if args.thinking_budgets and (max(args.thinking_budgets) >= args.max_new_tokens or not (args.match or args.rule)):
-        refuse("--thinking-budgets: each must be below --max-new-tokens, and --match or --rule must say which answers are right")
-    if (args.reference or args.reference_every) and not args.kl_coef:
-        refuse("--kl-coef 0 has no reference; leave out --reference and --reference-every")
+    budgets = args.thinking_budgets
+    if budgets and (min(budgets) < 0 or max(budgets) >= args.max_new_tokens or not (args.match or args.rule)):
+        refuse("--thinking-budgets: each must be from 0 to below --max-new-tokens, and --match or --rule must say which answers are right")
+    if (args.reference or args.reference_every or args.max_kl) and not args.kl_coef:
+        refuse("--kl-coef 0 has no reference, so that no KL is known; leave out --reference, --reference-every and --max-kl")
     if args.match and args.match not in ("number", "boxed", "hash"):
         try:
             re.compile(args.match)
@@ -1673,7 +1689,8 @@ def main(args: Args):
     if args.match:
         rewards["match"] = args.match_weight, partial(match_scores, args.match, device)
     max_length = min(args.max_length, getattr(policy.config, "max_position_embeddings", args.max_length))
-    encode_row = questions(args, tokenizer, max_length - args.max_new_tokens)
+    tags = tokenizer("<think> </think>", add_special_tokens=False).input_ids if args.thinking_budgets else []  # they end a thought that is cut off
+    encode_row = questions(args, tokenizer, max_length - args.max_new_tokens - len(tags))
     data = load_rows("--dataset", args.dataset, args.dataset_split)
     if args.match and "answer" not in data.column_names:
         refuse(f"--match: --dataset {args.dataset} has no column answer to compare with; it has {', '.join(data.column_names)}")
@@ -1693,14 +1710,12 @@ def main(args: Args):
 
     # 2. the optimiser, and where an earlier run stopped
     optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
-    models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
+    models, optimizers = {"": (policy, tokenizer)} | ({"reference": (reference, tokenizer)} if args.reference_every else {}), {"": optimizer}
     state = dict(step=0, num_tokens=0, seconds=0.0)
     if last:
         state = load_checkpoint(last, models, optimizers)
     else:
         claim(args, out, plan)
-    if args.reference_every:
-        models["reference"] = reference, tokenizer
     started -= state["seconds"]
     num_tokens = state["num_tokens"]
 
@@ -1738,14 +1753,13 @@ def main(args: Args):
             groups = {place: group for place, group in groups.items() if spread[place]}
         groups = {place: groups[place] for place in places}
         # 6. advantages, by the group: one for all tokens of an answer, or by steps
-        for group in groups.values():
-            if args.step_separator:
-                row = group["row"]
-                parts = process_advantages(rewards, tokenizer, row, row.responses, stops, args, device)
-            else:
+        mine, advantages = [group["row"] for group in groups.values()], []  # of each group's tokens, answer after answer
+        if args.step_separator:
+            advantages = process_advantages(rewards, tokenizer, mine, stops, args, device)
+        else:
+            for group in groups.values():
                 lengths = torch.tensor([len(ids) for ids in group["row"].responses], device=device)
-                parts = group_advantages(group["rewards"][None], args.scale)[0].repeat_interleave(lengths).split(lengths.tolist())
-            group["advantages"] = torch.cat(list(parts))  # of the group's tokens, answer after answer
+                advantages.append(group_advantages(group["rewards"][None], args.scale)[0].repeat_interleave(lengths))
         # 7. which answers count, and how long they are, over all ranks
         lengths, ended = torch.zeros(2, B * G, device=device)
         for place, group in groups.items():
@@ -1757,12 +1771,11 @@ def main(args: Args):
         if args.zero_spread != "keep":
             counted *= torch.tensor(spread, device=device).repeat_interleave(G)
         # 8. log pi_old and log pi_ref of every token, before any update; with a single update, pi_old is pi
-        mine = [group["row"] for group in groups.values()]
         nucleus = [None if group["kept"][0] is None else [ids for part in group["kept"] for ids in part] for group in groups.values()]
         with torch.no_grad():
             old_logps = response_logps(policy, mine, nucleus, args, device)[0] if updates > 1 else None
             ref_logps = response_logps(reference, mine, nucleus, args, device)[0] if reference is not None else None
-        advantages, drawn = [g["advantages"] for g in groups.values()], [torch.tensor(sum(g["sampled"], []), device=device) for g in groups.values()]
+        drawn = [torch.tensor(sum(group["sampled"], []), device=device) for group in groups.values()]
         # 9. several passes of minibatches over the same answers
         learning_rate = args.learning_rate * scheduled(args, step, steps)
         sums, worst, norms = torch.zeros(7, device=device), torch.zeros(1, device=device), []
@@ -1843,6 +1856,8 @@ def main(args: Args):
             show([group["row"]] * G, group["texts"], group["named"] | dict(total=group["rewards"]))
         # 13. iterative GRPO: the reference follows; a policy gone too far ends the run
         if args.reference_every and (step + 1) % args.reference_every == 0:
+            for model in (reference, policy):
+                getattr(model, "reshard", lambda: None)()  # forwards without a backward leave FSDP's root gathered
             with torch.no_grad():
                 for theirs, ours in zip(reference.parameters(), policy.parameters()):
                     theirs.copy_(ours)
@@ -1852,11 +1867,11 @@ def main(args: Args):
             say(f"stopped after step {step + 1}: the KL to the reference is {kl:.4f} a token, beyond --max-kl {args.max_kl}; it is saved as it is")
             break
 
-    # 14. a checkpoint that anything loads; what more votes and more thinking are worth
-    finish(out, {"": models[""]})
-    draw(out, ["reward", "pass@1", "kl", "entropy", "completions/mean_length", "completions/mean_thinking_length"])
+    # 14. what more votes and more thinking are worth; a checkpoint that anything loads
     if held_out:
         draw_test_time(out, metrics, accuracy_by_budget(policy, rewards, held_out, tokenizer, stops, args, device))
+    curves = ["reward", *["pass@1"] * ("eval_pass@1" in metrics), "kl", "entropy", "completions/mean_length", "completions/mean_thinking_length"]
+    finish(out, {"": models[""]}, curves)
     if held_out:
         say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
     say(f"done: {out} after {time.time() - started:.0f} s")

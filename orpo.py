@@ -1025,8 +1025,8 @@ def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     return state
 
 
-def finish(out: Path, models: dict):
-    """The models in their places, each file renamed into it whole; then args.json says that the run is finished."""
+def finish(out: Path, models: dict, curves: list):
+    """The models in their places, each file renamed into it whole; the picture; then args.json says that the run is finished."""
     part = out / "saving"
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)  # what a killed save left
@@ -1041,6 +1041,8 @@ def finish(out: Path, models: dict):
             for stale in {*(out / name).glob("*.safetensors*")} - {out / name / file.name for file in written}:
                 stale.unlink()
         shutil.rmtree(part)
+        if curves:
+            draw(out, curves)
         write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
 
 
@@ -1078,8 +1080,6 @@ def peak_memory(device) -> int:
 
 def draw(out: Path, keys: list):
     """curves.png from metrics.jsonl."""
-    if RANK > 0:
-        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1223,8 +1223,7 @@ def main(args: Args):
             save_checkpoint(out, step + 1, models, optimizers, num_tokens=num_tokens, seconds=now - started)
 
     # 8. a checkpoint that anything loads
-    finish(out, models)
-    draw(out, ["loss", "nll_loss", "rewards/accuracies", "logps/chosen", "logps/rejected"])
+    finish(out, models, ["loss", "nll_loss", "rewards/accuracies", "logps/chosen", "logps/rejected"])
     if held_out:
         say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
     say(f"done: {out} after {time.time() - started:.0f} s")

@@ -1041,8 +1041,8 @@ def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     return state
 
 
-def finish(out: Path, models: dict):
-    """The models in their places, each file renamed into it whole; then args.json says that the run is finished."""
+def finish(out: Path, models: dict, curves: list):
+    """The models in their places, each file renamed into it whole; the picture; then args.json says that the run is finished."""
     part = out / "saving"
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)  # what a killed save left
@@ -1057,6 +1057,8 @@ def finish(out: Path, models: dict):
             for stale in {*(out / name).glob("*.safetensors*")} - {out / name / file.name for file in written}:
                 stale.unlink()
         shutil.rmtree(part)
+        if curves:
+            draw(out, curves)
         write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
 
 
@@ -1094,8 +1096,6 @@ def peak_memory(device) -> int:
 
 def draw(out: Path, keys: list):
     """curves.png from metrics.jsonl."""
-    if RANK > 0:
-        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1311,8 +1311,7 @@ def main(args: Args):
             write_json(out / "report.json", result)
 
     # 9. a checkpoint that anything loads
-    finish(out, models)
-    draw(out, ["loss", "accuracy", "margin", "mean_reward"])
+    finish(out, models, ["loss", "accuracy", "margin", "mean_reward"])
     say(f"done: {out} after {time.time() - started:.0f} s")
     if dist.is_initialized():
         dist.destroy_process_group()

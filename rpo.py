@@ -1062,8 +1062,8 @@ def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     return state
 
 
-def finish(out: Path, models: dict):
-    """The models in their places, each file renamed into it whole; then args.json says that the run is finished."""
+def finish(out: Path, models: dict, curves: list):
+    """The models in their places, each file renamed into it whole; the picture; then args.json says that the run is finished."""
     part = out / "saving"
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)  # what a killed save left
@@ -1078,6 +1078,8 @@ def finish(out: Path, models: dict):
             for stale in {*(out / name).glob("*.safetensors*")} - {out / name / file.name for file in written}:
                 stale.unlink()
         shutil.rmtree(part)
+        if curves:
+            draw(out, curves)
         write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
 
 
@@ -1115,8 +1117,6 @@ def peak_memory(device) -> int:
 
 def draw(out: Path, keys: list):
     """curves.png from metrics.jsonl."""
-    if RANK > 0:
-        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1202,22 +1202,23 @@ def show_answers(model, tokenizer, rows: list, stops: list, limit: int):
     model.train()
 
 
-MODEL_REWARDS = "rewards of --reward-model"  # the column that `scorer` adds
+MODEL_REWARDS = "rewards of --reward-model"  # the column that `add_rewards` adds
 
 
 def given_rewards(row: dict, scores: list) -> list:
     """The rewards of a row's answers: a reward model's, a ranking's own scores, the columns of a pair, or its margin."""
     if MODEL_REWARDS in row:
-        if row[MODEL_REWARDS] is None:
+        found = row[MODEL_REWARDS]
+        if found is None:
             raise Drop("too long for the reward model, or refused by its chat template")
-        return row[MODEL_REWARDS]
-    if row.get("completions") is not None:
-        return scores
-    pair = [row.get("score_chosen", row.get("chosen_reward")), row.get("score_rejected", row.get("rejected_reward"))]
-    pair = [row.get("margin"), 0.0] if None in pair else pair
-    if None in pair or not all(map(math.isfinite, pair)):
+    elif row.get("completions") is not None:
+        found = scores
+    else:
+        found = [row.get("score_chosen", row.get("chosen_reward")), row.get("score_rejected", row.get("rejected_reward"))]
+        found = [row.get("margin"), 0.0] if None in found else found
+    if any(reward is None or not math.isfinite(reward) for reward in found):
         raise Drop("no reward for one of the answers")
-    return pair
+    return found
 
 
 def check_columns(args, name: str, data: Dataset):
@@ -1368,8 +1369,7 @@ def main(args: Args):
             save_checkpoint(out, step + 1, models, optimizers, **progress)
 
     # 9. a checkpoint that anything loads
-    finish(out, models)
-    draw(out, ["loss", "gap_error", "rewards/margins", "logps/chosen", "logps/rejected"])
+    finish(out, models, ["loss", "gap_error", "rewards/margins", "logps/chosen", "logps/rejected"])
     if held_out:
         say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
     say(f"done: {out} after {time.time() - started:.0f} s")

@@ -404,10 +404,10 @@ def test_fine_tuning_raises_the_rejected_answers_too_and_the_odds_ratio_parts_th
         lines = lines_of(tmp_path / str(coef))
         ends[coef] = [{name: line[f"eval_{name}"] for name in orpo.LOGGED} for line in (lines[0], lines[-1])]
     for first, last in ends.values():
-        assert last["logps/chosen"] > first["logps/chosen"] + 5 and last["nll_loss"] < first["nll_loss"]
+        assert last["logps/chosen"] > first["logps/chosen"] + 2 and last["nll_loss"] < first["nll_loss"]
     (first, plain), (_, parted) = ends[0.0], ends[5.0]
-    assert plain["logps/rejected"] > first["logps/rejected"] + 5  # with the chosen ones, which is what they begin with
-    assert parted["logps/rejected"] < plain["logps/rejected"] - 3 and parted["rewards/accuracies"] == 1.0
+    assert plain["logps/rejected"] > first["logps/rejected"] + 2  # with the chosen ones, which is what they begin with
+    assert parted["logps/rejected"] < plain["logps/rejected"] - 0.5 and parted["rewards/accuracies"] == 1.0
     assert parted["log_odds_chosen"] > plain["log_odds_chosen"] + 1 and parted["log_odds_ratio"] > -0.2
 
 

@@ -297,7 +297,7 @@ def test_bug11_a_prompt_inside_two_conversations(start, chosen, rejected):
     chosen, rejected = talk("q", *start, *chosen), talk("q", *start, *rejected)
     prompt, answers = rm.as_pair(None, chosen, rejected)
     assert [prompt + answer for answer in answers] == [chosen, rejected] and all(answers) and prompt
-    assert prompt[-1]["role"] == "user" == [*answers[0], *answers[1]][0]["role"].replace("assistant", "user")
+    assert prompt[-1]["role"] == "user" and [answer[0]["role"] for answer in answers] == ["assistant"] * 2
 
 
 PARTING = [  # what two talks share, what each goes on with, and how many messages are the prompt

@@ -228,7 +228,8 @@ def test_a_ranking_has_all_its_pairs_and_ties(tiny_tokenizer):
 
 @pytest.mark.parametrize("columns", [
     dict(score_chosen=1.0, score_rejected=None), dict(score_chosen=math.nan, score_rejected=1.0), dict(margin=None), dict(margin=math.nan), dict(),
-    dict(chosen_reward=1.0), dict(score_chosen=math.inf, score_rejected=1.0), dict(chosen_reward=1.0, rejected_reward=-math.inf), dict(margin=math.inf),
+    dict(chosen_reward=1.0), dict(score_chosen=math.inf, score_rejected=1.0), dict(chosen_reward=1.0, rejected_reward=-math.inf),
+    dict(margin=math.inf),
 ])  # fmt: skip
 def test_a_pair_without_rewards_is_dropped(columns, tiny_tokenizer):
     with pytest.raises(rpo.Drop, match="no reward"):
@@ -562,19 +563,17 @@ def test_bad_rows_are_refused(option, rows, says, short_run, tmp_path, capsys):
 
 
 def test_rankings_need_no_scores_where_a_reward_model_gives_them(of_kind, tmp_path, capsys):
-    """And theirs count for nothing where they have some."""
-    flags = of_kind("reward model") | dict(max_steps=1, save_every=0, eval_dataset="")
+    """And where they have some, these count for nothing."""
+    flags, lines = of_kind("reward model") | dict(max_steps=1, save_every=0, eval_dataset=""), {}
     rows = [json.loads(line) for line in open(flags["dataset"])]
-    changes = dict(plain={}, none=None, reversed=dict(scores=[0, -1, -2]), null=dict(scores=None))
-    lines = {}
-    for name, change in changes.items():
-        rpo.Dataset.from_list([{k: v for k, v in (row | (change or {})).items() if k != "scores" or change is not None} for row in rows]).to_parquet(
-            tmp_path / f"{name}.parquet"
-        )
-        rpo.main(rpo.Args(**flags | dict(dataset=str(tmp_path / f"{name}.parquet")), output_dir=str(tmp_path / name)))
+    bare = [{k: v for k, v in row.items() if k != "scores"} for row in rows]
+    null, other = ([row | dict(scores=scores) for row in bare] for scores in (None, [0, -1, -2]))
+    for name, data in dict(whole=rows, bare=bare, null=null, other=other).items():
+        data = jsonl(tmp_path / f"{name}.jsonl", data)
+        rpo.main(rpo.Args(**flags | dict(dataset=data), output_dir=str(tmp_path / name)))
         (lines[name],) = lasting(tmp_path / name)
-    assert lines["none"] == lines["plain"] == lines["reversed"] == lines["null"] and lines["none"]["target_gap"] > 0.01
-    said = refused(rpo, capsys, **of_kind("plain") | dict(dataset=str(tmp_path / "none.parquet")), output_dir=str(tmp_path / "run"))
+    assert lines["whole"] == lines["bare"] == lines["null"] == lines["other"] and lines["bare"]["target_gap"] > 0.01
+    said = refused(rpo, capsys, **of_kind("plain") | dict(dataset=str(tmp_path / "bare.jsonl")), output_dir=str(tmp_path / "run"))
     assert "--dataset" in said and "scores" in said
 
 
@@ -587,7 +586,8 @@ def test_some_rows_without_rewards_are_dropped_and_counted(short_run, tmp_path, 
 
 @pytest.mark.parametrize("flags", [
     dict(beta=0.0), dict(beta=-1.0), dict(eta=-1.0), dict(eta=math.inf), dict(nll_coef=-1.0), dict(batch_size=0), dict(model="no/such/model"),
-    dict(max_grad_norm=0.0), dict(reference="no/such/reference"), dict(reward_model="no/such/judge"), dict(dataset="nowhere.jsonl"), dict(eval_dataset="nowhere.jsonl"),
+    dict(max_grad_norm=0.0), dict(reference="no/such/reference"), dict(reward_model="no/such/judge"),
+    dict(dataset="nowhere.jsonl"), dict(eval_dataset="nowhere.jsonl"),
 ], ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()))  # fmt: skip
 def test_bad_arguments_are_refused(flags, short_run, tmp_path, capsys):
     said = refused(rpo, capsys, **short_run | flags, output_dir=str(tmp_path / "run"))
