@@ -4,30 +4,34 @@
 # ///
 """Group relative policy optimisation: reinforcement learning without a critic; verifiable rewards, and thinking before the answer.
 
-    J(pi) = E_{x, o_1..o_G ~ pi_old} (1/G) sum_i (1/|o_i|) sum_t [ min( rho A_i, clip(rho, 1 - e, 1 + e) A_i ) - beta KL_t ],  rho = pi / pi_old
+    J(pi) = E_{x, o_1..o_G ~ pi_old} (1/G) sum_i (1/|o_i|) sum_t [ min( rho_t A_i, clip(rho_t, 1 - e, 1 + e) A_i ) - beta KL_t ]
+    rho_t = pi(o_t | x, o_<t) / pi_old(o_t | x, o_<t);
     A_i = (r_i - mean r) / std r over the G answers to one prompt;       KL_t = pi_ref / pi - log( pi_ref / pi ) - 1, per token
     GRPO (DeepSeekMath, Shao et al. 2024, arXiv 2402.03300), eqs. 3 and 4. The mean of the group's rewards stands in for PPO's value model.
 
 Departures and options
   1. The paper does not say which standard deviation: here the sample's, + 1e-4, as in TRL; --scale population, or none (Dr. GRPO).
-  2. --normalise token: every token counts the same (DAPO, arXiv 2503.14476, eq. 12); constant: sums over tokens by --max-new-tokens (Dr.
-     GRPO, arXiv 2503.20783, with --scale none).
+  2. --normalise token: every token of an update counts the same (DAPO, arXiv 2503.14476, eq. 12, there by prompt); constant: sums over
+     tokens by --max-new-tokens (Dr. GRPO, arXiv 2503.20783, with --scale none).
   3. --clip-high 0.28: room for unlikely tokens to rise; --zero-spread resample: groups whose rewards are all equal, which teach nothing, are
      replaced by other prompts'; --mask-truncated, --overlong-cache: answers cut off, or nearly, do not count or cost up to 1 (all DAPO).
   4. --kl-coef 0: no KL and no reference in memory (DAPO, Dr. GRPO). --reference-every N: the reference becomes the policy every N batches
-     (iterative GRPO, Algorithm 1; DeepSeek-R1: 400). Refreshing the reward model too is a round of reward_model.py, on samples and 10% old rows.
+     (iterative GRPO, Algorithm 1; DeepSeek-R1: 400 updates). Its refreshing of the reward model, with 10% of old rows, is a round of
+     sampling and reward_model.py.
   5. --step-separator: process supervision (4.1.3): every reward also scores the answer as it stands at the end of each step; step rewards are
      normalised over the whole group, and a token's advantage is the sum of those from its step on.
-  6. Several rewards add up by weight: --match (against a column `answer`), --format, --reward-model, --judge, --rule. None of them but
-     --format, which looks at the tags alone, ever sees what stands between <think> and </think>.
+  6. Several rewards add up by weight: --match (against a column `answer`), --format-weight, --reward-model, --judge, --rule. None of them
+     ever sees what stands between <think> and </think>, but the format, which looks at the tags alone; where thinking has not ended, the
+     answer is empty.
   7. Sampled and scored distributions are the same one: temperature and nucleus are part of every log-probability.
 
-Reads prompts (column prompt, or question), other columns for the rewards, and a policy. Writes the policy, args.json, metrics.jsonl,
-curves.png, and what the last evaluation found, report.json and test_time.png, to --output-dir.
+Reads prompts (column prompt, or question; instructions such as "put the answer in \\boxed{}" are the data's; a column chat_template_kwargs,
+say {"enable_thinking": false}, goes to the template), other columns for the rewards, and a policy. Writes the policy, args.json,
+metrics.jsonl, curves.png and, with --match or --rule, what the last evaluation found, report.json and test_time.png, to --output-dir.
 
   python grpo.py --dataset data/grid/reasoning.jsonl --rule gridworld.py:walk_score --batch-size 16 --max-new-tokens 96 --learning-rate 1e-4
                                                                                                                    the grid world
-  python grpo.py --model Qwen/Qwen3-0.6B --dataset openai/gsm8k:main --match number --format-weight 0.1 --max-new-tokens 512     one GPU
+  python grpo.py --model Qwen/Qwen3-0.6B --dataset openai/gsm8k:main --match number --max-new-tokens 4096 --max-length 5120  one GPU
   torchrun --nproc-per-node 8 grpo.py --model Qwen/Qwen3-8B --gradient-checkpointing --dataset openai/gsm8k:main --match number  many
 
   Metric                    at step 1  then                 if not
@@ -37,9 +41,9 @@ curves.png, and what the last evaluation found, report.json and test_time.png, t
   kl                        0          rises, levels off    beyond 0.1 a token or so: raise --kl-coef, lower --learning-rate
   entropy                   -          falls slowly         to 0: collapsed; raise --clip-high or --kl-coef
   completions/mean_length   -          rises if it pays     runs into --max-new-tokens: see completions/clipped_ratio, --overlong-cache
-  completions/clipped_ratio -          falls to 0           rises: the same
-  clip_ratio/region_mean    0          0 to 0.2             above 0.3: lower --learning-rate or --num-iterations; 0 with one update a batch
-  sampling/sampling_logp_difference/mean  ~0  ~0            above 0.05: sampler and trainer disagree
+  completions/clipped_ratio -          falls to 0           rises, or near 1 at once: raise --max-new-tokens (a model that thinks needs thousands)
+  clip_ratio/region_mean    0          0.001 to 0.05        above 0.2: lower --learning-rate or --num-iterations; 0 with one update a batch
+  sampling/sampling_logp_difference/mean  ~0  ~0            above 0.05: sampler and trainer disagree: --dtype float32
   grad_norm                 -          -                    spikes: lower --learning-rate
 """
 
@@ -68,24 +72,24 @@ class Args:
     num_iterations: int = 1
     """mu, passes over each batch of answers (DeepSeekMath: 1)"""
     num_minibatches: int = 1
-    """optimiser steps per pass (DAPO and R1: 16)"""
+    """optimiser steps per pass (DAPO and R1: 16); each takes whole groups"""
     zero_spread: Literal["keep", "skip", "resample"] = "keep"
-    """groups with all rewards equal: keep (only their KL acts), skip, or replace by groups of other prompts, up to 4 times (DAPO)"""
+    """groups with all rewards equal: keep (only their KL acts), skip, or replace by other random prompts', up to 4 times, then skip (DAPO)"""
     mask_truncated: bool = False
     """answers cut off at --max-new-tokens do not enter the loss (DAPO's overlong filtering)"""
     overlong_cache: int = 0
     """last tokens before --max-new-tokens over which an answer's reward loses up to 1 (DAPO: 4096 of 20480; 0: none)"""
     reference_every: int = 0
-    """batches after which the reference becomes the policy as it is then (DeepSeek-R1: 400; 0: never)"""
+    """batches after which the reference becomes the policy as it is then (DeepSeek-R1: every 400 updates, 25 batches of 16; 0: never)"""
     max_kl: float = 0.0
     """stop, with what has been learnt, when the KL per token exceeds this (0: never)"""
     # --- rewards
     match: str = ""
-    """1 for the right answer by the column `answer`: number (the last), boxed (LaTeX), hash (after ####), or a regular expression"""
+    """1 for the right answer by the column `answer`, as a number or else as text: number (the last), boxed, hash (####), or an expression"""
     match_weight: float = 1.0
     """weight of --match"""
     format_weight: float = 0.0
-    """weight of 1 for <think>...</think> followed by an answer"""
+    """weight of 1 for <think>...</think>, not empty and once, followed by an answer"""
     reward_model: tuple[str, ...] = ()
     """reward models; their weighted scores add up"""
     reward_weights: tuple[float, ...] = ()
@@ -93,7 +97,7 @@ class Args:
     condition: str = ""
     """JSON file {kind: system prompt} that the reward models see before prompts of that kind"""
     rule: str = ""
-    """file.py:name of a function (prompts, completions, **columns) -> list of rewards, None where it does not apply"""
+    """file.py:name of a function (prompts, completions, **columns) -> list of rewards, None where it does not apply; 1 or more counts as right"""
     rule_weight: float = 1.0
     """weight of --rule"""
     judge: str = ""
@@ -103,7 +107,7 @@ class Args:
     judge_weight: float = 1.0
     """weight of --judge"""
     step_separator: str = ""
-    """process supervision: text that ends a step of an answer, e.g. a line break (empty: one reward for the whole answer)"""
+    """process supervision: text that ends a step of an answer, e.g. a line break in bash $'\\n' (empty: one reward for the whole answer)"""
     # --- model
     model: str = "runs/sft"
     """policy to start from: hub id or directory"""
@@ -127,6 +131,8 @@ class Args:
     # --- sampling
     max_new_tokens: int = 256
     """tokens of an answer, its thinking included (DeepSeekMath: 1024)"""
+    sample_tokens: int = 65536
+    """memory knob of sampling: tokens in the key-value cache, by rank; changes the result by rounding only"""
     temperature: float = 1.0
     """of sampling and of every log-probability"""
     top_p: float = 1.0
@@ -137,9 +143,9 @@ class Args:
     max_steps: int = 0
     """stop after this many batches of prompts (0: only by epochs)"""
     batch_size: int = 32
-    """prompts per batch, over all ranks (DeepSeekMath: 16 x 64 answers; R1: 32 x 16)"""
+    """prompts per batch, over all ranks (DeepSeekMath: 16 x 64 answers; R1: 512 x 16 in 16 minibatches)"""
     tokens_per_forward: int = 16384
-    """memory knob: tokens per forward pass and rank; does not change the result"""
+    """memory knob: tokens per forward pass and rank (a longer row goes alone); changes the result by rounding only"""
     learning_rate: float = 1e-6
     """peak of AdamW's learning rate (DeepSeekMath: 1e-6; R1: 3e-6; small models want more)"""
     lr_schedule: Literal["cosine", "linear", "constant"] = "constant"
@@ -196,13 +202,14 @@ import re
 import resource
 import shutil
 import time
+import traceback
 import types
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import datasets
@@ -251,7 +258,7 @@ def clipped_objective(logps, old_logps, advantages, clip_low: float, clip_high: 
 
 
 def kl_estimate(logps, ref_logps):
-    """KL_t, eq. 4: an unbiased estimate that is never negative (k3), per token; any shape."""
+    """KL_t, eq. 4 (k3), per token; any shape. Never negative, and unbiased as long as the tokens are pi's own: in a batch's first update."""
     log_ratio = ref_logps - logps  # log( pi_ref / pi )
     return log_ratio.exp() - log_ratio - 1
 
@@ -265,9 +272,10 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, weights, args):
 
 
 def answer_weights(lengths, counted, normalise: str, longest: int):
-    """The weight of each token of each answer [A], where A answers share an update. lengths, counted [A]: tokens, and whether it counts.
+    """The weight of each token of each answer of an update. lengths, counted [answers]: tokens, and whether it counts, 1.0 or 0.0.
 
-    response: 1 / (A |o_i|), GRPO eq. 3; token: 1 / all tokens, DAPO eq. 12; constant: 1 / (A longest), Dr. GRPO."""
+    With A answers that count, response: 1 / (A |o_i|), GRPO eq. 3; token: 1 / all their tokens (DAPO eq. 12, there over one prompt's group,
+    here as in its code over the update's); constant: 1 / (A longest), Dr. GRPO."""
     answers, tokens = counted.sum().clamp(min=1), (lengths * counted).sum().clamp(min=1)
     if normalise == "response":
         return counted / (answers * lengths.clamp(min=1))
@@ -311,7 +319,7 @@ def found_answer(text: str, how: str) -> str | None:
             end += 1
         return text[start + len("\\boxed{") : end - 1] if start >= 0 and not depth else None
     if how == "hash":
-        return text.rpartition("####")[2] if "####" in text else None
+        return text.rpartition("####")[2].strip().partition("\n")[0] if "####" in text else None
     number = r"(?:(?<![\w)])-[$€£]?)?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:/\d+)?|(?<![\w.])\.\d+)"
     expression = number if how == "number" else how
     matches = [m.group(1) if m.re.groups else m.group() for m in re.finditer(expression, text)]
@@ -333,10 +341,10 @@ def canonical(answer: str | None) -> str | None:
 
 
 def true_answer(column) -> str | None:
-    """The answer that a data set's column holds: after ####, in \\\\boxed{}, or the whole of it."""
+    """The answer that a data set's column holds: after ####, in \\boxed{}, or the whole of it."""
     text = str(column)
-    found = found_answer(text, "hash" if "####" in text else "boxed") if "####" in text or "\\boxed{" in text else text
-    return canonical(found)
+    how = "hash" if "####" in text else "boxed" if "\\boxed{" in text else ""
+    return canonical(found_answer(text, how) if how else text)
 
 
 def after_thinking(text: str) -> str:
@@ -345,8 +353,8 @@ def after_thinking(text: str) -> str:
 
 
 def well_formed(text: str) -> bool:
-    """<think>...</think> once, then an answer."""
-    return text.count("<think>") == text.count("</think>") == 1 and re.fullmatch(r"\s*<think>.*</think>.*\S.*", text, re.DOTALL) is not None
+    """<think>...</think> once and not empty, then an answer."""
+    return text.count("<think>") == text.count("</think>") == 1 and re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL) is not None
 
 
 def expected_score(probabilities):
@@ -1002,7 +1010,12 @@ def rule_scores(rule, device, rows: list, texts: list) -> torch.Tensor:
     columns = {k: [row.extra[k] for row in rows] for k in rows[0].extra if k not in ("prompt", "completion", "chosen", "rejected")}
     prompts = [row.extra["prompt"] for row in rows]
     completions = [as_messages(text) if isinstance(prompt, list) else text for prompt, text in zip(prompts, texts)]
-    rewards = rule(prompts=prompts, completions=completions, **columns)
+    try:
+        rewards = rule(prompts=prompts, completions=completions, **columns)
+    except Exception as e:  # the user's own code: say what it choked on
+        where = traceback.extract_tb(e.__traceback__)[-1]
+        last = f"{Path(where.filename).name}, line {where.lineno}"
+        refuse(f"--rule: {type(e).__name__}: {e} ({last}), on answers like {texts[0][-200:]!r}; it must return None for what it cannot judge")
     if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
         found = len(rewards) if isinstance(rewards, (list, tuple)) else f"a {type(rewards).__name__} instead of"
         refuse(f"--rule: returned {found} rewards for {len(rows)} answers; it must return a list with one for each, None where it does not apply")
@@ -1042,7 +1055,7 @@ def load_rewards(args, device, dtype) -> dict:
         model, tokenizer = load_frozen(AutoModelForSequenceClassification, name, device, dtype, response_scores, num_labels=1)
         if not is_reward_model(name):
             refuse(f"--reward-model {name}: not a reward model (a sequence classifier with one label); make one with reward_model.py")
-        key = name if Path(name).name in (*rewards, "rule", "judge") else Path(name).name
+        key = name if Path(name).name in (*rewards, "rule", "judge", "match", "format") else Path(name).name
         rewards[key] = weight, partial(reward_scores, model, tokenizer, conditions, args, device)
     if args.rule:
         rewards["rule"] = args.rule_weight, partial(rule_scores, load_rule(args.rule), device)
@@ -1198,7 +1211,7 @@ def fingerprint(name: str) -> str:
 def check_numbers(args):
     """Numbers out of range are refused before anything is read."""
     counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
-    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples")
+    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples", "sample_tokens")
     shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight")
     for name, value in asdict(args).items():
         needed = ""
@@ -1224,7 +1237,7 @@ def begin(args, **inputs):
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track: needs wandb, which is not installed (pip install wandb)")
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
-    free += ("gradient_checkpointing", "show", "show_every")
+    free += ("gradient_checkpointing", "show", "show_every", "sample_tokens")
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
     plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
     if RANK == 0:  # one rank looks, so that all see the same
@@ -1433,19 +1446,21 @@ def draw(out: Path, keys: list):
 
 
 def sample_answers(model, rows: list, numbers, stops: list, limit: int, temperature: float, top_p: float):
-    """`sample` for rows, neighbours in length together, at most `limit` tokens at a time. Returns its three lists; with top_p 1 the third
-    holds None for each answer."""
+    """`sample` for rows, neighbours in length together, at most `limit` tokens in the cache at a time. Returns its three lists; with top_p 1
+    the third holds None for each answer."""
     n, device = len(numbers) // max(1, len(rows)), model.device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     longest = max((len(row.prompt) for row in rows), default=0) + numbers.shape[1]
-    size, found = max(1, limit // (n * longest or 1)), [None] * len(numbers)
+    room, found = max(1, limit // (longest or 1)), [None] * len(numbers)  # answers at a time
+    size, few = max(1, room // (n or 1)), min(n, room)  # prompts, and answers to each
     model.eval()
     with gathered(model):
         for part in (order[i : i + size] for i in range(0, len(order), size)):
-            slots = [i * n + k for i in part for k in range(n)]
-            tokens, logps, kept = sample(model, [rows[i].prompt for i in part], numbers[slots].to(device), stops, temperature, top_p)
-            for slot, *answer in zip(slots, tokens, logps, kept or [None] * len(slots)):
-                found[slot] = answer
+            for first in range(0, n, few):
+                slots = [i * n + k for i in part for k in range(first, min(n, first + few))]
+                tokens, logps, kept = sample(model, [rows[i].prompt for i in part], numbers[slots].to(device), stops, temperature, top_p)
+                for slot, *answer in zip(slots, tokens, logps, kept or [None] * len(slots)):
+                    found[slot] = answer
     model.train()
     return [list(x) for x in zip(*found)] or [[], [], []]
 
@@ -1480,7 +1495,8 @@ def show(rows: list, texts: list, named: dict, count: int = 3):
         prompt = rows[i].extra["prompt"]
         prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         rewards = ", ".join(f"{k} {float(v[i]):+.2f}" for k, v in named.items() if not math.isnan(v[i]))
-        tqdm.write(f"  {prompt[-60:]!r} -> {texts[i][:100]!r}   {rewards}")
+        text = texts[i] if len(texts[i]) <= 140 else f"{texts[i][:60]} ... {texts[i][-80:]}"
+        tqdm.write(f"  {prompt[-60:]!r} -> {text!r}   {rewards}")
 
 
 # --------------------------------------------------------------------------------------------------- this script's own plumbing
@@ -1494,7 +1510,7 @@ def as_written(tokenizer, rows: list, answers: list, stops: list) -> list:
         text = tokenizer.decode(before + (ids[:-1] if ids and ids[-1] in stops else ids))[len(tokenizer.decode(before)) :]
         for other in others:
             text = text.replace(other, "")
-        opened = not isinstance(row.extra["prompt"], str) and tokenizer.decode(row.prompt[-16:]).rstrip().endswith("<think>")
+        opened = tokenizer.decode(row.prompt[-16:]).rstrip().endswith("<think>")
         texts.append("<think>" * opened + text)
     return texts
 
@@ -1523,9 +1539,12 @@ def cut_into_steps(tokenizer, row: Row, ids: list, stops: list, separator: str):
     """The texts of an answer as it stands at the end of each step, its thinking being part of the first; and the tokens of each step."""
     write = lambda n: as_written(tokenizer, [row], [ids[:n]], stops)[0]
     whole = write(len(ids))
-    ends = [m.end() for m in re.finditer(re.escape(separator), whole) if after_thinking(whole[: m.end()]).strip()]
+    ends = [m.end() for m in re.finditer(f"(?:{re.escape(separator)})+", whole) if after_thinking(whole[: m.end()]).strip()]
     ends = [end for end in ends if whole[end:].strip()] + [len(whole)]
-    cuts = [bisect.bisect_left(range(len(ids)), end, key=lambda n: len(write(n))) for end in ends[:-1]] + [len(ids)]
+    sizes = list(accumulate(map(len, tokenizer.batch_decode([[token] for token in ids]))))  # of most tokenizers' texts, token by token
+    if sizes[-1:] != [len(whole)]:  # characters of several tokens, a stop token, a tag opened by the template: decode every beginning
+        sizes = [len(write(n)) for n in range(1, len(ids) + 1)]
+    cuts = [bisect.bisect_left(sizes, end) + 1 for end in ends[:-1]] + [len(ids)]
     return [whole[:end] for end in ends], [b - a for a, b in zip([0, *cuts], cuts)]
 
 
@@ -1542,6 +1561,18 @@ def process_advantages(rewards: dict, tokenizer, rows: list, stops: list, args, 
         by_step = torch.cat(step_advantages(list(scores.split(own)), args.scale))
         advantages.append(by_step.repeat_interleave(torch.tensor([n for _, lengths in steps for n in lengths], device=device)))
     return advantages
+
+
+def fitting(row: Row, answers: list, limit: int) -> list:
+    """Some answers of a group, in lists that fit one forward of so many tokens with their prompt (a longer answer goes alone)."""
+    lists, size = [], 0
+    for k in answers:
+        if not lists or size + len(row.responses[k]) > limit:
+            lists.append([])
+            size = len(row.prompt)
+        lists[-1].append(k)
+        size += len(row.responses[k])
+    return lists
 
 
 def thinking_length(tokenizer, text: str, tokens: int) -> int:
@@ -1561,7 +1592,7 @@ def evaluate_answers(policy, rewards: dict, held_out: list, tokenizer, stops: li
     n, places = args.eval_samples, range(RANK, len(held_out), WORLD)
     asked, ks = [held_out[p] for p in places], [2**i for i in range(n.bit_length()) if 2**i <= n]
     numbers = uniform_numbers(args.seed, -1, [p * n + k for p in places for k in range(n)], args.max_new_tokens)
-    tokens, *_ = sample_answers(policy, asked, numbers, stops, args.tokens_per_forward, args.temperature, args.top_p)
+    tokens, *_ = sample_answers(policy, asked, numbers, stops, args.sample_tokens, args.temperature, args.top_p)
     answered = [row for row in asked for _ in range(n)]
     texts = as_written(tokenizer, answered, tokens, stops)
     total, named = all_rewards(rewards, args, answered, texts, device)
@@ -1581,7 +1612,7 @@ def evaluate_answers(policy, rewards: dict, held_out: list, tokenizer, stops: li
             counts += torch.tensor([1.0, *found], device=device)
     count, *shares = over_ranks(counts).tolist()
     names = [f"eval_pass@{k}" for k in ks] + [f"eval_majority@{k}" for k in ks]
-    return metrics | {name: share / max(1.0, count) for name, share in zip(names, shares)}
+    return metrics | {name: share / count for name, share in zip(names, shares) if count}
 
 
 @torch.no_grad()
@@ -1590,18 +1621,17 @@ def accuracy_by_budget(policy, rewards: dict, held_out: list, tokenizer, stops: 
     places, accuracies = range(RANK, len(held_out), WORLD), {}
     asked = [held_out[p] for p in places]
     numbers = uniform_numbers(args.seed, -2, list(places), args.max_new_tokens)
-    some = partial(sample_answers, policy, stops=stops, limit=args.tokens_per_forward, temperature=args.temperature, top_p=args.top_p)
+    some = partial(sample_answers, policy, stops=stops, limit=args.sample_tokens, temperature=args.temperature, top_p=args.top_p)
+    whole = some(asked, numbers)[0]
     for budget in args.thinking_budgets:
-        begun = some(asked, numbers[:, :budget])[0] if budget else [[] for _ in asked]
-        for row, ids, text in zip(asked, begun, as_written(tokenizer, asked, begun, stops)):
-            if not (ids and ids[-1] in stops) and "</think>" not in text:
-                ids += tokenizer(
-                    "</think>" if text.endswith("<think>") else " </think>" if "<think>" in text else "<think> </think>", add_special_tokens=False
-                ).input_ids
-        open_ones = [i for i, ids in enumerate(begun) if not (ids and ids[-1] in stops)]
-        ends = some([asked[i]._replace(prompt=asked[i].prompt + begun[i]) for i in open_ones], numbers[open_ones, budget:])[0]
-        for i, ids in zip(open_ones, ends):
-            begun[i] = begun[i] + ids
+        begun = [ids[:budget] for ids in whole]
+        texts = as_written(tokenizer, asked, begun, stops)
+        cut = [i for i, text in enumerate(texts) if "</think>" not in text and ("<think>" in text or not budget) and len(whole[i]) > budget]
+        for i in cut:
+            close = "</think>" if texts[i].endswith("<think>") else " </think>" if "<think>" in texts[i] else "<think> </think>"
+            begun[i] = begun[i] + tokenizer(close, add_special_tokens=False).input_ids
+        ends = some([asked[i]._replace(prompt=asked[i].prompt + begun[i]) for i in cut], numbers[cut, budget:])[0]
+        begun = [begun[i] + ends[cut.index(i)] if i in cut else whole[i] for i in range(len(asked))]
         right = correctness(args, all_rewards(rewards, args, asked, as_written(tokenizer, asked, begun, stops), device)[1])
         counts = torch.stack([right.nan_to_num(0.0).sum(), (~right.isnan()).sum().float()])
         good, count = over_ranks(counts).tolist()
@@ -1692,11 +1722,12 @@ def main(args: Args):
     tags = tokenizer("<think> </think>", add_special_tokens=False).input_ids if args.thinking_budgets else []  # they end a thought that is cut off
     encode_row = questions(args, tokenizer, max_length - args.max_new_tokens - len(tags))
     data = load_rows("--dataset", args.dataset, args.dataset_split)
-    if args.match and "answer" not in data.column_names:
-        refuse(f"--match: --dataset {args.dataset} has no column answer to compare with; it has {', '.join(data.column_names)}")
+    other = load_rows("--eval-dataset", args.eval_dataset, args.eval_split) if args.eval_dataset else data
+    for option, name, columns in (("dataset", args.dataset, data.column_names), ("eval-dataset", args.eval_dataset, other.column_names)):
+        if args.match and "answer" not in columns:
+            refuse(f"--match: --{option} {name} has no column answer to compare with; it has {', '.join(columns)}")
     rows, held_out = prepare(f"--dataset {args.dataset}", data, tokenizer, encode_row), []
     if args.eval_dataset:
-        other = load_rows("--eval-dataset", args.eval_dataset, args.eval_split)
         held_out = prepare(f"--eval-dataset {args.eval_dataset}", other, tokenizer, encode_row)
     elif len(rows) > 1:
         held_out = hold_out(rows, args.eval_fraction, args.seed)
@@ -1725,41 +1756,45 @@ def main(args: Args):
         clock = time.time()
         batch = pick(len(rows), args.batch_size, step, args.seed)
         B, places, groups = len(batch), range(RANK, len(batch), WORLD), {}  # prompts of all ranks; this rank's; its groups by place
+        first_rewards, redrawn = None, 0
         for attempt in range(5 if args.zero_spread == "resample" else 1):
             # 4. G answers o ~ pi to each prompt, each with randomness of its own, and their rewards
             new = [place for place in places if place not in groups]
             asked = [rows[batch[place]] for place in new]
-            slots = [(attempt * B + place) * G + k for place in new for k in range(G)]
+            slots = [(attempt * B + place) * G + k for place in new for k in range(G)]  # no two attempts share randomness
             numbers = uniform_numbers(args.seed, step, slots, args.max_new_tokens)
-            tokens, sampled, kept = sample_answers(policy, asked, numbers, stops, args.tokens_per_forward, args.temperature, args.top_p)
+            tokens, sampled, kept = sample_answers(policy, asked, numbers, stops, args.sample_tokens, args.temperature, args.top_p)
             answered = [row for row in asked for _ in range(G)]
             texts = as_written(tokenizer, answered, tokens, stops)
             total, named = all_rewards(rewards, args, answered, texts, device)
             if args.overlong_cache:
-                lengths = torch.tensor([len(ids) for ids in tokens], device=device)
-                total = total + overlong_penalty(lengths, args.max_new_tokens, args.overlong_cache)
+                total = total + overlong_penalty(torch.tensor([len(ids) for ids in tokens], device=device), args.max_new_tokens, args.overlong_cache)
             for i, place in enumerate(new):
                 own = slice(i * G, (i + 1) * G)
                 groups[place] = dict(row=asked[i]._replace(responses=tokens[own]), texts=texts[own], rewards=total[own])
                 groups[place] |= dict(named={name: x[own] for name, x in named.items()}, sampled=sampled[own], kept=kept[own])
             # 5. groups whose rewards are all equal say nothing: other prompts take their places
-            spread = torch.zeros(B, device=device)
-            spread[list(groups)] = torch.tensor([float(g["rewards"].max() > g["rewards"].min()) for g in groups.values()], device=device)
-            spread = over_ranks(spread).bool().tolist()
-            if all(spread) or attempt == 4 or args.zero_spread != "resample":
+            every = torch.zeros(B, G, device=device)
+            for place, group in groups.items():
+                every[place] = group["rewards"]
+            every = over_ranks(every)
+            differ = (every.amax(1) > every.amin(1)).tolist()  # by place, on every rank
+            first_rewards = every if first_rewards is None else first_rewards  # what is logged: of prompts as they came
+            if all(differ) or attempt == 4 or args.zero_spread != "resample":
                 break
+            redrawn += B - sum(differ)
             other = random.Random(f"{args.seed}-{step}-{attempt}")
-            batch = [i if spread[place] else other.randrange(len(rows)) for place, i in enumerate(batch)]
-            groups = {place: group for place, group in groups.items() if spread[place]}
+            batch = [i if differ[place] else other.randrange(len(rows)) for place, i in enumerate(batch)]
+            groups = {place: group for place, group in groups.items() if differ[place]}
         groups = {place: groups[place] for place in places}
         # 6. advantages, by the group: one for all tokens of an answer, or by steps
-        mine, advantages = [group["row"] for group in groups.values()], []  # of each group's tokens, answer after answer
         if args.step_separator:
-            advantages = process_advantages(rewards, tokenizer, mine, stops, args, device)
+            found = process_advantages(rewards, tokenizer, [group["row"] for group in groups.values()], stops, args, device)
+            for group, flat in zip(groups.values(), found):
+                group["advantages"] = flat.split([len(ids) for ids in group["row"].responses])
         else:
             for group in groups.values():
-                lengths = torch.tensor([len(ids) for ids in group["row"].responses], device=device)
-                advantages.append(group_advantages(group["rewards"][None], args.scale)[0].repeat_interleave(lengths))
+                group["advantages"] = group_advantages(group["rewards"][None], args.scale)[0]  # one number for each answer
         # 7. which answers count, and how long they are, over all ranks
         lengths, ended = torch.zeros(2, B * G, device=device)
         for place, group in groups.items():
@@ -1769,13 +1804,20 @@ def main(args: Args):
         lengths, ended = over_ranks(lengths), over_ranks(ended)
         counted = ended.clone() if args.mask_truncated else torch.ones_like(lengths)
         if args.zero_spread != "keep":
-            counted *= torch.tensor(spread, device=device).repeat_interleave(G)
-        # 8. log pi_old and log pi_ref of every token, before any update; with a single update, pi_old is pi
-        nucleus = [None if group["kept"][0] is None else [ids for part in group["kept"] for ids in part] for group in groups.values()]
-        with torch.no_grad():
-            old_logps = response_logps(policy, mine, nucleus, args, device)[0] if updates > 1 else None
-            ref_logps = response_logps(reference, mine, nucleus, args, device)[0] if reference is not None else None
-        drawn = [torch.tensor(sum(group["sampled"], []), device=device) for group in groups.values()]
+            counted *= torch.tensor(differ, device=device).repeat_interleave(G)
+        # 8. these, in pieces of groups that fit a forward; log pi_old and log pi_ref of every token, before any update
+        pieces, slots_of, advantages, drawn, nucleus = [], [], [], [], []  # by piece: its row, its places among the B G answers, its tokens' values
+        for place, group in groups.items():
+            row = group["row"]
+            for ks in fitting(row, [k for k in range(G) if counted[place * G + k]], args.tokens_per_forward):
+                pieces.append(row._replace(responses=[row.responses[k] for k in ks]))
+                slots_of.append([place * G + k for k in ks])
+                advantages.append(torch.cat([group["advantages"][k].expand(len(row.responses[k])) for k in ks]))
+                drawn.append(torch.tensor([logp for k in ks for logp in group["sampled"][k]], device=device))
+                nucleus.append(None if group["kept"][0] is None else [ids for k in ks for ids in group["kept"][k]])
+        with torch.no_grad():  # with a single update, pi_old is pi
+            old_logps = response_logps(policy, pieces, nucleus, args, device)[0] if updates > 1 else None
+            ref_logps = response_logps(reference, pieces, nucleus, args, device)[0] if reference is not None else None
         # 9. several passes of minibatches over the same answers
         learning_rate = args.learning_rate * scheduled(args, step, steps)
         sums, worst, norms = torch.zeros(7, device=device), torch.zeros(1, device=device), []
@@ -1785,9 +1827,9 @@ def main(args: Args):
             weights[slots] = answer_weights(lengths[slots], counted[slots], args.normalise, args.max_new_tokens)
             if not weights.any():
                 continue  # nothing to learn from, on any rank
-            part, chosen = [], set(minibatch)
-            part = [i for i, place in enumerate(places) if place in chosen]
-            for group, forwards, target in packed([mine[i] for i in part], args.tokens_per_forward, device, policy.together):
+            chosen = set(minibatch)
+            part = [i for i, own in enumerate(slots_of) if own[0] // G in chosen]
+            for group, forwards, target in packed([pieces[i] for i in part], args.tokens_per_forward, device, policy.together):
                 group = [part[i] for i in group]
                 logps, entropy, _ = policy.token_logps(forwards, target, args.temperature, nuclei(nucleus, group))
                 if not group:  # a rank that has run out of groups goes along with weight zero
@@ -1796,10 +1838,10 @@ def main(args: Args):
                 # 10. the loss, eq. 3; FSDP averages over the ranks
                 flat = lambda x: torch.cat([x[i] for i in group])
                 old, ref = flat(old_logps) if old_logps else logps.detach(), flat(ref_logps) if ref_logps else None
-                own = [places[i] * G + k for i in group for k in range(G)]
+                own = [slot for i in group for slot in slots_of[i]]
                 by_token = weights[own].repeat_interleave(lengths[own].long())
                 loss = grpo_loss(logps, old, ref, flat(advantages), by_token, args)
-                refuse_unless_finite(loss, step, f"the rewards {groups[places[group[0]]]['rewards'].tolist()[:8]}")
+                refuse_unless_finite(loss, step, f"the rewards {every[own[0] // G].tolist()[:8]}")
                 (loss * WORLD).backward()
                 with torch.no_grad():
                     ratio, A, gap = (logps - old).exp(), flat(advantages), (old - flat(drawn)).abs()
@@ -1810,12 +1852,8 @@ def main(args: Args):
             # 11. one step of AdamW
             norms.append(take_step(policy, optimizer, learning_rate, args.max_grad_norm))
         # 12. what happened
-        every = torch.zeros(B * G, device=device)
-        for place, group in groups.items():
-            every[place * G : (place + 1) * G] = group["rewards"]
-        every = over_ranks(every).view(B, G)
         loss, *seen = over_ranks(sums).tolist()
-        entropy, kl, low, high, region, gap = (x / max(1.0, lengths.sum().item() * args.num_iterations) for x in seen)
+        entropy, kl, low, high, region, gap = (x / max(1.0, (lengths * counted).sum().item() * args.num_iterations) for x in seen)
         worst = over_ranks(worst, dist.ReduceOp.MAX).item()
         if step == 0 and reference is not None and not args.reference and updates == 1:
             assert kl < (1e-3 if dtype == torch.float32 else 0.05), f"KL {kl} to the reference before the first update: the two differ"
@@ -1823,8 +1861,9 @@ def main(args: Args):
         num_tokens += tokens
         thinking = [thinking_length(tokenizer, t, len(ids)) for g in groups.values() for t, ids in zip(g["texts"], g["row"].responses)]
         metrics = {
-            "step": step + 1, "loss": loss, "reward": every.mean().item(), "reward_std": every.std(1).mean().item(),
-            "frac_reward_zero_std": 1 - sum(spread) / B, "entropy": entropy, "kl": kl, "num_tokens": num_tokens,
+            "step": step + 1, "loss": loss, "reward": first_rewards.mean().item(), "reward_std": first_rewards.std(1).mean().item(),
+            "frac_reward_zero_std": (first_rewards.amax(1) == first_rewards.amin(1)).float().mean().item(), "resampled": redrawn / B,
+            "entropy": entropy, "kl": kl, "num_tokens": num_tokens,
             "completions/mean_length": lengths.mean().item(), "completions/min_length": lengths.min().item(),
             "completions/max_length": lengths.max().item(), "completions/clipped_ratio": 1 - ended.mean().item(),
             "completions/mean_thinking_length": over_ranks(torch.tensor(float(sum(thinking)), device=device)).item() / (B * G),

@@ -136,6 +136,8 @@ class Args:
     """answers to each prompt"""
     max_new_tokens: int = 128
     """tokens of an answer"""
+    sample_tokens: int = 65536
+    """memory knob of sampling: tokens in the key-value cache, by rank; changes the result by rounding only"""
     temperature: float = 1.0
     """of sampling and of every log-probability"""
     top_p: float = 1.0
@@ -148,7 +150,7 @@ class Args:
     batch_size: int = 64
     """prompts per batch, over all ranks (InstructGPT: 512)"""
     tokens_per_forward: int = 16384
-    """memory knob: tokens per forward pass and rank; does not change the result"""
+    """memory knob: tokens per forward pass and rank (a longer row goes alone); changes the result by rounding only"""
     learning_rate: float = 1e-6
     """peak of AdamW's learning rate, policy (InternLM2: 1e-6; small models want more)"""
     value_learning_rate: float = 5e-6
@@ -201,6 +203,7 @@ import random
 import resource
 import shutil
 import time
+import traceback
 import types
 from collections import Counter
 from contextlib import contextmanager
@@ -1020,7 +1023,12 @@ def rule_scores(rule, device, rows: list, texts: list) -> torch.Tensor:
     columns = {k: [row.extra[k] for row in rows] for k in rows[0].extra if k not in ("prompt", "completion", "chosen", "rejected")}
     prompts = [row.extra["prompt"] for row in rows]
     completions = [as_messages(text) if isinstance(prompt, list) else text for prompt, text in zip(prompts, texts)]
-    rewards = rule(prompts=prompts, completions=completions, **columns)
+    try:
+        rewards = rule(prompts=prompts, completions=completions, **columns)
+    except Exception as e:  # the user's own code: say what it choked on
+        where = traceback.extract_tb(e.__traceback__)[-1]
+        last = f"{Path(where.filename).name}, line {where.lineno}"
+        refuse(f"--rule: {type(e).__name__}: {e} ({last}), on answers like {texts[0][-200:]!r}; it must return None for what it cannot judge")
     if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
         found = len(rewards) if isinstance(rewards, (list, tuple)) else f"a {type(rewards).__name__} instead of"
         refuse(f"--rule: returned {found} rewards for {len(rows)} answers; it must return a list with one for each, None where it does not apply")
@@ -1060,7 +1068,7 @@ def load_rewards(args, device, dtype) -> dict:
         model, tokenizer = load_frozen(AutoModelForSequenceClassification, name, device, dtype, response_scores, num_labels=1)
         if not is_reward_model(name):
             refuse(f"--reward-model {name}: not a reward model (a sequence classifier with one label); make one with reward_model.py")
-        key = name if Path(name).name in (*rewards, "rule", "judge") else Path(name).name
+        key = name if Path(name).name in (*rewards, "rule", "judge", "match", "format") else Path(name).name
         rewards[key] = weight, partial(reward_scores, model, tokenizer, conditions, args, device)
     if args.rule:
         rewards["rule"] = args.rule_weight, partial(rule_scores, load_rule(args.rule), device)
@@ -1216,7 +1224,7 @@ def fingerprint(name: str) -> str:
 def check_numbers(args):
     """Numbers out of range are refused before anything is read."""
     counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
-    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples")
+    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples", "sample_tokens")
     shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight")
     for name, value in asdict(args).items():
         needed = ""
@@ -1242,7 +1250,7 @@ def begin(args, **inputs):
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track: needs wandb, which is not installed (pip install wandb)")
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
-    free += ("gradient_checkpointing", "show", "show_every")
+    free += ("gradient_checkpointing", "show", "show_every", "sample_tokens")
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
     plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
     if RANK == 0:  # one rank looks, so that all see the same
@@ -1451,19 +1459,21 @@ def draw(out: Path, keys: list):
 
 
 def sample_answers(model, rows: list, numbers, stops: list, limit: int, temperature: float, top_p: float):
-    """`sample` for rows, neighbours in length together, at most `limit` tokens at a time. Returns its three lists; with top_p 1 the third
-    holds None for each answer."""
+    """`sample` for rows, neighbours in length together, at most `limit` tokens in the cache at a time. Returns its three lists; with top_p 1
+    the third holds None for each answer."""
     n, device = len(numbers) // max(1, len(rows)), model.device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     longest = max((len(row.prompt) for row in rows), default=0) + numbers.shape[1]
-    size, found = max(1, limit // (n * longest or 1)), [None] * len(numbers)
+    room, found = max(1, limit // (longest or 1)), [None] * len(numbers)  # answers at a time
+    size, few = max(1, room // (n or 1)), min(n, room)  # prompts, and answers to each
     model.eval()
     with gathered(model):
         for part in (order[i : i + size] for i in range(0, len(order), size)):
-            slots = [i * n + k for i in part for k in range(n)]
-            tokens, logps, kept = sample(model, [rows[i].prompt for i in part], numbers[slots].to(device), stops, temperature, top_p)
-            for slot, *answer in zip(slots, tokens, logps, kept or [None] * len(slots)):
-                found[slot] = answer
+            for first in range(0, n, few):
+                slots = [i * n + k for i in part for k in range(first, min(n, first + few))]
+                tokens, logps, kept = sample(model, [rows[i].prompt for i in part], numbers[slots].to(device), stops, temperature, top_p)
+                for slot, *answer in zip(slots, tokens, logps, kept or [None] * len(slots)):
+                    found[slot] = answer
     model.train()
     return [list(x) for x in zip(*found)] or [[], [], []]
 
@@ -1522,7 +1532,7 @@ def as_texts(tokenizer, rows: list, answers: list, stops: list) -> list:
 def baseline_rewards(reference, rewards: dict, rows: list, tokenizer, stops: list, args) -> list:
     """The reward of the reference's own greedy answer to each prompt (ChatGLM-RLHF), whether it ends or not."""
     numbers = torch.zeros(len(rows), args.max_new_tokens)
-    tokens, *_ = sample_answers(reference, rows, numbers, stops, args.tokens_per_forward, temperature=0.0, top_p=1.0)
+    tokens, *_ = sample_answers(reference, rows, numbers, stops, args.sample_tokens, temperature=0.0, top_p=1.0)
     return total_reward(rewards, rows, as_texts(tokenizer, rows, tokens, stops))[0].tolist()
 
 
@@ -1540,7 +1550,7 @@ def evaluate_policy(policy, reference, rewards: dict, held_out: list, tokenizer,
     places = range(RANK, len(held_out), WORLD)
     asked = [held_out[i] for i in places]
     numbers = uniform_numbers(args.seed, -1, list(places), args.max_new_tokens)
-    tokens, _, kept = sample_answers(policy, asked, numbers, stops, args.tokens_per_forward, args.temperature, args.top_p)
+    tokens, _, kept = sample_answers(policy, asked, numbers, stops, args.sample_tokens, args.temperature, args.top_p)
     answered = [row._replace(responses=[ids]) for row, ids in zip(asked, tokens)]
     scores, _ = total_reward(rewards, answered, as_texts(tokenizer, answered, tokens, stops))
     ended = torch.tensor([bool(ids) and ids[-1] in stops for ids in tokens], dtype=torch.bool, device=device)
@@ -1557,7 +1567,8 @@ def show(rows: list, texts: list, named: dict, count: int = 3):
         prompt = rows[i].extra["prompt"]
         prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         rewards = ", ".join(f"{k} {float(v[i]):+.2f}" for k, v in named.items() if not math.isnan(v[i]))
-        tqdm.write(f"  {prompt[-60:]!r} -> {texts[i][:100]!r}   {rewards}")
+        text = texts[i] if len(texts[i]) <= 140 else f"{texts[i][:60]} ... {texts[i][-80:]}"
+        tqdm.write(f"  {prompt[-60:]!r} -> {text!r}   {rewards}")
 
 
 def check(args):
@@ -1639,7 +1650,7 @@ def main(args: Args):
         asked = [rows[batch[place]] for place in places]
         # 4. answers y ~ pi, each with randomness of its own
         numbers = uniform_numbers(args.seed, step, slots, args.max_new_tokens)
-        tokens, sampled_logps, kept = sample_answers(policy, asked, numbers, stops, args.tokens_per_forward, args.temperature, args.top_p)
+        tokens, sampled_logps, kept = sample_answers(policy, asked, numbers, stops, args.sample_tokens, args.temperature, args.top_p)
         answered = [row._replace(responses=[tokens[i * n + k]]) for i, row in enumerate(asked) for k in range(n)]
         # 5. their scores r(x, y); an answer that did not end has no other worth than --missing-eos-score
         texts = as_texts(tokenizer, answered, tokens, stops)

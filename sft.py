@@ -81,7 +81,7 @@ class Args:
     batch_size: int = 32
     """sequences per optimiser step, over all ranks (InstructGPT: 32)"""
     tokens_per_forward: int = 16384
-    """memory knob: tokens per forward pass and rank; does not change the result (but where the model's config asks for dropout)"""
+    """memory knob: tokens per forward pass and rank (a longer row goes alone); no effect beyond rounding and the config's dropout"""
     learning_rate: float = 2e-5
     """peak of AdamW's learning rate (Llama 2: 2e-5; InstructGPT 1.3B: 9.65e-6; from scratch at width 128: 2e-3)"""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -794,7 +794,7 @@ def fingerprint(name: str) -> str:
 def check_numbers(args):
     """Numbers out of range are refused before anything is read."""
     counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
-    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples")
+    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples", "sample_tokens")
     shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight")
     for name, value in asdict(args).items():
         needed = ""
@@ -820,7 +820,7 @@ def begin(args, **inputs):
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track: needs wandb, which is not installed (pip install wandb)")
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
-    free += ("gradient_checkpointing", "show", "show_every")
+    free += ("gradient_checkpointing", "show", "show_every", "sample_tokens")
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
     plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
     if RANK == 0:  # one rank looks, so that all see the same

@@ -427,6 +427,7 @@ STEPS = [  # the pieces in which an answer is written, and its text at the end o
     (["a", "\n", "b", "\n", "c"], ["a\n", "a\nb\n", "a\nb\nc"], [2, 2, 1]),
     (["a b c"], ["a b c"], None),
     (["a", "\n"], ["a\n"], [2]),  # nothing follows the last separator
+    (["a", "\n", "\n", "b"], ["a\n\n", "a\n\nb"], [3, 1]),  # between two separators there is no step
     (["\n", "a", "\n", "b"], ["\na\n", "\na\nb"], [3, 1]),  # nothing stands before the first one
     (["<think>", "x", "\n", "y", "</think>", "a", "\n", "b"], ["<think>x\ny</think>a\n", "<think>x\ny</think>a\nb"], None),
     (["<think>", "x", "\n", "y"], ["<think>x\ny"], None),  # thinking that never ended is one step
@@ -676,8 +677,10 @@ def test_skipped_groups_are_in_no_mean(train, spy):
 
 def test_resampling_replaces_groups_without_spread(train, spy, talker):
     options = dict(rule="rules.py:lively", zero_spread="resample", batch_size=3, max_steps=3, temperature=1.5)
-    sampled, advantages = spy("sample_answers"), spy("group_advantages")
+    sampled, advantages, numbers = spy("sample_answers"), spy("group_advantages"), spy("uniform_numbers")
     lines = train(**options)
+    drawn = [(step, slot) for (_, step, slots, _), _ in numbers for slot in slots]
+    assert len(set(drawn)) == len(drawn)  # each time with other randomness
     calls = [len(rows) for (_, rows, *_), _ in sampled]
     assert calls[0] == max(calls) == 3 and len(calls) > 3 and min(calls) < 3  # only the groups to replace are asked anew
     trained = [rewards[0] for (rewards, *_), _ in advantages]
@@ -688,7 +691,6 @@ def test_resampling_replaces_groups_without_spread(train, spy, talker):
     sampled.clear()
     (line,) = train(rule="rules.py:same", zero_spread="resample", kl_coef=0.0, max_steps=1, output_dir="dull")  # none to be found: it gives up
     assert len(sampled) == 5 and line["frac_reward_zero_std"] == 1 and line["grad_norm"] == 0 and unmoved("dull", talker)
-    assert len({tuple(map(tuple, tokens)) for _, (tokens, *_) in sampled}) == 5  # each time with other randomness
 
 
 def test_cut_off_answers_can_be_left_out(train, monkeypatch, talker):
@@ -801,7 +803,9 @@ def test_pass_and_majority_against_an_independent_count(train, monkeypatch, talk
     tokenizer, said = AutoTokenizer.from_pretrained(talker), {}
 
     def write(row, k, most):
-        answer = random.Random(f"{row.prompt} {k}").choice(["12", "It is 12.", "7", "No", "<think>12</think>7", "8", "<think>7</think>12"])
+        answer = random.Random(f"{row.prompt} {k}").choice(
+            ["12", "It is 12.", "7", "No", "<think>12</think>7", "<think>12</think>No", "8", "<think>7</think>12"]
+        )
         said.setdefault(row.extra["number"], []).append(answer)
         return tokenizer(answer, add_special_tokens=False).input_ids + [2]
 
@@ -893,6 +897,17 @@ def test_thinking_that_ended_by_itself_is_left_alone(train, monkeypatch, talker,
     assert max(asked_for) == len(written) - 2  # begun with one budget and gone on from there; ended within the other
 
 
+def test_a_thought_that_is_cut_off_fits_with_its_tags(train, tiny_model_dir, tiny_tokenizer):
+    """Into the positions that a GPT-2 has, 512, also behind the longest of prompts."""
+    unit, rows = len(tiny_tokenizer("0").input_ids), [dict(prompt="0" * n, number=0) for n in range(470, 512)]
+    assert len(tiny_tokenizer("0" * 500).input_ids) == 500 + unit - 1
+    flags = dict(rule="rules.py:digits", eval_fraction=0.9, eval_samples=1, max_steps=1, batch_size=1, max_new_tokens=12, thinking_budgets=(0, 4))
+    with open("rules.py", "a") as f:
+        f.write("\ndef digits(prompts, completions, **columns):\n    return [float('0' in c) for c in completions]\n")
+    train(model=str(tiny_model_dir("gpt2")), dataset=jsonl(Path("long.jsonl"), rows), **flags)
+    assert json.loads(Path("out/report.json").read_text())["thinking_budget"].keys() == {"0", "4"}
+
+
 def test_sampled_thinking_budgets(train, spy):
     """By the real sampler, whose answers may also end before the budget."""
     rewarded = spy("all_rewards")
@@ -964,6 +979,16 @@ def killed_at(args, step: int):
     grpo.main(args)
 
 
+def test_bug28_a_run_killed_in_its_last_evaluation_is_not_finished(train, monkeypatch):
+    options = dict(eval_fraction=0.4, thinking_budgets=(0, 3), save_every=1)
+    train(**options, output_dir="whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(grpo, "draw_test_time", lambda *args: (_ for _ in ()).throw(Killed))
+        train(**options, output_dir="killed")
+    train(**options, output_dir="killed", resume=True)
+    assert Path("killed/report.json").read_bytes() == Path("whole/report.json").read_bytes() and unmoved("killed", "whole")
+
+
 def test_resuming_a_finished_run_and_another(train, capsys):
     train(max_steps=1)
     with pytest.raises(SystemExit) as done:
@@ -1002,7 +1027,6 @@ def test_bug28_two_ranks_resumed(train):
     for file in ("model.safetensors", "report.json"):
         (Path("killed") / file).unlink(missing_ok=True)
     kept = json.loads(Path("killed/args.json").read_text())
-    kept["plan"] = json.loads(json.dumps(kept["plan"]))
     Path("killed/args.json").write_text(json.dumps(kept | dict(finished=False)))
     train(2, **options, output_dir="killed", resume=True)
     assert steady("killed") == steady("whole") and unmoved("killed", "whole")
@@ -1050,6 +1074,7 @@ BAD = {  # what is wrong: (options, what the message names)
     "a greatest KL and no KL": (dict(kl_coef=0.0, max_kl=0.1), "--max-kl"),
     "a wrong expression": (dict(match="(a"), "--match (a"),
     "no column answer": (dict(match="number", dataset="texts.jsonl"), "--match"),
+    "no column answer to evaluate": (dict(match="number", eval_dataset="texts.jsonl"), "--eval-dataset texts.jsonl"),
     "no prompt column": (dict(dataset="no_prompts.jsonl"), "prompt"),
     "no such data set": (dict(dataset="nowhere.jsonl"), "nowhere.jsonl"),
     "no such evaluation data set": (dict(eval_dataset="nowhere.jsonl"), "nowhere.jsonl"),
