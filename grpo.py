@@ -319,7 +319,7 @@ def found_answer(text: str, how: str) -> str | None:
             end += 1
         return text[start + len("\\boxed{") : end - 1] if start >= 0 and not depth else None
     if how == "hash":
-        return text.rpartition("####")[2].strip().partition("\n")[0] if "####" in text else None
+        return text.rpartition("####")[2].lstrip().partition("\n")[0] if "####" in text else None
     number = r"(?:(?<![\w)])-[$€£]?)?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:/\d+)?|(?<![\w.])\.\d+)"
     expression = number if how == "number" else how
     matches = [m.group(1) if m.re.groups else m.group() for m in re.finditer(expression, text)]
@@ -1619,6 +1619,8 @@ def evaluate_answers(policy, rewards: dict, held_out: list, tokenizer, stops: li
 def accuracy_by_budget(policy, rewards: dict, held_out: list, tokenizer, stops: list, args, device) -> dict:
     """Accuracy on held-out prompts when thinking is closed after so many tokens, if it has not ended by then, for each --thinking-budgets."""
     places, accuracies = range(RANK, len(held_out), WORLD), {}
+    if not args.thinking_budgets:
+        return accuracies
     asked = [held_out[p] for p in places]
     numbers = uniform_numbers(args.seed, -2, list(places), args.max_new_tokens)
     some = partial(sample_answers, policy, stops=stops, limit=args.sample_tokens, temperature=args.temperature, top_p=args.top_p)

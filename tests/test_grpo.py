@@ -215,8 +215,8 @@ FOUND = [  # text, how, what is found, what it is compared as
     (r"\boxed{1", "boxed", None, None),
     (r"\boxed{\frac{1}{2}", "boxed", None, None),
     ("boxed 3", "boxed", None, None),
-    ("so\n#### 72", "hash", " 72", "72"),
-    ("#### 1\n#### 1,000", "hash", " 1,000", "1000"),
+    ("so\n#### 72", "hash", "72", "72"),
+    ("#### 1\n#### 1,000", "hash", "1,000", "1000"),
     ("####", "hash", "", None),
     ("72", "hash", None, None),
     ("It is (B), no, (C).", r"\(([A-D])\)", "C", "c"),
@@ -277,7 +277,7 @@ def test_true_answers():
 AFTER = [  # text, what stands after the thinking, whether it is well formed
     ("12", "12", False),
     ("<think>a</think>12", "12", True),
-    ("<think></think> 12", " 12", True),
+    ("<think></think> 12", " 12", False),
     ("\n<think>a\nb</think>\n\n12\n", "\n\n12\n", True),
     ("<think>a</think>", "", False),
     ("<think>a</think> \n", " \n", False),
@@ -672,7 +672,7 @@ def test_skipped_groups_are_in_no_mean(train, spy):
     losses = spy("grpo_loss")
     (line,) = train(rule="rules.py:lively", zero_spread="skip", batch_size=6, max_steps=1, max_new_tokens=4)
     weights = torch.cat([args[4] for args, _ in losses])
-    assert line["frac_reward_zero_std"] == pytest.approx(4 / 6) and weights.sum().item() == pytest.approx(1, abs=1e-5) and (weights == 0).any()
+    assert line["frac_reward_zero_std"] == pytest.approx(4 / 6) and weights.sum().item() == pytest.approx(1, abs=1e-5) and (weights > 0).all()
 
 
 def test_resampling_replaces_groups_without_spread(train, spy, talker):
@@ -684,8 +684,9 @@ def test_resampling_replaces_groups_without_spread(train, spy, talker):
     calls = [len(rows) for (_, rows, *_), _ in sampled]
     assert calls[0] == max(calls) == 3 and len(calls) > 3 and min(calls) < 3  # only the groups to replace are asked anew
     trained = [rewards[0] for (rewards, *_), _ in advantages]
-    assert sum(len(set(r.tolist())) > 1 for r in trained) == round(sum(3 - 3 * line["frac_reward_zero_std"] for line in lines))
-    assert sum(line["frac_reward_zero_std"] for line in lines) / 3 < 0.34
+    at_first = round(sum(3 - 3 * line["frac_reward_zero_std"] for line in lines))  # what is logged is of the prompts as they came
+    assert sum(len(set(r.tolist())) > 1 for r in trained) > at_first and len(trained) == 9
+    assert sum(line["resampled"] for line in lines) * 3 == pytest.approx(sum(calls) - 9)
     train(**options, output_dir="again")
     assert steady("out") == steady("again") and unmoved("out", "again")
     sampled.clear()
@@ -866,13 +867,15 @@ def test_thinking_budgets(opens, train, monkeypatch, talker, tmp_path, spy):
     flags = dict(rule="", match="number", eval_fraction=0.4, thinking_budgets=(0, 12), max_new_tokens=30, max_steps=1, eval_samples=2)
     (line,) = train(**flags, model=talker if opens != "template" else str(tmp_path / "opens"))
     assert line["eval_pass@1"] == line["rewards/match/mean"] == 0
-    assert json.loads(Path("out/report.json").read_text())["thinking_budget"] == {"0": 1.0, "12": 1.0}
+    assert json.loads(Path("out/report.json").read_text())["thinking_budget"] == {"0": 1.0, "12": float(opens != "nobody")}
     none, some = (args[3] for args, _ in rewarded[-2:])
     for text in none:
-        assert text in ("<think> </think> 12", "<think></think> 12") and grpo.well_formed(text)
+        assert text in ("<think> </think> 12", "<think></think> 12")
+    if opens == "nobody":  # an answer without thinking is not interrupted
+        return
     for text in some:
         begun = text.partition("</think>")[0]
-        thought = begun.partition("<think>")[0 if opens == "nobody" else 2]
+        thought = begun.partition("<think>")[2]
         assert text.count("<think>") == text.count("</think>") == 1 and text.endswith("</think> 12") and "up" in thought
         assert len(ids(thought)) <= 12 + 1  # and the space before the tag
 
@@ -894,7 +897,7 @@ def test_thinking_that_ended_by_itself_is_left_alone(train, monkeypatch, talker,
     train(dataset=jsonl(Path("ids.jsonl"), prompts), rule="", match="number", eval_fraction=0.4, thinking_budgets=(len(written) - 2, 29),
           max_new_tokens=30, max_steps=1)  # fmt: skip
     assert all(text == "<think>up</think> 7" for args, _ in rewarded[-2:] for text in args[3])
-    assert max(asked_for) == len(written) - 2  # begun with one budget and gone on from there; ended within the other
+    assert max(asked_for) == 0  # thinking that ends in time is never asked to go on
 
 
 def test_a_thought_that_is_cut_off_fits_with_its_tags(train, tiny_model_dir, tiny_tokenizer):
