@@ -122,7 +122,6 @@ if __name__ == "__main__":
 
 import glob
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -817,8 +816,11 @@ def begin(args, **inputs):
 
     Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
     check_numbers(args)
-    if args.track and importlib.util.find_spec("wandb") is None:
-        refuse("--track: needs wandb, which is not installed (pip install wandb)")
+    if args.track:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            refuse("--track: needs wandb, which is not installed (pip install wandb)")
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
     free += ("gradient_checkpointing", "show", "show_every", "sample_tokens")
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
