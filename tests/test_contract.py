@@ -6,9 +6,12 @@ no check can fall asleep.
 
 import ast
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPO
@@ -174,6 +177,20 @@ def test_imported_a_script_parses_nothing(script, tmp_path, monkeypatch, capsys)
     module = import_as_module(REPO / script, monkeypatch)
     assert callable(module.main) and not hasattr(module, "args")
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (REPO / "recipes").glob("*.sh")))
+def test_every_recipe_runs_at_its_smallest(recipe, tmp_path):
+    for file in [*REPO.glob("*.py"), REPO / "recipes" / recipe]:
+        target = tmp_path / file.relative_to(REPO)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(file, target)
+    env = os.environ | dict(STEPS="tiny", PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    done = subprocess.run(["bash", f"recipes/{recipe}"], cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("claim: ") and last.endswith("not judged (tiny)")
 
 
 # ------------------------------------------------------------------------------------------------------------ the checks, checked
