@@ -954,6 +954,7 @@ def reward_scores(model, tokenizer, conditions: dict, args, device, rows: list, 
     for group, forwards, _ in packed(asked, args.tokens_per_forward, device, model.together):
         scores[group] = model.response_scores(forwards)[: len(group)]
     if not scores.isfinite().all():
+        print(file=sys.stderr)  # off the progress bar's line
         refuse(f"a reward model's score is {scores[~scores.isfinite()][0].item()}: its weights are damaged")
     return scores
 
@@ -1014,6 +1015,7 @@ def rule_scores(rule, device, rows: list, texts: list) -> torch.Tensor:
         rewards = rule(prompts=prompts, completions=completions, **columns)
     except Exception as e:  # the user's own code: say what it choked on
         where = traceback.extract_tb(e.__traceback__)[-1]
+        print(file=sys.stderr)  # off the progress bar's line
         last = f"{Path(where.filename).name}, line {where.lineno}"
         refuse(f"--rule: {type(e).__name__}: {e} ({last}), on answers like {texts[0][-200:]!r}; it must return None for what it cannot judge")
     if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
