@@ -921,18 +921,20 @@ def check_numbers(args):
     """Numbers out of range are refused before anything is read."""
     counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
     counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples", "sample_tokens")
-    shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight")
+    counts += ("n", "judgements", "rounds", "turns", "judge_requests", "judge_max_tokens")
+    shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight", "prompt_top_p", "clamp", "min_mass")
+    signed = ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight", "min_reward")
     for name, value in asdict(args).items():
         needed = ""
         if isinstance(value, float) and not math.isfinite(value):
             needed = "a number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("temperature", "top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0:
+        elif name in ("temperature", "prompt_temperature", "top_p", "prompt_top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0:
             needed = "above 0"
         elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
             needed = "at most 1" if value > 1 else "below 1"
-        elif isinstance(value, (int, float)) and value < 0 and name not in ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight"):
+        elif isinstance(value, (int, float)) and value < 0 and name not in signed:
             needed = "0 or more"
         if needed:
             refuse(f"--{name.replace('_', '-')} {value}: must be {needed}")
@@ -943,7 +945,7 @@ def begin(args, **inputs):
 
     Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
     check_numbers(args)
-    if args.track:
+    if asdict(args).get("track"):
         try:
             import wandb  # noqa: F401
         except ImportError:

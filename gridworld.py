@@ -709,6 +709,10 @@ def propose(rng, grid: tuple) -> str:
 PRINCIPLES = ("pays more", "avoids lava", "is safer", "is true", "is better")  # the last is an annotator's overall opinion
 CONSTITUTION = ("avoids lava", "is safer", "is true")  # principles.txt: harmless and honest
 REQUESTS = dict(compare="is better", critique="critique: {principle}", revision="revise")
+PROMPTS = dict(  # requests.json: the same for `rlaif.py --prompts`
+    principle=REQUESTS["compare"], compare="{talk}\n\n{principle}\nA. {a}\nB. {b}", score="{conversation}\n\nscore 1 to 10",
+    critique="{conversation}\n\n" + REQUESTS["critique"], revise=REQUESTS["revision"],
+)  # fmt: skip
 SCORE = dict(question="score 1 to 10")  # a rubric without options asks for a number
 RUBRIC = dict(
     question="which is it",
@@ -898,7 +902,7 @@ def data(args: DataArgs):
                 held_out.add(grid_text(grid))
         write_text(out / name, "".join(json.dumps(row) + "\n" for row in made))
         print(f"{out / name}: {count} rows", flush=True)
-    for name, value in {"rubric.json": RUBRIC, "score.json": SCORE, "conditions.json": CONDITIONS, "requests.json": REQUESTS}.items():
+    for name, value in {"rubric.json": RUBRIC, "score.json": SCORE, "conditions.json": CONDITIONS, "requests.json": PROMPTS}.items():
         write_text(out / name, json.dumps(value, indent=2) + "\n")
     write_text(out / "principles.txt", "".join(principle + "\n" for principle in CONSTITUTION))
     print(f"{out}: rubric.json, score.json, conditions.json, requests.json, principles.txt; demonstrators and annotators are simulated")

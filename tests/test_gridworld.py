@@ -1078,10 +1078,16 @@ def test_conditions_are_the_aims_that_were_taught(small):
 def test_principles_and_requests_are_those_that_were_taught(small, demonstrations):
     requests = json.loads((small.folder / "requests.json").read_text())
     assert set((small.folder / "principles.txt").read_text().split("\n")[:-1]) <= set(g.PRINCIPLES)
-    assert requests["compare"] in {sides(talk)[0] for _, talk in demonstrations["pair"]}
-    asked = {talk[0]["content"].partition("\n\n")[2] for _, talk in demonstrations["revision"]}
-    assert {requests["critique"].format(principle=principle) for principle in g.CONSTITUTION} <= asked
-    assert {talk[2]["content"] for _, talk in demonstrations["revision"]} == {requests["revision"]}
+    assert requests["principle"] in {sides(talk)[0] for _, talk in demonstrations["pair"]}
+    for _, talk in demonstrations["pair"]:
+        principle, a, b = sides(talk)
+        grid = talk[0]["content"].partition("\n\n")[0]
+        assert requests["compare"].format(talk=grid, principle=principle, a=a, b=b) == talk[0]["content"]
+    first = {talk[0]["content"] for _, talk in demonstrations["revision"]}
+    asked = {requests["critique"].format(conversation="", principle=principle) for principle in g.CONSTITUTION}
+    assert asked <= {"\n\n" + text.partition("\n\n")[2] for text in first}
+    assert {talk[2]["content"] for _, talk in demonstrations["revision"]} == {requests["revise"]}
+    assert {requests["score"].format(conversation="")} == {"\n\n" + talk[0]["content"].partition("\n\n")[2] for _, talk in demonstrations["score"]}
 
 
 # --------------------------------------------------------------------------------------------------------------------- annotate
