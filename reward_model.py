@@ -882,7 +882,7 @@ def check_numbers(args):
     counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
     counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples", "sample_tokens")
     counts += ("n", "judgements", "rounds", "turns", "judge_requests", "judge_max_tokens")
-    shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight", "prompt_top_p", "clamp", "min_mass")
+    shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight", "clamp", "min_mass")
     signed = ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight", "min_reward")
     for name, value in asdict(args).items():
         needed = ""
@@ -890,7 +890,7 @@ def check_numbers(args):
             needed = "a number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("temperature", "prompt_temperature", "top_p", "prompt_top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0:
+        elif name in ("temperature", "top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0:
             needed = "above 0"
         elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
             needed = "at most 1" if value > 1 else "below 1"

@@ -20,6 +20,8 @@
   synthesise  Magpie (Xu et al. 2024, arXiv 2406.08464): an aligned model, given the chat template up to where a user speaks, invents
               the user's turn, then answers it: raw.jsonl, and what passes the filters, sft.jsonl and prompts.jsonl.
   compare     The win rate of policy A over policy B by the judge, in both orders, with its 95% interval (the automatic rater of Gemma).
+  weigh       The rewards of a rubric's options, fitted so that reward model and rubric together put labelled answers in their order:
+              Rule Based Rewards (Mu et al. 2024, arXiv 2411.01111). Writes the rubric.json of `ppo.py --judge --rubric` (GPT-4).
   audit       What a judge's labels are worth: agreement with given ones, position bias, length bias, consistency, calibration; by kind.
 
 The judge's reward 1 to 10 while training (direct RLAIF) is --judge of ppo.py and grpo.py.
@@ -198,18 +200,20 @@ class BestOfNArgs(RunArgs, DataArgs, LetterArgs, AnswerArgs):
 class SynthesiseArgs(RunArgs, LetterArgs, PolicyArgs):
     judge: str = ""
     """model that rates quality and difficulty: hub id or directory, may be --model (empty: no ratings); with --judge-url the model's name there"""
-    temperature: float = 0.0
+    temperature: float = 1.0
+    """of the user's turns (Magpie: 1 to 1.25)"""
+    top_p: float = 1.0
+    """nucleus of the user's turns (Magpie: 0.99 to 1)"""
+    answer_temperature: float = 0.0
     """of the answers (Magpie: 0)"""
+    max_new_tokens: int = 1024
+    """tokens of a turn"""
     rows: int = 1000
     """conversations to write"""
     turns: int = 1
     """turns of the user in each"""
     system: str = ""
     """system prompt of the conversations: a domain, a language"""
-    prompt_temperature: float = 1.0
-    """of the user's turns (Magpie: 1 to 1.25)"""
-    prompt_top_p: float = 1.0
-    """nucleus of the user's turns (Magpie: 0.99 to 1)"""
     min_tokens: int = 1
     """filter: tokens of the user's first turn"""
     min_quality: float | None = None
@@ -246,12 +250,29 @@ class AuditArgs(RunArgs, DataArgs, PairArgs):
     """where report.json and audit.png go"""
 
 
+@dataclass
+class WeighArgs(RunArgs, DataArgs, LetterArgs):
+    dataset: str = "data/grid/preferences.jsonl"
+    """pairs or `completions` with scores, and a column kind: hub id (name or name:config), file, or saved directory"""
+    rubric: str = "data/grid/rubric.json"
+    """JSON {"question": text, "options": {"A": text, ...}, "reward": {kind: ...}}; kinds without a reward get none"""
+    reward_model: tuple[str, ...] = ("runs/reward_model",)
+    """reward models whose order of answers the rubric is to mend; their scores add up"""
+    condition: str = ""
+    """JSON file {kind: system prompt} that the reward models see before prompts of that kind"""
+    margin: float = 1.0
+    """by which the better answer's total reward shall lead"""
+    output_dir: str = "data/rubric"
+    """where rubric.json and report.json go"""
+
+
 Args = (
     Annotated[LabelArgs, tyro.conf.subcommand("label", description="Answers compared by a judge: soft preferences, or rankings.")]
     | Annotated[ReviseArgs, tyro.conf.subcommand("revise", description="Critique and revision: demonstrations of better answers.")]
     | Annotated[BestOfNArgs, tyro.conf.subcommand("best-of-n", description="The best, and the worst, of N answers to each prompt.")]
     | Annotated[SynthesiseArgs, tyro.conf.subcommand("synthesise", description="Conversations that an aligned model invents.")]
     | Annotated[CompareArgs, tyro.conf.subcommand("compare", description="The win rate of one policy over another.")]
+    | Annotated[WeighArgs, tyro.conf.subcommand("weigh", description="The rewards of a rubric's options that make a reward model right.")]
     | Annotated[AuditArgs, tyro.conf.subcommand("audit", description="What a judge's labels are worth.")]
 )
 
@@ -276,7 +297,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import combinations, groupby
+from itertools import combinations, groupby, permutations
 from pathlib import Path
 
 import datasets
@@ -404,6 +425,14 @@ def keep_distant(vectors, least: float) -> list:
         if not kept or (vectors[kept] - vector).square().sum(1).min() > least:
             kept.append(i)
     return kept
+
+
+def rubric_hinge(weights, better, worse, better_features, worse_features, margin: float = 1.0):
+    """Mean of max(0, margin + R(worse) - R(better)), R = r + w . phi (Rule Based Rewards, Mu et al. 2024).
+
+    better, worse [N]: the reward model's scores; features [N, L]: the judge's probabilities of the options; weights [L] or, by pair, [N, L]."""
+    total = lambda scores, features: scores + (weights * features).sum(-1)
+    return (margin + total(worse, worse_features) - total(better, better_features)).clamp(min=0).mean()
 
 
 def interval(outcomes: list) -> tuple:
@@ -991,6 +1020,18 @@ def judge_logps(model, tokenizer, talks: list, options: list, args, device) -> t
     return logps
 
 
+def load_rubric(name: str) -> dict:
+    """A rubric, checked: a question, and either nothing else or options and, for every kind, a reward for each of them."""
+    rubric = load_json("--rubric", name)
+    options, rewards = rubric.get("options", {}), rubric.get("reward", {})
+    if not isinstance(rubric.get("question"), str) or bool(options) != bool(rewards):
+        refuse(f"--rubric {name}: needs a question, and options and reward together or neither; it has {', '.join(rubric)}")
+    for kind, table in rewards.items():
+        if set(table) != set(options):
+            refuse(f"--rubric {name}: its rewards for {kind} are for {', '.join(table)}, its options are {', '.join(options)}; give one for each")
+    return rubric
+
+
 # ----------------------------------------------------------------------------------------------------------------------- run
 
 
@@ -1076,7 +1117,7 @@ def check_numbers(args):
     counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
     counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples", "sample_tokens")
     counts += ("n", "judgements", "rounds", "turns", "judge_requests", "judge_max_tokens")
-    shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight", "prompt_top_p", "clamp", "min_mass")
+    shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight", "clamp", "min_mass")
     signed = ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight", "min_reward")
     for name, value in asdict(args).items():
         needed = ""
@@ -1084,7 +1125,7 @@ def check_numbers(args):
             needed = "a number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("temperature", "prompt_temperature", "top_p", "prompt_top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0:
+        elif name in ("temperature", "top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0:
             needed = "above 0"
         elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
             needed = "at most 1" if value > 1 else "below 1"
@@ -1362,23 +1403,32 @@ def prompt_ids(tokenizer, prompt, **options) -> list:
     return render(tokenizer, prompt, answer_next=True, **options)
 
 
-def write_texts(
-    model, tokenizer, prompts: list, keys: list, args, longest: int, temperature: float, top_p: float = 1.0, n: int = 1, stops=None
-) -> list:
-    """n answers to each prompt (ids), each a pair: its text, and whether it came to an end. What is sampled is a function of seed and keys."""
+def asked_row(ids: list, prompt) -> Row:
+    """A prompt, as ids and as text or messages, to be answered."""
+    return Row(ids, [[]], None, dict(prompt=prompt))
+
+
+def write_texts(model, tokenizer, rows: list, keys: list, args, longest: int, temperature: float, top_p: float = 1.0, n: int = 1, stops=None) -> list:
+    """n answers to each row's prompt, each a pair: its text, and whether it came to an end. What is sampled is a function of seed and keys."""
     stops = stops or all_stops(model, tokenizer)
     numbers = uniform_numbers(args.seed, 0, [f"{key}-{k}" for key in keys for k in range(n)], longest)
-    rows = [Row(ids, [[]], None, dict(prompt=[])) for ids in prompts]
     tokens, *_ = sample_answers(model, rows, numbers, stops, args.sample_tokens, temperature, top_p)
     texts = as_written(tokenizer, [row for row in rows for _ in range(n)], tokens, stops)
-    return [(text.strip(), ids[-1] in stops) for text, ids in zip(texts, tokens)]
+    return [(text, ids[-1] in stops) for text, ids in zip(texts, tokens)]
+
+
+def stripped(prompt, text: str) -> str:
+    """An answer without the spaces around it; where it goes on in the middle of a text, with the one before it."""
+    goes_on = isinstance(prompt, str) or prompt[-1]["role"] == "assistant"
+    return text.rstrip() if goes_on else text.strip()
 
 
 def policy_answers(policy, tokenizer, items: list, n: int, args) -> list:
     """n answers of the policy to each item: a list of (text, whether it came to an end) for each."""
-    prompts = [prompt_ids(tokenizer, item["prompt"], **template_options(item)) for item in items]
+    rows = [asked_row(prompt_ids(tokenizer, item["prompt"], **template_options(item)), item["prompt"]) for item in items]
     keys = [f"answer-{item['number']}" for item in items]
-    texts = write_texts(policy, tokenizer, prompts, keys, args, args.max_new_tokens, args.temperature, args.top_p, n)
+    texts = write_texts(policy, tokenizer, rows, keys, args, args.max_new_tokens, args.temperature, args.top_p, n)
+    texts = [(stripped(items[i // n]["prompt"], text), ended) for i, (text, ended) in enumerate(texts)]
     return [texts[i * n : (i + 1) * n] for i in range(len(items))]
 
 
@@ -1408,9 +1458,10 @@ def local_judge(name: str, model, tokenizer, args, device) -> Judge:
         return logps
 
     def write(talks: list, keys: list, temperature: float):
-        prompts = [render(tokenizer, clean(talk), answer_next=True) for talk in talks]
-        prompts = [ids[-max(1, room(model, args.judge_max_tokens)) :] for ids in prompts]
-        return write_texts(model, tokenizer, prompts, keys, args, args.judge_max_tokens, temperature)
+        last = max(1, room(model, args.judge_max_tokens))  # tokens that can be read, of a talk that is too long
+        rows = [asked_row(render(tokenizer, clean(talk), answer_next=True)[-last:], clean(talk)) for talk in talks]
+        wrote = write_texts(model, tokenizer, rows, keys, args, args.judge_max_tokens, temperature)
+        return [(text.strip(), ended) for text, ended in wrote]
 
     return Judge(name, ask, write)
 
@@ -1577,8 +1628,11 @@ def judge_report(found: list) -> dict:
     uneven = [c | dict(longer=1 if c["lengths"][0] > c["lengths"][1] else -1) for c in decided if c["lengths"][0] != c["lengths"][1]]
     side = lambda c: [p > 0.5 for p in c["votes"] if not math.isnan(p)]
     report = dict(comparisons=len(found), decided=len(decided), ties=len(heard) - len(decided), abstentions=len(found) - len(heard))
-    report |= dict(same_position=mean([c in places for c in heard]) if len(heard) < 2 else len(places) / len(heard))
-    report |= dict(first_position=mean([c["first"] > 0.5 for c in places]), prefers_longer=mean([c["sign"] == c["longer"] for c in uneven]))
+    report |= dict(
+        same_position=len(places) / len(heard) if heard else math.nan,
+        first_position=mean([c["first"] > 0.5 for c in places]),
+        prefers_longer=mean([c["sign"] == c["longer"] for c in uneven]),
+    )
     if any(len(c["votes"]) > 1 for c in heard):
         report["consistency"] = mean([max(mean(side(c)), 1 - mean(side(c))) for c in heard])
     known = [c for c in decided if c["given"]]
@@ -1816,16 +1870,16 @@ def synthesise(args: SynthesiseArgs):
         whole = [True] * len(batch)
         for turn in range(args.turns):
             # 2. the user's turn, from the template alone
-            asked = [before_user(tokenizer, talk)[-longest:] for talk in talks]
+            asked = [asked_row(before_user(tokenizer, talk)[-longest:], "") for talk in talks]
             keys = [f"user-{turn}-{item['number']}" for item in batch]
-            said = write_texts(policy, tokenizer, asked, keys, args, args.max_new_tokens, args.prompt_temperature, args.prompt_top_p, stops=ends)
+            said = write_texts(policy, tokenizer, asked, keys, args, args.max_new_tokens, args.temperature, args.top_p, stops=ends)
             talks = [[*talk, dict(role="user", content=text)] for talk, (text, _) in zip(talks, said)]
             # 3. the answer to it
-            asked = [render(tokenizer, talk, answer_next=True)[-longest:] for talk in talks]
+            asked = [asked_row(render(tokenizer, talk, answer_next=True)[-longest:], talk) for talk in talks]
             keys = [f"answer-{turn}-{item['number']}" for item in batch]
-            answers = write_texts(policy, tokenizer, asked, keys, args, args.max_new_tokens, args.temperature, args.top_p)
-            talks = [[*talk, dict(role="assistant", content=text)] for talk, (text, _) in zip(talks, answers)]
-            whole = [w and bool(a and b and x and y) for w, (a, b), (x, y) in zip(whole, said, answers)]
+            answers = write_texts(policy, tokenizer, asked, keys, args, args.max_new_tokens, args.answer_temperature)
+            talks = [[*talk, dict(role="assistant", content=text.strip())] for talk, (text, _) in zip(talks, answers)]
+            whole = [w and a.strip() != "" and b and x.strip() != "" and y for w, (a, b), (x, y) in zip(whole, said, answers)]
         # 4. ratings of the first turn, and the reward of the last answer
         first = [next(m["content"] for m in talk if m["role"] == "user") for talk in talks]
         rated = dict(quality=[None] * len(batch), difficulty=[None] * len(batch), reward=[None] * len(batch))
@@ -1965,6 +2019,69 @@ def audit(args: AuditArgs):
     complete(args, out, {}, report)
 
 
+def weigh(args: WeighArgs):
+    """A rubric's rewards, fitted."""
+    # 1. the judge, the reward models, and answers whose order is known
+    reads = dict(judge="" if args.judge_url else args.judge, dataset=args.dataset, prompts=args.prompts, rubric=args.rubric, condition=args.condition)
+    device, dtype, out, done = begin_rows(args, **reads, **{f"reward_model {i}": name for i, name in enumerate(args.reward_model)})
+    judge, models, conditions = load_judge(args, device, dtype), load_reward_models(args, device, dtype), load_conditions(args.condition)
+    rubric = load_rubric(args.rubric)
+    options, kinds = list(rubric.get("options", {})), list(rubric.get("reward", {}))
+    if not options or not models:
+        refuse("weigh needs a --rubric with options, and at least one --reward-model")
+    items = [item for item in load_items(args) if item["kind"] in kinds and item["scores"] and len(item["responses"]) > 1]
+    kinds = [kind for kind in kinds if any(item["kind"] == kind for item in items)]  # the others get no reward
+    if not items:
+        refuse(f"--dataset {args.dataset}: has no labelled answers whose kind is one of the rubric's: {', '.join(rubric['reward'])}")
+
+    for batch in batches(args, items, done, "weigh"):
+        # 2. the reward models' scores and the probabilities of the rubric's options, by answer
+        asked = [(item, text_of(response)) for item in batch for response in item["responses"]]
+        scores = sum(
+            reward_scores(*m, conditions, args, device, [Row([], [[]], None, i) for i, _ in asked], [text for _, text in asked]) for m in models
+        )
+        question = f"{rubric['question']}\n" + "\n".join(f"{letter}. {text}" for letter, text in rubric["options"].items())
+        logps = judge.ask([f"{conversation_text(item['prompt'], text)}\n\n{question}" for item, text in asked], options)
+        found = list(zip(scores.tolist(), logps.softmax(-1).tolist()))
+        records = []
+        for item in batch:  # 3. on disk
+            records.append(dict(number=item["number"], answers=found[: len(item["responses"])]))
+            found = found[len(item["responses"]) :]
+        keep(out, records, done)
+
+    # 4. every pair of which one is better; a weight for each kind and option, from 0, by AdamW on all pairs at once
+    pairs = []
+    for item in items:
+        answers = done[item["number"]]["answers"]
+        for i, j in permutations(range(len(answers)), 2):
+            if item["scores"][i] > item["scores"][j]:
+                (r, phi), (q, psi) = answers[i], answers[j]
+                pairs.append((kinds.index(item["kind"]), r, q, phi, psi))
+    skipped, pairs = len(pairs), [pair for pair in pairs if not math.isnan(sum(pair[3]) + sum(pair[4]))]
+    if not pairs:
+        refuse(f"--dataset {args.dataset}: the judge replied to none of its pairs with a letter; see --min-mass")
+    kind, *columns = (torch.tensor(column) for column in zip(*pairs))
+    weights = torch.zeros(len(kinds), len(options), requires_grad=True)
+    optimizer = torch.optim.AdamW([weights], lr=0.01, weight_decay=0.0)
+    wrong = lambda: (rubric_hinge(weights[kind], *columns, margin=args.margin).item(), misordered(weights[kind], *columns))
+    before = wrong()
+    for _ in range(1000):
+        optimizer.zero_grad()
+        rubric_hinge(weights[kind], *columns, margin=args.margin).backward()
+        optimizer.step()
+    after = wrong()
+    table = {k: {o: round(w, 4) for o, w in zip(options, row)} for k, row in zip(kinds, weights.tolist())}
+    if RANK == 0:
+        write_json(out / "rubric.json", rubric | dict(reward=table))
+    report = dict(pairs=len(pairs), abstentions=skipped - len(pairs), hinge_before=before[0], hinge_after=after[0])
+    complete(args, out, {}, report | dict(misordered_before=before[1], misordered_after=after[1], reward=table))
+
+
+def misordered(weights, better, worse, better_features, worse_features) -> float:
+    """The share of pairs in which the worse answer has the larger total reward."""
+    return (better + (weights * better_features).sum(-1) <= worse + (weights * worse_features).sum(-1)).float().mean().item()
+
+
 def draw_audit(out: Path, found: list, report: dict):
     """audit.png: agreement by kind, by how clear the case is, and by how sure the judge is."""
     import matplotlib
@@ -2008,6 +2125,7 @@ def main(args: Args):
         SynthesiseArgs: synthesise,
         CompareArgs: compare_policies,
         AuditArgs: audit,
+        WeighArgs: weigh,
     }
     commands[type(args)](args)
 
