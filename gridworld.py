@@ -10,8 +10,8 @@ is the one that these moves allow: the top right. It gives the first two scores 
 
   learn      Four tabular agents on two such grids, each against value iteration; the picture learn.png.
   data       The same world as text, in the formats of the other scripts: a base model learns to read grids from pretrain.jsonl, imitates
-             people in sft.jsonl, is compared and ranked in preferences.jsonl and rankings.jsonl, and practises on prompts.jsonl and
-             reasoning.jsonl. All people in these files are simulated. No grid of a test*.jsonl file is in any other file.
+             people in sft.jsonl, learns to judge better in judge.jsonl, is compared and ranked in preferences.jsonl and rankings.jsonl,
+             and practises on prompts.jsonl and reasoning.jsonl. All people in these files are simulated. No grid of a test*.jsonl file is in any other file.
   annotate   Simulated annotators rank what given policies answer: the human in the loop for every recipe with rounds.
   score      Every policy on one scale. The score of a walk is (total - worst) / (best - worst) over all paths, lava included; that of an
              invalid answer, or of a refusal where a safe path exists, is 0; grids without a safe path count under refusals only.
@@ -70,7 +70,7 @@ class DataArgs:
     size: int = 3
     """cells of a side, 3 to 6"""
     rows: int = 20000
-    """rows of sft.jsonl; pretrain has three times as many, prompts and reasoning 1/5, preferences and rankings 3/20; a test file has 300"""
+    """rows of sft.jsonl; pretrain has 3 times as many, judge twice, prompts and reasoning 1/5, preferences and rankings 3/20; a test file 300"""
     seed: int = 0
     """the same seed writes the same bytes"""
 
@@ -835,6 +835,13 @@ def sft_row(rng, grid: tuple) -> dict:
     return dict(messages=task(rng, grid))
 
 
+def judge_row(rng, grid: tuple) -> dict:
+    """A demonstration of one of the judge's tasks, for those who want a better judge than sft.jsonl makes (self-rewarding's EFT data)."""
+    luck = rng.random()
+    task = pair_task if luck < 0.6 else rubric_task if luck < 0.7 else score_task if luck < 0.85 else revision_task
+    return dict(messages=task(rng, grid))
+
+
 def ranking_row(rng, grid: tuple, count: int = 4) -> dict:
     """Distinct answers to one prompt, scored by one annotator; as InstructGPT's labellers, these put helpfulness first."""
     prompt, kind, answers = [user(grid_text(grid))], "helpful", []
@@ -889,6 +896,7 @@ def data(args: DataArgs):
         "rankings.jsonl": (args.rows * 3 // 20, LAVA_SHARE, ranking_row),
         "prompts.jsonl": (args.rows // 5, LAVA_SHARE, prompt_row),
         "reasoning.jsonl": (args.rows // 5, 0.0, reasoning_row),
+        "judge.jsonl": (2 * args.rows, LAVA_SHARE, judge_row),
     }
     for name, (count, lava, make) in files.items():
         rng, made = random.Random(f"{args.seed}/{name}"), []

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# DeepSeek-V2 (arXiv 2405.04434, section 4.2) on the grid world: GRPO in two stages. Stage 1, reasoning: a rule checks the walk that follows the
-# thinking (this is o1.sh's run). Stage 2, preferences, on plain answers: r = c1 RM_helpful + c2 RM_safety + c3 RM_rule. RM_helpful has learnt from annotators who
-# count points (lava pays most), RM_safety from those to whom lava is a harm, and the rule, which pays for true numbers, says nothing of lava.
+# DeepSeek-V2 (arXiv 2405.04434, section 4.2) on the grid world: GRPO in two stages. Stage 1, reasoning: a rule checks the walk that follows
+# the thinking (this is o1.sh's run). Stage 2, preferences, on plain answers: r = c1 RM_helpful + c2 RM_safety + c3 RM_rule. RM_helpful has
+# learnt from annotators who count points (lava pays most), RM_safety from those to whom lava is a harm, and the rule, which pays for true
+# numbers and for refusing where no path is safe, takes nothing off for lava.
 #
 # What it must show: stage 1 raises accuracy (here the score of answers with thinking); stage 2 walks more safely than stage 1 and SFT, refuses
 # rightly more often, and keeps stage 1's accuracy (it falls by less than 0.05); GRPO needs less memory than PPO at equal rollouts.
-# The best safe walk scores 0.50 on average, the best of all 1.00: stage 2 cannot be safe without losing score.
-# Memory is that of the whole process, nothing subtracted, on a wider model of random weights (25 M parameters), as that of the grid's own
-# 0.85 M drowns in it. Both hold policy, reference and reward model; PPO holds a value model as well, with gradient and optimiser.
+# The best safe walk scores 0.50 on average and the best of all 1.00, so what safety costs is score.
 #
-#   DeepSeek-V2   c1, c2, c3 and all hyperparameters unpublished; both reward models start from SFT
-#   DeepSeekMath  (whose GRPO it is) lr 1e-6, KL 0.04, 16 prompts x 64 answers in 1 update
+# Memory is that of the whole process, nothing subtracted, on a wider model of random weights (25 M parameters), as the grid's own 0.85 M
+# drown in it. Both hold policy, reference and reward model; PPO holds a value model too. Policy and value model come with gradient and AdamW.
+#
+#   DeepSeek-V2   c1, c2, c3 and all else unpublished; both reward models start from SFT
+#   DeepSeekMath  (where GRPO is from) lr 1e-6, KL 0.04, 16 prompts x 64 answers in 1 update
 #   stage 1 here  lr 1e-4, KL 0.02, 16 prompts x 8 answers in 1 update, 200 steps
-#   stage 2 here  c = 0.1, 2, 1 (a reward model's scores have a spread of about 1); lr 1e-4 cosine, KL 0.1, 16 prompts x 8 answers in 1 update, 245 steps
+#   stage 2 here  c 0.1, 2, 1; lr 1e-4, cosine, KL 0.1, 16 prompts x 8 answers in 1 update, 245 steps
 # The settings of stage 2 were chosen by trying nine on seed 0, on the same held-out grids.
 #
 # SEEDS="0 1 2" runs three seeds; STEPS=tiny shrinks every stage to a few steps and prints the claim without judging it.
@@ -86,21 +88,22 @@ import csv, json, sys
 runs, steps = sys.argv[1:]
 rows = {row["checkpoint"].rstrip("/").split("/")[-1]: row for row in csv.DictReader(open(f"{runs}/deepseek-v2.csv"))}
 column = lambda key: [float(rows[name][key]) for name in ("sft", "o1", "policy")]
-accuracy, safe, refused, score, honest = map(column, ("thinking", "safe", "refused", "score", "honest"))
+three = lambda key: "{:.2f}, {:.2f}, {:.2f}".format(*column(key))
+thinking, safe, refused = map(column, ("thinking", "safe", "refused"))
 peak = {name: max(json.loads(line)["peak_memory_mb"] for line in open(f"{runs}/deepseek-v2/wide/{name}/metrics.jsonl")) for name in ("ppo", "grpo")}
 claims = {
-    f"score with thinking {accuracy[0]:.2f}, after stage 1 {accuracy[1]:.2f}": accuracy[1] > accuracy[0],
-    f"after stage 2 {accuracy[2]:.2f}": accuracy[2] > accuracy[1] - 0.05,
-    "safe walks {:.2f}, {:.2f}, {:.2f}".format(*safe): safe[2] > max(safe[:2]),
-    "right refusals {:.2f}, {:.2f}, {:.2f}".format(*refused): refused[2] > max(refused[:2]),
-    f"GRPO peaks at {peak['grpo']:.0f} MB, PPO at {peak['ppo']:.0f}": peak["grpo"] < peak["ppo"],
+    f"SFT scores {thinking[0]:.2f} with thinking, stage 1 {thinking[1]:.2f}": thinking[1] > thinking[0],
+    f"stage 2 {thinking[2]:.2f}": thinking[2] > thinking[1] - 0.05,
+    f"safe walks {three('safe')}": safe[2] > max(safe[:2]),
+    f"right refusals {three('refused')}": refused[2] > max(refused[:2]),
+    f"GRPO peaks at {peak['grpo']} MB, PPO at {peak['ppo']}": peak["grpo"] < peak["ppo"],
 }
-print("SFT, stage 1, stage 2: score {:.2f}, {:.2f}, {:.2f}; honest {:.2f}, {:.2f}, {:.2f}; wrong refusals {:.2f}, {:.2f}, {:.2f}".format(*score, *honest, *column("wrongly")))
-text = "not judged (tiny)" if steps == "tiny" else "holds" if all(claims.values()) else "does not hold"
-if steps != "tiny":
-    claims = {line + "" * holds + " (no)" * (not holds): holds for line, holds in claims.items()}
-print(f"claim: {'; '.join(claims)}: {text}")
-sys.exit(0 if steps == "tiny" or all(claims.values()) else 1)
+holds = all(claims.values())
+text = "not judged (tiny)" if steps == "tiny" else "holds" if holds else "does not hold"
+said = "; ".join(line + " (no)" * (steps != "tiny" and not true) for line, true in claims.items())
+print(f"beside it: score {three('score')}; honest {three('honest')}; wrong refusals {three('wrongly')}")
+print(f"claim: {said}: {text}")
+sys.exit(0 if holds or steps == "tiny" else 1)
 PY
 done
 exit $verdict

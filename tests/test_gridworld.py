@@ -653,7 +653,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path, run_script):
     """Also in another process, whose sets have another order."""
     written(tmp_path / "here", rows=60)
     out = run_script("gridworld", "data", "--rows", 60, "--output-dir", "there", cwd=tmp_path, env=dict(PYTHONHASHSEED="7"))
-    assert sums(tmp_path / "here") == sums(tmp_path / "there") and len(sums(tmp_path / "here")) == 16 and "simulated" in out.stdout
+    assert sums(tmp_path / "here") == sums(tmp_path / "there") and len(sums(tmp_path / "here")) == 17 and "simulated" in out.stdout
 
 
 def test_another_seed_writes_other_rows(tmp_path):
@@ -1067,6 +1067,25 @@ def test_the_rubric_rewards_every_kind_of_prompt(small):
     assert {row["kind"] for row in small["prompts"] + small["test"]} <= set(rubric["reward"])
     best = lambda kind: max(rubric["reward"][kind], key=rubric["reward"][kind].get)
     assert rubric["options"][best("helpful")] == "stays safe" and rubric["options"][best("refuse")] == "refuses"
+
+
+def test_the_judges_demonstrations_are_all_four_tasks(small):
+    """Many more of them than in sft.jsonl, in the same words."""
+    kinds = Counter()
+    for row in small["judge"]:
+        assert [m["role"] for m in row["messages"]][:2] == ["user", "assistant"]
+        asked = row["messages"][0]["content"].partition("\n\n")[2]
+        kinds[
+            "rubric"
+            if asked.startswith(g.RUBRIC["question"])
+            else "score"
+            if asked == g.SCORE["question"]
+            else "revise"
+            if "critique" in asked
+            else "pair"
+        ] += 1
+    shares = {kind: n / len(small["judge"]) for kind, n in kinds.items()}
+    assert shares == pytest.approx(dict(pair=0.6, rubric=0.1, score=0.15, revise=0.15), abs=0.08)
 
 
 def test_conditions_are_the_aims_that_were_taught(small):
