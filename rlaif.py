@@ -1366,6 +1366,8 @@ def complete(args, out: Path, files: dict, report: dict):
     """The data sets, by file name, and the report; then args.json says that the run is finished, and the report is printed."""
     clean = lambda x: {k: clean(v) for k, v in x.items()} if isinstance(x, dict) else None if isinstance(x, float) and not math.isfinite(x) else x
     if RANK == 0:
+        for stale in {"pairs", "rankings", "sft", "prompts", "raw", "comparisons"} - {Path(name).stem for name in files}:
+            (out / f"{stale}.jsonl").unlink(missing_ok=True)  # of a run that this one replaces
         for name, rows in files.items():
             rewrite(out / name, [json.dumps(row) + "\n" for row in rows])
         write_json(out / "report.json", clean(report))
@@ -1591,7 +1593,7 @@ def talk_of(prompt) -> str:
 
 
 def compare_pairs(judge: Judge, prompts: dict, principles: list, args, pairs: list) -> list:
-    """P(a > b) of pairs (key, prompt, a, b): dicts with its value in each order, first and second, and that of each judgement, votes.
+    """P(a > b) of pairs (key, prompt, a, b): dicts with its value in each order, first and second; that of each judgement, votes; principles.
 
     The order in which a pair is given changes nothing: its answers are first put in the order of the alphabet."""
     asked, keys = [], []
@@ -1611,10 +1613,11 @@ def compare_pairs(judge: Judge, prompts: dict, principles: list, args, pairs: li
     first, second = judge.ask(talks, ["A", "B"]).view(len(pairs), args.judgements, 2, 2).unbind(2)  # [n, J, letter] each
     votes = preference(first, second)  # P(low > high) [n, J], NaN where either order has none
     orders = torch.stack([first.softmax(-1)[..., 0], second.softmax(-1)[..., 1]]).where(~votes.isnan(), math.nan).nanmean(-1)  # [2, n]
-    found = []
+    drawn, found = iter([parts["principle"] for parts in asked[::2]]), []
     for (_, _, a, b), (one, two), own in zip(pairs, orders.T.tolist(), votes.tolist()):
         turned = (lambda p: 1 - p) if a > b else (lambda p: p)
-        found.append(dict(first=turned(one), second=turned(two), votes=[turned(p) for p in own]))
+        by = [next(drawn) for _ in own]
+        found.append(dict(first=turned(one), second=turned(two), votes=[turned(p) for p in own], principles=by))
     return found
 
 
@@ -1661,6 +1664,8 @@ def label(args: LabelArgs):
     prompts = load_prompts(args)
     principles = load_principles(args, prompts)
     items = load_items(args, tokenizer, room(policy, args.max_new_tokens) if policy else 0)
+    for item in items if policy else ():  # answers that the data set has do not count
+        item |= dict(responses=[], scores=None)
     if not policy and max(len(item["responses"]) for item in items) < 2:
         refuse(f"--dataset {args.dataset}: has no two answers to compare; pass --model to sample them")
 
@@ -1668,8 +1673,7 @@ def label(args: LabelArgs):
         # 2. the answers, no two alike, none cut off
         for item, texts in zip(batch, policy_answers(policy, tokenizer, batch, args.k, args) if policy else []):
             item["cut"] = sum(not ended for _, ended in texts)
-            item["responses"] = [as_response(item["prompt"], text) for text in dict.fromkeys(text for text, ended in texts if ended)]
-            item["scores"] = None
+            item["responses"] = [as_response(item["prompt"], text) for text in dict.fromkeys(text for text, ended in texts if ended and text)]
         # 3. every two of them, in both orders
         pairs = [(item, i, j) for item in batch for i, j in combinations(range(len(item["responses"])), 2)]
         found = compare_pairs(judge, prompts, principles, args, [
@@ -1685,6 +1689,7 @@ def label(args: LabelArgs):
     ranked, rows, found = (args.k if policy else max(len(item["responses"]) for item in items)) > 2, [], []
     for item in items:
         record, base = done[item["number"]], dict(item["columns"], prompt=item["prompt"], judge=judge.name)
+        base |= dict(policy=args.model) if policy else {}
         responses, wins = record["responses"], {}
         for c in record["pairs"]:
             said, (i, j) = verdict(c["first"], c["second"], args.orders, args.tie_margin), (c["i"], c["j"])
@@ -1696,7 +1701,7 @@ def label(args: LabelArgs):
             wins[i, j], wins[j, i] = p, 1 - p
             if not ranked and said in "ab":
                 i, j, p = (i, j, p) if said == "a" else (j, i, 1 - p)
-                rows.append(dict(base, chosen=responses[i], rejected=responses[j], probability=p))
+                rows.append(dict(base, chosen=responses[i], rejected=responses[j], probability=p, principles=c["principles"]))
         if ranked:
             scores = ranking_scores([[wins.get((i, j), math.nan) for j in range(len(responses))] for i in range(len(responses))])
             kept = [i for i, score in enumerate(scores) if not math.isnan(score)]
@@ -1955,7 +1960,7 @@ def compare_policies(args: CompareArgs):
         found = iter(compare_pairs(judge, prompts, principles, args, asked))
         records = []
         for (item, a, b), (_, ended), (_, other) in zip(pairs, *answers):
-            c = next(found) if a != b else dict(first=0.5, second=0.5, votes=[0.5])
+            c = next(found) if a != b else dict(first=0.5, second=0.5, votes=[0.5], principles=[])
             records.append(dict(c, number=item["number"], a=a, b=b, ended=[ended, other]))
         # 4. on disk
         keep(out, records, done)
