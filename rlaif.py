@@ -414,15 +414,20 @@ def points(text: str) -> float:
 
 def nearest(vectors) -> torch.Tensor:
     """Squared distance of each vector [N, d] to its nearest neighbour [N]; infinity where there is no other."""
-    distance = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return distance.fill_diagonal_(math.inf).amin(1)
+    found = []
+    for i in range(0, len(vectors), 256):  # never all N x N at once
+        distance = torch.cdist(vectors[i : i + 256], vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
+        distance[:, i : i + 256].fill_diagonal_(math.inf)
+        found.append(distance.amin(1))
+    return torch.cat(found)
 
 
 def keep_distant(vectors, least: float) -> list:
     """The numbers of the vectors [N, d] that keep more than a squared distance from all kept before them: of a cluster, the earliest."""
-    kept = []
+    kept, held = [], torch.empty_like(vectors)
     for i, vector in enumerate(vectors):
-        if not kept or (vectors[kept] - vector).square().sum(1).min() > least:
+        if not kept or (held[: len(kept)] - vector).square().sum(1).min() > least:
+            held[len(kept)] = vector
             kept.append(i)
     return kept
 
@@ -1916,7 +1921,7 @@ def synthesise(args: SynthesiseArgs):
         record["dropped"] = next((why for why, failed in fails.items() if failed), "")
         if not record["dropped"]:
             seen.add(record["first"])
-            survivors.append((record, Row(ids[:1], [(ids[1:] or ids) + ids[-1:]])))
+            survivors.append((record, Row(ids[:1], [[*ids[1:], ids[-1]]])))  # the last token once more, for its own hidden state to count
     # 7. near repeats, by the mean hidden state of the first turn; every rank computes its part
     distances = math.nan
     if survivors:
