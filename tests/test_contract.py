@@ -193,6 +193,13 @@ def test_every_recipe_runs_at_its_smallest(recipe, tmp_path):
     assert last.startswith("claim: ") and last.endswith("not judged (tiny)")
 
 
+def test_the_headline_of_readme_is_what_the_results_say(monkeypatch):
+    """No number of the table is written by hand."""
+    headline = import_as_module(REPO / "recipes" / "headline.py", monkeypatch)
+    before, rest = (REPO / "README.md").read_text().split(headline.MARKS[0])
+    assert rest.split(headline.MARKS[1])[0].strip() == headline.table()
+
+
 # ------------------------------------------------------------------------------------------------------------ the checks, checked
 
 GOOD = f'''# /// script
