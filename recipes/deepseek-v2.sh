@@ -76,7 +76,8 @@ PY
     wide=$runs/deepseek-v2/wide
     size="--hidden-size $(tiny && echo 128 || echo 512) --num-layers $(tiny && echo 4 || echo 8) --num-heads 8"
     python sft.py --dataset $data/pretrain.jsonl $size --output-dir $wide/sft --seed $seed --resume --max-steps 1 --batch-size 8 --learning-rate 1e-6
-    python reward_model.py --model $wide/sft --dataset $data/rankings.jsonl --output-dir $wide/reward_model --seed $seed --resume --max-steps 1 \
+    head -n 32 $data/rankings.jsonl > $runs/deepseek-v2/few.jsonl
+    python reward_model.py --model $wide/sft --dataset $runs/deepseek-v2/few.jsonl --output-dir $wide/reward_model --seed $seed --resume --max-steps 1 \
         --batch-size 8 --eval-fraction 0
     equal="--model $wide/sft --reward-model $wide/reward_model --dataset $data/prompts.jsonl --batch-size 16 --num-generations 8 --max-new-tokens 24
         --max-steps 3 --eval-fraction 0 --kl-coef 0.04 --tokens-per-forward 2048 --seed $seed --resume"

@@ -1,0 +1,124 @@
+"""README's commands, run from top to bottom in one empty folder as a new user would, with tiny models and data sets under the names of the real ones;
+and the commands of every header, as far as their options go."""
+
+import http.server
+import importlib
+import json
+import re
+import shlex
+import threading
+
+import pytest
+import tyro
+from conftest import REPO
+
+SCRIPTS = sorted(path.stem for path in REPO.glob("*.py"))
+TINY = {  # what makes a command short; given last, so that it wins
+    "sft": "--max-steps 1 --batch-size 4",
+    "reward_model": "--max-steps 1 --batch-size 2",
+    "ppo": "--max-steps 1 --batch-size 2 --max-new-tokens 4",
+    "grpo": "--max-steps 1 --batch-size 2 --num-generations 2 --max-new-tokens 4",
+    "dpo": "--max-steps 1 --batch-size 2 --max-new-tokens 4",
+    "orpo": "--max-steps 1 --batch-size 2 --max-new-tokens 4",
+    "rpo": "--max-steps 1 --batch-size 2 --max-new-tokens 4",
+    "rlaif audit": "--rows 8",
+    "rlaif label": "--rows 40 --max-new-tokens 64 --orders average --tie-margin 0 --min-mass 0",
+    "rlaif best-of-n": "--rows 8 --max-new-tokens 64",
+    "rlaif compare": "--rows 8 --max-new-tokens 4",
+}
+
+
+def commands(text: str) -> list:
+    """The commands of a text, as words: lines that begin with `python` or `torchrun`, up to where an explanation follows after two spaces."""
+    found = re.findall(r"(?m)^ *((?:python|torchrun) (?:.*\\\n)*.*)$", text)
+    return [shlex.split(re.split(r" {2,}", re.sub(r"\\\n *", "", command).strip())[0]) for command in found]
+
+
+def script_and_flags(words: list) -> tuple:
+    """("sft", [flags]) of a command, whoever launches it."""
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[at].removesuffix(".py").split("/")[-1], words[at + 1 :]
+
+
+def blocks(readme: str) -> str:
+    """The code blocks of README, without those in other languages than the shell's."""
+    return "\n".join(text for kind, text in re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", readme) if not kind)
+
+
+@pytest.fixture
+def shop(tiny_model_dir, tmp_path, monkeypatch):
+    """A folder with nothing in it but what stands for the hub; name on the hub -> what stands for it."""
+    say = lambda role, text: dict(role=role, content=text)
+    words = "right up left down four five no yes".split()
+    talk = lambda i: [say("user", f"Which way is {words[i % 8]}?"), say("assistant", f"It is {words[(i + 1) % 8]}.")]
+    data = {
+        "capybara": [dict(messages=talk(i)) for i in range(16)],
+        "binarized": [dict(chosen=talk(i), rejected=[talk(i)[0], say("assistant", "No.")], score_chosen=1.0, score_rejected=0.0) for i in range(16)],
+        "prompt": [dict(prompt=talk(i)[:1]) for i in range(40)],
+        "gsm8k": [dict(question=f"What is {i} and {i}?", answer=f"Add them. #### {2 * i}") for i in range(16)],
+    }
+    for name, rows in data.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    names = {"trl-lib/Capybara": "capybara", "trl-lib/ultrafeedback_binarized": "binarized", "trl-lib/ultrafeedback-prompt": "prompt"}
+    hub = {name: str(tmp_path / f"{file}.jsonl") for name, file in (names | {"openai/gsm8k:main": "gsm8k"}).items()}
+    return hub | {name: str(tiny_model_dir("qwen3")) for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-8B")}
+
+
+@pytest.fixture
+def server():
+    """A judge behind OpenAI's protocol that likes the first answer; its address."""
+
+    class Always(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            body = json.dumps(dict(choices=[dict(message=dict(content="A"), finish_reason="stop")])).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Always) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/v1"
+        running.shutdown()
+
+
+def test_readme_can_be_followed_from_top_to_bottom(shop, server):
+    """Every command that names a model or data set; those of the grid world are the recipes' and have tests of their own."""
+    ran = []
+    for words in commands(blocks((REPO / "README.md").read_text())):
+        name, flags = script_and_flags(words)
+        if name not in SCRIPTS:
+            continue
+        for hub, here in shop.items():
+            flags = [here if flag == hub else flag for flag in flags]
+        assert not [flag for flag in flags if re.match(r"(Qwen|trl-lib|openai)/", flag)], "a name that nothing here stands for"
+        flags = [server if flag.startswith("https://api.") else flag for flag in flags]
+        key = f"{name} {flags[0]}" if name == "rlaif" else name
+        script = importlib.import_module(name)
+        script.main(tyro.cli(script.Args, args=[*flags, *shlex.split(TINY[key])]))
+        ran.append(key)
+    assert sorted(set(ran)) == sorted(TINY)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_commands_of_a_header_have_the_options_that_they_use(name):
+    script = importlib.import_module(name)
+    found = [script_and_flags(words) for words in commands(script.__doc__)]
+    assert len(found) >= 3
+    for other, flags in found:
+        assert other == name
+        options = dict(default=script.LearnArgs()) if name == "gridworld" else {}
+        assert tyro.cli(script.Args, args=flags, **options)
+
+
+def test_commands_are_found_where_they_stand():
+    text = "x\n  python a.py --b 1                 what it does\n\ntorchrun --n 8 c.py \\\n    --d 'e f'\n see `python z.py`\n"
+    assert commands(text) == [["python", "a.py", "--b", "1"], ["torchrun", "--n", "8", "c.py", "--d", "e f"]]
+    assert script_and_flags(["torchrun", "--n", "8", "x/c.py", "--d"]) == ("c", ["--d"])
