@@ -193,11 +193,13 @@ def test_every_recipe_runs_at_its_smallest(recipe, tmp_path):
     assert last.startswith("claim: ") and last.endswith("not judged (tiny)")
 
 
-def test_the_headline_of_readme_is_what_the_results_say(monkeypatch):
-    """No number of the table is written by hand."""
-    headline = import_as_module(REPO / "recipes" / "headline.py", monkeypatch)
-    before, rest = (REPO / "README.md").read_text().split(headline.MARKS[0])
-    assert rest.split(headline.MARKS[1])[0].strip() == headline.table()
+@pytest.mark.parametrize("name", ["headline", "equations"])
+def test_what_readme_says_by_script_is_up_to_date(name, monkeypatch):
+    """No number of the headline is written by hand, and the index of equations points at the lines where they stand."""
+    script = import_as_module(REPO / "recipes" / "readme.py", monkeypatch)
+    begin, end = script.marks(name)
+    there = (REPO / "README.md").read_text().partition(begin)[2].partition(end)[0].strip()
+    assert there == script.WRITTEN[name](), "run python recipes/readme.py"
 
 
 # ------------------------------------------------------------------------------------------------------------ the checks, checked

@@ -1,0 +1,148 @@
+"""What README says that nobody writes by hand: the headline, every policy of the recipes on one scale, from recipes/results/*.csv, which
+`gridworld.py score` has written, a file a seed; and the index of equations with the lines where they stand.
+
+    python recipes/readme.py         rewrites both in README.md, each between its two marks, and recipes/results/headline.png
+
+After recipes of your own, copy runs/NAME.csv to recipes/results/NAME.csv (runs/seed-1/NAME.csv to NAME-seed1.csv), and see what differs.
+"""
+
+import ast
+import csv
+import math
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+POLICIES = [  # file of results, row of it, what to call it
+    ("instructgpt", "exact optimum", "exact optimum"),
+    ("instructgpt", "best safe walk", "best safe walk"),
+    ("instructgpt", "random policy", "random policy"),
+    ("instructgpt", "sft", "sft"),
+    ("instructgpt", "ppo", "ppo"),
+    ("instructgpt", "ppo-ptx", "ppo-ptx"),
+    ("dpo", "dpo", "dpo"),
+    ("dpo", "dpo-plain", "dpo without the likelihood term"),
+    ("nemotron", "rpo-1", "rpo, one round after dpo"),
+    ("nemotron", "rpo-3", "rpo, three rounds"),
+    ("zephyr", "orpo", "orpo, from the base"),
+    ("zephyr", "chosen", "fine-tuning on the chosen answers, from the base"),
+    ("o1", "o1", "grpo on answers with thinking"),
+]
+COLUMNS = dict(greedy="greedy", valid="valid", honest="honest", safe="safe", refused="right refusals", wrongly="wrong ones", diverse="diversity")
+COLUMNS |= dict(thinking="with thinking", judge="judge", tax="tax", seconds="seconds", MB="MB")
+EQUATIONS = [  # paper, equation, what it is, script, function
+    ("Sutton & Barto 2018", "4.10", "value iteration", "gridworld.py", "value_iteration"),
+    ("Sutton & Barto 2018", "4.5", "policy evaluation", "gridworld.py", "policy_evaluation"),
+    ("Sutton & Barto 2018", "6.8", "Q-learning", "gridworld.py", "q_learning"),
+    ("Sutton & Barto 2018", "13.11", "REINFORCE with a baseline", "gridworld.py", "reinforce"),
+    ("Sutton & Barto 2018", "13.14", "one-step actor-critic", "gridworld.py", "actor_critic"),
+    ("InstructGPT 2203.02155", "1", "reward model on all pairs of K answers", "reward_model.py", "pair_loss"),
+    ("Plackett-Luce; Starling-7B", "", "reward model on whole rankings", "reward_model.py", "plackett_luce_loss"),
+    ("Constitutional AI 2212.08073", "section 4", "soft labels", "reward_model.py", "soft_pair_loss"),
+    ("InternLM2 2403.17297", "1", "focal ranking loss", "reward_model.py", "focal_pair_loss"),
+    ("InternLM2 2403.17297", "2", "log barrier", "reward_model.py", "log_barrier"),
+    ("InstructGPT 2203.02155", "2", "reward per token: score less KL", "ppo.py", "shaped_rewards"),
+    ("GAE 1506.02438", "16", "advantages", "ppo.py", "gae"),
+    ("PPO 1707.06347", "7", "clipped surrogate", "ppo.py", "policy_loss"),
+    ("PPO 1707.06347", "its code", "clipped value loss", "ppo.py", "value_loss"),
+    ("DPO 2305.18290", "7", "DPO, and its conservative form", "dpo.py", "dpo_loss"),
+    ("IPO 2310.12036", "17", "IPO", "dpo.py", "ipo_loss"),
+    ("Online merging 2405.17931", "2 to 7", "OnDARE, OnTIES", "dpo.py", "merged"),
+    ("ORPO 2403.07691", "4", "ratio of the log odds", "orpo.py", "log_odds_ratio"),
+    ("ORPO 2403.07691", "7", "odds ratio loss", "orpo.py", "odds_ratio_loss"),
+    ("ORPO 2403.07691", "6", "likelihood and odds ratio", "orpo.py", "orpo_terms"),
+    ("Nemotron-4 2406.11704", "section 3.3.2", "RPO", "rpo.py", "rpo_loss"),
+    ("DeepSeekMath 2402.03300", "3", "GRPO", "grpo.py", "grpo_loss"),
+    ("DeepSeekMath 2402.03300", "4", "KL per token (k3)", "grpo.py", "kl_estimate"),
+    ("DeepSeekMath 2402.03300", "section 4.1.3", "process supervision", "grpo.py", "step_advantages"),
+    ("DAPO 2503.14476; Dr. GRPO 2503.20783", "12", "mean over tokens; constant length", "grpo.py", "answer_weights"),
+    ("DAPO 2503.14476", "13", "soft penalty for length", "grpo.py", "overlong_penalty"),
+    ("Chen et al. 2107.03374", "1", "pass@k", "grpo.py", "pass_at_k"),
+    ("RLAIF 2309.00267", "section 2.1", "preference, both orders averaged", "rlaif.py", "preference"),
+    ("RLAIF 2309.00267", "direct", "the judge's expected score", "rlaif.py", "expected_score"),
+    ("Rule Based Rewards 2411.01111", "hinge", "weights of a rubric", "rlaif.py", "rubric_hinge"),
+]
+
+
+def results(name: str) -> list:
+    """One dict for each seed of a recipe: row name -> {column: number}."""
+    files = [HERE / "results" / f"{name}.csv", *sorted((HERE / "results").glob(f"{name}-seed*.csv"))]
+    seeds = []
+    for file in files:
+        with file.open() as f:
+            rows = {row.pop("checkpoint").rstrip("/").split("/")[-1]: row for row in csv.DictReader(f)}
+        seeds.append({key: {column: float(value) for column, value in row.items()} for key, row in rows.items()})
+    return seeds
+
+
+def mean(values: list) -> float:
+    return sum(values) / len(values)
+
+
+def shown(column: str, value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.0f}" if column in ("seconds", "MB") else f"{value:.2f}"
+
+
+def table() -> str:
+    """The table as Markdown: means over the seeds, and of the score the range."""
+    lines = ["| policy | score | " + " | ".join(COLUMNS.values()) + " |", "| --- " * (2 + len(COLUMNS)) + "|"]
+    for name, row, label in POLICIES:
+        seeds = [seed[row] for seed in results(name)]
+        scores = [seed["score"] for seed in seeds]
+        spread = f" ({min(scores):.2f} to {max(scores):.2f})" if max(scores) > min(scores) else ""
+        cells = [shown(column, mean([seed[column] for seed in seeds])) for column in COLUMNS]
+        lines.append(f"| {label} | {mean(scores):.2f}{spread} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def equations() -> str:
+    """The index as Markdown: a line for each equation, with the line of the script at which its function begins."""
+    lines, places = ["| paper | equation | what | where |", "| --- | --- | --- | --- |"], {}
+    for script in {script for *_, script, _ in EQUATIONS}:
+        tree = ast.parse((HERE.parent / script).read_text())
+        places[script] = {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for paper, number, what, script, function in EQUATIONS:
+        line = places[script][function]
+        lines.append(f"| {paper} | {number} | {what} | [{script}:{line}]({script}#L{line}) `{function}` |")
+    return "\n".join(lines)
+
+
+WRITTEN = dict(headline=table, equations=equations)
+
+
+def marks(name: str) -> tuple:
+    return f"<!-- {name}: written by recipes/readme.py -->", f"<!-- end of {name} -->"
+
+
+def draw(path: Path):
+    """The table as a picture: a bar for each policy and measure, with the range over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measures = dict(score="score", honest="honest", safe="safe", refused="right refusals", diverse="diversity", tax="tax (nats a token)")
+    figure, axes = plt.subplots(1, len(measures), figsize=(3 * len(measures), 0.3 * len(POLICIES) + 1), sharey=True, layout="constrained")
+    for axis, (column, title) in zip(axes, measures.items()):
+        for at, (name, row, _) in enumerate(POLICIES):
+            values = [seed[row][column] for seed in results(name) if not math.isnan(seed[row][column])]
+            if values:
+                spread = [[max(0.0, mean(values) - min(values))], [max(0.0, max(values) - mean(values))]]  # rounding
+                axis.barh(at, mean(values), xerr=spread, color="tab:gray" if at < 3 else "tab:blue", capsize=2)
+        axis.set(title=title)
+    axes[0].set_yticks(range(len(POLICIES)), [label for *_, label in POLICIES])
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main():
+    readme = HERE.parent / "README.md"
+    for name, write in WRITTEN.items():
+        begin, end = marks(name)
+        before, _, rest = readme.read_text().partition(begin)
+        readme.write_text(f"{before}{begin}\n{write()}\n{end}{rest.partition(end)[2]}")
+    draw(HERE / "results" / "headline.png")
+
+
+if __name__ == "__main__":
+    main()
