@@ -202,6 +202,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import time
 import traceback
 import types
@@ -230,6 +231,7 @@ for library in (transformers.utils.logging, datasets.utils.logging):  # their ba
     library.disable_progress_bar()
     library.set_verbosity_error()
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+STOP = dict(signal=0, agreed=False)  # the signal that asked this process to stop; whether all ranks know
 
 # ---------------------------------------------------------------------------------------------------------------- the method
 
@@ -1348,6 +1350,23 @@ def write_model(directory: Path, model, tokenizer, dtype):
         config.dtype, config._attn_implementation = before
 
 
+def catch_signals():
+    """From now on SIGTERM and Ctrl-C let the step come to its end, save and stop; a second one ends the program at once."""
+
+    def note(number, frame):
+        STOP["signal"] = number
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT) if __name__ == "__main__" else ():  # imported, the script leaves them alone
+        signal.signal(number, note)
+
+
+def due(args, done: int, steps: int, device) -> bool:
+    """Whether to save after so many steps of all: because of --save-every, or because a signal asks any rank to stop."""
+    STOP["agreed"] = bool(over_ranks(torch.tensor(float(STOP["signal"] > 0), device=device)))
+    return done < steps and (STOP["agreed"] or args.save_every > 0 and done % args.save_every == 0)
+
+
 def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **state):
     """checkpoint-N/: loadable models and the training state beside them, written elsewhere, synced, and then given its name.
 
@@ -1376,6 +1395,9 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
         os.replace(part, out / f"checkpoint-{step}")
     if WORLD > 1:
         dist.barrier()
+    if STOP["agreed"]:
+        say(f"stopped after step {step}, as asked; the same command with --resume goes on")
+        sys.exit(128 + (STOP["signal"] or signal.SIGTERM))
 
 
 def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
@@ -1655,6 +1677,7 @@ def main(args: Args):
     say(f"rewards: {', '.join(rewards)}; answers end at {' or '.join(tokenizer.convert_ids_to_tokens(stops))}")
 
     # 3. for each batch of prompts
+    catch_signals()
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="ppo", disable=RANK > 0)
     for step in bar:
         clock = time.time()
@@ -1779,7 +1802,7 @@ def main(args: Args):
         # 13. the KL coefficient follows its target; a policy gone too far ends the run
         if args.kl_target:
             kl_coef = adapted_kl_coef(kl_coef, kl, args.kl_target, B, args.kl_horizon)
-        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps and not too_far:
+        if due(args, step + 1, steps, device) and not too_far:
             known = [baselines] * WORLD
             if WORLD > 1:
                 dist.all_gather_object(known, baselines)

@@ -135,6 +135,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import time
 import types
 from collections import Counter
@@ -160,6 +161,7 @@ for library in (transformers.utils.logging, datasets.utils.logging):  # their ba
     library.disable_progress_bar()
     library.set_verbosity_error()
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+STOP = dict(signal=0, agreed=False)  # the signal that asked this process to stop; whether all ranks know
 
 # ---------------------------------------------------------------------------------------------------------------- the method
 
@@ -995,6 +997,23 @@ def write_model(directory: Path, model, tokenizer, dtype):
         config.dtype, config._attn_implementation = before
 
 
+def catch_signals():
+    """From now on SIGTERM and Ctrl-C let the step come to its end, save and stop; a second one ends the program at once."""
+
+    def note(number, frame):
+        STOP["signal"] = number
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT) if __name__ == "__main__" else ():  # imported, the script leaves them alone
+        signal.signal(number, note)
+
+
+def due(args, done: int, steps: int, device) -> bool:
+    """Whether to save after so many steps of all: because of --save-every, or because a signal asks any rank to stop."""
+    STOP["agreed"] = bool(over_ranks(torch.tensor(float(STOP["signal"] > 0), device=device)))
+    return done < steps and (STOP["agreed"] or args.save_every > 0 and done % args.save_every == 0)
+
+
 def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **state):
     """checkpoint-N/: loadable models and the training state beside them, written elsewhere, synced, and then given its name.
 
@@ -1023,6 +1042,9 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
         os.replace(part, out / f"checkpoint-{step}")
     if WORLD > 1:
         dist.barrier()
+    if STOP["agreed"]:
+        say(f"stopped after step {step}, as asked; the same command with --resume goes on")
+        sys.exit(128 + (STOP["signal"] or signal.SIGTERM))
 
 
 def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
@@ -1259,6 +1281,7 @@ def main(args: Args):
     num_tokens = state["num_tokens"]
 
     # 3. for each batch of prompts with their ranked answers
+    catch_signals()
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="reward model", disable=RANK > 0)
     for step in bar:
         clock = time.time()
@@ -1302,7 +1325,7 @@ def main(args: Args):
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{metrics['accuracy']:.2f}", margin=f"{metrics['margin']:.2f}", refresh=False)
         if step == state["step"] and RANK == 0:
             bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
-        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
+        if due(args, step + 1, steps, device):
             save_checkpoint(out, step + 1, models, optimizers, num_tokens=num_tokens, seconds=now - started)
 
     # 8. the shift to mean 0 on the training set (at most 4096 prompts of it), and a report on what was held out

@@ -8,8 +8,9 @@
 # rightly more often, and keeps stage 1's accuracy (it falls by less than 0.05); GRPO needs less memory than PPO at equal rollouts.
 # The best safe walk scores 0.50 on average and the best of all 1.00, so what safety costs is score.
 #
-# Memory is that of the whole process, nothing subtracted, on a wider model of random weights (25 M parameters), as the grid's own 0.85 M
-# drown in it. Both hold policy, reference and reward model; PPO holds a value model too. Policy and value model come with gradient and AdamW.
+# Memory is that of the whole process, nothing subtracted, measured once for all seeds on a wider model of random weights (25 M parameters), as
+# the grid's own 0.85 M drown in it. Both hold policy, reference and reward model; PPO holds a value model too. Policy and value model come
+# with gradient and AdamW's state.
 #
 #   DeepSeek-V2   c1, c2, c3 and all else unpublished; both reward models start from SFT
 #   DeepSeekMath  (where GRPO is from) lr 1e-6, KL 0.04, 16 prompts x 64 answers in 1 update
@@ -72,26 +73,27 @@ PY
     say "every policy on one scale"
     python gridworld.py score $runs/sft $runs/o1 $runs/deepseek-v2/policy --data $data --output $runs/deepseek-v2.png --csv $runs/deepseek-v2.csv
 
-    say "memory of PPO and GRPO at equal rollouts: three batches of 16 prompts x 8 answers x up to 24 tokens, on a wider model"
-    wide=$runs/deepseek-v2/wide
+    say "memory of PPO and GRPO at equal rollouts: two batches of 4 prompts x 8 answers x up to 24 tokens, on a wider model"
+    once=${runs%/seed-*}/deepseek-v2; wide=$once/wide
     size="--hidden-size $(tiny && echo 128 || echo 512) --num-layers $(tiny && echo 4 || echo 8) --num-heads 8"
-    python sft.py --dataset $data/pretrain.jsonl $size --output-dir $wide/sft --seed $seed --resume --max-steps 1 --batch-size 8 --learning-rate 1e-6
-    head -n 32 $data/rankings.jsonl > $runs/deepseek-v2/few.jsonl
-    python reward_model.py --model $wide/sft --dataset $runs/deepseek-v2/few.jsonl --output-dir $wide/reward_model --seed $seed --resume --max-steps 1 \
+    python sft.py --dataset $data/pretrain.jsonl $size --output-dir $wide/sft --resume --max-steps 1 --batch-size 8 --max-length 128 \
+        --learning-rate 1e-6 --eval-fraction 0
+    head -n 32 $data/rankings.jsonl > $once/few.jsonl
+    python reward_model.py --model $wide/sft --dataset $once/few.jsonl --output-dir $wide/reward_model --resume --max-steps 1 \
         --batch-size 8 --eval-fraction 0
-    equal="--model $wide/sft --reward-model $wide/reward_model --dataset $data/prompts.jsonl --batch-size 16 --num-generations 8 --max-new-tokens 24
-        --max-steps 3 --eval-fraction 0 --kl-coef 0.04 --tokens-per-forward 2048 --seed $seed --resume"
+    equal="--model $wide/sft --reward-model $wide/reward_model --dataset $data/prompts.jsonl --batch-size 4 --num-generations 8 --max-new-tokens 24
+        --max-steps 2 --eval-fraction 0 --kl-coef 0.04 --tokens-per-forward 1024 --resume"
     python ppo.py $equal --ppo-epochs 1 --output-dir $wide/ppo
     python grpo.py $equal --output-dir $wide/grpo
 
-    python - "$runs" "${STEPS:-}" <<'PY' || verdict=1
+    python - "$runs" $wide "${STEPS:-}" <<'PY' || verdict=1
 import csv, json, sys
-runs, steps = sys.argv[1:]
+runs, wide, steps = sys.argv[1:]
 rows = {row["checkpoint"].rstrip("/").split("/")[-1]: row for row in csv.DictReader(open(f"{runs}/deepseek-v2.csv"))}
 column = lambda key: [float(rows[name][key]) for name in ("sft", "o1", "policy")]
 three = lambda key: "{:.2f}, {:.2f}, {:.2f}".format(*column(key))
 thinking, safe, refused = map(column, ("thinking", "safe", "refused"))
-peak = {name: max(json.loads(line)["peak_memory_mb"] for line in open(f"{runs}/deepseek-v2/wide/{name}/metrics.jsonl")) for name in ("ppo", "grpo")}
+peak = {name: max(json.loads(line)["peak_memory_mb"] for line in open(f"{wide}/{name}/metrics.jsonl")) for name in ("ppo", "grpo")}
 claims = {
     f"SFT scores {thinking[0]:.2f} with thinking, stage 1 {thinking[1]:.2f}": thinking[1] > thinking[0],
     f"stage 2 {thinking[2]:.2f}": thinking[2] > thinking[1] - 0.05,

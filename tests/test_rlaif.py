@@ -284,12 +284,13 @@ OTHERS = ["No, I cannot help with that", "up", "the path is not safe", "4 and 3 
 
 @pytest.fixture(scope="module")
 def talker(tiny_model_dir, tmp_path_factory):
-    """A tiny policy that has learnt to give short answers and to end them, mostly."""
+    """A tiny policy that has learnt to ask, to give short answers, and to end both, mostly."""
     policy, tokenizer = rlaif.load_frozen(AutoModelForCausalLM, str(tiny_model_dir("llama")), CPU, torch.float32, rlaif.token_logps)
-    rows = [Row(*rlaif.encode(tokenizer, talk(q), [r], rlaif.stop_tokens(tokenizer))) for q, r in zip(QUESTIONS, REPLIES)]
+    short = ["right", "Dear Ann", "No", "12", "up, right", "I read it"]
+    rows = [Row(ids[:1], [ids[1:]]) for ids in (rlaif.render(tokenizer, talk(q, r)) for q, r in zip(["Go up", "up", "No?", *QUESTIONS[3:]], short))]
     forwards, target = rlaif.pack(rows, CPU)
     optimizer = torch.optim.Adam(policy.requires_grad_(True).parameters(), 3e-3)
-    for _ in range(25):
+    for _ in range(30):
         (-policy.token_logps(forwards, target)[0].mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -397,6 +398,10 @@ ASKED = re.compile(r"(.*)\|A: (.*)\|B: (.*)\|(.*)\?", re.DOTALL)
 def longer(talk, a, b, principle) -> float:
     """A judge that likes length, and the first place somewhat: the P of replying A."""
     return sigmoid(0.3 * (len(a) - len(b)) + 4)
+
+
+def mild(talk, a, b, principle) -> float:
+    return sigmoid(0.3 * (len(a) - len(b)) + 0.5)
 
 
 def fair_p(a: str, b: str, judge=longer) -> tuple:
@@ -579,6 +584,14 @@ def test_every_judgement_draws_a_principle_of_its_own():
     assert sum(len(set(row)) > 1 for row in per_pair) > 20 and len({tuple(row) for row in per_pair}) > 10
     assert drawn == drawn_principles(pairs, principles, judgements=4) != drawn_principles(pairs, principles, judgements=4, seed=1)
     assert drawn[8:16] == drawn_principles(pairs[1:2], principles, judgements=4)  # nor does it matter what else is asked
+
+
+def test_a_row_knows_the_principles_it_was_labelled_by(ai, ruled):
+    heard = ruled()
+    Path("principles.txt").write_text("is kind\nis safe\nis true\n")
+    rows = ai("label", principles="principles.txt", judgements=2, orders="average").rows("pairs.jsonl")
+    asked = [ASKED.match(talk[0]["content"])[4] for talk in heard[::2]]
+    assert len(rows) == 6 and [p for row in rows for p in row["principles"]] == asked and len(set(asked)) == 3
 
 
 def test_reasoning_comes_between_the_question_and_the_letter():
@@ -791,9 +804,10 @@ def test_label_samples_answers_of_the_policy(ai, ruled, talker, tiny_tokenizer):
             near(rows[i]["scores"], [sum(sum(fair_p(a, b)) / 2 for b in whole if a != b) / (len(whole) - 1) for a in whole])
     assert len(rows) > 2 and any(len(row["completions"]) < 4 for row in rows.values())
     loaded(reward_model, done.out / "rankings.jsonl", reward_model.rankings(reward_model.Args(), tiny_tokenizer, 512, {}))
-    two = ai("label", dataset="prompts.jsonl", model=talker, max_new_tokens=8, output_dir="two").rows("pairs.jsonl")
-    assert two and all(row["chosen"] != row["rejected"] and 0.5 < row["probability"] <= 1 for row in two)
-    other = ai("label", dataset="prompts.jsonl", model=talker, max_new_tokens=8, output_dir="other", seed=1).rows("pairs.jsonl")
+    options = dict(dataset="prompts.jsonl", model=talker, max_new_tokens=32, orders="average")
+    two = ai("label", **options, output_dir="two").rows("pairs.jsonl")
+    assert two and all(row["chosen"] != row["rejected"] and 0.5 < row["probability"] <= 1 and row["policy"] == talker for row in two)
+    other = ai("label", **options, output_dir="other", seed=1).rows("pairs.jsonl")
     assert [row["chosen"] for row in other] != [row["chosen"] for row in two]
 
 
@@ -1094,7 +1108,7 @@ def test_a_policy_against_itself_ties_everywhere(ai, ruled, talker):
 
 
 def test_compare_turned_around_is_one_minus(ai, ruled, talker, stranger):
-    ruled()
+    ruled(mild)
     ab, ba = ai("compare", model=talker, against=stranger, output_dir="ab"), ai("compare", model=stranger, against=talker, output_dir="ba")
     a, b = ab.report, ba.report
     near([a["win_rate"], a["low"], a["high"]], [1 - b["win_rate"], 1 - b["high"], 1 - b["low"]], 1e-9)
@@ -1102,7 +1116,7 @@ def test_compare_turned_around_is_one_minus(ai, ruled, talker, stranger):
     assert a["a_characters"] == b["b_characters"] and a["a_cut_off"] == b["b_cut_off"] and a["b_characters"] != b["b_characters"]
     outcomes = []
     for row, turned in zip(ab.rows("comparisons.jsonl"), ba.rows("comparisons.jsonl")):
-        first, second = fair_p(row["a"], row["b"])
+        first, second = fair_p(row["a"], row["b"], mild)
         near([row["probability"], turned["probability"]], [(first + second) / 2, 1 - (first + second) / 2])
         assert row["verdict"] == rlaif.verdict(first, second) and (row["a"], row["b"]) == (turned["b"], turned["a"])
         outcomes.append((row["kind"], dict(a=1.0, b=0.0, tie=0.5)[row["verdict"]]))
@@ -1645,8 +1659,7 @@ def test_weigh_puts_labelled_answers_in_order(ai, monkeypatch, scorer):
 # --------------------------------------------------------------------------------------------------------------------- several ranks
 
 
-@pytest.mark.parametrize("command", ["label", pytest.param("best-of-n", marks=pytest.mark.slow), pytest.param("synthesise", marks=pytest.mark.slow),
-                                     pytest.param("compare", marks=pytest.mark.slow), pytest.param("audit", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("command", ["label", "best-of-n", "synthesise", *(pytest.param(name, marks=pytest.mark.slow) for name in ("compare", "audit"))])
 def test_two_ranks_are_one_process(command, ai, talker, stranger):
     """An odd number of rows, batches of three: one rank has nothing to do in the last."""
     options = {k: dict(TALKER=talker, STRANGER=stranger).get(v, v) for k, v in RUNS[command].items()} | dict(batch_size=3)
