@@ -114,6 +114,8 @@ def test_distances_to_the_nearest_neighbour():
     vectors = torch.randn(30, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     near(rlaif.nearest(vectors), [min(((x - y) ** 2).sum().item() for j, y in enumerate(vectors) if i != j) for i, x in enumerate(vectors)])
     assert rlaif.nearest(vectors[:1]).tolist() == [math.inf]
+    many = torch.randn(600, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))  # more than are compared at a time
+    near(rlaif.nearest(many), (many[:, None] - many).square().sum(-1).fill_diagonal_(math.inf).amin(1), 1e-12)
     close = torch.full((2, 4), 1000.0)  # no rounding as of |x|^2 - 2xy + |y|^2
     close[1, 0] += 0.01
     near(rlaif.nearest(close), [(close[1, 0] - 1000).item() ** 2] * 2, 1e-9)
@@ -1079,7 +1081,7 @@ def test_synthesise_drops_near_repeats_by_mean_hidden_states(ai, talker):
     for text in kept:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         with torch.no_grad():
-            hidden = model.model(torch.tensor([ids if len(ids) > 1 else ids * 2])).last_hidden_state[0].mean(0)
+            hidden = model.model(torch.tensor([ids])).last_hidden_state[0].mean(0)
         vectors.append(torch.nn.functional.normalize(hidden, dim=0))
     vectors = torch.stack(vectors)
     near(free.report["median_distance"], rlaif.nearest(vectors).median(), 1e-4)

@@ -4,14 +4,18 @@ import copy
 import json
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import sft
 import torch
-from conftest import FAMILIES, SENTENCES
+from conftest import FAMILIES, REPO, SENTENCES
 from hypothesis import given
 from hypothesis import strategies as st
 from sft import Row
@@ -726,6 +730,30 @@ def test_a_user_sees_one_line(run_script, tmp_path):
         and len(done.stderr.splitlines()) == 1
         and done.stderr.startswith("error: --dataset nowhere.jsonl: ")
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_step_end_and_saves(number, tmp_path):
+    """Then --resume goes on to what an uninterrupted run comes to; without the signal this run saves nothing on its way."""
+    rows = jsonl(tmp_path / "texts.jsonl", [dict(text=SENTENCES[i : i + 60]) for i in range(0, 300, 5)])
+    flags = ["--dataset", rows, "--max-steps", "120", "--batch-size", "2", "--hidden-size", "32", "--vocab-size", "300", "--learning-rate", "1e-3"]
+    command = [sys.executable, REPO / "sft.py", *flags, "--eval-fraction", "0", "--output-dir", "run"]
+    log = tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None, "ended before it could be asked to"
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    step = int(saved.name.split("-")[1])
+    assert process.returncode == 128 + number and f"stopped after step {step}, as asked" in out
+    assert len(lines_of(tmp_path / "run")) == step < 120 and not json.loads((tmp_path / "run/args.json").read_text())["finished"]
+    args = sft.Args(dataset=rows, max_steps=120, batch_size=2, hidden_size=32, vocab_size=300, learning_rate=1e-3, eval_fraction=0.0)
+    sft.main(replace(args, output_dir=str(tmp_path / "run"), resume=True))
+    sft.main(replace(args, output_dir=str(tmp_path / "whole")))
+    assert lasting(tmp_path / "run") == lasting(tmp_path / "whole")
+    assert all(torch.equal(x, weights_of(tmp_path / "whole")[name]) for name, x in weights_of(tmp_path / "run").items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------- real data
