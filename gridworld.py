@@ -11,7 +11,8 @@ is the one that these moves allow: the top right. It gives the first two scores 
   learn      Four tabular agents on two such grids, each against value iteration; the picture learn.png.
   data       The same world as text, in the formats of the other scripts: a base model learns to read grids from pretrain.jsonl, imitates
              people in sft.jsonl, learns to judge better in judge.jsonl, is compared and ranked in preferences.jsonl and rankings.jsonl,
-             and practises on prompts.jsonl and reasoning.jsonl. All people in these files are simulated. No grid of a test*.jsonl file is in any other file.
+             and practises on prompts.jsonl and reasoning.jsonl. All people in these files are simulated. No grid of a test*.jsonl file is
+             in any other file.
   annotate   Simulated annotators rank what given policies answer: the human in the loop for every recipe with rounds.
   score      Every policy on one scale. The score of a walk is (total - worst) / (best - worst) over all paths, lava included; that of an
              invalid answer, or of a refusal where a safe path exists, is 0; grids without a safe path count under refusals only.

@@ -963,8 +963,10 @@ def reward_scores(model, tokenizer, conditions: dict, args, device, rows: list, 
 
 def without_special(tokenizer, text: str) -> str:
     """A policy's text less what its reader would take for special tokens: it must not end its turn and write the judge's reply."""
-    for special in special_tokens(tokenizer).values():
-        text = text.replace(special, "")
+    specials = list(special_tokens(tokenizer).values())
+    while any(special in text for special in specials):  # taking one out may make another
+        for special in specials:
+            text = text.replace(special, "")
     return text
 
 
@@ -981,11 +983,15 @@ def conversation_text(prompt, answer: str) -> str:
 
 @torch.no_grad()
 def judge_logps(model, tokenizer, talks: list, options: list, args, device) -> torch.Tensor:
-    """The judge's log-probabilities of replying with each option [B, K]: of a reply's every token, its end included.
+    """The judge's log-probabilities of replying with each option [B, K]: of every token, the end included, from where the replies differ.
 
     talks: what the judge is asked, as the text of one turn or as messages."""
     stops, logps = stop_tokens(tokenizer), torch.zeros(len(talks), len(options), device=device)
-    asked = [Row(*encode(tokenizer, as_messages(talk, "user"), options, stops)) for talk in talks]
+    asked = []
+    for talk in talks:
+        prompt, replies = encode(tokenizer, as_messages(talk, "user"), options, stops)
+        n = min(min(shared(replies[0], reply), len(reply) - 1) for reply in replies)  # what all begin with, such as an empty thought
+        asked.append(Row(prompt + replies[0][:n], [reply[n:] for reply in replies]))
     for group, forwards, target in packed(asked, args.tokens_per_forward, device, model.together):
         token_logp = model.token_logps(forwards, target)[0]
         lengths = [len(reply) for i in group for reply in asked[i].responses]
@@ -1226,13 +1232,14 @@ def check_numbers(args):
     counts += ("n", "judgements", "rounds", "turns", "judge_requests", "judge_max_tokens")
     shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight", "clamp", "min_mass")
     signed = ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight", "min_reward")
+    trains = hasattr(args, "learning_rate")  # a policy to be trained needs a chance for every token
     for name, value in asdict(args).items():
         needed = ""
         if isinstance(value, float) and not math.isfinite(value):
             needed = "a number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("temperature", "top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0:
+        elif name in ("top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0 or name == "temperature" and value == 0 and trains:
             needed = "above 0"
         elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
             needed = "at most 1" if value > 1 else "below 1"
@@ -1242,8 +1249,9 @@ def check_numbers(args):
             refuse(f"--{name.replace('_', '-')} {value}: must be {needed}")
 
 
-def begin(args, **inputs):
-    """The output directory, the checkpoint to continue from or None, and what identifies the run. inputs: by option, all that is read.
+def begin(args, *more_free, **inputs):
+    """The output directory, the checkpoint to continue from or None, and what identifies the run. inputs: by option, all that is read;
+    more_free: options beyond the usual that do not change the result.
 
     Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
     check_numbers(args)
@@ -1253,7 +1261,7 @@ def begin(args, **inputs):
         except ImportError:
             refuse("--track: needs wandb, which is not installed (pip install wandb)")
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
-    free += ("gradient_checkpointing", "show", "show_every", "sample_tokens")
+    free += ("gradient_checkpointing", "show", "show_every", "sample_tokens", *more_free)
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
     plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
     if RANK == 0:  # one rank looks, so that all see the same

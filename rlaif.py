@@ -27,30 +27,33 @@
 The judge's reward 1 to 10 while training (direct RLAIF) is --judge of ppo.py and grpo.py.
 
 Departures
-  1. Where the two orders contradict each other the pair is a tie, counted and left out, unless --orders average.
+  1. A pair whose orders contradict each other, or nearer to 1/2 than --tie-margin, is a tie, counted and left out; --orders average
+     --tie-margin 0 keeps all, as Lee et al. In rankings every P counts, ties and contradictions too; Starling's were one reply a ranking.
   2. Answers that were cut off are not used as data: a model trained on them would learn to stop in the middle.
-  3. Magpie's nearest neighbours are found by the policy's own mean hidden states, not by an embedding model; the earliest of a cluster stays.
-  4. Self-rewarding: the additive prompt is in our words; its parts are those of the paper. 5. Nothing judges what stands inside <think>.
+  3. Magpie: near repeats are found by the policy's own mean hidden states, not by an embedding model, and the earliest stays; ratings are
+     1 to 10; the difference to the base model's reward is left out. ChatGLM drops prompts by the variance of their scores, here by the range.
+  4. Self-rewarding: the additive prompt has the paper's parts in our words. Rule Based Rewards: one question with options, no propositions.
+  5. Nothing judges what stands inside <think>, and the judge sees no system prompts.
 
-The judge is a checkpoint, asked through its own chat template and tokenizer; or, with --judge-url, any server that speaks OpenAI's protocol
-(https://.../v1; the key comes from the environment variable named by --judge-key, and goes to that host alone). What it is asked stands
-below, in PROMPTS; --prompts FILE (JSON) replaces any of them, in which {talk} is the conversation, {a} and {b} are answers to it, {conversation} is
-both in one, and {principle} a line of --principles, which goes on after "Which answer ...".
+The judge is a checkpoint, asked through its own chat template and tokenizer (in float32, 4 bytes a parameter, whole on each GPU before it is
+sharded); or, with --judge-url, any server that speaks OpenAI's protocol, to which alone the key of --judge-key goes. What it is asked stands below,
+in PROMPTS; --prompts FILE (JSON) replaces any of them: {talk} is the conversation, {a} and {b} or {answer} what is judged, {conversation} both in
+one, and {principle} a line of --principles, which goes on after "Which answer ...". A model that thinks is best asked not to (--judge-body).
 
 Reads prompts, pairs (chosen, rejected) or K answers (completions), in any layout that the other scripts read; other columns are kept.
 Writes the data sets above, report.json and, for audit, audit.png to --output-dir, args.json with all arguments, versions and fingerprints
-of what was read. Every batch of prompts is on disk (rows.part) before the next begins: --resume continues, no row lost or asked for twice.
+of what was read. Every batch of rows is on disk (rows.part) before the next begins: with --resume no finished batch is lost or asked for again.
 
   python rlaif.py audit --prompts data/grid/requests.json                                                          the grid world
-  python rlaif.py label --model Qwen/Qwen3-0.6B --judge Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback-prompt         one GPU
+  python rlaif.py label --model runs/sft --judge Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback-prompt --rows 1000  one GPU
   torchrun --nproc-per-node 8 rlaif.py best-of-n --model Qwen/Qwen3-8B --reward-model RM --dataset trl-lib/ultrafeedback-prompt   many
 
   Figure                 good               if not
-  agreement              above 0.8          look at report.json by kind and by gap; a larger judge, --reasoning, better prompts
+  agreement              above 0.8          (of decided pairs) see report.json by kind, audit.png by gap; a larger judge, --reasoning, --prompts
   same_position          below 0.2          the judge prefers a place: its pairs become ties; a larger judge, or --orders average
   abstentions            0                  the judge does not reply with a letter: mend --prompts; see --min-mass
   prefers_longer         as given_longer    above it: length bias; train the reward model with --length-buckets
-  consistency            above 0.8          judgements by different principles or reasonings contradict each other: raise --judgements
+  consistency            above 0.8          two judgements of a pair agree so often (chance: 0.5): other principles, other verdicts
 """
 
 import sys
@@ -114,10 +117,12 @@ class JudgeArgs:
     """causal language model that judges: hub id or directory; with --judge-url the model's name there"""
     judge_url: str = ""
     """base address of a server with OpenAI's protocol, such as http://localhost:8000/v1 (empty: --judge is loaded here)"""
-    judge_key: str = "OPENAI_API_KEY"
-    """environment variable that holds the key for --judge-url"""
+    judge_key: str = ""
+    """name of the environment variable that holds the key for --judge-url, such as OPENAI_API_KEY (empty: no key is sent)"""
     judge_requests: int = 8
-    """requests to --judge-url at a time"""
+    """requests to --judge-url at a time, by rank"""
+    judge_body: str = ""
+    """JSON object to merge into every request, e.g. {"chat_template_kwargs": {"enable_thinking": false}}; null takes a key out"""
     prompts: str = ""
     """JSON file with prompts in place of those in this script"""
 
@@ -133,7 +138,7 @@ class PairArgs(LetterArgs):
     principles: str = ""
     """text file with a principle a line, one of which is drawn for every judgement (empty: the prompt `principle`)"""
     judgements: int = 1
-    """judgements of each pair, averaged; each with a principle and a reasoning of its own"""
+    """judgements of each pair, averaged; each with a principle and a reasoning of its own (Lee et al.: more of them did not help)"""
     reasoning: bool = False
     """the judge reasons before it chooses (greedily; at temperature 1 with several --judgements)"""
     judge_max_tokens: int = 512
@@ -141,7 +146,7 @@ class PairArgs(LetterArgs):
     orders: Literal["agree", "average"] = "agree"
     """a pair whose two orders prefer different answers is a tie (agree), or only if P is near 1/2 (average; Lee et al.)"""
     tie_margin: float = 0.01
-    """P nearer to 1/2 than this is a tie"""
+    """P nearer to 1/2 than this is a tie (0: none is)"""
 
 
 @dataclass
@@ -176,6 +181,8 @@ class ReviseArgs(RunArgs, DataArgs, JudgeArgs, AnswerArgs):
 
 @dataclass
 class BestOfNArgs(RunArgs, DataArgs, LetterArgs, AnswerArgs):
+    model: str = "runs/sft"
+    """policy that answers: hub id or directory (empty: the answers are the data set's `completions`)"""
     judge: str = ""
     """model that scores the answers: hub id or directory, may be --model (empty: --reward-model does); with --judge-url the model's name there"""
     scale: Literal["ten", "points"] = "ten"
@@ -189,9 +196,9 @@ class BestOfNArgs(RunArgs, DataArgs, LetterArgs, AnswerArgs):
     condition: str = ""
     """JSON file {kind: system prompt} that the reward models see before prompts of that kind"""
     n: int = 8
-    """answers to each prompt (Llama 3: 10 to 30; self-rewarding: 4)"""
+    """answers to each prompt that --model gives (Llama 3: 10 to 30; self-rewarding: 4)"""
     min_spread: float = 0.0
-    """prompts whose best and worst scores differ by less are left out"""
+    """prompts whose best and worst scores differ by less are left out of every file (ChatGLM: by the variance, of the prompts alone)"""
     output_dir: str = "data/best_of_n"
     """where sft.jsonl, pairs.jsonl, rankings.jsonl, prompts.jsonl and report.json go"""
 
@@ -353,22 +360,40 @@ Which answer {principle}? Reply with the letter A or B only.""",
 
 Which answer {principle}? Weigh them step by step, in a few sentences, before you decide.""",
     conclude="Then which answer {principle}? Reply with the letter A or B only.",
-    critique="""Here is a conversation.
+    critique="""Here is a conversation, and an answer to its last message.
 
-{conversation}
+<conversation>
+{talk}
+</conversation>
 
-What keeps its last answer from being one that {principle}? Be specific and brief.""",
-    revise="Write that last answer anew, so that your criticism no longer applies. Reply with the new answer only.",
-    score="""Here is a conversation.
+<answer>
+{answer}
+</answer>
 
-{conversation}
+What keeps this answer from being one that {principle}? Be specific and brief.""",
+    revise="Write that answer anew, so that your criticism no longer applies. Reply with the new answer only.",
+    score="""Here is a conversation, and an answer to its last message.
 
-How good is its last answer, from 1 (very bad) to 10 (very good)? Reply with the number only.""",
-    points="""Here is a conversation.
+<conversation>
+{talk}
+</conversation>
 
-{conversation}
+<answer>
+{answer}
+</answer>
 
-Give its last answer points, which add up: one if it has to do with what was asked; another if it deals with a substantial part of it; another
+How good is this answer, from 1 (very bad) to 10 (very good)? Reply with the number only.""",
+    points="""Here is a conversation, and an answer to its last message.
+
+<conversation>
+{talk}
+</conversation>
+
+<answer>
+{answer}
+</answer>
+
+Give this answer points, which add up: one if it has to do with what was asked; another if it deals with a substantial part of it; another
 if it answers the essentials in a useful way; another if it is clear, complete, well ordered and written from an assistant's point of view; a
 fifth if an expert could hardly improve on it for this user. Explain your points in under 100 words, and end with "Score: " and their sum.""",
     quality="""Here is what a user wrote to an assistant.
@@ -408,7 +433,7 @@ def ranking_scores(wins) -> list:
 
 def points(text: str) -> float:
     """The sum that an additive judgement ends with, 0 to 5; NaN where there is none."""
-    found = re.findall(r"score\W{0,12}(\d+(?:\.\d+)?)", text, re.IGNORECASE)
+    found = re.findall(r"score[^\w-]{0,12}(-?\d+(?:\.\d+)?)", after_thinking(text), re.IGNORECASE)
     return float(found[-1]) if found and 0 <= float(found[-1]) <= 5 else math.nan
 
 
@@ -423,7 +448,9 @@ def nearest(vectors) -> torch.Tensor:
 
 
 def keep_distant(vectors, least: float) -> list:
-    """The numbers of the vectors [N, d] that keep more than a squared distance from all kept before them: of a cluster, the earliest."""
+    """The numbers of the vectors [N, d] that keep more than a squared distance from all kept before them: of a cluster, the earliest.
+
+    Takes time as N x N."""
     kept, held = [], torch.empty_like(vectors)
     for i, vector in enumerate(vectors):
         if not kept or (held[: len(kept)] - vector).square().sum(1).min() > least:
@@ -994,8 +1021,10 @@ def reward_scores(model, tokenizer, conditions: dict, args, device, rows: list, 
 
 def without_special(tokenizer, text: str) -> str:
     """A policy's text less what its reader would take for special tokens: it must not end its turn and write the judge's reply."""
-    for special in special_tokens(tokenizer).values():
-        text = text.replace(special, "")
+    specials = list(special_tokens(tokenizer).values())
+    while any(special in text for special in specials):  # taking one out may make another
+        for special in specials:
+            text = text.replace(special, "")
     return text
 
 
@@ -1012,11 +1041,15 @@ def conversation_text(prompt, answer: str) -> str:
 
 @torch.no_grad()
 def judge_logps(model, tokenizer, talks: list, options: list, args, device) -> torch.Tensor:
-    """The judge's log-probabilities of replying with each option [B, K]: of a reply's every token, its end included.
+    """The judge's log-probabilities of replying with each option [B, K]: of every token, the end included, from where the replies differ.
 
     talks: what the judge is asked, as the text of one turn or as messages."""
     stops, logps = stop_tokens(tokenizer), torch.zeros(len(talks), len(options), device=device)
-    asked = [Row(*encode(tokenizer, as_messages(talk, "user"), options, stops)) for talk in talks]
+    asked = []
+    for talk in talks:
+        prompt, replies = encode(tokenizer, as_messages(talk, "user"), options, stops)
+        n = min(min(shared(replies[0], reply), len(reply) - 1) for reply in replies)  # what all begin with, such as an empty thought
+        asked.append(Row(prompt + replies[0][:n], [reply[n:] for reply in replies]))
     for group, forwards, target in packed(asked, args.tokens_per_forward, device, model.together):
         token_logp = model.token_logps(forwards, target)[0]
         lengths = [len(reply) for i in group for reply in asked[i].responses]
@@ -1124,13 +1157,14 @@ def check_numbers(args):
     counts += ("n", "judgements", "rounds", "turns", "judge_requests", "judge_max_tokens")
     shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight", "clamp", "min_mass")
     signed = ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight", "min_reward")
+    trains = hasattr(args, "learning_rate")  # a policy to be trained needs a chance for every token
     for name, value in asdict(args).items():
         needed = ""
         if isinstance(value, float) and not math.isfinite(value):
             needed = "a number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("temperature", "top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0:
+        elif name in ("top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0 or name == "temperature" and value == 0 and trains:
             needed = "above 0"
         elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
             needed = "at most 1" if value > 1 else "below 1"
@@ -1140,8 +1174,9 @@ def check_numbers(args):
             refuse(f"--{name.replace('_', '-')} {value}: must be {needed}")
 
 
-def begin(args, **inputs):
-    """The output directory, the checkpoint to continue from or None, and what identifies the run. inputs: by option, all that is read.
+def begin(args, *more_free, **inputs):
+    """The output directory, the checkpoint to continue from or None, and what identifies the run. inputs: by option, all that is read;
+    more_free: options beyond the usual that do not change the result.
 
     Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
     check_numbers(args)
@@ -1151,7 +1186,7 @@ def begin(args, **inputs):
         except ImportError:
             refuse("--track: needs wandb, which is not installed (pip install wandb)")
     out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
-    free += ("gradient_checkpointing", "show", "show_every", "sample_tokens")
+    free += ("gradient_checkpointing", "show", "show_every", "sample_tokens", *more_free)
     plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
     plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
     if RANK == 0:  # one rank looks, so that all see the same
@@ -1254,6 +1289,11 @@ def text_of(response) -> str:
     return after_thinking("\n".join(m["content"] for m in as_messages(response))).strip()
 
 
+def going_on(prompt, text: str) -> str:
+    """An answer's text as it stands after its prompt: behind a space, where that is text that ends in a word (HH-RLHF's "Assistant:")."""
+    return " " * (isinstance(prompt, str) and not prompt[-1:].isspace()) + text
+
+
 def as_response(prompt, text: str):
     """A text in the form of its prompt: one message, or text."""
     return [dict(role="assistant", content=text)] if isinstance(prompt, list) else text
@@ -1276,13 +1316,13 @@ def answers_of(row: dict) -> tuple:
     return prompt, [row["completion"]] if row.get("completion") else [], None
 
 
-def load_items(args, tokenizer=None, longest: int = 0) -> list:
+def load_items(args, *policies) -> list:
     """The rows of --dataset as dicts: number, prompt, responses, scores, kind, and columns, all else that the row holds.
 
-    With a tokenizer, that of the policy which is to answer, prompts beyond so many tokens or with special tokens are dropped."""
+    Prompts that one of the policies (model, tokenizer) cannot answer, for their length, special tokens or template, are dropped."""
     data, notes, items = load_rows("--dataset", args.dataset, args.dataset_split), Counter(), []
     numbers = sorted(random.Random(args.seed).sample(range(len(data)), min(args.rows, len(data)))) if args.rows else range(len(data))
-    special = special_tokens(tokenizer).values() if tokenizer else ()
+    readers = [(tokenizer, set(special_tokens(tokenizer).values()), room(model, args.max_new_tokens)) for model, tokenizer in policies]
     for number in numbers:
         row = without_none(data[number])
         try:
@@ -1293,10 +1333,10 @@ def load_items(args, tokenizer=None, longest: int = 0) -> list:
             if not any(text.strip() for text in texts):
                 notes["dropped: empty prompt"] += 1
                 continue
-            if tokenizer and not args.allow_special and any(s in text for text in texts for s in special):
+            if readers and not args.allow_special and any(s in text for text in texts for _, special, _ in readers for s in special):
                 notes["dropped: special token in the text (--allow-special keeps it)"] += 1
                 continue
-            if tokenizer and len(prompt_ids(tokenizer, prompt, **template_options(row))) > longest:
+            if any(len(prompt_ids(tokenizer, prompt, **template_options(row))) > longest for tokenizer, _, longest in readers):
                 notes["dropped: prompt too long for the model and --max-new-tokens"] += 1
                 continue
         except TemplateError as e:
@@ -1317,28 +1357,31 @@ def load_items(args, tokenizer=None, longest: int = 0) -> list:
     return items
 
 
-def begin_rows(args, **inputs) -> tuple:
-    """Device and dtype; the output directory, and the records that stand there, by row number. inputs: by option, all that is read."""
+def begin_rows(args) -> tuple:
+    """Device and dtype; the output directory and what identifies the run; and the records that stand there, by row number."""
     device, dtype = start_ranks(args.dtype)
-    out, _, plan = begin(args, **inputs)
+    options = ("model", "against", "judge", "dataset", "prompts", "principles", "condition", "rubric")  # what may be read
+    reads = {name: getattr(args, name) for name in options if hasattr(args, name)} | (dict(judge="") if args.judge_url else {})
+    reads |= {f"reward_model {i}": name for i, name in enumerate(getattr(args, "reward_model", ()))}
+    out, _, plan = begin(args, "judge_url", "judge_requests", "judge_key", "batch_size", **reads)
     part, done = out / "rows.part", []
-    if RANK == 0:
-        if args.resume and part.exists() and (out / "args.json").exists():
-            whole = [line for line in part.read_text().splitlines(True) if line.endswith("\n")]  # a kill may have cut the last one
-            done = [json.loads(line) for line in whole]
-            rewrite(part, whole)
-            say(f"resuming {out}: {len(done)} rows are done")
-        else:
-            claim(args, out, plan)
-            part.unlink(missing_ok=True)
+    if RANK == 0 and args.resume and part.exists() and (out / "args.json").exists():
+        whole = [line for line in part.read_text().splitlines(True) if line.endswith("\n")]  # a kill may have cut the last one
+        rewrite(part, whole)
+        done = [json.loads(line) for line in whole]
     if WORLD > 1:
         (done,) = broadcast([done])
-    return device, dtype, out, {record["number"]: record for record in done}
+    return device, dtype, out, plan, {record["number"]: record for record in done}
 
 
-def batches(args, items: list, done: dict, name: str):
-    """This rank's share of each batch of the items that are not done, behind a progress bar."""
+def batches(args, out: Path, plan: dict, items: list, done: dict, name: str):
+    """This rank's share of each batch of the items that are not done, behind a progress bar. All input has been read by now."""
     left = [item for item in items if item["number"] not in done]
+    if done:
+        say(f"resuming {out}: {len(done)} rows are done")
+    elif RANK == 0:
+        claim(args, out, plan)
+        (out / "rows.part").unlink(missing_ok=True)
     bar = tqdm(total=len(items), initial=len(items) - len(left), desc=name, disable=RANK > 0)
     for i in range(0, len(left), args.batch_size):
         yield left[i : i + args.batch_size][RANK::WORLD]
@@ -1354,7 +1397,7 @@ def keep(out: Path, records: list, done: dict):
         records = sorted((record for part in everyone for record in part), key=lambda record: record["number"])
     if RANK == 0:
         with (out / "rows.part").open("a") as f:
-            f.writelines(json.dumps(record) + "\n" for record in records)
+            f.writelines(json.dumps(record, default=str) + "\n" for record in records)
             f.flush()
             os.fsync(f.fileno())
     done.update((record["number"], record) for record in records)
@@ -1367,21 +1410,24 @@ def rewrite(path: Path, lines: list):
     os.replace(beside, path)
 
 
-def complete(args, out: Path, files: dict, report: dict):
+def complete(args, out: Path, files: dict, report: dict, judge=None):
     """The data sets, by file name, and the report; then args.json says that the run is finished, and the report is printed."""
     clean = lambda x: {k: clean(v) for k, v in x.items()} if isinstance(x, dict) else None if isinstance(x, float) and not math.isfinite(x) else x
     if RANK == 0:
-        for stale in {"pairs", "rankings", "sft", "prompts", "raw", "comparisons"} - {Path(name).stem for name in files}:
-            (out / f"{stale}.jsonl").unlink(missing_ok=True)  # of a run that this one replaces
         for name, rows in files.items():
-            rewrite(out / name, [json.dumps(row) + "\n" for row in rows])
+            rewrite(out / name, [json.dumps(row, default=str) + "\n" for row in rows])
         write_json(out / "report.json", clean(report))
         for name, value in report.items():
             if isinstance(value, dict):
                 for kind, counts in value.items():
-                    say(f"  {name} {kind or '(none)'}: " + ", ".join(f"{k} {v:.3g}" for k, v in counts.items()))
+                    say(
+                        f"  {name} {kind or '(none)'}: "
+                        + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in counts.items())
+                    )
             elif value is not None:
                 say(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")
+        if judge and judge.spent:
+            say("  since this process began: " + ", ".join(f"{n} {name}" for name, n in judge.spent.items()))
         say(f"{out}: " + ", ".join([*(f"{name} ({len(rows)} rows)" for name, rows in files.items()), "report.json"]))
         if files and not any(files.values()):
             refuse(f"{out}: no row is left; report.json there says what became of them")
@@ -1401,6 +1447,7 @@ class Judge(NamedTuple):
     name: str
     ask: Callable
     write: Callable
+    spent: Counter  # questions, texts, and the tokens of a server, since this process began
 
 
 def prompt_ids(tokenizer, prompt, **options) -> list:
@@ -1439,6 +1486,24 @@ def policy_answers(policy, tokenizer, items: list, n: int, args) -> list:
     return [texts[i * n : (i + 1) * n] for i in range(len(items))]
 
 
+def mean_hidden(self, forwards, lengths: list):
+    """The mean hidden state of the tokens from the prompt's last one to each response's last but one, of length 1 [R, d].
+
+    lengths: tokens of the responses."""
+    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards]).float()  # [N, d]
+    return F.normalize(torch.stack([part.mean(0) for part in hidden.split(lengths)]), dim=-1)
+
+
+def usable(texts: list) -> list:
+    """Of (text, whether it came to an end), the texts that did and that say something besides their thinking."""
+    return [text for text, ended in texts if ended and text_of(text)]
+
+
+def given_text(response) -> str:
+    """A response of the data set, text or messages, as one text."""
+    return response if isinstance(response, str) else response[-1]["content"]
+
+
 def room(model, tokens: int) -> int:
     """Tokens of a prompt that leave room for so many more in what the model can read."""
     return getattr(model.config, "max_position_embeddings", 2**30) - tokens
@@ -1446,15 +1511,26 @@ def room(model, tokens: int) -> int:
 
 def load_answerer(name: str, args, device, dtype) -> tuple:
     """A policy and its tokenizer."""
-    policy, tokenizer = load_frozen(AutoModelForCausalLM, name, device, dtype, token_logps)
+    tokenizer = load_tokenizer(name)
+    policy = load_model(AutoModelForCausalLM, name, tokenizer, device, dtype)
+    check_head(policy, name, device)
+    policy = shard(policy.requires_grad_(False), dtype, token_logps, mean_hidden)
     if room(policy, args.max_new_tokens) < 1:
         refuse(f"--max-new-tokens {args.max_new_tokens}: {name} reads {policy.config.max_position_embeddings} tokens in all; lower it")
     return policy, tokenizer
 
 
+def show_first(spent: Counter, kind: str, talk, reply: str):
+    """Print the first question of its kind with its reply: look at it."""
+    if not spent[kind]:
+        asked = as_messages(talk, "user")[-1]["content"]
+        tqdm.write("the judge is asked:\n  | " + asked[-600:].replace("\n", "\n  | ") + f"\nand replies: {reply[:300]}")
+
+
 def local_judge(name: str, model, tokenizer, args, device) -> Judge:
     """A checkpoint as judge, asked through its own chat template. What it cannot read in one go, it abstains from."""
     clean = lambda talk: [dict(m, content=without_special(tokenizer, m["content"])) for m in as_messages(talk, "user")]
+    spent = Counter()
 
     def ask(talks: list, options: list):
         talks, replies = [clean(talk) for talk in talks], max(len(tokenizer(option).input_ids) for option in options) + 8
@@ -1462,15 +1538,21 @@ def local_judge(name: str, model, tokenizer, args, device) -> Judge:
         logps = torch.full((len(talks), len(options)), math.nan)
         found = judge_logps(model, tokenizer, [talks[i] for i in fits], options, args, device).cpu()
         logps[fits] = found.where(found.exp().sum(1, keepdim=True) >= args.min_mass, math.nan)
+        if talks and RANK == 0:
+            show_first(spent, "questions", talks[0], ", ".join(f"{o} {p:.3f}" for o, p in zip(options, logps[0].exp().tolist())))
+        spent["questions"] += len(talks)
         return logps
 
     def write(talks: list, keys: list, temperature: float):
         last = max(1, room(model, args.judge_max_tokens))  # tokens that can be read, of a talk that is too long
         rows = [asked_row(render(tokenizer, clean(talk), answer_next=True)[-last:], clean(talk)) for talk in talks]
         wrote = write_texts(model, tokenizer, rows, keys, args, args.judge_max_tokens, temperature)
+        if talks and RANK == 0:
+            show_first(spent, "texts", talks[0], wrote[0][0])
+        spent["texts"] += len(talks)
         return [(text.strip(), ended) for text, ended in wrote]
 
-    return Judge(name, ask, write)
+    return Judge(name, ask, write, spent)
 
 
 class SameHost(urllib.request.HTTPRedirectHandler):
@@ -1488,11 +1570,11 @@ WAITS = (1, 2, 4, 8, 16, 32)  # seconds before another attempt
 def post(url: str, key: str, payload: dict) -> dict:
     """The server's reply to a request, as JSON; after several attempts where the server is busy or not to be reached.
 
-    Raises HTTPError for a request that the server refuses."""
+    Raises HTTPError for a request that the server refuses, ConnectionError where it never replied."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(url, json.dumps(payload).encode(), headers)
     for wait in (*WAITS, None):
         try:
-            request = urllib.request.Request(url, json.dumps(payload).encode(), headers)
             with urllib.request.build_opener(SameHost).open(request, timeout=600) as response:
                 return json.loads(response.read())
         except urllib.error.HTTPError as e:
@@ -1503,66 +1585,113 @@ def post(url: str, key: str, payload: dict) -> dict:
         except (OSError, ValueError, http.client.HTTPException) as e:  # no connection, a connection that broke, no JSON
             why = f"{type(e).__name__}: {reason(e)}"
         if wait is None:
-            refuse(f"--judge-url {url}: no answer after {len(WAITS) + 1} attempts ({why}); what is done is kept, continue with --resume")
+            raise ConnectionError(f"no answer after {len(WAITS) + 1} attempts ({why}); what is done is kept, continue with --resume")
         time.sleep(wait)
+
+
+def content_of(choice) -> str:
+    """What a server's choice says, without its thinking; nothing, where it is of another form."""
+    message = choice.get("message") if isinstance(choice, dict) else None
+    content = message.get("content") if isinstance(message, dict) else None
+    return after_thinking(content).strip() if isinstance(content, str) else ""
 
 
 def option_logps(choice: dict, options: list) -> list:
     """The log-probability of each option from a server's reply; where it tells none, 0 for the option that it named. NaN if it named none.
 
-    The reply counts from its first word. An option that is several of the server's tokens is taken as named, without probabilities."""
-    word = re.match(r"\W*(\w+)", (choice.get("message") or {}).get("content") or "")
+    It names one as its first word, or after such words as "Answer:". Of "1" and "10", where the server may write the second as two tokens and
+    gives no probability for the whole, the named one is taken as it is."""
+    lead = r"\W*(?:boxed\W*|(?:the |final )*(?:answer|option|letter|score|rating)\W*(?:is\W*)?)?"
+    word = re.match(lead + r"(\w+)(?!\s+[a-z])", content_of(choice), re.IGNORECASE)
     if not word or word[1] not in options:
         return [math.nan] * len(options)
+    named = [0.0 if option == word[1] else -math.inf for option in options]
     bare = lambda token: re.sub(r"\W", "", token)
-    for token in (choice.get("logprobs") or {}).get("content") or []:
-        if bare(token["token"]):
-            if bare(token["token"]) != word[1]:
-                break
-            mass = [sum(math.exp(t["logprob"]) for t in token.get("top_logprobs") or [token] if bare(t["token"]) == option) for option in options]
-            return [math.log(m) if m else -math.inf for m in mass] if any(mass) else [0.0 if o == word[1] else -math.inf for o in options]
-    return [0.0 if option == word[1] else -math.inf for option in options]
+    tokens = (choice.get("logprobs") or {}).get("content") or []
+    begin = max((i + 1 for i, token in enumerate(tokens) if "</think>" in token["token"]), default=0)
+    token = next((token for token in tokens[begin:] if bare(token["token"]) == word[1]), None)
+    if token is None:
+        return named
+    likely = token.get("top_logprobs") or [token]
+    mass = {option: sum(math.exp(t["logprob"]) for t in likely if bare(t["token"]) == option) for option in options}
+    split = any(long != short and long.startswith(short) and not mass[long] for long in options for short in options)
+    return named if split or not any(mass.values()) else [math.log(m) if m else -math.inf for m in mass.values()]
 
 
 def url_judge(args) -> Judge:
-    """A server with OpenAI's protocol as judge."""
-    url, key, extras = args.judge_url.rstrip("/") + "/chat/completions", os.environ.get(args.judge_key, ""), dict(logprobs=True, top_logprobs=20)
+    """A server with OpenAI's protocol as judge. A request that it refuses as such (400) is an abstention."""
+    url, extras, spent = args.judge_url.rstrip("/") + "/chat/completions", dict(logprobs=True, top_logprobs=20), Counter()
+    if args.judge_key and not os.environ.get(args.judge_key, "").strip():
+        refuse("--judge-key: the environment has no variable of that name, or it is empty; the option takes the variable's name, not the key")
+    key = os.environ[args.judge_key].strip() if args.judge_key else ""
+    try:
+        body = json.loads(args.judge_body or "{}")
+    except ValueError as e:
+        refuse(f"--judge-body: is no JSON ({e})")
+    clean = lambda m: dict(m, content=re.sub(r"<\|.{1,40}?\|>", "", m["content"]))  # what a server might take for the end of a turn
 
     def chat(talk, **options) -> dict:
+        payload = dict(model=args.judge, messages=list(map(clean, as_messages(talk, "user"))), **options) | body
         try:
-            return post(url, key, dict(model=args.judge, messages=as_messages(talk, "user"), **options))["choices"][0]
+            reply = post(url, key, {k: v for k, v in payload.items() if v is not None})
         except urllib.error.HTTPError as e:
-            if e.code == 400 and "logprobs" in options and extras:
-                extras.clear()  # a server that gives no log-probabilities: from now on, letters alone
-                say(f"note: {args.judge_url} gives no log-probabilities; its labels are 0 or 1")
-                return chat(talk, **{k: v for k, v in options.items() if "logprobs" not in k})
-            refuse(f"--judge-url {args.judge_url}: replied {e.code} {e.reason}: {e.read()[:300].decode(errors='replace')}")
-        except (KeyError, IndexError, TypeError):
-            refuse(f"--judge-url {args.judge_url}: its reply has no choices; it must speak OpenAI's protocol (/chat/completions)")
+            said = e.read()[:300].decode(errors="replace")
+            if e.code == 400 and "logprobs" in options:
+                choice = chat(talk, **{k: v for k, v in options.items() if "logprobs" not in k})
+                if choice and extras:  # it was the log-probabilities: from now on, letters alone
+                    extras.clear()
+                    say(f"note: {args.judge_url} gives no log-probabilities; its labels are 0 or 1")
+                return choice
+            if e.code != 400:
+                raise ConnectionError(f"replied {e.code} {e.reason}: {said}") from e
+            if not spent["refused"]:
+                say(f"note: {args.judge_url} refused a request, which counts as an abstention: {said}")
+            spent["refused"] += 1
+            return {}
+        usage = reply.get("usage") if isinstance(reply, dict) else None
+        for name in ("prompt_tokens", "completion_tokens") if isinstance(usage, dict) else ():
+            spent[name] += usage.get(name) or 0
+        if not isinstance(reply, dict) or not reply.get("choices"):
+            raise ConnectionError(f"replied without choices, as OpenAI's protocol has them: {json.dumps(reply)[:300]}")
+        return reply["choices"][0]
 
     def several(function, *lists) -> list:
         with ThreadPoolExecutor(args.judge_requests) as pool:
-            return list(pool.map(function, *lists))
+            tasks = [pool.submit(function, *each) for each in zip(*lists)]
+            try:
+                return [task.result() for task in tasks]
+            except ConnectionError as e:
+                pool.shutdown(cancel_futures=True)
+                refuse(f"--judge-url {args.judge_url}: {e}")
 
     def ask(talks: list, options: list):
         found = several(lambda talk: option_logps(chat(talk, max_tokens=16, temperature=0, **extras), options), talks)
         logps = torch.tensor(found, dtype=torch.float32).view(len(talks), len(options))
+        if talks and RANK == 0:
+            show_first(spent, "questions", talks[0], ", ".join(f"{o} {p:.3f}" for o, p in zip(options, logps[0].exp().tolist())))
+        spent["questions"] += len(talks)
         return logps.where(logps.exp().sum(1, keepdim=True) >= args.min_mass, math.nan)
 
     def write(talks: list, keys: list, temperature: float):
         number = lambda name: int.from_bytes(hashlib.sha256(f"{args.seed}-{name}".encode()).digest()[:4], "little") >> 1
         found = several(lambda talk, name: chat(talk, max_tokens=args.judge_max_tokens, temperature=temperature, seed=number(name)), talks, keys)
-        return [(((choice.get("message") or {}).get("content") or "").strip(), choice.get("finish_reason") != "length") for choice in found]
+        wrote = [(content_of(choice), bool(choice) and choice.get("finish_reason") != "length") for choice in found]
+        if talks and RANK == 0:
+            show_first(spent, "texts", talks[0], wrote[0][0])
+        spent["texts"] += len(talks)
+        return wrote
 
-    return Judge(f"{args.judge} at {args.judge_url}", ask, write)
+    return Judge(f"{args.judge} at {args.judge_url}", ask, write, spent)
 
 
-def load_judge(args, device, dtype, **loaded) -> Judge:
+def load_judge(args, device, dtype, loaded: dict) -> Judge:
     """The judge that --judge names; loaded: models that are here already, by name."""
     if args.judge_url:
         if not re.match(r"https?://[^/]", args.judge_url):
             refuse(f"--judge-url {args.judge_url}: must begin with http:// or https:// and a host")
         return url_judge(args)
+    if args.judge in loaded:
+        say(f"note: {args.judge} judges its own answers")
     model, tokenizer = loaded.get(args.judge) or load_frozen(AutoModelForCausalLM, args.judge, device, dtype, token_logps)
     return local_judge(args.judge, model, tokenizer, args, device)
 
@@ -1573,6 +1702,9 @@ def load_prompts(args) -> dict:
     for name, text in own.items():
         if name not in PROMPTS or not isinstance(text, str):
             refuse(f"--prompts {args.prompts}: {name} must be one of {', '.join(PROMPTS)}, and text")
+        needed = set(re.findall(r"\{(talk|answer|a|b)\}", PROMPTS[name])) - set(re.findall(r"\{(\w+)\}", text))
+        if needed and not (needed <= {"talk", "answer"} and "{conversation}" in text):
+            refuse(f"--prompts {args.prompts}: {name} has no {{{'}, {'.join(sorted(needed))}}}, so that nothing could be judged by it")
     return PROMPTS | own
 
 
@@ -1597,8 +1729,13 @@ def talk_of(prompt) -> str:
     return prompt if isinstance(prompt, str) else conversation_text(prompt, "").removesuffix("assistant: ").rstrip("\n")
 
 
+def about(prompt, text: str) -> dict:
+    """The parts of a request about one answer."""
+    return dict(talk=talk_of(prompt), answer=text.strip(), conversation=conversation_text(prompt, text))
+
+
 def compare_pairs(judge: Judge, prompts: dict, principles: list, args, pairs: list) -> list:
-    """P(a > b) of pairs (key, prompt, a, b): dicts with its value in each order, first and second; that of each judgement, votes; principles.
+    """P(a > b) of pairs (key, prompt, a, b): dicts with its value with a as A, first, and as B, second; of each judgement, votes; principles.
 
     The order in which a pair is given changes nothing: its answers are first put in the order of the alphabet."""
     asked, keys = [], []
@@ -1620,9 +1757,9 @@ def compare_pairs(judge: Judge, prompts: dict, principles: list, args, pairs: li
     orders = torch.stack([first.softmax(-1)[..., 0], second.softmax(-1)[..., 1]]).where(~votes.isnan(), math.nan).nanmean(-1)  # [2, n]
     drawn, found = iter([parts["principle"] for parts in asked[::2]]), []
     for (_, _, a, b), (one, two), own in zip(pairs, orders.T.tolist(), votes.tolist()):
-        turned = (lambda p: 1 - p) if a > b else (lambda p: p)
-        by = [next(drawn) for _ in own]
-        found.append(dict(first=turned(one), second=turned(two), votes=[turned(p) for p in own], principles=by))
+        if a > b:  # a was the one called high: its first place is the other order's
+            one, two, own = 1 - two, 1 - one, [1 - p for p in own]
+        found.append(dict(first=one, second=two, votes=own, principles=[next(drawn) for _ in own]))
     return found
 
 
@@ -1634,25 +1771,23 @@ def judge_report(found: list) -> dict:
     decided = [c | dict(sign=1 if c["verdict"] == "a" else -1) for c in heard if c["verdict"] != "tie"]
     places = [c for c in heard if (c["first"] - 0.5) * (c["second"] - 0.5) < 0]
     uneven = [c | dict(longer=1 if c["lengths"][0] > c["lengths"][1] else -1) for c in decided if c["lengths"][0] != c["lengths"][1]]
-    side = lambda c: [p > 0.5 for p in c["votes"] if not math.isnan(p)]
+    votes = [combinations([p > 0.5 for p in c["votes"] if not math.isnan(p)], 2) for c in heard]
+    same = [x == y for two in votes for x, y in two]
     report = dict(comparisons=len(found), decided=len(decided), ties=len(heard) - len(decided), abstentions=len(found) - len(heard))
     report |= dict(
         same_position=len(places) / len(heard) if heard else math.nan,
         first_position=mean([c["first"] > 0.5 for c in places]),
         prefers_longer=mean([c["sign"] == c["longer"] for c in uneven]),
     )
-    if any(len(c["votes"]) > 1 for c in heard):
-        report["consistency"] = mean([max(mean(side(c)), 1 - mean(side(c))) for c in heard])
-    known = [c for c in decided if c["given"]]
+    report |= dict(consistency=mean(same)) if same else {}
+    known = [c for c in found if c["given"]]
     if known:
         report["given_longer"] = mean([c["given"] == c["longer"] for c in uneven if c["given"]])
-        report["agreement"] = mean([c["sign"] == c["given"] for c in known])
-        report["kinds"] = {}
-        for kind in sorted({c["kind"] for c in found}):
-            own = [c for c in found if c["kind"] == kind and c["given"]]
-            counts = Counter("tie" if c["verdict"] == "tie" else "abstain" if c["verdict"] == "abstain" else
-                             "agree" if (c["verdict"] == "a") == (c["given"] > 0) else "disagree" for c in own)  # fmt: skip
-            report["kinds"][kind] = {name: counts[name] for name in ("agree", "disagree", "tie", "abstain")}
+        report["agreement"] = mean([c["sign"] == c["given"] for c in decided if c["given"]])
+        said = lambda c: {"a": 1, "b": -1}.get(c["verdict"], c["verdict"])
+        names = lambda c: said(c) if isinstance(said(c), str) else "agree" if said(c) == c["given"] else "disagree"
+        counts = {kind: Counter(names(c) for c in known if c["kind"] == kind) for kind in sorted({c["kind"] for c in known})}
+        report["kinds"] = {kind: {name: own[name] for name in ("agree", "disagree", "tie", "abstain")} for kind, own in counts.items()}
     return report
 
 
@@ -1661,24 +1796,25 @@ def judge_report(found: list) -> dict:
 
 def label(args: LabelArgs):
     """Preferences from AI feedback."""
-    # 1. the judge, the policy if it is to answer, and the rows
-    reads = dict(model=args.model, judge="" if args.judge_url else args.judge, dataset=args.dataset, prompts=args.prompts, principles=args.principles)
-    device, dtype, out, done = begin_rows(args, **reads)
-    policy, tokenizer = load_answerer(args.model, args, device, dtype) if args.model else (None, None)
-    judge = load_judge(args, device, dtype, **({args.model: (policy, tokenizer)} if policy else {}))
-    prompts = load_prompts(args)
-    principles = load_principles(args, prompts)
-    items = load_items(args, tokenizer, room(policy, args.max_new_tokens) if policy else 0)
-    for item in items if policy else ():  # answers that the data set has do not count
+    # 1. the policy if it is to answer, the judge, and the rows
+    if args.model and args.k < 2:
+        refuse(f"--k {args.k}: one answer has nothing to be compared with; use 2 or more")
+    if args.clamp > 0.5:
+        refuse(f"--clamp {args.clamp}: must be at most 0.5, where nothing of a preference is left")
+    device, dtype, out, plan, done = begin_rows(args)
+    policies = {args.model: load_answerer(args.model, args, device, dtype)} if args.model else {}
+    judge, prompts = load_judge(args, device, dtype, policies), load_prompts(args)
+    principles, items = load_principles(args, prompts), load_items(args, *policies.values())
+    for item in items if policies else ():  # answers that the data set has do not count
         item |= dict(responses=[], scores=None)
-    if not policy and max(len(item["responses"]) for item in items) < 2:
+    if not policies and max(len(item["responses"]) for item in items) < 2:
         refuse(f"--dataset {args.dataset}: has no two answers to compare; pass --model to sample them")
 
-    for batch in batches(args, items, done, "label"):
+    for batch in batches(args, out, plan, items, done, "label"):
         # 2. the answers, no two alike, none cut off
-        for item, texts in zip(batch, policy_answers(policy, tokenizer, batch, args.k, args) if policy else []):
+        for item, texts in zip(batch, policy_answers(*policies[args.model], batch, args.k, args) if policies else []):
             item["cut"] = sum(not ended for _, ended in texts)
-            item["responses"] = [as_response(item["prompt"], text) for text in dict.fromkeys(text for text, ended in texts if ended and text)]
+            item["responses"] = [as_response(item["prompt"], text) for text in dict.fromkeys(usable(texts))]
         # 3. every two of them, in both orders
         pairs = [(item, i, j) for item in batch for i, j in combinations(range(len(item["responses"])), 2)]
         found = compare_pairs(judge, prompts, principles, args, [
@@ -1691,10 +1827,10 @@ def label(args: LabelArgs):
         keep(out, list(records.values()), done)
 
     # 5. soft preferences of pairs, or scores of K answers; what cannot be told apart is counted, not guessed
-    ranked, rows, found = (args.k if policy else max(len(item["responses"]) for item in items)) > 2, [], []
+    ranked, rows, found = (args.k if policies else max(len(item["responses"]) for item in items)) > 2, [], []
     for item in items:
         record, base = done[item["number"]], dict(item["columns"], prompt=item["prompt"], judge=judge.name)
-        base |= dict(policy=args.model) if policy else {}
+        base |= dict(policy=args.model) if policies else {}
         responses, wins = record["responses"], {}
         for c in record["pairs"]:
             said, (i, j) = verdict(c["first"], c["second"], args.orders, args.tie_margin), (c["i"], c["j"])
@@ -1712,39 +1848,40 @@ def label(args: LabelArgs):
             kept = [i for i, score in enumerate(scores) if not math.isnan(score)]
             if len({scores[i] for i in kept}) > 1:
                 rows.append(dict(base, completions=[responses[i] for i in kept], scores=[scores[i] for i in kept]))
-    report = dict(rows=len(items), labelled=len(rows), cut_off=sum(done[item["number"]]["cut"] for item in items), **judge_report(found))
-    complete(args, out, {"rankings.jsonl" if ranked else "pairs.jsonl": rows}, report)
+    report = dict(rows=len(items), labelled=len(rows), cut_off=sum(done[item["number"]]["cut"] for item in items))
+    report |= dict(nothing_to_compare=sum(not done[item["number"]]["pairs"] for item in items), **judge_report(found))
+    if RANK == 0:
+        (out / ("pairs.jsonl" if ranked else "rankings.jsonl")).unlink(missing_ok=True)  # of a run that this one replaces
+    complete(args, out, {"rankings.jsonl" if ranked else "pairs.jsonl": rows}, report, judge)
 
 
 def revise(args: ReviseArgs):
     """Critique and revision."""
     # 1. the policy, the critic, and the rows
-    reads = dict(model=args.model, judge="" if args.judge_url else args.judge, dataset=args.dataset, prompts=args.prompts, principles=args.principles)
-    device, dtype, out, done = begin_rows(args, **reads)
-    policy, tokenizer = load_answerer(args.model, args, device, dtype)
     args.judge = args.judge or args.model
-    critic, prompts = load_judge(args, device, dtype, **{args.model: (policy, tokenizer)}), load_prompts(args)
-    principles = load_principles(args, prompts)
-    items = load_items(args, tokenizer, room(policy, args.max_new_tokens))
+    device, dtype, out, plan, done = begin_rows(args)
+    policies = {args.model: load_answerer(args.model, args, device, dtype)}
+    critic, prompts = load_judge(args, device, dtype, policies), load_prompts(args)
+    principles, items = load_principles(args, prompts), load_items(args, *policies.values())
 
-    for batch in batches(args, items, done, "revise"):
+    for batch in batches(args, out, plan, items, done, "revise"):
         # 2. the policy's first answers, unless the data set has one
         asked = [item for item in batch if len(item["responses"]) != 1]
         texts = {item["number"]: text_of(item["responses"][0]) for item in batch if len(item["responses"]) == 1}
-        texts |= {item["number"]: found[0][0] for item, found in zip(asked, policy_answers(policy, tokenizer, asked, 1, args))}
+        texts |= {item["number"]: text_of(found[0][0]) for item, found in zip(asked, policy_answers(*policies[args.model], asked, 1, args))}
         records = {item["number"]: dict(number=item["number"], original=texts[item["number"]], revisions=[]) for item in batch}
         for i in range(args.rounds):
             # 3. a critique by a principle drawn anew, and a revision that takes the answer's place
             drawn = [random.Random(f"{args.seed}-{item['number']}-{i}").choice(principles) for item in batch]
             keys = [f"{item['number']}-{i}" for item in batch]
-            parts = [
-                dict(conversation=conversation_text(item["prompt"], text_of(texts[item["number"]])), principle=p) for item, p in zip(batch, drawn)
-            ]
-            talks = [as_messages(fill(prompts["critique"], **part), "user") for part in parts]
-            critiques = critic.write(talks, [f"critique-{key}" for key in keys], args.temperature)
-            talks = [t + as_messages(c) + as_messages(fill(prompts["revise"], **p), "user") for t, (c, _), p in zip(talks, critiques, parts)]
+            parts = [about(item["prompt"], going_on(item["prompt"], texts[item["number"]])) for item in batch]
+            asks, ends = ([fill(prompts[name], principle=p, **part) for p, part in zip(drawn, parts)] for name in ("critique", "revise"))
+            wrote = critic.write(asks, [f"critique-{key}" for key in keys], args.temperature)
+            critiques = [text_of(text) for text, _ in wrote]
+            talks = [as_messages(ask, "user") + as_messages(text) + as_messages(end, "user") for ask, text, end in zip(asks, critiques, ends)]
             revised = critic.write(talks, [f"revision-{key}" for key in keys], args.temperature)
-            for item, principle, (critique, _), (text, ended) in zip(batch, drawn, critiques, revised):
+            for item, principle, critique, (text, ended) in zip(batch, drawn, critiques, revised):
+                text = text_of(text)  # its thinking is about a critique that the data will not show
                 step = dict(round=i + 1, principle=principle, critique=critique, revision=text, used=bool(ended and text))
                 records[item["number"]]["revisions"].append(step)
                 texts[item["number"]] = text if step["used"] else texts[item["number"]]
@@ -1759,10 +1896,11 @@ def revise(args: ReviseArgs):
             counts["unusable" if not step["used"] else "unchanged" if step["revision"] == before else "changed"] += 1
             if step["used"]:
                 before = step["revision"]
-                made.append(dict(item["columns"], prompt=item["prompt"], completion=as_response(item["prompt"], before), original=record["original"],
-                                 principle=step["principle"], critique=step["critique"], round=step["round"], judge=critic.name))  # fmt: skip
+                row = dict(item["columns"], prompt=item["prompt"], completion=as_response(item["prompt"], going_on(item["prompt"], before)))
+                row |= {name: step[name] for name in ("principle", "critique", "round")} | dict(original=record["original"], judge=critic.name)
+                made.append(row)
         rows += made if args.keep == "all" else made[-1:]
-    complete(args, out, {"sft.jsonl": rows}, dict(rows=len(items), revisions=len(items) * args.rounds, **counts))
+    complete(args, out, {"sft.jsonl": rows}, dict(rows=len(items), revisions=len(items) * args.rounds, **counts), critic)
 
 
 def best_of_n(args: BestOfNArgs):
@@ -1772,30 +1910,35 @@ def best_of_n(args: BestOfNArgs):
         refuse("best-of-n needs somebody to score the answers: either --reward-model or --judge (which may be --model itself)")
     if args.n < 2:
         refuse(f"--n {args.n}: the best of one answer is no choice; use 2 or more")
-    reads = dict(model=args.model, judge="" if args.judge_url else args.judge, dataset=args.dataset, prompts=args.prompts, condition=args.condition)
-    device, dtype, out, done = begin_rows(args, **reads, **{f"reward_model {i}": name for i, name in enumerate(args.reward_model)})
-    policy, tokenizer = load_answerer(args.model, args, device, dtype)
+    device, dtype, out, plan, done = begin_rows(args)
+    policies = {args.model: load_answerer(args.model, args, device, dtype)} if args.model else {}
     prompts, conditions = load_prompts(args), load_conditions(args.condition)
-    judge = load_judge(args, device, dtype, **{args.model: (policy, tokenizer)}) if args.judge else None
-    models = load_reward_models(args, device, dtype)
-    items = load_items(args, tokenizer, room(policy, args.max_new_tokens))
+    judge = load_judge(args, device, dtype, policies) if args.judge else None
+    models, items = load_reward_models(args, device, dtype), load_items(args, *policies.values())
+    if not policies and max(len(item["responses"]) for item in items) < 2:
+        refuse(f"--dataset {args.dataset}: has no two answers to choose from; pass --model to sample them")
 
-    for batch in batches(args, items, done, "best of n"):
+    for batch in batches(args, out, plan, items, done, "best of n"):
         # 2. N answers to each prompt, those that came to an end
-        answers = policy_answers(policy, tokenizer, batch, args.n, args)
-        asked = [(item, k, text) for item, texts in zip(batch, answers) for k, (text, ended) in enumerate(texts) if ended and text]
+        answers = (
+            policy_answers(*policies[args.model], batch, args.n, args)
+            if policies
+            else [[(given_text(r), True) for r in i["responses"]] for i in batch]
+        )
+        asked = [(item, k, text) for item, texts in zip(batch, answers) for k, text in enumerate(usable(texts))]
+        read = [stripped(item["prompt"], after_thinking(text)) for item, _, text in asked]  # what a judge or reward model sees
         # 3. their scores
-        talks = [conversation_text(item["prompt"], text_of(text)) for item, _, text in asked]
+        parts = [about(item["prompt"], text) for (item, *_), text in zip(asked, read)]
         if models:
             rows = [Row([], [[]], None, item) for item, *_ in asked]
-            scores = sum(reward_scores(*model, conditions, args, device, rows, [text_of(text) for *_, text in asked]) for model in models).tolist()
+            scores = sum(reward_scores(*model, conditions, args, device, rows, read) for model in models).tolist()
         elif args.scale == "ten":
-            logps = judge.ask([fill(prompts["score"], conversation=talk) for talk in talks], TEN)
+            logps = judge.ask([fill(prompts["score"], **part) for part in parts], TEN)
             scores = expected_score(logps.softmax(-1)).tolist()
         else:
             J = args.judgements
             keys = [f"points-{item['number']}-{k}-{j}" for item, k, _ in asked for j in range(J)]
-            texts = judge.write([fill(prompts["points"], conversation=talk) for talk in talks for _ in range(J)], keys, 1.0)
+            texts = judge.write([fill(prompts["points"], **part) for part in parts for _ in range(J)], keys, 1.0)
             scores = torch.tensor([points(text) for text, _ in texts]).view(-1, J).nanmean(1).tolist()  # what cannot be read does not count
         # 4. on disk
         records = {item["number"]: dict(number=item["number"], answers=[]) for item in batch}
@@ -1806,9 +1949,9 @@ def best_of_n(args: BestOfNArgs):
     # 5. the best, the best and the worst, all; and the prompts that tell answers apart
     files, counts, means = {name: [] for name in ("sft.jsonl", "pairs.jsonl", "rankings.jsonl", "prompts.jsonl")}, Counter(), []
     for item in items:
-        answers = {text: score for text, score in done[item["number"]]["answers"] if not math.isnan(score)}
         every = [score for _, score in done[item["number"]]["answers"]]
-        counts["cut_off"] += args.n - len(every)
+        answers = {text: score for text, score in reversed(done[item["number"]]["answers"]) if not math.isnan(score)}  # of equal ones the first
+        counts["cut_off_or_empty"] += (args.n if policies else len(item["responses"])) - len(every)
         counts["unscored"] += sum(map(math.isnan, every))
         if not answers:
             counts["without answers"] += 1
@@ -1818,7 +1961,9 @@ def best_of_n(args: BestOfNArgs):
         if high - low < args.min_spread:
             counts["below --min-spread"] += 1
             continue
-        base = dict(item["columns"], prompt=item["prompt"], policy=args.model, scored_by=judge.name if judge else ", ".join(args.reward_model))
+        base = dict(
+            item["columns"], prompt=item["prompt"], policy=args.model or "given", scored_by=judge.name if judge else ", ".join(args.reward_model)
+        )
         respond = lambda text: as_response(item["prompt"], text)
         files["sft.jsonl"].append(dict(base, completion=respond(best), score=high))
         files["prompts.jsonl"].append(dict(item["columns"], prompt=item["prompt"], spread=high - low))
@@ -1829,7 +1974,8 @@ def best_of_n(args: BestOfNArgs):
             counts["all alike"] += 1
     low, mean, high = (sum(column) / max(1, len(means)) for column in zip(*means)) if means else (math.nan,) * 3
     report = dict(rows=len(items), kept=len(files["sft.jsonl"]), pairs=len(files["pairs.jsonl"]), score_worst=low, score_mean=mean, score_best=high)
-    complete(args, out, files, report | dict(kl_bound=math.log(args.n) - (args.n - 1) / args.n) | counts)
+    report |= dict(kl_bound=math.log(args.n) - (args.n - 1) / args.n) if policies else {}  # nats, of the best from the policy
+    complete(args, out, files, report | counts, judge)
 
 
 def load_reward_models(args, device, dtype) -> list:
@@ -1841,19 +1987,19 @@ def load_reward_models(args, device, dtype) -> list:
     return [load_frozen(AutoModelForSequenceClassification, name, device, dtype, response_scores, num_labels=1) for name in args.reward_model]
 
 
-def mean_hidden(self, forwards, lengths: list):
-    """The mean hidden state of each response's tokens but the last, of length 1 [R, d]. lengths: tokens of the responses."""
-    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards]).float()  # [N, d]
-    return F.normalize(torch.stack([part.mean(0) for part in hidden.split(lengths)]), dim=-1)
-
-
-def before_user(tokenizer, messages: list) -> list:
-    """Ids of a conversation up to where the user's next words begin."""
+def around_user(tokenizer, messages: list) -> tuple:
+    """The text of a conversation up to where the user's next words begin, and the first word of what follows these."""
     mark = "MARKTHEPLACE"
     text = tokenizer.apply_chat_template([*messages, dict(role="user", content=mark)], tokenize=False)
     if mark not in text:
         refuse("the chat template hides what a user says, so that no turn can be invented; use another model")
-    return tokenizer(text.partition(mark)[0], add_special_tokens=False).input_ids
+    before, _, after = text.partition(mark)
+    return before, (after.split() or [""])[0]
+
+
+def before_user(tokenizer, messages: list) -> list:
+    """Ids of a conversation up to where the user's next words begin; a space there belongs to the first of these."""
+    return tokenizer(around_user(tokenizer, messages)[0].rstrip(" "), add_special_tokens=False).input_ids
 
 
 def synthesise(args: SynthesiseArgs):
@@ -1863,26 +2009,28 @@ def synthesise(args: SynthesiseArgs):
         refuse("--min-quality and --min-difficulty need a --judge to rate (which may be --model itself)")
     if args.min_reward is not None and not args.reward_model:
         refuse("--min-reward needs a --reward-model")
-    reads = dict(model=args.model, judge="" if args.judge_url else args.judge, prompts=args.prompts)
-    device, dtype, out, done = begin_rows(args, **reads, **{f"reward_model {i}": name for i, name in enumerate(args.reward_model)})
-    tokenizer = load_tokenizer(args.model)
-    policy = load_model(AutoModelForCausalLM, args.model, tokenizer, device, dtype)
-    check_head(policy, args.model, device)
-    policy = shard(policy.requires_grad_(False), dtype, token_logps, mean_hidden)
+    if not args.rows:
+        refuse("--rows 0: how many conversations shall be written?")
+    device, dtype, out, plan, done = begin_rows(args)
+    policy, tokenizer = load_answerer(args.model, args, device, dtype)
     prompts, special = load_prompts(args), special_tokens(tokenizer)
-    judge = load_judge(args, device, dtype, **{args.model: (policy, tokenizer)}) if args.judge else None
+    judge = load_judge(args, device, dtype, {args.model: (policy, tokenizer)}) if args.judge else None
     models, longest = load_reward_models(args, device, dtype), room(policy, args.max_new_tokens)
     ends = sorted({*all_stops(policy, tokenizer), *special})  # a user's turn ends at any of them
-    items = [dict(number=number) for number in range(args.rows or refuse("--rows 0: how many conversations shall be written?"))]
+    opening = [dict(role="system", content=args.system)] if args.system else []
+    before, mark = around_user(tokenizer, opening)
+    items = [dict(number=number) for number in range(args.rows)]
 
-    for batch in batches(args, items, done, "synthesise"):
-        talks = [[dict(role="system", content=args.system)] if args.system else [] for _ in batch]
+    for batch in batches(args, out, plan, items, done, "synthesise"):
+        talks = [opening for _ in batch]
         whole = [True] * len(batch)
         for turn in range(args.turns):
             # 2. the user's turn, from the template alone
             asked = [asked_row(before_user(tokenizer, talk)[-longest:], "") for talk in talks]
             keys = [f"user-{turn}-{item['number']}" for item in batch]
             said = write_texts(policy, tokenizer, asked, keys, args, args.max_new_tokens, args.temperature, args.top_p, stops=ends)
+            said = [(text.partition(mark)[0], ended or mark in text) if mark else (text, ended) for text, ended in said]
+            said = [(text.removeprefix(" ") if before.endswith(" ") else text, ended) for text, ended in said]
             talks = [[*talk, dict(role="user", content=text)] for talk, (text, _) in zip(talks, said)]
             # 3. the answer to it
             asked = [asked_row(render(tokenizer, talk, answer_next=True)[-longest:], talk) for talk in talks]
@@ -1895,7 +2043,7 @@ def synthesise(args: SynthesiseArgs):
         rated = dict(quality=[None] * len(batch), difficulty=[None] * len(batch), reward=[None] * len(batch))
         for name in ("quality", "difficulty") if judge else ():
             logps = judge.ask([fill(prompts[name], talk=text) for text in first], TEN)
-            rated[name] = (expected_score(logps.softmax(-1)) * 4.5 + 5.5).tolist()
+            rated[name] = [None if math.isnan(score) else score * 4.5 + 5.5 for score in expected_score(logps.softmax(-1)).tolist()]
         if models:
             rows = [Row([], [[]], None, dict(prompt=talk[:-1], kind="")) for talk in talks]
             rated["reward"] = sum(reward_scores(*model, {}, args, device, rows, [text_of(t[-1:]) for t in talks]) for model in models).tolist()
@@ -1941,22 +2089,20 @@ def synthesise(args: SynthesiseArgs):
     good = [dict(messages=r["messages"], policy=args.model, quality=r["quality"], reward=r["reward"]) for r in raw if not r["dropped"]]
     files = {"sft.jsonl": good, "prompts.jsonl": [dict(prompt=row["messages"][:-1]) for row in good], "raw.jsonl": raw}
     report = dict(written=args.rows, kept=len(good), median_distance=distances, **{f"dropped: {why}": n for why, n in counts.items() if why})
-    if not good:
+    if not good:  # then raw.jsonl would hide that nothing is left
         files.pop("raw.jsonl")
-    complete(args, out, files, report)
+    complete(args, out, files, report, judge)
 
 
 def compare_policies(args: CompareArgs):
     """The win rate of A over B."""
     # 1. two policies, the judge, and the rows
-    reads = dict(model=args.model, against=args.against, judge="" if args.judge_url else args.judge, dataset=args.dataset)
-    device, dtype, out, done = begin_rows(args, **reads, prompts=args.prompts, principles=args.principles)
+    device, dtype, out, plan, done = begin_rows(args)
     policies = {name: load_answerer(name, args, device, dtype) for name in dict.fromkeys((args.model, args.against))}
-    judge, prompts = load_judge(args, device, dtype, **policies), load_prompts(args)
-    principles = load_principles(args, prompts)
-    items = load_items(args, policies[args.model][1], min(room(policy, args.max_new_tokens) for policy, _ in policies.values()))
+    judge, prompts = load_judge(args, device, dtype, policies), load_prompts(args)
+    principles, items = load_principles(args, prompts), load_items(args, *policies.values())
 
-    for batch in batches(args, items, done, "compare"):
+    for batch in batches(args, out, plan, items, done, "compare"):
         # 2. an answer of each
         answers = [[texts[0] for texts in policy_answers(*policies[name], batch, 1, args)] for name in (args.model, args.against)]
         # 3. which is better, in both orders; two that are alike tie
@@ -1988,27 +2134,27 @@ def compare_policies(args: CompareArgs):
         report[f"{name}_cut_off"] = sum(not c["ended"][i] for c in found)
     kinds = {kind: interval([o for k, o in outcomes if k == kind]) for kind in sorted({kind for kind, _ in outcomes})}
     report["kinds"] = {kind: dict(zip(("win_rate", "low", "high"), ends)) for kind, ends in kinds.items()}
-    complete(args, out, {"comparisons.jsonl": rows}, report | judge_report(found))
+    complete(args, out, {"comparisons.jsonl": rows}, report | judge_report(found), judge)
     say(f"{args.model} against {args.against}: wins {mean:.3f} ({low:.3f} to {high:.3f}) of {len(outcomes)}, ties half")
 
 
 def audit(args: AuditArgs):
     """What labels are worth."""
     # 1. the judge, and pairs whose better answer is known
-    reads = dict(judge="" if args.judge_url else args.judge, dataset=args.dataset, prompts=args.prompts, principles=args.principles)
-    device, dtype, out, done = begin_rows(args, **reads)
-    judge, prompts = load_judge(args, device, dtype), load_prompts(args)
-    principles, items = load_principles(args, prompts), load_items(args)
-    pairs = [(item, i, j) for item in items for i, j in combinations(range(len(item["responses"])), 2)]
-    gap = lambda item, i, j: item["gap"] if item["gap"] is not None else item["scores"][i] - item["scores"][j]
-    pairs = [
-        (item, i, j) for item, i, j in pairs if item["scores"] and item["scores"][i] != item["scores"][j] and abs(gap(item, i, j)) >= args.min_gap
-    ]
+    device, dtype, out, plan, done = begin_rows(args)
+    judge, prompts = load_judge(args, device, dtype, {}), load_prompts(args)
+    principles, pairs = load_principles(args, prompts), []
+    for item in load_items(args):
+        for i, j in combinations(range(len(item["responses"])), 2):
+            known = item["scores"][i] - item["scores"][j] if item["scores"] else 0
+            gap = known if item["gap"] is None else item["gap"]  # of chosen and rejected, where the data set has their scores
+            if known and gap * (1 if known > 0 else -1) >= args.min_gap:
+                pairs.append((item | dict(gap=abs(gap)), i, j))
     items = [dict(number=number, item=item, i=i, j=j) for number, (item, i, j) in enumerate(pairs)]
     if not items:
         refuse(f"--dataset {args.dataset}: has no pair whose better answer is known (chosen and rejected, or completions and scores)")
 
-    for batch in batches(args, items, done, "audit"):
+    for batch in batches(args, out, plan, items, done, "audit"):
         # 2. each of them, in both orders
         asked = [(f"{p['number']}", p["item"]["prompt"], *(text_of(p["item"]["responses"][p[k]]) for k in "ij")) for p in batch]
         found = compare_pairs(judge, prompts, principles, args, asked)
@@ -2022,19 +2168,18 @@ def audit(args: AuditArgs):
         known = item["scores"][p["i"]] - item["scores"][p["j"]]
         lengths = [len(text_of(item["responses"][p[k]])) for k in "ij"]
         said = verdict(c["first"], c["second"], args.orders, args.tie_margin)
-        found.append(dict(c, verdict=said, given=1 if known > 0 else -1, kind=item["kind"], lengths=lengths, gap=abs(gap(item, p["i"], p["j"]))))
+        found.append(dict(c, verdict=said, given=1 if known > 0 else -1, kind=item["kind"], lengths=lengths, gap=item["gap"]))
     report = judge_report(found)
     if RANK == 0:
         draw_audit(out, found, report)
-    complete(args, out, {}, report)
+    complete(args, out, {}, report, judge)
 
 
 def weigh(args: WeighArgs):
     """A rubric's rewards, fitted."""
     # 1. the judge, the reward models, and answers whose order is known
-    reads = dict(judge="" if args.judge_url else args.judge, dataset=args.dataset, prompts=args.prompts, rubric=args.rubric, condition=args.condition)
-    device, dtype, out, done = begin_rows(args, **reads, **{f"reward_model {i}": name for i, name in enumerate(args.reward_model)})
-    judge, models, conditions = load_judge(args, device, dtype), load_reward_models(args, device, dtype), load_conditions(args.condition)
+    device, dtype, out, plan, done = begin_rows(args)
+    judge, models, conditions = load_judge(args, device, dtype, {}), load_reward_models(args, device, dtype), load_conditions(args.condition)
     rubric = load_rubric(args.rubric)
     options, kinds = list(rubric.get("options", {})), list(rubric.get("reward", {}))
     if not options or not models:
@@ -2044,9 +2189,9 @@ def weigh(args: WeighArgs):
     if not items:
         refuse(f"--dataset {args.dataset}: has no labelled answers whose kind is one of the rubric's: {', '.join(rubric['reward'])}")
 
-    for batch in batches(args, items, done, "weigh"):
+    for batch in batches(args, out, plan, items, done, "weigh"):
         # 2. the reward models' scores and the probabilities of the rubric's options, by answer
-        asked = [(item, text_of(response)) for item in batch for response in item["responses"]]
+        asked = [(item, stripped(item["prompt"], after_thinking(given_text(response)))) for item in batch for response in item["responses"]]
         scores = sum(
             reward_scores(*m, conditions, args, device, [Row([], [[]], None, i) for i, _ in asked], [text for _, text in asked]) for m in models
         )
@@ -2080,11 +2225,12 @@ def weigh(args: WeighArgs):
         rubric_hinge(weights[kind], *columns, margin=args.margin).backward()
         optimizer.step()
     after = wrong()
-    table = {k: {o: round(w, 4) for o, w in zip(options, row)} for k, row in zip(kinds, weights.tolist())}
+    centred = weights - weights.mean(1, keepdim=True)  # an answer's probabilities sum to 1, so that a constant says nothing
+    table = {k: {o: round(w, 4) for o, w in zip(options, row)} for k, row in zip(kinds, centred.tolist())}
     if RANK == 0:
         write_json(out / "rubric.json", rubric | dict(reward=table))
     report = dict(pairs=len(pairs), abstentions=skipped - len(pairs), hinge_before=before[0], hinge_after=after[0])
-    complete(args, out, {}, report | dict(misordered_before=before[1], misordered_after=after[1], reward=table))
+    complete(args, out, {}, report | dict(misordered_before=before[1], misordered_after=after[1], reward=table), judge)
 
 
 def misordered(weights, better, worse, better_features, worse_features) -> float:
@@ -2137,7 +2283,12 @@ def main(args: Args):
         AuditArgs: audit,
         WeighArgs: weigh,
     }
-    commands[type(args)](args)
+    if args.judge_url and not args.judge:
+        refuse("--judge-url needs --judge, the model's name there")
+    try:
+        commands[type(args)](args)
+    except TemplateError as e:
+        refuse(f"a chat template refuses a conversation that it was given ({e}); leave out --system or --condition, or use another model")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Three ways of reinforcement learning from AI feedback on the grid world, side by side. After fine-tuning no human labels anything: one model
-# is the policy that starts and the judge, and each way makes another use of its judgements.
-#   distilled        it compares its own answers two by two, in both orders; a reward model learns their ranking; PPO (RLAIF, Lee et al. 2023,
+# Three ways of reinforcement learning from AI feedback on the grid world, side by side, from one start. After fine-tuning no person labels
+# anything: the judge is the policy's own checkpoint.
+#   distilled        its answers are compared two by two, in both orders; a reward model learns the rankings; PPO (RLAIF, Lee et al. 2023,
 #                    arXiv 2309.00267)
-#   direct           PPO on the score from 1 to 10 that it expects to give (the same paper; no reward model)
+#   direct           PPO on the score of 1 to 10 that the judge expects to give, with no reward model (the same paper)
 #   self-rewarding   three rounds: 4 answers to a prompt, the best and the worst by the policy's own scores, DPO on them; the next policy is
-#                    also the next judge (Yuan et al. 2024, arXiv 2401.10020)
+#                    the next judge too (Yuan et al. 2024, arXiv 2401.10020)
 #
-# What it must show: the judge agrees with people in 85% or more of the clear pairs on which it does not contradict itself; each way beats its
-# start on the true score; self-rewarding rises over its rounds. What becomes of its skill as a judge (column judge), which DPO on answers
-# does not train, is printed.
+# What it must show: the judge agrees with people in 85% or more of the clear pairs in which its two orders agree; each way beats its start on the
+# true score; self-rewarding rises over its rounds. What becomes of the policy's skill as a judge of pairs, which DPO does not train, is printed.
 #
-# The judge has first to learn to give scores. The fine-tuning with judge's tasks alone leaves it sure about pairs, but of two valid walks its
-# scores found the better one in 0.51 of cases; four more passes over the scoring tasks, with demonstrations beside them, make it @S@.
+# Scores are harder to give than preferences: after the fine-tuning with judge's tasks, the better of two valid walks got the higher score in
+# 0.51 of cases. Four more passes over the scoring tasks, beside demonstrations, make it 0.85, and cost some of the skill with pairs. So the
+# judge of pairs is the checkpoint before this practice, the judge that gives scores the one after, where also all three ways start.
 #
-#   Lee et al.    judge PaLM 2 L, larger than the policy; REINFORCE with a baseline, KL 0.05, batch 128, T 0.9, 8 epochs; RM 2 to 3 epochs
-#   Yuan et al.   Llama 2 70B; 0 to 5 additive points in words, 3 judgements; 4 answers; DPO beta 0.1, batch 16; 2 rounds, of 3,964 and 6,942
+#   Lee et al.    a judge larger than the policy; REINFORCE with a baseline, KL 0.05, batch 128, T 0.9, 8 epochs; reward model 2 to 3 epochs
+#   Yuan et al.   Llama 2 70B; 0 to 5 points, given in words, 3 judgements; 4 answers; DPO beta 0.1, batch 16; 2 rounds, of 3,964 and 6,942
 #                 pairs, on new prompts
-#   here          the judge is of the policy's size; PPO as in instructgpt.sh, direct with KL @K@ and weight @J@; expected scores 1 to 10;
-#                 DPO lr @L@, beta 0.1, batch 64, likelihood term @C@; 3 rounds on 2,000 prompts each, drawn from 4,000
+#   here          judge and policy of one size; 2,000 prompts x 4 answers for the reward model, and again in each round; PPO as in
+#                 instructgpt.sh, its KL 0.2, direct 0.05; DPO lr 2e-4, beta 0.1, batch 64, 1 epoch, likelihood term 0.2
 # The settings were chosen by trying @N@ on seed 0, on the same held-out grids.
 #
 # SEEDS="0 1 2" runs three seeds; STEPS=tiny shrinks every stage to a few steps and prints the claim without judging it.
@@ -58,7 +58,7 @@ for seed in ${SEEDS:-0}; do
 
     say "what its judgements are worth, against people's"
     ask="--prompts $data/requests.json --resume"
-    python rlaif.py audit --judge $start --dataset $data/test_preferences.jsonl --min-gap 0.5 --seed $seed --output-dir $out/audit $ask
+    python rlaif.py audit --judge $runs/judge --dataset $data/test_preferences.jsonl --min-gap 0.5 --seed $seed --output-dir $out/audit $ask
 
     answer="--dataset $data/prompts.jsonl --rows $(tiny && echo 60 || echo 2000) --max-new-tokens 24"
     self_rewarding() {
@@ -79,7 +79,7 @@ for seed in ${SEEDS:-0}; do
     self_rewarding > $out/self-rewarding.log 2>&1 &
     other=$!
     say "distilled: the judge's rankings of the policy's answers, a reward model on them, PPO"
-    python rlaif.py label --model $start --judge $start --k 4 --orders average --output-dir $out/labels --seed $seed $answer $ask
+    python rlaif.py label --model $start --judge $runs/judge --k 4 --orders average --output-dir $out/labels --seed $seed $answer $ask
     python reward_model.py --model $start --dataset $out/labels/rankings.jsonl --output-dir $out/reward_model --seed $seed --resume $(few 8) \
         --learning-rate 1e-3 --epochs 2
     ppo --reward-model $out/reward_model --kl-coef 0.2 --output-dir $out/distilled
@@ -88,7 +88,7 @@ for seed in ${SEEDS:-0}; do
     wait $other || { cat $out/self-rewarding.log; exit 2; }
 
     say "the judge's own view: the last round against the start"
-    python rlaif.py compare $out/self-3 $start --judge $start --dataset $data/test.jsonl --max-new-tokens 24 --seed $seed --output-dir $out/compare $ask
+    python rlaif.py compare $out/self-3 $start --judge $runs/judge --dataset $data/test.jsonl --max-new-tokens 24 --seed $seed --output-dir $out/compare $ask
 
     say "every policy on one scale"
     python gridworld.py score $start $out/{distilled,direct,self-1,self-2,self-3} --data $data --output $runs/rlaif.png --csv $runs/rlaif.csv

@@ -23,7 +23,7 @@ import sft
 import torch
 from conftest import tiny_config
 from rlaif import Judge, Row
-from test_plumbing import CPU, TEMPLATES, dressed, jsonl, on_ranks, snapshot, talk  # noqa: F401
+from test_plumbing import CPU, dressed, jsonl, on_ranks, snapshot, talk  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 f64 = lambda *values: torch.tensor(values, dtype=torch.float64)
@@ -102,7 +102,6 @@ def test_points_are_the_last_score_that_was_written_and_never_a_guess(text):
     near(rlaif.points(text), POINTS[text], 0)
 
 
-@pytest.mark.xfail(strict=True, reason="the minus is taken for punctuation: -1 is read as 1")
 def test_negative_points_are_not_positive_ones():
     assert math.isnan(rlaif.points("Score: -1"))
 
@@ -180,8 +179,8 @@ def test_a_prompt_is_filled_in_once():
 
 
 def test_every_prompt_has_the_parts_that_it_is_given():
-    need = dict(principle="", compare="talk a b principle", reason="talk a b principle", conclude="principle", critique="conversation principle")
-    need |= dict(revise="", score="conversation", points="conversation", quality="talk", difficulty="talk")
+    need = dict(principle="", compare="talk a b principle", reason="talk a b principle", conclude="principle", critique="talk answer principle")
+    need |= dict(revise="", score="talk answer", points="talk answer", quality="talk", difficulty="talk")
     assert {name: set(re.findall(r"\{(\w+)\}", text)) for name, text in rlaif.PROMPTS.items()} == {k: set(v.split()) for k, v in need.items()}
 
 
@@ -275,6 +274,8 @@ def test_a_number_of_two_tokens_counts_as_named():
     near([math.exp(p) for p in rlaif.option_logps(ten, rlaif.TEN)], [0.0] * 9 + [1.0])
     one = served("1", ("1", {"1": 0.9, "10": 0.06, "2": 0.04}))
     near([math.exp(p) for p in rlaif.option_logps(one, rlaif.TEN)], [0.9, 0.04, *[0.0] * 7, 0.06])
+    begun = served("1", ("1", {"1": 0.9, "2": 0.1}))  # who knows how much of it is the beginning of 10
+    near([math.exp(p) for p in rlaif.option_logps(begun, rlaif.TEN)], [1.0] + [0.0] * 9)
 
 
 # ------------------------------------------------------------------------------------------------------------- models for all that
@@ -472,7 +473,7 @@ def test_both_orders_of_a_pair_are_asked_by_hand(talker):
     text = lambda a, b: [dict(role="user", content=rlaif.PROMPTS["compare"].format(a=a, b=b, **fields))]
     letters = lambda a, b: f64(*(by_hand(talker, text(a, b), letter) for letter in "AB")).softmax(-1)
     first, second = letters("up", "right")[0].item(), letters("right", "up")[1].item()
-    assert sorted([found["first"], found["second"]]) == pytest.approx(sorted([first, second]), abs=1e-5)
+    near([found["first"], found["second"]], [first, second], 1e-5)
     near(found["votes"], [(first + second) / 2], 1e-5)
 
 
@@ -522,14 +523,16 @@ def fake(ask=None, write=None):
         wrote.extend(zip(talks, keys, [temperature] * len(keys)))
         return [(write(talk if isinstance(talk, str) else talk[-1]["content"], key), True) for talk, key in zip(talks, keys)]
 
-    judge = Judge("fake", asking, writing)
-    return judge, heard, wrote
+    return Judge("fake", asking, writing, Counter()), heard, wrote
 
 
 def pairs_of(n: int) -> list:
     generator = random.Random(5)
     words = ["up", "right", "No", "so", "Ann", "the path is safe", "I read it", "12"]
-    return [(f"{i}", talk(f"Question {i}"), *(" ".join(generator.choices(words, k=4)) + f" {j}{i}" for j in generator.sample(range(9), 2))) for i in range(n)]
+    return [
+        (f"{i}", talk(f"Question {i}"), *(" ".join(generator.choices(words, k=4)) + f" {j}{i}" for j in generator.sample(range(9), 2)))
+        for i in range(n)
+    ]
 
 
 def test_swapping_every_pair_changes_nothing_bit_for_bit(talker):
@@ -561,7 +564,7 @@ def test_several_judgements_are_averaged_without_those_that_gave_no_letter():
     for principles in (["one"], ["two"], ["none"]):
         (found,) = rlaif.compare_pairs(judge, SHORT, principles, rlaif.LabelArgs(judgements=3), [("0", "Q", "a", "b")])
         p = chances[principles[0]][0]
-        near([found["first"], found["second"], *found["votes"]], [p, 1 - p, *[0.5 * p / p] * 3], 1e-6)
+        near([found["first"], found["second"], *found["votes"]], [p, 1 - p, *[(p + 1 - p) / 2] * 3], 1e-6)
     drawn = [random.Random(f"0-4-{j}").choice(list(chances)) for j in range(9)]
     assert set(drawn) == set(chances)
     (found,) = rlaif.compare_pairs(judge, SHORT, list(chances), rlaif.LabelArgs(judgements=9), [("4", "Q", "a", "b")])
@@ -599,7 +602,10 @@ def test_a_row_knows_the_principles_it_was_labelled_by(ai, ruled):
 def test_reasoning_comes_between_the_question_and_the_letter():
     judge, heard, wrote = fake(lambda text: (0.7, 0.3), lambda text, key: f"because of {key}")
     rlaif.compare_pairs(judge, SHORT, ["is safe"], rlaif.LabelArgs(reasoning=True), [("3", "Q", "a", "b")])
-    assert [t for *_, t in wrote] == [0.0, 0.0] and [talk[0]["content"] for talk, *_ in wrote] == ["Q|A: a|B: b|why is safe?", "Q|A: b|B: a|why is safe?"]
+    assert [t for *_, t in wrote] == [0.0, 0.0] and [talk[0]["content"] for talk, *_ in wrote] == [
+        "Q|A: a|B: b|why is safe?",
+        "Q|A: b|B: a|why is safe?",
+    ]
     keys = [key for _, key, _ in wrote]
     assert len(set(keys)) == 2 and heard == [talk(w[0]["content"], f"because of {key}", "So is safe?") for w, key, _ in wrote]
     wrote.clear()
@@ -635,7 +641,9 @@ def test_label_gives_soft_preferences_in_the_order_of_the_judge(ai, ruled, tiny_
         if said in "ab":
             expected.append((i, *((a, b, p) if said == "a" else (b, a, 1 - p))))
     assert verdicts["tie"] and verdicts["a"] and verdicts["b"]
-    assert [(row["id"], row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows] == [(f"row {i}", a, b) for i, a, b, _ in expected]
+    assert [(row["id"], row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows] == [
+        (f"row {i}", a, b) for i, a, b, _ in expected
+    ]
     near([row["probability"] for row in rows], [p for *_, p in expected], 1e-6)
     for row, (i, *_) in zip(rows, expected):
         assert row["kind"] == "ab"[i % 2] and row["prompt"] == talk(QUESTIONS[i]) and row["judge"] and set(row) >= {*pair(0), "probability", "judge"}
@@ -661,7 +669,14 @@ def test_the_report_is_the_rows_counted(ai, ruled):
     heard = [c for c in all_ if c not in abstained]
     decided = [c for c in heard if c["said"] != "tie"]
     assert len(abstained) == 1 and len(heard) > len(decided) > 1
-    assert [report[k] for k in "rows comparisons decided ties abstentions labelled".split()] == [6, 6, len(decided), len(heard) - len(decided), 1, len(decided)]
+    assert [report[k] for k in "rows comparisons decided ties abstentions labelled".split()] == [
+        6,
+        6,
+        len(decided),
+        len(heard) - len(decided),
+        1,
+        len(decided),
+    ]
     places = [c for c in heard if (c["first"] - 0.5) * (c["second"] - 0.5) < 0]
     near(report["same_position"], len(places) / len(heard))
     near(report["agreement"], sum(c["said"] == "a" for c in decided) / len(decided))
@@ -674,16 +689,18 @@ def test_the_report_is_the_rows_counted(ai, ruled):
     assert 0 <= report["first_position"] <= 1 and "consistency" not in report
 
 
-def test_consistency_is_the_larger_share_of_votes():
-    found = [dict(first=0.7, second=0.6, votes=votes, verdict="a", lengths=[2, 1], kind="", given=0) for votes in ([0.9, 0.8, 0.2], [0.9, nan, 0.7])]
-    near(rlaif.judge_report(found)["consistency"], (2 / 3 + 1) / 2)
-    found.append(dict(first=nan, second=nan, votes=[nan] * 3, verdict="abstain", lengths=[2, 1], kind="", given=0))
-    near(rlaif.judge_report(found)["consistency"], (2 / 3 + 1) / 2)
+def test_consistency_is_the_share_of_two_judgements_that_agree():
+    heard = dict(first=0.7, second=0.6, verdict="a", lengths=[2, 1], kind="", given=0)
+    found = [dict(heard, votes=votes) for votes in ([0.9, 0.8, 0.2, 0.7], [0.1, nan, 0.2], [0.1, 0.7, 0.2])]  # 3 of 6, 1 of 1, 1 of 3
+    near(rlaif.judge_report(found)["consistency"], 5 / 10)
+    found.append(dict(heard, first=nan, second=nan, votes=[nan] * 3, verdict="abstain"))
+    near(rlaif.judge_report(found)["consistency"], 5 / 10)
     assert rlaif.judge_report(found)["abstentions"] == 1 and "agreement" not in rlaif.judge_report(found)
+    assert "consistency" not in rlaif.judge_report([dict(heard, votes=[0.9])])
 
 
-@pytest.mark.parametrize("letter, share", [("A", 1.0), ("B", 0.0)])
-def test_peers_a_judge_of_places_yields_ties_only_and_exit_code_2(letter, share, ai, ruled, capsys):
+@pytest.mark.parametrize("letter", "AB")
+def test_peers_a_judge_of_places_yields_ties_only_and_exit_code_2(letter, ai, ruled, capsys):
     ruled(lambda *_: 0.99 if letter == "A" else 0.01)
     for orders in ("agree", "average"):
         assert "no row is left" in sentence(lambda: ai("label", orders=orders, overwrite=True), capsys)
@@ -693,13 +710,11 @@ def test_peers_a_judge_of_places_yields_ties_only_and_exit_code_2(letter, share,
 
 
 @pytest.mark.parametrize("letter, share", [("A", 1.0), ("B", 0.0)])
-@pytest.mark.xfail(strict=True, reason="first_position: of a pair whose first answer comes later in the alphabet, first and second change places")
 def test_the_place_that_a_judge_prefers_is_named(letter, share, ai, ruled):
     ruled(lambda *_: 0.99 if letter == "A" else 0.01)
     assert ai("audit").report["first_position"] == share
 
 
-@pytest.mark.xfail(strict=True, reason="judge_report: kinds are counted only where at least one verdict was decided")
 def test_kinds_are_counted_also_where_all_are_ties(ai, ruled):
     ruled(lambda *_: 0.99)
     assert ai("audit").report["kinds"] == {kind: dict(agree=0, disagree=0, tie=3, abstain=0) for kind in "ab"}
@@ -746,14 +761,14 @@ def test_reasoning_clamps_the_probability_to_two_fifths_and_three_fifths(ai, mon
             found.append([math.log(chance), math.log(1 - chance)])
         return torch.tensor(found)
 
-    monkeypatch.setattr(rlaif, "load_judge", lambda *_, **__: Judge("fake", ask, judge.write))
+    monkeypatch.setattr(rlaif, "load_judge", lambda *_, **__: Judge("fake", ask, judge.write, Counter()))
     answers = dict(chosen=[dict(role="assistant", content="a")], rejected=[dict(role="assistant", content="b")])
     jsonl(Path("two.jsonl"), [pair(0, **answers), pair(1, **answers)])
     done = ai("label", dataset="two.jsonl", reasoning=True, judgements=5)
     one, two = done.rows("pairs.jsonl")
     near([one["probability"], two["probability"]], [0.6, 0.6])  # of the second the other answer is chosen: 1 - .4
     assert one["chosen"][0]["content"] == "a" and two["chosen"][0]["content"] == "b"
-    near(done.report["consistency"], (0.8 + 1) / 2)
+    near(done.report["consistency"], (6 + 10) / 20)
     by_key.clear()
     chances = iter([0.99, 0.97, 0.02, 0.95, 0.99] + [0.2] * 5)
     done = ai("label", dataset="two.jsonl", reasoning=True, judgements=5, clamp=0.0, output_dir="free")
@@ -818,6 +833,15 @@ def test_an_empty_answer_is_no_answer(ai, ruled, talker, monkeypatch, capsys):
     monkeypatch.setattr(rlaif, "policy_answers", lambda policy, tokenizer, items, n, args: [[("", True), ("up we go", True)][:n] for _ in items])
     assert "no row is left" in sentence(lambda: ai("label", dataset="prompts.jsonl", model=talker, max_new_tokens=8), capsys)
     assert result("out").report["comparisons"] == 0
+
+
+def test_with_a_policy_the_answers_of_the_data_set_do_not_count(ai, ruled, talker, monkeypatch):
+    heard = ruled()
+    answers = [("up", True), ("No, I cannot help with that", True), ("up", True), ("right", False)]
+    monkeypatch.setattr(rlaif, "policy_answers", lambda policy, tokenizer, items, n, args: [answers[:n] for _ in items])
+    done = ai("label", model=talker, k=4, max_new_tokens=8)
+    assert "agreement" not in done.report and done.report["cut_off"] == 6 and done.report["comparisons"] == 6 and len(heard) == 12
+    assert [[c[0]["content"] for c in row["completions"]] for row in done.rows("rankings.jsonl")] == [["up", answers[1][0]]] * 6
 
 
 @pytest.mark.parametrize("layout", ["text", "question", "messages", "implicit"])
@@ -893,7 +917,7 @@ def test_a_revision_that_was_cut_off_is_not_used_nor_revised(ai, monkeypatch):
         bad = lambda key: key.startswith("revision") and key.endswith("-1")
         return [(key, not bad(key)) if not key.startswith("revision-3") else ("", True) for key in keys]
 
-    monkeypatch.setattr(rlaif, "load_judge", lambda *_, **__: Judge("fake", None, write))
+    monkeypatch.setattr(rlaif, "load_judge", lambda *_, **__: Judge("fake", None, write, Counter()))
     done = ai("revise", rounds=3)
     rows = done.rows("sft.jsonl")
     assert [(row["id"], row["round"]) for row in rows] == [(i, r) for i in range(6) for r in (1, 3) if i != 3]
@@ -907,14 +931,15 @@ def test_revise_starts_from_the_answer_that_is_given(ai, monkeypatch):
     jsonl(Path("given.jsonl"), [dict(messages=talk(QUESTIONS[0], "<think>12</think>right"), id=0), dict(prompt="Go!", completion=" right", id=1)])
     one, two = ai("revise", dataset="given.jsonl", rounds=1).rows("sft.jsonl")
     assert one["original"] == "right" and one["completion"] == [dict(role="assistant", content="revision 0.0")]
-    assert two["original"] == "right" and isinstance(two["completion"], str) and two["completion"].strip() == "revision 1.0" and two["prompt"] == "Go!"
+    assert (
+        two["original"] == "right" and isinstance(two["completion"], str) and two["completion"].strip() == "revision 1.0" and two["prompt"] == "Go!"
+    )
 
 
 def test_the_policy_criticises_itself(ai):
     """No fake: --judge empty is the policy."""
     done = ai("revise", keep="last", rounds=1, judge_max_tokens=40)
     assert done.report["rows"] == 6 and len(done.rows("sft.jsonl")) == done.report["changed"] + done.report.get("unchanged", 0) > 0
-    assert json.loads(Path("out/args.json").read_text())["args"]["judge"] in ("", json.loads(Path("out/args.json").read_text())["args"]["model"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------- best of n
@@ -1036,6 +1061,9 @@ def test_synthesise_counts_add_up(ai, tiny_tokenizer):
     for row in kept:
         assert [m["role"] for m in row["messages"]] == ["user", "assistant"] and all(m["content"].strip() for m in row["messages"])
     assert len(loaded(sft, done.out / "sft.jsonl", sft.demonstrations(tiny_tokenizer, 512, False, False))) == len(kept)
+    again = ai("synthesise", rows=16, temperature=0.3, output_dir="again")
+    first = [row["first"] for row in again.rows("raw.jsonl") if row["dropped"] in ("", "repeated")]
+    assert again.report["dropped: repeated"] == len(first) - len(set(first)) > 0 and len(again.rows("sft.jsonl")) == len(set(first))
 
 
 def test_synthesise_asks_for_the_users_turn_and_then_answers_it(ai, monkeypatch, talker):
@@ -1044,6 +1072,8 @@ def test_synthesise_asks_for_the_users_turn_and_then_answers_it(ai, monkeypatch,
     def write_texts(model, tokenizer, rows, *rest, **options):
         found = real(model, tokenizer, rows, *rest, **options)
         calls.append(([tokenizer.decode(row.prompt) for row in rows], found))
+        stops = options.get("stops") or []  # a user's turn ends at any special token, an answer where answers end
+        assert {*rlaif.special_tokens(tokenizer)} <= {*stops} if len(calls) % 2 else {*stops} <= {*rlaif.all_stops(model, tokenizer)}
         return found
 
     monkeypatch.setattr(rlaif, "write_texts", write_texts)
@@ -1071,6 +1101,18 @@ def test_synthesise_filters_by_the_judge_and_the_reward_model(ai, ruled, scorer,
     kept = [row for row in whole if row["quality"] >= 4 and row["reward"] >= middle]
     assert [row["messages"] for row in strict.rows("sft.jsonl")] == [row["messages"] for row in kept] and 0 < len(kept) < len(whole)
     assert strict.report["dropped: --min-reward"] == sum(row["quality"] >= 4 > row["reward"] - middle + 4 for row in whole)
+
+
+@pytest.mark.xfail(strict=True, reason="a rating that the judge abstained from is written as NaN, which is no JSON, in raw.jsonl and sft.jsonl")
+def test_what_the_judge_does_not_rate_has_no_rating(ai, ruled, talker, tiny_tokenizer, capsys):
+    ruled(score=lambda text: [nan] * 10 if "u" in text.partition("|")[0] else [0.1] * 10)
+    done = ai("synthesise", rows=16, judge=talker)
+    assert "NaN" not in (done.out / "sft.jsonl").read_text() + (done.out / "raw.jsonl").read_text()
+    kept = done.rows("sft.jsonl")
+    assert {row["quality"] for row in kept if "u" in row["messages"][0]["content"]} == {None}
+    assert len(loaded(sft, done.out / "sft.jsonl", sft.demonstrations(tiny_tokenizer, 512, False, False))) == len(kept)
+    strict = ai("synthesise", rows=16, judge=talker, min_quality=1.0, output_dir="strict")
+    assert [row["messages"] for row in strict.rows("sft.jsonl")] == [row["messages"] for row in kept if row["quality"]]
 
 
 def test_synthesise_drops_near_repeats_by_mean_hidden_states(ai, talker):
@@ -1161,7 +1203,8 @@ def test_audit_takes_every_two_answers_whose_scores_differ(ai, ruled):
     ruled()
     rows = [dict(prompt=talk("Go!"), completions=["up", "right, up", "No, never, not at all", "x"], scores=[1, 1, 3, 0], kind="k")]
     report = ai("audit", dataset=jsonl(Path("k.jsonl"), rows)).report
-    assert report["comparisons"] == 5  # of six, one is a tie of the scores
+    assert report["comparisons"] == 5 and report["decided"] == 2  # of six, one is a tie of the scores; two differ enough in length
+    assert report["agreement"] == report["given_longer"] == report["prefers_longer"] == 1 and report["kinds"]["k"]["agree"] == 2
     assert ai("audit", dataset="k.jsonl", min_gap=2.0, output_dir="gap").report["comparisons"] == 3
 
 
@@ -1201,7 +1244,9 @@ def killed(monkeypatch, name: str, call: int, work):
             work()
 
 
-FILES = dict(label=["pairs.jsonl"], revise=["sft.jsonl"], synthesise=["raw.jsonl", "sft.jsonl", "prompts.jsonl"], compare=["comparisons.jsonl"], audit=[])
+FILES = dict(
+    label=["pairs.jsonl"], revise=["sft.jsonl"], synthesise=["raw.jsonl", "sft.jsonl", "prompts.jsonl"], compare=["comparisons.jsonl"], audit=[]
+)
 FILES |= {"best-of-n": ["sft.jsonl", "pairs.jsonl", "rankings.jsonl", "prompts.jsonl"]}
 RUNS = {
     "label": dict(tie_margin=0.0, orders="average"),
@@ -1287,7 +1332,6 @@ def test_bug28_what_does_not_change_the_result_may_change(ai, ruled, monkeypatch
     assert ai("label", batch_size=2, resume=True, tokens_per_forward=100, sample_tokens=100).report["rows"] == 6
 
 
-@pytest.mark.xfail(strict=True, reason="judge_requests and judge_key count as another run: one cannot go on with fewer requests or another key")
 @pytest.mark.parametrize("change", [dict(judge_requests=1), dict(judge_key="ANOTHER")])
 def test_a_run_goes_on_with_fewer_requests_or_another_key(change, ai, ruled, monkeypatch):
     ruled()
@@ -1310,7 +1354,6 @@ def test_overwriting_leaves_nothing_of_the_run_before(ai, ruled):
     assert not Path("out/rankings.jsonl").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="begin_rows claims the directory before its input has been read: args.json stays, the corrected command is refused")
 def test_after_bad_input_the_same_command_works_once_it_is_corrected(ai, ruled, capsys):
     ruled()
     sentence(lambda: ai("label", dataset="later.jsonl"), capsys)
@@ -1318,7 +1361,6 @@ def test_after_bad_input_the_same_command_works_once_it_is_corrected(ai, ruled, 
     assert ai("label", dataset="later.jsonl").report["rows"] == 6
 
 
-@pytest.mark.xfail(strict=True, reason="begin_rows claims the directory before its input has been read: --overwrite with bad input spoils a finished run")
 def test_bad_input_does_not_touch_the_directory_to_overwrite(ai, ruled, capsys):
     ruled()
     ai("label")
@@ -1428,7 +1470,6 @@ def test_a_server_without_probabilities_gives_letters(ai, server, capsys):
     assert capsys.readouterr().out.count("gives no log-probabilities") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="of several requests at a time, the first 400 clears `extras`; the others under way then refuse theirs")
 def test_a_server_without_probabilities_and_several_requests_at_a_time(ai, server):
     together = threading.Barrier(4)
 
@@ -1454,21 +1495,50 @@ def test_a_busy_server_is_asked_again(ai, server):
 @pytest.mark.parametrize("reply, why", [((500, {}, b""), "500"), ((200, {}, b"<html>"), "JSON"), ((None, {}, b""), ""), ((429, {}, b""), "429")])
 def test_a_server_that_stays_busy_ends_the_run(reply, why, ai, server, capsys):
     one = server(lambda body, number: reply)
-    said = sentence(lambda: ai("label", judge_url=one.url, judge_requests=1), capsys, None)
-    assert "no answer after 7 attempts" in said and "--resume" in said and why in said and server.waits[:6] == list(rlaif.WAITS) and len(one.seen) % 7 == 0
+    said = sentence(lambda: ai("label", judge_url=one.url, judge_requests=1), capsys)
+    assert (
+        "no answer after 7 attempts" in said
+        and "--resume" in said
+        and why in said
+        and server.waits[:6] == list(rlaif.WAITS)
+        and len(one.seen) % 7 == 0
+    )
 
 
 @pytest.mark.parametrize("reply", [dict(error="x"), dict(choices=[]), [1], dict(choices=None)])
 def test_a_server_of_another_protocol_is_named(reply, ai, server, capsys):
-    said = sentence(lambda: ai("label", judge_url=server(lambda *_: (200, {}, reply)).url, judge_requests=1), capsys, None)
-    assert "no choices" in said and "127.0.0.1" in said
+    said = sentence(lambda: ai("label", judge_url=server(lambda *_: (200, {}, reply)).url, judge_requests=1), capsys)
+    assert "without choices" in said and "127.0.0.1" in said
 
 
-@pytest.mark.xfail(strict=True, reason="a choice that is no object, or content in parts, ends in a traceback")
 @pytest.mark.parametrize("choice", ["A", dict(message=dict(content=[dict(type="text", text="A")])), dict(message="A")])
-def test_a_server_whose_choices_are_odd_is_no_traceback(choice, ai, server, capsys):
-    with pytest.raises(SystemExit):
-        ai("label", judge_url=server(lambda *_: (200, {}, dict(choices=[choice]))).url, judge_requests=1)
+def test_a_server_whose_choices_are_odd_abstains(choice, ai, server, capsys):
+    one = server(lambda *_: (200, {}, dict(choices=[choice])))
+    assert "no row is left" in sentence(lambda: ai("label", judge_url=one.url), capsys) and result("out").report["abstentions"] == 6
+
+
+def test_a_request_that_the_server_refuses_is_an_abstention(ai, server, capsys):
+    """One talk is too long for it (400); the log-probabilities of the others stay."""
+
+    def reply(body, number):
+        return (400, {}, dict(error="too long")) if "Ann" in body["messages"][0]["content"] else Server.letters(body, number)
+
+    done = ai("label", judge_url=server(reply).url, orders="average", min_mass=0.01)
+    assert done.report["abstentions"] == 1 and "too long" in capsys.readouterr().out and done.report["refused"] == 2
+    assert len(done.rows("pairs.jsonl")) == 5 and not any(row["probability"] == 1 for row in done.rows("pairs.jsonl"))
+
+
+def test_the_body_of_a_request_may_be_changed(ai, server, capsys):
+    one = server()
+    ai(
+        "label",
+        judge_url=one.url,
+        judge_body='{"temperature": null, "max_tokens": null, "max_completion_tokens": 9, "extra": {"a": 1}}',
+        min_mass=0.01,
+    )
+    for _, _, body in one.seen:
+        assert not {"temperature", "max_tokens"} & set(body) and body["max_completion_tokens"] == 9 and body["extra"] == dict(a=1)
+    assert "--judge-body" in sentence(lambda: ai("label", judge_url=one.url, judge_body="{", output_dir="x"), capsys)
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
@@ -1476,7 +1546,7 @@ def test_a_redirection_is_not_followed(code, ai, server, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     thief = server()
     one = server(lambda body, number: (code, {"Location": f"http://localhost:{thief.port}/v1/chat/completions"}, b""))
-    said = sentence(lambda: ai("label", judge_url=one.url, judge_requests=1), capsys, None)
+    said = sentence(lambda: ai("label", judge_url=one.url, judge_key="OPENAI_API_KEY", judge_requests=1), capsys)
     assert not thief.seen and str(code) in said and one.seen[0][1]["Authorization"] == "Bearer secret"
 
 
@@ -1485,22 +1555,27 @@ def test_the_key_comes_from_the_variable_that_is_named_and_stands_nowhere(ai, se
     monkeypatch.setenv("MY_KEY", "right-key")
     one = server()
     ai("label", judge_url=f"{one.url}/", judge_key="MY_KEY", min_mass=0.01)
-    assert {headers.get("Authorization") for _, headers, _ in one.seen} == {"Bearer right-key"} and {path for path, *_ in one.seen} == {"/v1/chat/completions"}
+    assert {headers.get("Authorization") for _, headers, _ in one.seen} == {"Bearer right-key"} and {path for path, *_ in one.seen} == {
+        "/v1/chat/completions"
+    }
     said = capsys.readouterr()
     assert "right-key" not in said.out + said.err + "".join(map(str, snapshot("out").values()))
     none = server()
-    ai("label", judge_url=none.url, judge_key="NOT_SET", output_dir="none", min_mass=0.01)
+    ai("label", judge_url=none.url, output_dir="none", min_mass=0.01)
     assert not any("Authorization" in headers for _, headers, _ in none.seen)
+    for name in ("NOT_SET", "EMPTY"):
+        monkeypatch.setenv("EMPTY", " ")
+        assert "--judge-key" in sentence(lambda: ai("label", judge_url=server().url, judge_key=name, output_dir="x"), capsys)
+    assert "right-key" not in sentence(lambda: ai("label", judge_url=server().url, judge_key="right-key", output_dir="x"), capsys)
 
 
-@pytest.mark.parametrize("code", [400, 401, 403, 404])
+@pytest.mark.parametrize("code", [401, 403, 404])
 def test_what_the_server_says_when_it_refuses(code, ai, server, capsys):
     one = server(lambda *_: (code, {}, dict(error=dict(message="Incorrect API key provided"))))
-    said = sentence(lambda: ai("label", judge_url=one.url, judge_requests=1), capsys, None)
+    said = sentence(lambda: ai("label", judge_url=one.url, judge_requests=1), capsys)
     assert str(code) in said and "Incorrect API key provided" in said and not server.waits
 
 
-@pytest.mark.xfail(strict=True, reason="every request under way prints the refusal, and with --judge-requests 1 often the next one too")
 def test_a_refusal_is_one_sentence_for_several_requests_at_a_time(ai, server, capsys):
     together = threading.Barrier(4)
 
@@ -1509,14 +1584,14 @@ def test_a_refusal_is_one_sentence_for_several_requests_at_a_time(ai, server, ca
             together.wait(timeout=10)
         return 401, {}, dict(error="no")
 
-    sentence(lambda: ai("label", judge_url=server(reply).url, judge_requests=4), capsys, times=1)
+    sentence(lambda: ai("label", judge_url=server(reply).url, judge_requests=4), capsys)
 
 
 def test_a_server_that_dies_in_the_middle(ai, server, capsys):
     whole = ai("label", judge_url=server().url, judge="big", output_dir="whole", batch_size=2, min_mass=0.01)
     one = server(lambda body, number: Server.letters(body, number) if number < 6 else (None, {}, b""))
     options = dict(judge_url=one.url, judge="big", batch_size=2, judge_requests=1, min_mass=0.01)
-    said = sentence(lambda: ai("label", **options), capsys, None)
+    said = sentence(lambda: ai("label", **options), capsys)
     assert "continue with --resume" in said and len(Path("out/rows.part").read_text().splitlines()) == 2
     one.stop()
     two = server(port=one.port)
@@ -1604,14 +1679,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(wrong, ai, bad_files, talker,
     assert named in sentence(lambda: ai(command, **options), capsys)
 
 
-@pytest.mark.xfail(strict=True, reason="above one half the two bounds cross: every chosen answer gets a probability below one half")
 @pytest.mark.parametrize("clamp", [0.6, 1.0])
 def test_a_clamp_above_one_half_is_refused(clamp, ai, ruled, capsys):
     ruled()
     sentence(lambda: ai("label", reasoning=True, clamp=clamp), capsys)
 
 
-@pytest.mark.xfail(strict=True, reason="one answer each cannot be compared: refused after all have been sampled, as 'no row is left'")
 def test_one_answer_to_each_prompt_is_refused_at_once(ai, ruled, talker, capsys):
     ruled()
     assert "--k 1" in sentence(lambda: ai("label", dataset="prompts.jsonl", model=talker, k=1), capsys)
@@ -1655,13 +1728,19 @@ def test_weigh_puts_labelled_answers_in_order(ai, monkeypatch, scorer):
     gaps = [reward_by_hand(scorer, q, "up") - reward_by_hand(scorer, q, "No, I cannot help with that") for q in QUESTIONS]
     near(report["hinge_before"], sum(max(0.0, 1 - gap) for gap in gaps) / 6, 1e-4)
     assert report["hinge_after"] < 0.01 and set(fitted["reward"]) == {"k"} and fitted["question"] == rubric["question"]
-    assert fitted["reward"]["k"]["A"] > 0 > fitted["reward"]["k"]["B"] and "Is it short?\nA. yes\nB. no" in heard[0] and "What is the best path?\nup" in heard[0]
+    assert (
+        fitted["reward"]["k"]["A"] > 0 > fitted["reward"]["k"]["B"]
+        and "Is it short?\nA. yes\nB. no" in heard[0]
+        and "What is the best path?\nup" in heard[0]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------- several ranks
 
 
-@pytest.mark.parametrize("command", ["label", "best-of-n", "synthesise", *(pytest.param(name, marks=pytest.mark.slow) for name in ("compare", "audit"))])
+@pytest.mark.parametrize(
+    "command", ["label", "best-of-n", "synthesise", *(pytest.param(name, marks=pytest.mark.slow) for name in ("compare", "audit"))]
+)
 def test_two_ranks_are_one_process(command, ai, talker, stranger):
     """An odd number of rows, batches of three: one rank has nothing to do in the last."""
     options = {k: dict(TALKER=talker, STRANGER=stranger).get(v, v) for k, v in RUNS[command].items()} | dict(batch_size=3)
@@ -1714,7 +1793,9 @@ def test_real_prompts_and_a_real_checkpoint(real_data, ai, capsys):
     options = dict(judge=story, dataset="hh.jsonl", min_mass=0.0, orders="average", tie_margin=0.0)
     audited = ai("audit", **options, output_dir="audit")
     counts = audited.report["kinds"]
-    assert sum(sum(kind.values()) for kind in counts.values()) == 8 and set(counts) <= {"helpful", "harmless"} and (audited.out / "audit.png").exists()
+    assert (
+        sum(sum(kind.values()) for kind in counts.values()) == 8 and set(counts) <= {"helpful", "harmless"} and (audited.out / "audit.png").exists()
+    )
     labelled = ai("label", **options, output_dir="given").rows("pairs.jsonl")
     assert len(labelled) == audited.report["decided"] and all(0.5 < row["probability"] <= 1 and row["subset"] for row in labelled)
     assert {row["judge"] for row in labelled} == {story}
