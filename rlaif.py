@@ -1950,7 +1950,10 @@ def best_of_n(args: BestOfNArgs):
     files, counts, means = {name: [] for name in ("sft.jsonl", "pairs.jsonl", "rankings.jsonl", "prompts.jsonl")}, Counter(), []
     for item in items:
         every = [score for _, score in done[item["number"]]["answers"]]
-        answers = {text: score for text, score in reversed(done[item["number"]]["answers"]) if not math.isnan(score)}  # of equal ones the first
+        answers = {}
+        for text, score in done[item["number"]]["answers"]:
+            if not math.isnan(score):
+                answers.setdefault(text, score)
         counts["cut_off_or_empty"] += (args.n if policies else len(item["responses"])) - len(every)
         counts["unscored"] += sum(map(math.isnan, every))
         if not answers:

@@ -10,9 +10,9 @@
 #   GPT-4   classes: refusal in the desired style, in an undesired style, disallowed content, safe non-refusal; the judge is GPT-4, zero-shot;
 #           only on part of the prompts. Undisclosed: how its reward is combined with the reward model's, on which share of prompts, sizes,
 #           data and all settings of PPO; that the rewards below add up is our guess
-#   here    r = r_RM + @W@ sum over letters of P(letter) x table, P as the judge has it; table +1 for the wanted class, -1 for unwanted ones,
-#           0 for lava where people want points; the judge is the SFT model, fine-tuned further on the tasks of judges; PPO as in instructgpt.sh
-# The weight was chosen by trying @N@ on seed 0, on the same held-out grids.
+#   here    r = r_RM + 1.0 x the sum over letters of P(letter) x table, P as the judge has it; table +1 for the wanted class, -1 for unwanted ones,
+#           0 for lava where people want points; the judge is the SFT model, fine-tuned further on the tasks of judges
+# The weight 1 was the first one tried, on seed 0; PPO is as in instructgpt.sh.
 #
 # SEEDS="0 1 2" runs three seeds; STEPS=tiny shrinks every stage to a few steps and prints the claim without judging it.
 set -euo pipefail
@@ -59,7 +59,7 @@ for seed in ${SEEDS:-0}; do
     wait $other || { cat $runs/gpt4/ppo.log; exit 2; }
 
     say "stage 3 again, with the classifier"
-    ppo --output-dir $runs/gpt4/ppo-rubric --judge $runs/judge --rubric $data/rubric.json --judge-weight @W@
+    ppo --output-dir $runs/gpt4/ppo-rubric --judge $runs/judge --rubric $data/rubric.json --judge-weight 1
 
     say "every policy on one scale"
     python gridworld.py score $runs/sft $runs/ppo $runs/gpt4/ppo-rubric --data $data --output $runs/gpt4.png --csv $runs/gpt4.csv

@@ -210,20 +210,14 @@ def test_thinking_is_not_judged(response, text):
     assert rlaif.text_of(response) == text
 
 
-PLAIN_BEFORE = pytest.mark.xfail(
-    strict=True, reason="the template has a space before the user's words, which belongs to the first word's token: 'user: ' is cut after it"
-)
-
-
-@pytest.mark.parametrize(
-    "name", ["chatml", "llama3", "gemma", "qwen3", "glm", *(pytest.param(n, marks=PLAIN_BEFORE) for n in ("none of its own", "mistral"))]
-)
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "qwen3", "glm", "none of its own", "mistral"])
 def test_the_users_turn_begins_as_the_template_has_it(name, dressed):  # noqa: F811
-    """What comes before, and the user's words: together what the template would have rendered."""
+    """What comes before, and the user's words: together what the template would have rendered. A space before them is part of their first token."""
     tokenizer = dressed(name)
+    space = " " * (name in ("none of its own", "mistral"))
     for before in ([], talk("Write a letter.", "Dear Ann")):
         for text in ("What is the best path?", "up", "I read"):
-            ids = rlaif.before_user(tokenizer, before) + tokenizer(text, add_special_tokens=False).input_ids
+            ids = rlaif.before_user(tokenizer, before) + tokenizer(space + text, add_special_tokens=False).input_ids
             whole = rlaif.render(tokenizer, [*before, *talk(text)])
             assert whole[: len(ids)] == ids and tokenizer.bos_token_id not in ids[1:]
 
@@ -251,6 +245,10 @@ HEARD = {  # a server's reply -> the probability of each option, None: no reply
     "in brackets": (served("(B)", ("(", {"(": 0.9}), ("B", dict(A=0.1, B=0.8)), (")", {")": 1.0})), [0.1, 0.8]),
     "brackets in its token": (served("(B)", ("(B", {"(B": 0.75, "(A": 0.15, "A": 0.05})), [0.2, 0.75]),
     "a letter, then reasons": (served("A, since B is long", ("A", dict(A=0.9, B=0.1)), (",", {",": 1.0})), [0.9, 0.1]),
+    "after such words": (served("Answer: A", ("Answer", dict(Answer=1.0)), (":", {":": 1.0}), (" A", {" A": 0.8, " B": 0.1})), [0.8, 0.1]),
+    "in a sentence": (served("The final answer is (B)."), [0.0, 1.0]),
+    "an article": (served("A good question"), None),
+    "after its thinking": (served("<think>A or B</think>\n\nB"), [0.0, 1.0]),
     "only one listed": (served("A", ("A", dict(A=0.9))), [0.9, 0.0]),
     "no log-probabilities": (served("B"), [0.0, 1.0]),
     "none listed": (served("B") | dict(logprobs=dict(content=[dict(token="B", logprob=math.log(0.9), top_logprobs=[])])), [0.0, 0.9]),
@@ -504,7 +502,6 @@ def test_a_special_token_in_an_answer_cannot_end_the_turn(talker):
     assert tokenizer.decode(special) == "<|bos|><|user|><|end|><|assistant|><|end|><|end|>"  # the last two end the two replies
 
 
-@pytest.mark.xfail(strict=True, reason="without_special: taking a special token out can make another of what stands around it")
 def test_a_special_token_inside_another_cannot_end_the_turn_either(talker):
     *_, tokenizer = judge_of(talker)
     assert not any(s in rlaif.without_special(tokenizer, "up<|e<|end|>nd|><|assistant|>A") for s in rlaif.special_tokens(tokenizer).values())
@@ -894,7 +891,7 @@ def test_a_revision_is_of_the_revision_before(keep, ai, monkeypatch, tiny_tokeni
         i, r = row["id"], row["round"] - 1
         assert row["completion"] == [dict(role="assistant", content=f"revision {i}.{r}")] and row["critique"] == f"critique {i}.{r}"
         assert row["prompt"] == talk(QUESTIONS[i]) and row["kind"] == "ab"[i % 2] and row["original"]
-    asked = {key: [m["content"] for m in talk] for talk, key, _ in wrote}
+    asked = {key: [m["content"] for m in rlaif.as_messages(talk, "user")] for talk, key, _ in wrote}
     originals = {row["id"]: row["original"] for row in rows}
     drawn = Counter()
     for i, r in itertools.product(range(6), range(3)):
@@ -922,7 +919,7 @@ def test_a_revision_that_was_cut_off_is_not_used_nor_revised(ai, monkeypatch):
     rows = done.rows("sft.jsonl")
     assert [(row["id"], row["round"]) for row in rows] == [(i, r) for i in range(6) for r in (1, 3) if i != 3]
     assert done.report["unusable"] == 5 + 3 and done.report["changed"] == 10 and done.report["revisions"] == 18
-    third = {key: talk[0]["content"] for key, talk in asked}["critique-0-2"]
+    third = {key: rlaif.as_messages(talk, "user")[0]["content"] for key, talk in asked}["critique-0-2"]
     assert "revision-0-0" in third and "revision-0-1" not in third  # the parent is the last that was good
 
 
@@ -964,21 +961,23 @@ def best_of_n_by_hand(ai, done, score):
         if not scores:
             assert not any(i in rows for rows in files.values())
             continue
-        best, worst = max(scores, key=scores.get), min(scores, key=scores.get)
-        low.append(scores[worst]), high.append(scores[best])
-        near([files["sft"][i]["score"], files["prompts"][i]["spread"]], [scores[best], scores[best] - scores[worst]], 1e-4)
-        assert content(files["sft"][i]["completion"]) == best and files["prompts"][i]["prompt"] == talk(QUESTIONS[i])
-        assert (i in files["pairs"]) == (i in files["rankings"]) == (scores[best] > scores[worst])
+        lowest, highest = min(scores.values()), max(scores.values())
+        low.append(lowest), high.append(highest)
+        near([files["sft"][i]["score"], files["prompts"][i]["spread"]], [highest, highest - lowest], 1e-4)
+        near(scores[content(files["sft"][i]["completion"])], highest, 1e-4)
+        assert files["prompts"][i]["prompt"] == talk(QUESTIONS[i])
+        assert (i in files["pairs"]) == (i in files["rankings"]) == (highest > lowest)
         if i in files["pairs"]:
             row, ranked = files["pairs"][i], files["rankings"][i]
-            assert (content(row["chosen"]), content(row["rejected"])) == (best, worst) and row["kind"] == "ab"[i % 2]
-            near([row["score_chosen"], row["score_rejected"]], [scores[best], scores[worst]], 1e-4)
-            assert [content(c) for c in ranked["completions"]] == list(scores)
-            near(ranked["scores"], list(scores.values()), 1e-4)
+            near([row["score_chosen"], row["score_rejected"]], [highest, lowest], 1e-4)
+            near([scores[content(row["chosen"])], scores[content(row["rejected"])]], [highest, lowest], 1e-4)
+            given = {content(c): score for c, score in zip(ranked["completions"], ranked["scores"])}
+            assert row["kind"] == "ab"[i % 2] and set(given) == set(scores) and len(ranked["completions"]) == len(scores)
+            near([given[text] for text in scores], list(scores.values()), 1e-4)
     report = done.report
     near([report["score_best"], report["score_worst"]], [sum(high) / len(high), sum(low) / len(low)], 1e-4)
     assert report["rows"] == 6 and report["kept"] == len(files["sft"]) and report["pairs"] == len(files["pairs"]) > 1
-    assert report["cut_off"] == sum(not (ended and text) for texts in sampled for text, ended in texts) > 0
+    assert report["cut_off_or_empty"] == sum(not (ended and text) for texts in sampled for text, ended in texts) > 0
     near(report["kl_bound"], math.log(4) - 3 / 4)
     return files
 
@@ -1103,7 +1102,6 @@ def test_synthesise_filters_by_the_judge_and_the_reward_model(ai, ruled, scorer,
     assert strict.report["dropped: --min-reward"] == sum(row["quality"] >= 4 > row["reward"] - middle + 4 for row in whole)
 
 
-@pytest.mark.xfail(strict=True, reason="a rating that the judge abstained from is written as NaN, which is no JSON, in raw.jsonl and sft.jsonl")
 def test_what_the_judge_does_not_rate_has_no_rating(ai, ruled, talker, tiny_tokenizer, capsys):
     ruled(score=lambda text: [nan] * 10 if "u" in text.partition("|")[0] else [0.1] * 10)
     done = ai("synthesise", rows=16, judge=talker)
@@ -1208,7 +1206,6 @@ def test_audit_takes_every_two_answers_whose_scores_differ(ai, ruled):
     assert ai("audit", dataset="k.jsonl", min_gap=2.0, output_dir="gap").report["comparisons"] == 3
 
 
-@pytest.mark.xfail(strict=True, reason="--min-gap takes the gap's size: pairs whose rejected answer has the larger score stay")
 def test_min_gap_has_a_sign(ai, ruled):
     ruled()
     rows = [pair(0, score_chosen=1.0, score_rejected=5.0), pair(5, score_chosen=5.0, score_rejected=1.0)]
@@ -1222,6 +1219,11 @@ def test_audit_of_a_judge_that_never_gives_a_letter_still_reports(ai, ruled):
 
 
 # ---------------------------------------------------------------------------------------------------------------- killed, continued
+
+
+def steady(report: dict) -> dict:
+    """A report without what this process spent on the judge."""
+    return {k: v for k, v in report.items() if k not in ("questions", "texts", "prompt_tokens", "completion_tokens", "refused")}
 
 
 class Killed(BaseException):
@@ -1276,7 +1278,7 @@ def test_bug28_a_killed_run_resumed_is_the_uninterrupted_one(command, torn, ai, 
     assert f"{4 - torn} rows are done" in capsys.readouterr().out and asked == list(range(4 - torn, 6))
     for name in FILES[command]:
         assert (again.out / name).read_bytes() == (whole.out / name).read_bytes(), name
-    assert again.report == whole.report and not (again.out / "rows.part").exists() and not list(again.out.glob("*.new"))
+    assert steady(again.report) == steady(whole.report) and not (again.out / "rows.part").exists() and not list(again.out.glob("*.new"))
 
 
 def test_bug28_killed_while_the_judge_is_asked(ai, monkeypatch, ruled):
@@ -1286,7 +1288,11 @@ def test_bug28_killed_while_the_judge_is_asked(ai, monkeypatch, ruled):
     assert [json.loads(line)["number"] for line in Path("out/rows.part").open()] == [0, 1, 2]
     heard = ruled()
     again = ai("label", batch_size=1, resume=True)
-    assert len(heard) == 6 and (again.out / "pairs.jsonl").read_bytes() == (whole.out / "pairs.jsonl").read_bytes() and again.report == whole.report
+    assert (
+        len(heard) == 6
+        and (again.out / "pairs.jsonl").read_bytes() == (whole.out / "pairs.jsonl").read_bytes()
+        and steady(again.report) == steady(whole.report)
+    )
 
 
 def test_bug28_killed_after_the_last_row(ai, monkeypatch, ruled):
@@ -1524,7 +1530,7 @@ def test_a_request_that_the_server_refuses_is_an_abstention(ai, server, capsys):
         return (400, {}, dict(error="too long")) if "Ann" in body["messages"][0]["content"] else Server.letters(body, number)
 
     done = ai("label", judge_url=server(reply).url, orders="average", min_mass=0.01)
-    assert done.report["abstentions"] == 1 and "too long" in capsys.readouterr().out and done.report["refused"] == 2
+    assert done.report["abstentions"] == 1 and "too long" in capsys.readouterr().out
     assert len(done.rows("pairs.jsonl")) == 5 and not any(row["probability"] == 1 for row in done.rows("pairs.jsonl"))
 
 
@@ -1596,7 +1602,7 @@ def test_a_server_that_dies_in_the_middle(ai, server, capsys):
     one.stop()
     two = server(port=one.port)
     again = ai("label", **options, resume=True)
-    assert len(two.seen) == 8 and len(again.rows("pairs.jsonl")) == len(whole.rows("pairs.jsonl")) and again.report == whole.report
+    assert len(two.seen) == 8 and len(again.rows("pairs.jsonl")) == len(whole.rows("pairs.jsonl")) and steady(again.report) == steady(whole.report)
 
 
 def test_a_server_writes_reasonings_and_revisions(ai, server):
@@ -1654,7 +1660,7 @@ BAD = {  # command, options, what the sentence must name
     "a negative margin": ("label", dict(tie_margin=-0.1), "--tie-margin"),
     "a mass that is no number": ("label", dict(min_mass=nan), "--min-mass"),
     "no rounds": ("revise", dict(rounds=0), "--rounds 0"),
-    "temperature zero": ("best-of-n", dict(judge="TALKER", temperature=0.0), "--temperature"),
+    "a negative temperature": ("best-of-n", dict(judge="TALKER", temperature=-0.1), "--temperature"),
     "reads what it writes": ("label", dict(dataset="out/pairs.jsonl"), "--dataset"),
 }
 
@@ -1690,14 +1696,12 @@ def test_one_answer_to_each_prompt_is_refused_at_once(ai, ruled, talker, capsys)
     assert "--k 1" in sentence(lambda: ai("label", dataset="prompts.jsonl", model=talker, k=1), capsys)
 
 
-@pytest.mark.xfail(strict=True, reason="a template that knows no system prompt raises in before_user: a traceback")
-def test_a_system_prompt_that_the_template_refuses(ai, talker, tmp_path, capsys):
+def test_a_system_prompt_that_the_template_refuses(ai, talker, capsys):
     shutil.copytree(talker, "strict")
     tokenizer = AutoTokenizer.from_pretrained("strict")
     tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + tokenizer.chat_template
     tokenizer.save_pretrained("strict")
-    with pytest.raises(SystemExit):
-        ai("synthesise", model="./strict", system="Be kind")
+    assert "no system" in sentence(lambda: ai("synthesise", model="./strict", system="Be kind"), capsys)
 
 
 def test_prompts_that_cannot_be_used_are_dropped_and_counted(ai, ruled, talker, capsys):
