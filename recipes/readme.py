@@ -26,6 +26,7 @@ POLICIES = [  # file of results, row of it, what to call it
     ("zephyr", "orpo", "orpo, from the base"),
     ("zephyr", "chosen", "fine-tuning on the chosen answers, from the base"),
     ("o1", "o1", "grpo on answers with thinking"),
+    ("deepseek-v2", "policy", "then grpo on helpful and safety reward models and a rule"),
 ]
 COLUMNS = dict(greedy="greedy", valid="valid", honest="honest", safe="safe", refused="right refusals", wrongly="wrong ones", diverse="diversity")
 COLUMNS |= dict(thinking="with thinking", judge="judge", tax="tax", seconds="seconds", MB="MB")
