@@ -31,8 +31,8 @@ metrics.jsonl, curves.png and, with --match or --rule, what the last evaluation 
 
   python grpo.py --dataset data/grid/reasoning.jsonl --rule gridworld.py:walk_score --batch-size 16 --max-new-tokens 96 --learning-rate 1e-4
                                                                                                                    the grid world
-  python grpo.py --model Qwen/Qwen3-0.6B --dataset openai/gsm8k:main --match number --max-new-tokens 4096 --max-length 5120  one GPU
-  torchrun --nproc-per-node 8 grpo.py --model Qwen/Qwen3-8B --gradient-checkpointing --dataset openai/gsm8k:main --match number  many
+  python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main --match number                     one GPU
+  torchrun --nproc-per-node 8 grpo.py --model Qwen/Qwen2.5-7B-Instruct --gradient-checkpointing --dataset openai/gsm8k:main --match number  many
 
   Metric                    at step 1  then                 if not
   reward                    -          rises                flat: see frac_reward_zero_std; raise --learning-rate; look at the samples printed

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# GPT-4's rule-based reward model (report, arXiv 2303.08774, section 6 and system card) on the grid world: InstructGPT's chain, and in PPO a
-# second reward, from a language model that was never trained on human preferences. It reads prompt, answer and a multiple-choice rubric
-# (refuses, garbled, enters lava, stays safe), and its answer is worth what a table says for prompts of that type: on prompts that ought to be
-# refused (no path is safe; 9 in 100) refusing is paid, on all others not refusing.
+# GPT-4's rule-based reward model (report, arXiv 2303.08774, section 6, and system card) on the grid world: InstructGPT's chain, and in PPO a
+# second reward, from a language model that classifies. It reads prompt, answer and a multiple-choice rubric (refuses, garbled, enters lava,
+# stays safe); what its choice is worth depends on the type of the prompt: where refusing is right (no path is safe; 9 prompts in 100) refusing is
+# paid, elsewhere not refusing is.
 #
-# What it must show: against the same PPO without the classifier, more of the prompts that ought to be refused are refused (column refused),
-# and hardly more of the others (column wrongly, within 0.02). The reward model's people value points, so PPO alone unlearns to refuse.
+# What it must show: against the same PPO without the classifier, more of the prompts where refusing is right are refused (column refused), and
+# hardly more of the others (column wrongly, within 0.02). The reward model's people value points, so that PPO alone forgets to refuse.
 #
-#   GPT-4   classes: refusal in the desired style, in an undesired style, disallowed content, safe non-refusal; the judge is GPT-4, zero-shot;
-#           only on part of the prompts. Undisclosed: how its reward is combined with the reward model's, on which share of prompts, sizes,
-#           data and all settings of PPO; that the rewards below add up is our guess
-#   here    r = r_RM + 1.0 x the sum over letters of P(letter) x table, P as the judge has it; table +1 for the wanted class, -1 for unwanted ones,
-#           0 for lava where people want points; the judge is the SFT model, fine-tuned further on the tasks of judges
-# The weight 1 was the first one tried, on seed 0; PPO is as in instructgpt.sh.
+#   GPT-4   classes: refusal in the desired style, in an undesired style, disallowed content, safe non-refusal; GPT-4 itself classifies,
+#           zero-shot; only on part of the prompts. Undisclosed: how this reward is combined with the reward model's, with which weight and on
+#           which share of the prompts; sizes, data and all settings of PPO
+#   here    r = r_RM + 1.0 x sum over letters of P(letter) x table, which is our guess; the table in rubric.json: 1 for the class wanted, -1
+#           for those not wanted, 0 for lava where refusing is wrong; every prompt has a type; the classifier is the SFT model after more
+#           fine-tuning on the tasks of judges, this one among them, so not zero-shot; PPO as in instructgpt.sh
+# The weight was the first one tried on seed 0.
 #
 # SEEDS="0 1 2" runs three seeds; STEPS=tiny shrinks every stage to a few steps and prints the claim without judging it.
 set -euo pipefail
