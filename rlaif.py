@@ -1601,8 +1601,8 @@ def option_logps(choice: dict, options: list) -> list:
 
     It names one as its first word, or after such words as "Answer:". Of "1" and "10", where the server may write the second as two tokens and
     gives no probability for the whole, the named one is taken as it is."""
-    lead = r"\W*(?:boxed\W*|(?:the |final )*(?:answer|option|letter|score|rating)\W*(?:is\W*)?)?"
-    word = re.match(lead + r"(\w+)(?!\s+[a-z])", content_of(choice), re.IGNORECASE)
+    lead = r"\W*(?i:boxed\W*|(?:the |final )*(?:answer|option|letter|score|rating)\W*(?:is\W*)?)?"
+    word = re.match(lead + r"(\w+)(?! +[a-z])", content_of(choice))  # not the "A" of "A fair comparison"
     if not word or word[1] not in options:
         return [math.nan] * len(options)
     named = [0.0 if option == word[1] else -math.inf for option in options]

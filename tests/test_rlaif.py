@@ -245,6 +245,7 @@ HEARD = {  # a server's reply -> the probability of each option, None: no reply
     "in brackets": (served("(B)", ("(", {"(": 0.9}), ("B", dict(A=0.1, B=0.8)), (")", {")": 1.0})), [0.1, 0.8]),
     "brackets in its token": (served("(B)", ("(B", {"(B": 0.75, "(A": 0.15, "A": 0.05})), [0.2, 0.75]),
     "a letter, then reasons": (served("A, since B is long", ("A", dict(A=0.9, B=0.1)), (",", {",": 1.0})), [0.9, 0.1]),
+    "reasons on another line": (served("A\n\nBecause it is short.", ("A", dict(A=0.9, B=0.1)), ("\n\n", {"\n\n": 1.0})), [0.9, 0.1]),
     "after such words": (served("Answer: A", ("Answer", dict(Answer=1.0)), (":", {":": 1.0}), (" A", {" A": 0.8, " B": 0.1})), [0.8, 0.1]),
     "in a sentence": (served("The final answer is (B)."), [0.0, 1.0]),
     "an article": (served("A good question"), None),
