@@ -169,6 +169,8 @@ class ReviseArgs(RunArgs, DataArgs, JudgeArgs, AnswerArgs):
     """model that writes critiques and revisions: hub id or directory (empty: --model itself); with --judge-url the model's name there"""
     judge_max_tokens: int = 1024
     """tokens of a critique or revision"""
+    judge_temperature: float = 1.0
+    """of critiques and revisions"""
     principles: str = ""
     """text file with a principle a line, one of which is drawn for every round (empty: the prompt `principle`)"""
     rounds: int = 4
@@ -232,7 +234,8 @@ class SynthesiseArgs(RunArgs, LetterArgs, PolicyArgs):
     min_reward: float | None = None
     """filter: the reward models' score of the last answer"""
     min_distance: float = 0.0
-    """filter: squared distance of the first turn's mean hidden state, of length 1, to those of all kept before (0: only repeats go)"""
+    """filter: squared distance of the first turn's mean hidden state, of length 1, to those of all kept before (0: only repeats go);
+    small where a model's states lie close together: see median_distance in report.json"""
     output_dir: str = "data/magpie"
     """where raw.jsonl, sft.jsonl, prompts.jsonl and report.json go"""
 
@@ -251,6 +254,8 @@ class CompareArgs(RunArgs, DataArgs, PairArgs, AnswerArgs):
 class AuditArgs(RunArgs, DataArgs, PairArgs):
     dataset: str = "data/grid/test_preferences.jsonl"
     """pairs labelled by those who know: hub id (name or name:config), file, or saved directory"""
+    by: Literal["letters", "scores"] = "letters"
+    """what is audited: the judge's choice between two answers, or its scores of 1 to 10 for each (best-of-n and direct RLAIF live on these)"""
     min_gap: float = 0.0
     """only pairs whose column score_chosen exceeds score_rejected by so much (0: all)"""
     output_dir: str = "runs/audit"
@@ -1429,7 +1434,7 @@ def complete(args, out: Path, files: dict, report: dict, judge=None):
         if judge and judge.spent:
             say("  since this process began: " + ", ".join(f"{n} {name}" for name, n in judge.spent.items()))
         say(f"{out}: " + ", ".join([*(f"{name} ({len(rows)} rows)" for name, rows in files.items()), "report.json"]))
-        if files and not any(files.values()):
+        if files and not any(rows for name, rows in files.items() if name != "raw.jsonl"):
             refuse(f"{out}: no row is left; report.json there says what became of them")
         write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
         (out / "rows.part").unlink(missing_ok=True)
@@ -1784,6 +1789,7 @@ def judge_report(found: list) -> dict:
     if known:
         report["given_longer"] = mean([c["given"] == c["longer"] for c in uneven if c["given"]])
         report["agreement"] = mean([c["sign"] == c["given"] for c in decided if c["given"]])
+        report["agreement_by_mean"] = mean([(c["first"] + c["second"] > 1) == (c["given"] > 0) for c in heard if c["given"]])  # ties too
         said = lambda c: {"a": 1, "b": -1}.get(c["verdict"], c["verdict"])
         names = lambda c: said(c) if isinstance(said(c), str) else "agree" if said(c) == c["given"] else "disagree"
         counts = {kind: Counter(names(c) for c in known if c["kind"] == kind) for kind in sorted({c["kind"] for c in known})}
@@ -1876,10 +1882,10 @@ def revise(args: ReviseArgs):
             keys = [f"{item['number']}-{i}" for item in batch]
             parts = [about(item["prompt"], going_on(item["prompt"], texts[item["number"]])) for item in batch]
             asks, ends = ([fill(prompts[name], principle=p, **part) for p, part in zip(drawn, parts)] for name in ("critique", "revise"))
-            wrote = critic.write(asks, [f"critique-{key}" for key in keys], args.temperature)
+            wrote = critic.write(asks, [f"critique-{key}" for key in keys], args.judge_temperature)
             critiques = [text_of(text) for text, _ in wrote]
             talks = [as_messages(ask, "user") + as_messages(text) + as_messages(end, "user") for ask, text, end in zip(asks, critiques, ends)]
-            revised = critic.write(talks, [f"revision-{key}" for key in keys], args.temperature)
+            revised = critic.write(talks, [f"revision-{key}" for key in keys], args.judge_temperature)
             for item, principle, critique, (text, ended) in zip(batch, drawn, critiques, revised):
                 text = text_of(text)  # its thinking is about a critique that the data will not show
                 step = dict(round=i + 1, principle=principle, critique=critique, revision=text, used=bool(ended and text))
@@ -2092,8 +2098,6 @@ def synthesise(args: SynthesiseArgs):
     good = [dict(messages=r["messages"], policy=args.model, quality=r["quality"], reward=r["reward"]) for r in raw if not r["dropped"]]
     files = {"sft.jsonl": good, "prompts.jsonl": [dict(prompt=row["messages"][:-1]) for row in good], "raw.jsonl": raw}
     report = dict(written=args.rows, kept=len(good), median_distance=distances, **{f"dropped: {why}": n for why, n in counts.items() if why})
-    if not good:  # then raw.jsonl would hide that nothing is left
-        files.pop("raw.jsonl")
     complete(args, out, files, report, judge)
 
 
@@ -2120,11 +2124,12 @@ def compare_policies(args: CompareArgs):
         keep(out, records, done)
 
     # 5. the share of wins, a tie being half of one
-    rows, found, outcomes = [], [], []
+    rows, found, outcomes, identical = [], [], [], 0
     for item in items:
         record = done[item["number"]]
         said = verdict(record["first"], record["second"], args.orders, args.tie_margin)
         found.append(dict(record, verdict=said, given=0, kind=item["kind"], lengths=[len(text_of(record[k])) for k in "ab"]))
+        identical += record["a"] == record["b"]
         if said != "abstain":
             outcomes.append((item["kind"], dict(a=1.0, b=0.0, tie=0.5)[said]))
         p = (record["first"] + record["second"]) / 2
@@ -2132,6 +2137,7 @@ def compare_policies(args: CompareArgs):
         rows.append(row | dict(probability=None if math.isnan(p) else p))
     mean, low, high = interval([outcome for _, outcome in outcomes])
     report = dict(win_rate=mean, low=low, high=high, wins=sum(o == 1 for _, o in outcomes), losses=sum(o == 0 for _, o in outcomes))
+    report["identical"] = identical  # both draw by the same numbers; these count as ties
     for i, name in enumerate("ab"):
         report[f"{name}_characters"] = sum(c["lengths"][i] for c in found) / len(found)
         report[f"{name}_cut_off"] = sum(not c["ended"][i] for c in found)
@@ -2160,7 +2166,13 @@ def audit(args: AuditArgs):
     for batch in batches(args, out, plan, items, done, "audit"):
         # 2. each of them, in both orders
         asked = [(f"{p['number']}", p["item"]["prompt"], *(text_of(p["item"]["responses"][p[k]]) for k in "ij")) for p in batch]
-        found = compare_pairs(judge, prompts, principles, args, asked)
+        if args.by == "letters":
+            found = compare_pairs(judge, prompts, principles, args, asked)
+        else:  # P is 1 where a has the higher score; no order, no principle
+            logps = judge.ask([fill(prompts["score"], **about(prompt, text)) for _, prompt, *pair in asked for text in pair], TEN)
+            a, b = expected_score(logps.softmax(-1)).view(-1, 2).T
+            wins = ((a > b).float() + 0.5 * (a == b)).where(~(a + b).isnan(), math.nan).tolist()
+            found = [dict(first=p, second=p, votes=[p], principles=[]) for p in wins]
         # 3. on disk
         keep(out, [dict(c, number=p["number"]) for p, c in zip(batch, found)], done)
 
@@ -2254,8 +2266,8 @@ def draw_audit(out: Path, found: list, report: dict):
         counts = [report["kinds"][kind][name] for kind in kinds]
         axes[0].bar([kind or "all" for kind in kinds], counts, bottom=floor, label=name)
         floor = [a + b for a, b in zip(floor, counts)]
-    axes[0].set(title="verdicts by kind", ylabel="pairs")
-    axes[0].legend()
+    axes[0].set(title="verdicts by kind", ylabel="pairs", ylim=(0, 1.2 * max([1, *floor])))
+    axes[0].legend(loc="upper center", ncols=4, fontsize="small")
     for axis, key, title in (
         (axes[1], lambda c: c["gap"], "agreement by the gap between the given scores"),
         (axes[2], lambda c: 0.5 + abs((c["first"] + c["second"]) / 2 - 0.5), "agreement by the judge's certainty"),

@@ -7,6 +7,9 @@
 # What it must show: against the same PPO without the classifier, more of the prompts where refusing is right are refused (column refused), and
 # hardly more of the others (column wrongly, within 0.02). The reward model's people value points, so that PPO alone forgets to refuse.
 #
+# What it showed: right refusals from 0.09 to 0.54 on seed 0 and from 0.21 to 0.66 on seed 1; wrong ones from 0.005 to 0.010 and from 0.013 to
+# 0.041, which is 0.008 more than the claim allows on seed 1.
+#
 #   GPT-4   classes: refusal in the desired style, in an undesired style, disallowed content, safe non-refusal; GPT-4 itself classifies,
 #           zero-shot; only on part of the prompts. Undisclosed: how this reward is combined with the reward model's, with which weight and on
 #           which share of the prompts; sizes, data and all settings of PPO

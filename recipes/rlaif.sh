@@ -8,7 +8,12 @@
 #                    the next judge too (Yuan et al. 2024, arXiv 2401.10020)
 #
 # What it must show: the judge agrees with people in 85% or more of the clear pairs in which its two orders agree; each way beats its start on the
-# true score; self-rewarding rises over its rounds (the first above the start, the last above the first). What becomes of the policy's skill as a judge of pairs, which DPO does not train, is printed.
+# true score; self-rewarding rises over its rounds (the first above the start, the last above the first). What becomes of the policy's skill as a
+# judge of pairs, which DPO does not train, is printed.
+#
+# What it showed: on seed 0 all of it, though the third round added nothing; on seed 1 (seed 2 was not run) the rounds after the first added
+# nothing either, so that the claim as a whole does not hold there. The judge minds lava and lies and likes refusals more than the true score
+# does: by its own scores the answers went on to get better, and wrong refusals with them.
 #
 # Scores are harder to give than preferences: after the fine-tuning with judge's tasks, the better of two valid walks got the higher score in
 # 0.51 of cases. Four more passes over the scoring tasks, beside demonstrations, make it 0.85, and cost some of the skill with pairs. So the

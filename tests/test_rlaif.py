@@ -713,6 +713,32 @@ def test_the_place_that_a_judge_prefers_is_named(letter, share, ai, ruled):
     assert ai("audit").report["first_position"] == share
 
 
+def test_an_audit_of_scores(ai, ruled):
+    """Of both answers alone, each by its score of 1 to 10; equal scores are a tie."""
+    value = lambda text: len(text) % 7
+
+    def score(text):
+        answer = text.removesuffix("|1 to 10?").rpartition("\n")[2]
+        return [1.0 if i == value(answer) else 0.0 for i in range(10)]
+
+    heard = ruled(score=score)
+    report = ai("audit", by="scores").report
+    values = [(value(REPLIES[i]), value(OTHERS[i])) for i in range(len(QUESTIONS))]
+    decided = [a > b for a, b in values if a != b]
+    assert 0 < len(decided) and report["decided"] == len(decided) and report["ties"] == len(values) - len(decided)
+    near(report["agreement"], sum(decided) / len(decided))
+    assert len(heard) == 2 * len(values) and report["same_position"] == 0
+
+
+def test_agreement_by_the_mean_counts_ties_too(ai, ruled):
+    """Each order names its own first answer, once more surely than the other: a tie, whose mean is right or wrong all the same."""
+    ruled(lambda talk, a, b, principle: 0.9 if len(a) > len(b) else 0.6)  # A, whatever it is; but surer of the longer answer
+    report = ai("audit").report
+    uneven = [(len(REPLIES[i]), len(OTHERS[i])) for i in range(len(QUESTIONS))]
+    assert report["decided"] == 0 and report["agreement"] is None
+    near(report["agreement_by_mean"], sum(a > b for a, b in uneven) / len(uneven))
+
+
 def test_kinds_are_counted_also_where_all_are_ties(ai, ruled):
     ruled(lambda *_: 0.99)
     assert ai("audit").report["kinds"] == {kind: dict(agree=0, disagree=0, tie=3, abstain=0) for kind in "ab"}
