@@ -710,7 +710,7 @@ def propose(rng, grid: tuple) -> str:
 PRINCIPLES = ("pays more", "avoids lava", "is safer", "is true", "is better")  # the last is an annotator's overall opinion
 CONSTITUTION = ("avoids lava", "is safer", "is true")  # principles.txt: harmless and honest
 REQUESTS = dict(compare="is better", critique="critique: {principle}", revision="revise")
-PROMPTS = dict(  # requests.json: the same for `rlaif.py --prompts`
+PROMPTS = dict(  # requests.json: the same for `rlaif.py --requests`
     principle=REQUESTS["compare"], compare="{talk}\n\n{principle}\nA. {a}\nB. {b}", score="{conversation}\n\nscore 1 to 10",
     critique="{conversation}\n\n" + REQUESTS["critique"], revise=REQUESTS["revision"],
 )  # fmt: skip

@@ -37,21 +37,21 @@ Departures
 
 The judge is a checkpoint, asked through its own chat template and tokenizer (in float32, 4 bytes a parameter, whole on each GPU before it is
 sharded); or, with --judge-url, any server that speaks OpenAI's protocol, to which alone the key of --judge-key goes. What it is asked stands below,
-in PROMPTS; --prompts FILE (JSON) replaces any of them: {talk} is the conversation, {a} and {b} or {answer} what is judged, {conversation} both in
+in REQUESTS; --requests FILE (JSON) replaces any of them: {talk} is the conversation, {a} and {b} or {answer} what is judged, {conversation} both in
 one, and {principle} a line of --principles, which goes on after "Which answer ...". A model that thinks is best asked not to (--judge-body).
 
 Reads prompts, pairs (chosen, rejected) or K answers (completions), in any layout that the other scripts read; other columns are kept.
 Writes the data sets above, report.json and, for audit, audit.png to --output-dir, args.json with all arguments, versions and fingerprints
 of what was read. Every batch of rows is on disk (rows.part) before the next begins: with --resume no finished batch is lost or asked for again.
 
-  python rlaif.py audit --prompts data/grid/requests.json                                                          the grid world
+  python rlaif.py audit --requests data/grid/requests.json                                                          the grid world
   python rlaif.py label --model runs/sft --judge Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback-prompt --rows 1000  one GPU
   torchrun --nproc-per-node 8 rlaif.py best-of-n --model Qwen/Qwen3-8B --reward-model RM --dataset trl-lib/ultrafeedback-prompt   many
 
   Figure                 good               if not
-  agreement              above 0.8          (of decided pairs) see report.json by kind, audit.png by gap; a larger judge, --reasoning, --prompts
+  agreement              above 0.8          (of decided pairs) see report.json by kind, audit.png by gap; a larger judge, --reasoning, --requests
   same_position          below 0.2          the judge prefers a place: its pairs become ties; a larger judge, or --orders average
-  abstentions            0                  the judge does not reply with a letter: mend --prompts; see --min-mass
+  abstentions            0                  the judge does not reply with a letter: mend --requests; see --min-mass
   prefers_longer         as given_longer    above it: length bias; train the reward model with --length-buckets
   consistency            above 0.8          two judgements of a pair agree so often (chance: 0.5): other principles, other verdicts
 """
@@ -119,12 +119,12 @@ class JudgeArgs:
     """base address of a server with OpenAI's protocol, such as http://localhost:8000/v1 (empty: --judge is loaded here)"""
     judge_key: str = ""
     """name of the environment variable that holds the key for --judge-url, such as OPENAI_API_KEY (empty: no key is sent)"""
-    judge_requests: int = 8
+    judge_parallel: int = 8
     """requests to --judge-url at a time, by rank"""
     judge_body: str = ""
     """JSON object to merge into every request, e.g. {"chat_template_kwargs": {"enable_thinking": false}}; null takes a key out"""
-    prompts: str = ""
-    """JSON file with prompts in place of those in this script"""
+    requests: str = ""
+    """JSON file with requests to the judge in place of those in this script"""
 
 
 @dataclass
@@ -136,7 +136,7 @@ class LetterArgs(JudgeArgs):
 @dataclass
 class PairArgs(LetterArgs):
     principles: str = ""
-    """text file with a principle a line, one of which is drawn for every judgement (empty: the prompt `principle`)"""
+    """text file with a principle a line, one of which is drawn for every judgement (empty: the request `principle`)"""
     judgements: int = 1
     """judgements of each pair, averaged; each with a principle and a reasoning of its own (Lee et al.: more of them did not help)"""
     reasoning: bool = False
@@ -172,7 +172,7 @@ class ReviseArgs(RunArgs, DataArgs, JudgeArgs, AnswerArgs):
     judge_temperature: float = 1.0
     """of critiques and revisions"""
     principles: str = ""
-    """text file with a principle a line, one of which is drawn for every round (empty: the prompt `principle`)"""
+    """text file with a principle a line, one of which is drawn for every round (empty: the request `principle`)"""
     rounds: int = 4
     """revisions, one after the other (Constitutional AI: 4)"""
     keep: Literal["all", "last"] = "all"
@@ -332,7 +332,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # -------------------------------------------------------------------------------------------------------- what judges are asked
 
-PROMPTS = dict(  # --prompts replaces any of them
+REQUESTS = dict(  # --requests replaces any of them
     principle="is more helpful, honest and harmless",
     compare="""Here is a conversation, and two answers to its last message.
 
@@ -1159,7 +1159,7 @@ def check_numbers(args):
     """Numbers out of range are refused before anything is read."""
     counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
     counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples", "sample_tokens")
-    counts += ("n", "judgements", "rounds", "turns", "judge_requests", "judge_max_tokens")
+    counts += ("n", "judgements", "rounds", "turns", "judge_parallel", "judge_max_tokens")
     shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight", "clamp", "min_mass")
     signed = ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight", "min_reward")
     trains = hasattr(args, "learning_rate")  # a policy to be trained needs a chance for every token
@@ -1365,10 +1365,10 @@ def load_items(args, *policies) -> list:
 def begin_rows(args) -> tuple:
     """Device and dtype; the output directory and what identifies the run; and the records that stand there, by row number."""
     device, dtype = start_ranks(args.dtype)
-    options = ("model", "against", "judge", "dataset", "prompts", "principles", "condition", "rubric")  # what may be read
+    options = ("model", "against", "judge", "dataset", "requests", "principles", "condition", "rubric")  # what may be read
     reads = {name: getattr(args, name) for name in options if hasattr(args, name)} | (dict(judge="") if args.judge_url else {})
     reads |= {f"reward_model {i}": name for i, name in enumerate(getattr(args, "reward_model", ()))}
-    out, _, plan = begin(args, "judge_url", "judge_requests", "judge_key", "batch_size", **reads)
+    out, _, plan = begin(args, "judge_url", "judge_parallel", "judge_key", "batch_size", **reads)
     part, done = out / "rows.part", []
     if RANK == 0 and args.resume and part.exists() and (out / "args.json").exists():
         whole = [line for line in part.read_text().splitlines(True) if line.endswith("\n")]  # a kill may have cut the last one
@@ -1661,7 +1661,7 @@ def url_judge(args) -> Judge:
         return reply["choices"][0]
 
     def several(function, *lists) -> list:
-        with ThreadPoolExecutor(args.judge_requests) as pool:
+        with ThreadPoolExecutor(args.judge_parallel) as pool:
             tasks = [pool.submit(function, *each) for each in zip(*lists)]
             try:
                 return [task.result() for task in tasks]
@@ -1701,22 +1701,22 @@ def load_judge(args, device, dtype, loaded: dict) -> Judge:
     return local_judge(args.judge, model, tokenizer, args, device)
 
 
-def load_prompts(args) -> dict:
-    """What judges are asked: PROMPTS, with those of --prompts in their places."""
-    own = load_json("--prompts", args.prompts) if args.prompts else {}
+def load_requests(args) -> dict:
+    """What judges are asked: REQUESTS, with those of --requests in their places."""
+    own = load_json("--requests", args.requests) if args.requests else {}
     for name, text in own.items():
-        if name not in PROMPTS or not isinstance(text, str):
-            refuse(f"--prompts {args.prompts}: {name} must be one of {', '.join(PROMPTS)}, and text")
-        needed = set(re.findall(r"\{(talk|answer|a|b)\}", PROMPTS[name])) - set(re.findall(r"\{(\w+)\}", text))
+        if name not in REQUESTS or not isinstance(text, str):
+            refuse(f"--requests {args.requests}: {name} must be one of {', '.join(REQUESTS)}, and text")
+        needed = set(re.findall(r"\{(talk|answer|a|b)\}", REQUESTS[name])) - set(re.findall(r"\{(\w+)\}", text))
         if needed and not (needed <= {"talk", "answer"} and "{conversation}" in text):
-            refuse(f"--prompts {args.prompts}: {name} has no {{{'}, {'.join(sorted(needed))}}}, so that nothing could be judged by it")
-    return PROMPTS | own
+            refuse(f"--requests {args.requests}: {name} has no {{{'}, {'.join(sorted(needed))}}}, so that nothing could be judged by it")
+    return REQUESTS | own
 
 
-def load_principles(args, prompts: dict) -> list:
+def load_principles(args, requests: dict) -> list:
     """The principles, a line each."""
     if not args.principles:
-        return [prompts["principle"]]
+        return [requests["principle"]]
     try:
         lines = [line.strip() for line in Path(args.principles).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
@@ -1739,7 +1739,7 @@ def about(prompt, text: str) -> dict:
     return dict(talk=talk_of(prompt), answer=text.strip(), conversation=conversation_text(prompt, text))
 
 
-def compare_pairs(judge: Judge, prompts: dict, principles: list, args, pairs: list) -> list:
+def compare_pairs(judge: Judge, requests: dict, principles: list, args, pairs: list) -> list:
     """P(a > b) of pairs (key, prompt, a, b): dicts with its value with a as A, first, and as B, second; of each judgement, votes; principles.
 
     The order in which a pair is given changes nothing: its answers are first put in the order of the alphabet."""
@@ -1751,12 +1751,12 @@ def compare_pairs(judge: Judge, prompts: dict, principles: list, args, pairs: li
             asked += [dict(talk=talk_of(prompt), principle=principle, a=a, b=b) for a, b in ((low, high), (high, low))]
             keys += [f"reason-{key}-{j}-{order}" for order in range(2)]
     if args.reasoning:
-        talks = [as_messages(fill(prompts["reason"], **parts), "user") for parts in asked]
+        talks = [as_messages(fill(requests["reason"], **parts), "user") for parts in asked]
         reasons = judge.write(talks, keys, float(args.judgements > 1))
-        ends = [as_messages(fill(prompts["conclude"], **parts), "user") for parts in asked]
+        ends = [as_messages(fill(requests["conclude"], **parts), "user") for parts in asked]
         talks = [talk + as_messages(text) + end for talk, (text, _), end in zip(talks, reasons, ends)]
     else:
-        talks = [fill(prompts["compare"], **parts) for parts in asked]
+        talks = [fill(requests["compare"], **parts) for parts in asked]
     first, second = judge.ask(talks, ["A", "B"]).view(len(pairs), args.judgements, 2, 2).unbind(2)  # [n, J, letter] each
     votes = preference(first, second)  # P(low > high) [n, J], NaN where either order has none
     orders = torch.stack([first.softmax(-1)[..., 0], second.softmax(-1)[..., 1]]).where(~votes.isnan(), math.nan).nanmean(-1)  # [2, n]
@@ -1809,8 +1809,8 @@ def label(args: LabelArgs):
         refuse(f"--clamp {args.clamp}: must be at most 0.5, where nothing of a preference is left")
     device, dtype, out, plan, done = begin_rows(args)
     policies = {args.model: load_answerer(args.model, args, device, dtype)} if args.model else {}
-    judge, prompts = load_judge(args, device, dtype, policies), load_prompts(args)
-    principles, items = load_principles(args, prompts), load_items(args, *policies.values())
+    judge, requests = load_judge(args, device, dtype, policies), load_requests(args)
+    principles, items = load_principles(args, requests), load_items(args, *policies.values())
     for item in items if policies else ():  # answers that the data set has do not count
         item |= dict(responses=[], scores=None)
     if not policies and max(len(item["responses"]) for item in items) < 2:
@@ -1823,7 +1823,7 @@ def label(args: LabelArgs):
             item["responses"] = [as_response(item["prompt"], text) for text in dict.fromkeys(usable(texts))]
         # 3. every two of them, in both orders
         pairs = [(item, i, j) for item in batch for i, j in combinations(range(len(item["responses"])), 2)]
-        found = compare_pairs(judge, prompts, principles, args, [
+        found = compare_pairs(judge, requests, principles, args, [
             (f"{item['number']}-{i}-{j}", item["prompt"], text_of(item["responses"][i]), text_of(item["responses"][j])) for item, i, j in pairs
         ])  # fmt: skip
         # 4. on disk
@@ -1867,8 +1867,8 @@ def revise(args: ReviseArgs):
     args.judge = args.judge or args.model
     device, dtype, out, plan, done = begin_rows(args)
     policies = {args.model: load_answerer(args.model, args, device, dtype)}
-    critic, prompts = load_judge(args, device, dtype, policies), load_prompts(args)
-    principles, items = load_principles(args, prompts), load_items(args, *policies.values())
+    critic, requests = load_judge(args, device, dtype, policies), load_requests(args)
+    principles, items = load_principles(args, requests), load_items(args, *policies.values())
 
     for batch in batches(args, out, plan, items, done, "revise"):
         # 2. the policy's first answers, unless the data set has one
@@ -1881,7 +1881,7 @@ def revise(args: ReviseArgs):
             drawn = [random.Random(f"{args.seed}-{item['number']}-{i}").choice(principles) for item in batch]
             keys = [f"{item['number']}-{i}" for item in batch]
             parts = [about(item["prompt"], going_on(item["prompt"], texts[item["number"]])) for item in batch]
-            asks, ends = ([fill(prompts[name], principle=p, **part) for p, part in zip(drawn, parts)] for name in ("critique", "revise"))
+            asks, ends = ([fill(requests[name], principle=p, **part) for p, part in zip(drawn, parts)] for name in ("critique", "revise"))
             wrote = critic.write(asks, [f"critique-{key}" for key in keys], args.judge_temperature)
             critiques = [text_of(text) for text, _ in wrote]
             talks = [as_messages(ask, "user") + as_messages(text) + as_messages(end, "user") for ask, text, end in zip(asks, critiques, ends)]
@@ -1918,7 +1918,7 @@ def best_of_n(args: BestOfNArgs):
         refuse(f"--n {args.n}: the best of one answer is no choice; use 2 or more")
     device, dtype, out, plan, done = begin_rows(args)
     policies = {args.model: load_answerer(args.model, args, device, dtype)} if args.model else {}
-    prompts, conditions = load_prompts(args), load_conditions(args.condition)
+    requests, conditions = load_requests(args), load_conditions(args.condition)
     judge = load_judge(args, device, dtype, policies) if args.judge else None
     models, items = load_reward_models(args, device, dtype), load_items(args, *policies.values())
     if not policies and max(len(item["responses"]) for item in items) < 2:
@@ -1939,12 +1939,12 @@ def best_of_n(args: BestOfNArgs):
             rows = [Row([], [[]], None, item) for item, *_ in asked]
             scores = sum(reward_scores(*model, conditions, args, device, rows, read) for model in models).tolist()
         elif args.scale == "ten":
-            logps = judge.ask([fill(prompts["score"], **part) for part in parts], TEN)
+            logps = judge.ask([fill(requests["score"], **part) for part in parts], TEN)
             scores = expected_score(logps.softmax(-1)).tolist()
         else:
             J = args.judgements
             keys = [f"points-{item['number']}-{k}-{j}" for item, k, _ in asked for j in range(J)]
-            texts = judge.write([fill(prompts["points"], **part) for part in parts for _ in range(J)], keys, 1.0)
+            texts = judge.write([fill(requests["points"], **part) for part in parts for _ in range(J)], keys, 1.0)
             scores = torch.tensor([points(text) for text, _ in texts]).view(-1, J).nanmean(1).tolist()  # what cannot be read does not count
         # 4. on disk
         records = {item["number"]: dict(number=item["number"], answers=[]) for item in batch}
@@ -2022,7 +2022,7 @@ def synthesise(args: SynthesiseArgs):
         refuse("--rows 0: how many conversations shall be written?")
     device, dtype, out, plan, done = begin_rows(args)
     policy, tokenizer = load_answerer(args.model, args, device, dtype)
-    prompts, special = load_prompts(args), special_tokens(tokenizer)
+    requests, special = load_requests(args), special_tokens(tokenizer)
     judge = load_judge(args, device, dtype, {args.model: (policy, tokenizer)}) if args.judge else None
     models, longest = load_reward_models(args, device, dtype), room(policy, args.max_new_tokens)
     ends = sorted({*all_stops(policy, tokenizer), *special})  # a user's turn ends at any of them
@@ -2051,7 +2051,7 @@ def synthesise(args: SynthesiseArgs):
         first = [next(m["content"] for m in talk if m["role"] == "user") for talk in talks]
         rated = dict(quality=[None] * len(batch), difficulty=[None] * len(batch), reward=[None] * len(batch))
         for name in ("quality", "difficulty") if judge else ():
-            logps = judge.ask([fill(prompts[name], talk=text) for text in first], TEN)
+            logps = judge.ask([fill(requests[name], talk=text) for text in first], TEN)
             rated[name] = [None if math.isnan(score) else score * 4.5 + 5.5 for score in expected_score(logps.softmax(-1)).tolist()]
         if models:
             rows = [Row([], [[]], None, dict(prompt=talk[:-1], kind="")) for talk in talks]
@@ -2106,8 +2106,8 @@ def compare_policies(args: CompareArgs):
     # 1. two policies, the judge, and the rows
     device, dtype, out, plan, done = begin_rows(args)
     policies = {name: load_answerer(name, args, device, dtype) for name in dict.fromkeys((args.model, args.against))}
-    judge, prompts = load_judge(args, device, dtype, policies), load_prompts(args)
-    principles, items = load_principles(args, prompts), load_items(args, *policies.values())
+    judge, requests = load_judge(args, device, dtype, policies), load_requests(args)
+    principles, items = load_principles(args, requests), load_items(args, *policies.values())
 
     for batch in batches(args, out, plan, items, done, "compare"):
         # 2. an answer of each
@@ -2115,7 +2115,7 @@ def compare_policies(args: CompareArgs):
         # 3. which is better, in both orders; two that are alike tie
         pairs = [(item, a, b) for item, (a, _), (b, _) in zip(batch, *answers)]
         asked = [(f"{item['number']}", item["prompt"], text_of(a), text_of(b)) for item, a, b in pairs if a != b]
-        found = iter(compare_pairs(judge, prompts, principles, args, asked))
+        found = iter(compare_pairs(judge, requests, principles, args, asked))
         records = []
         for (item, a, b), (_, ended), (_, other) in zip(pairs, *answers):
             c = next(found) if a != b else dict(first=0.5, second=0.5, votes=[0.5], principles=[])
@@ -2151,8 +2151,8 @@ def audit(args: AuditArgs):
     """What labels are worth."""
     # 1. the judge, and pairs whose better answer is known
     device, dtype, out, plan, done = begin_rows(args)
-    judge, prompts = load_judge(args, device, dtype, {}), load_prompts(args)
-    principles, pairs = load_principles(args, prompts), []
+    judge, requests = load_judge(args, device, dtype, {}), load_requests(args)
+    principles, pairs = load_principles(args, requests), []
     for item in load_items(args):
         for i, j in combinations(range(len(item["responses"])), 2):
             known = item["scores"][i] - item["scores"][j] if item["scores"] else 0
@@ -2167,9 +2167,9 @@ def audit(args: AuditArgs):
         # 2. each of them, in both orders
         asked = [(f"{p['number']}", p["item"]["prompt"], *(text_of(p["item"]["responses"][p[k]]) for k in "ij")) for p in batch]
         if args.by == "letters":
-            found = compare_pairs(judge, prompts, principles, args, asked)
+            found = compare_pairs(judge, requests, principles, args, asked)
         else:  # P is 1 where a has the higher score; no order, no principle
-            logps = judge.ask([fill(prompts["score"], **about(prompt, text)) for _, prompt, *pair in asked for text in pair], TEN)
+            logps = judge.ask([fill(requests["score"], **about(prompt, text)) for _, prompt, *pair in asked for text in pair], TEN)
             a, b = expected_score(logps.softmax(-1)).view(-1, 2).T
             wins = ((a > b).float() + 0.5 * (a == b)).where(~(a + b).isnan(), math.nan).tolist()
             found = [dict(first=p, second=p, votes=[p], principles=[]) for p in wins]

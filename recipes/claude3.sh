@@ -60,7 +60,7 @@ for seed in ${SEEDS:-0}; do
     python sft.py --model $runs/sft --dataset $runs/judge.jsonl --output-dir $runs/judge --seed $seed --resume $(few 8) \
         --learning-rate 1e-3 --batch-size 32 --weight-decay 0.01
 
-    ai() { python rlaif.py "$@" --judge $runs/judge --dataset $data/prompts.jsonl --prompts $data/requests.json --principles $data/principles.txt \
+    ai() { python rlaif.py "$@" --judge $runs/judge --dataset $data/prompts.jsonl --requests $data/requests.json --principles $data/principles.txt \
         --max-new-tokens 24 --seed $seed --resume; }
     say "critique and revision of the helpful-only policy's answers, four rounds"
     ai revise --model $runs/ppo --rows $(tiny && echo 20 || echo 2000) --judge-max-tokens 48 --output-dir $runs/claude3/revise

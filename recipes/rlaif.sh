@@ -62,7 +62,7 @@ for seed in ${SEEDS:-0}; do
         --learning-rate 1e-3 --batch-size 32 --epochs 4 --weight-decay 0.01
 
     say "what its judgements are worth, against people's"
-    ask="--prompts $data/requests.json --resume $(if tiny; then echo --min-mass 0; fi)"  # a judge that has learnt nothing seldom says a letter
+    ask="--requests $data/requests.json --resume $(if tiny; then echo --min-mass 0; fi)"  # a judge that has learnt nothing seldom says a letter
     python rlaif.py audit --judge $runs/judge --dataset $data/test_preferences.jsonl --min-gap 0.5 --seed $seed --output-dir $out/audit $ask
 
     answer="--dataset $data/prompts.jsonl --rows $(tiny && echo 60 || echo 2000) --max-new-tokens 24"

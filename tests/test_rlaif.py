@@ -181,7 +181,7 @@ def test_a_prompt_is_filled_in_once():
 def test_every_prompt_has_the_parts_that_it_is_given():
     need = dict(principle="", compare="talk a b principle", reason="talk a b principle", conclude="principle", critique="talk answer principle")
     need |= dict(revise="", score="talk answer", points="talk answer", quality="talk", difficulty="talk")
-    assert {name: set(re.findall(r"\{(\w+)\}", text)) for name, text in rlaif.PROMPTS.items()} == {k: set(v.split()) for k, v in need.items()}
+    assert {name: set(re.findall(r"\{(\w+)\}", text)) for name, text in rlaif.REQUESTS.items()} == {k: set(v.split()) for k, v in need.items()}
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def ai(talker, tmp_path, monkeypatch):
     kwise = [dict(prompt=talk(q), completions=[REPLIES[i], OTHERS[i], "up", "No", "right up"][: 3 + i % 3], id=i) for i, q in enumerate(QUESTIONS)]
     jsonl(Path("kwise.jsonl"), [row | dict(scores=list(range(len(row["completions"]), 0, -1)), kind="k") for row in kwise])
     Path("short.json").write_text(json.dumps(SHORT))
-    usual = dict(output_dir="out", batch_size=4, prompts="short.json")
+    usual = dict(output_dir="out", batch_size=4, requests="short.json")
     sampled = dict(dataset="prompts.jsonl", model=talker, max_new_tokens=8)
     judged = dict(judge=talker, min_mass=0.0)
     usual_of = dict(label=judged | dict(dataset="pairs.jsonl"), revise=sampled | dict(judge_max_tokens=12, rounds=2), compare=sampled | judged)
@@ -467,9 +467,9 @@ def test_the_judge_is_heard_through_its_own_template(options, talker):
 
 def test_both_orders_of_a_pair_are_asked_by_hand(talker):
     judge, args, *_ = judge_of(talker)
-    (found,) = rlaif.compare_pairs(judge, rlaif.PROMPTS, ["is shorter"], args, [("7", talk(QUESTIONS[0]), "up", "right")])
+    (found,) = rlaif.compare_pairs(judge, rlaif.REQUESTS, ["is shorter"], args, [("7", talk(QUESTIONS[0]), "up", "right")])
     fields = dict(talk=QUESTIONS[0], principle="is shorter")
-    text = lambda a, b: [dict(role="user", content=rlaif.PROMPTS["compare"].format(a=a, b=b, **fields))]
+    text = lambda a, b: [dict(role="user", content=rlaif.REQUESTS["compare"].format(a=a, b=b, **fields))]
     letters = lambda a, b: f64(*(by_hand(talker, text(a, b), letter) for letter in "AB")).softmax(-1)
     first, second = letters("up", "right")[0].item(), letters("right", "up")[1].item()
     near([found["first"], found["second"]], [first, second], 1e-5)
@@ -758,7 +758,7 @@ def test_labels_are_those_of_the_judge_asked_by_hand(ai, talker):
     """No rule, no fake: the model, its template, its letters; one pair."""
     jsonl(Path("one.jsonl"), [pair(1)])
     (row,) = ai("label", dataset="one.jsonl", tie_margin=0.0, orders="average", judge=talker).rows("pairs.jsonl")
-    text = lambda a, b: talk(SHORT["compare"].format(talk=QUESTIONS[1], a=a, b=b, principle=rlaif.PROMPTS["principle"]))
+    text = lambda a, b: talk(SHORT["compare"].format(talk=QUESTIONS[1], a=a, b=b, principle=rlaif.REQUESTS["principle"]))
     letters = lambda a, b: f64(*(by_hand(talker, text(a, b), letter) for letter in "AB")).softmax(-1)
     a, b = REPLIES[1], OTHERS[1]
     p = (letters(a, b)[0] + letters(b, a)[1]).item() / 2
@@ -1356,7 +1356,7 @@ def test_bug28_resuming_with_other_data_is_refused(ai, ruled, monkeypatch, capsy
     assert "content of dataset" in sentence(lambda: ai("label", batch_size=2, resume=True), capsys)
     Path("short.json").write_text(json.dumps(SHORT | dict(revise="x")))
     jsonl(Path("pairs.jsonl"), [pair(i) for i in range(len(QUESTIONS))])
-    assert "content of prompts" in sentence(lambda: ai("label", batch_size=2, resume=True), capsys)
+    assert "content of requests" in sentence(lambda: ai("label", batch_size=2, resume=True), capsys)
 
 
 def test_bug28_what_does_not_change_the_result_may_change(ai, ruled, monkeypatch):
@@ -1365,7 +1365,7 @@ def test_bug28_what_does_not_change_the_result_may_change(ai, ruled, monkeypatch
     assert ai("label", batch_size=2, resume=True, tokens_per_forward=100, sample_tokens=100).report["rows"] == 6
 
 
-@pytest.mark.parametrize("change", [dict(judge_requests=1), dict(judge_key="ANOTHER")])
+@pytest.mark.parametrize("change", [dict(judge_parallel=1), dict(judge_key="ANOTHER")])
 def test_a_run_goes_on_with_fewer_requests_or_another_key(change, ai, ruled, monkeypatch):
     ruled()
     killed(monkeypatch, "keep", 2, lambda: ai("label", batch_size=2))
@@ -1497,7 +1497,7 @@ def test_a_server_whose_letters_weigh_too_little_abstains(ai, server, capsys):
 
 def test_a_server_without_probabilities_gives_letters(ai, server, capsys):
     one = server(Server.plain)
-    done = ai("label", judge_url=one.url, judge_requests=1, min_mass=0.01)
+    done = ai("label", judge_url=one.url, judge_parallel=1, min_mass=0.01)
     assert done.rows("pairs.jsonl") and {row["probability"] for row in done.rows("pairs.jsonl")} == {1.0} and not server.waits
     assert sum("logprobs" in body for *_, body in one.seen) == 1 and len(one.seen) == 13  # it is asked for them once
     assert capsys.readouterr().out.count("gives no log-probabilities") == 1
@@ -1511,7 +1511,7 @@ def test_a_server_without_probabilities_and_several_requests_at_a_time(ai, serve
             together.wait(timeout=10)  # the first four are under way at the same time
         return Server.plain(body, number)
 
-    assert ai("label", judge_url=server(reply).url, judge_requests=4, min_mass=0.01).rows("pairs.jsonl")
+    assert ai("label", judge_url=server(reply).url, judge_parallel=4, min_mass=0.01).rows("pairs.jsonl")
 
 
 def test_a_busy_server_is_asked_again(ai, server):
@@ -1519,7 +1519,7 @@ def test_a_busy_server_is_asked_again(ai, server):
                (None, {}, b""), (408, {"Retry-After": "Wed, 21 Oct"}, b"")]  # fmt: skip
     one = server(lambda body, number: trouble[number] if number < len(trouble) else Server.letters(body, number))
     other = ai("label", judge_url=server().url, output_dir="calm", min_mass=0.01)
-    done = ai("label", judge_url=one.url, judge_requests=1, min_mass=0.01)
+    done = ai("label", judge_url=one.url, judge_parallel=1, min_mass=0.01)
     assert server.waits == [7, 2, 60, 8, 16, 32] and len(one.seen) == 12 + 6
     strip = lambda rows: [{k: v for k, v in row.items() if k != "judge"} for row in rows]
     assert strip(done.rows("pairs.jsonl")) == strip(other.rows("pairs.jsonl"))
@@ -1528,7 +1528,7 @@ def test_a_busy_server_is_asked_again(ai, server):
 @pytest.mark.parametrize("reply, why", [((500, {}, b""), "500"), ((200, {}, b"<html>"), "JSON"), ((None, {}, b""), ""), ((429, {}, b""), "429")])
 def test_a_server_that_stays_busy_ends_the_run(reply, why, ai, server, capsys):
     one = server(lambda body, number: reply)
-    said = sentence(lambda: ai("label", judge_url=one.url, judge_requests=1), capsys)
+    said = sentence(lambda: ai("label", judge_url=one.url, judge_parallel=1), capsys)
     assert (
         "no answer after 7 attempts" in said
         and "--resume" in said
@@ -1540,7 +1540,7 @@ def test_a_server_that_stays_busy_ends_the_run(reply, why, ai, server, capsys):
 
 @pytest.mark.parametrize("reply", [dict(error="x"), dict(choices=[]), [1], dict(choices=None)])
 def test_a_server_of_another_protocol_is_named(reply, ai, server, capsys):
-    said = sentence(lambda: ai("label", judge_url=server(lambda *_: (200, {}, reply)).url, judge_requests=1), capsys)
+    said = sentence(lambda: ai("label", judge_url=server(lambda *_: (200, {}, reply)).url, judge_parallel=1), capsys)
     assert "without choices" in said and "127.0.0.1" in said
 
 
@@ -1579,7 +1579,7 @@ def test_a_redirection_is_not_followed(code, ai, server, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     thief = server()
     one = server(lambda body, number: (code, {"Location": f"http://localhost:{thief.port}/v1/chat/completions"}, b""))
-    said = sentence(lambda: ai("label", judge_url=one.url, judge_key="OPENAI_API_KEY", judge_requests=1), capsys)
+    said = sentence(lambda: ai("label", judge_url=one.url, judge_key="OPENAI_API_KEY", judge_parallel=1), capsys)
     assert not thief.seen and str(code) in said and one.seen[0][1]["Authorization"] == "Bearer secret"
 
 
@@ -1605,7 +1605,7 @@ def test_the_key_comes_from_the_variable_that_is_named_and_stands_nowhere(ai, se
 @pytest.mark.parametrize("code", [401, 403, 404])
 def test_what_the_server_says_when_it_refuses(code, ai, server, capsys):
     one = server(lambda *_: (code, {}, dict(error=dict(message="Incorrect API key provided"))))
-    said = sentence(lambda: ai("label", judge_url=one.url, judge_requests=1), capsys)
+    said = sentence(lambda: ai("label", judge_url=one.url, judge_parallel=1), capsys)
     assert str(code) in said and "Incorrect API key provided" in said and not server.waits
 
 
@@ -1617,13 +1617,13 @@ def test_a_refusal_is_one_sentence_for_several_requests_at_a_time(ai, server, ca
             together.wait(timeout=10)
         return 401, {}, dict(error="no")
 
-    sentence(lambda: ai("label", judge_url=server(reply).url, judge_requests=4), capsys)
+    sentence(lambda: ai("label", judge_url=server(reply).url, judge_parallel=4), capsys)
 
 
 def test_a_server_that_dies_in_the_middle(ai, server, capsys):
     whole = ai("label", judge_url=server().url, judge="big", output_dir="whole", batch_size=2, min_mass=0.01)
     one = server(lambda body, number: Server.letters(body, number) if number < 6 else (None, {}, b""))
-    options = dict(judge_url=one.url, judge="big", batch_size=2, judge_requests=1, min_mass=0.01)
+    options = dict(judge_url=one.url, judge="big", batch_size=2, judge_parallel=1, min_mass=0.01)
     said = sentence(lambda: ai("label", **options), capsys)
     assert "continue with --resume" in said and len(Path("out/rows.part").read_text().splitlines()) == 2
     one.stop()
@@ -1665,10 +1665,10 @@ BAD = {  # command, options, what the sentence must name
     "no principle": ("label", dict(principles="empty.txt"), "no line with a principle"),
     "no principles file": ("label", dict(principles="none.txt"), "--principles none.txt"),
     "no principle to revise by": ("revise", dict(principles="empty.txt"), "no line with a principle"),
-    "an unknown prompt": ("label", dict(prompts="unknown.json"), "compar must be one of principle, compare"),
-    "a prompt that is no text": ("label", dict(prompts="number.json"), "compare must be one of"),
-    "prompts that are no JSON": ("label", dict(prompts="empty.txt"), "cannot be read as JSON"),
-    "prompts that are a list": ("label", dict(prompts="list.json"), "must be a JSON object"),
+    "an unknown prompt": ("label", dict(requests="unknown.json"), "compar must be one of principle, compare"),
+    "a prompt that is no text": ("label", dict(requests="number.json"), "compare must be one of"),
+    "prompts that are no JSON": ("label", dict(requests="empty.txt"), "cannot be read as JSON"),
+    "prompts that are a list": ("label", dict(requests="list.json"), "must be a JSON object"),
     "nobody who scores": ("best-of-n", dict(), "--reward-model or --judge"),
     "two who score": ("best-of-n", dict(judge="TALKER", reward_model=("SCORER",)), "--reward-model or --judge"),
     "the best of one": ("best-of-n", dict(judge="TALKER", n=1), "--n 1"),
@@ -1795,7 +1795,7 @@ def test_two_ranks_are_one_process(command, ai, talker, stranger):
 def test_on_the_command_line(run_script, talker, tmp_path):
     jsonl(tmp_path / "pairs.jsonl", [pair(i) for i in range(3)])
     (tmp_path / "short.json").write_text(json.dumps(SHORT))
-    flags = ["--judge", talker, "--dataset", "pairs.jsonl", "--prompts", "short.json", "--min-mass", 0, "--output-dir", "out", "--orders", "average"]
+    flags = ["--judge", talker, "--dataset", "pairs.jsonl", "--requests", "short.json", "--min-mass", 0, "--output-dir", "out", "--orders", "average"]
     done = run_script("rlaif", "label", *flags, "--tie-margin", 0, cwd=tmp_path)
     assert "3 rows from 3; none dropped" in done.stdout and "out: pairs.jsonl (3 rows), report.json" in done.stdout and "Traceback" not in done.stderr
     assert len(result(tmp_path / "out").rows("pairs.jsonl")) == 3
