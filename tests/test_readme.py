@@ -89,8 +89,9 @@ def server():
         running.shutdown()
 
 
-def test_readme_can_be_followed_from_top_to_bottom(shop, server):
+def test_readme_can_be_followed_from_top_to_bottom(shop, server, monkeypatch):
     """Every command that names a model or data set; those of the grid world are the recipes' and have tests of their own."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
     ran = []
     for words in commands(blocks((REPO / "README.md").read_text())):
         name, flags = script_and_flags(words)
