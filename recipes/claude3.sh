@@ -76,7 +76,8 @@ PY
         --learning-rate 1e-3 --batch-size 32 --epochs 2 --weight-decay 0.01
 
     say "pairs of SL-CAI's answers, compared by the principles"
-    ai label --model $runs/claude3/sl-cai --tie-margin 0.2 --output-dir $runs/claude3/label || tiny  # a policy hardly trained may give no pair
+    ai label --model $runs/claude3/sl-cai --rows $(tiny && echo 60 || echo 3200) --tie-margin 0.2 --output-dir $runs/claude3/label ||
+        tiny  # where a policy hardly trained may give no pair
 
     say "one reward model of both: helpfulness by people, harmlessness by the judge"
     python - $data $runs/claude3 <<'PY'
