@@ -11,8 +11,8 @@
 # true score; self-rewarding rises over its rounds (the first above the start, the last above the first). What becomes of the policy's skill as a
 # judge of pairs, which DPO does not train, is printed.
 #
-# What it showed: on seed 0 all of it, though the third round added nothing; on seed 1 (seed 2 was not run) the rounds after the first added
-# nothing either, so that the claim as a whole does not hold there. The judge minds lava and lies and likes refusals more than the true score
+# What it showed: each way beats its start on every seed. Self-rewarding rises in its first round everywhere; the later rounds add little (seeds 0
+# and 2) or nothing (seed 1, where the claim as a whole does not hold). The judge minds lava and lies and likes refusals more than the true score
 # does: by its own scores the answers went on to get better, and wrong refusals with them.
 #
 # Scores are harder to give than preferences: after the fine-tuning with judge's tasks, the better of two valid walks got the higher score in
