@@ -19,6 +19,7 @@ POLICIES = [  # file of results, row of it, what to call it
     ("instructgpt", "sft", "sft"),
     ("instructgpt", "ppo", "ppo"),
     ("instructgpt", "ppo-ptx", "ppo-ptx"),
+    ("gpt4", "ppo-rubric", "ppo with a classifier's reward"),
     ("dpo", "dpo", "dpo"),
     ("dpo", "dpo-plain", "dpo without the likelihood term"),
     ("nemotron", "rpo-1", "rpo, one round after dpo"),
@@ -27,6 +28,13 @@ POLICIES = [  # file of results, row of it, what to call it
     ("zephyr", "chosen", "fine-tuning on the chosen answers, from the base"),
     ("o1", "o1", "grpo on answers with thinking"),
     ("deepseek-v2", "policy", "then grpo on helpful and safety reward models and a rule"),
+    ("rlaif", "start", "sft with the judge's tasks"),
+    ("rlaif", "distilled", "ppo from AI labels"),
+    ("rlaif", "direct", "ppo on the judge's score"),
+    ("rlaif", "self-3", "self-rewarding dpo, three rounds"),
+    ("starling", "all-weights", "ppo from AI rankings (Starling)"),
+    ("claude3", "rl-cai", "constitutional AI"),
+    ("magpie", "filtered", "the base on invented, filtered rows"),
 ]
 COLUMNS = dict(greedy="greedy", valid="valid", honest="honest", safe="safe", refused="right refusals", wrongly="wrong ones", diverse="diversity")
 COLUMNS |= dict(thinking="with thinking", judge="judge", tax="tax", seconds="seconds", MB="MB")
