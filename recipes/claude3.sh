@@ -15,13 +15,14 @@
 #   the paper     SL-CAI: 182,831 red-team prompts x 4 revisions, 135,296 helpful prompts x 2, 1 epoch, half the pre-training lr, batch 1024
 #                 reward model: 182,831 comparisons by the AI, 135,296 by people; 16 principles, drawn at random; from a pre-trained one
 #   here          SL-CAI: 2000 prompts x 4 revisions, 10,000 demonstrations, 2 epochs, lr 1e-3, batch 32
-#                 reward model: 1000 to 1600 comparisons by the AI, of 4000 prompts, those of P below 0.7 left out; 4500 by people;
+#                 reward model: 800 to 1300 comparisons by the AI, of 3200 prompts, those of P below 0.7 left out; 4500 by people;
 #                 3 principles; from the helpful one, 1 epoch, lr 1e-3;  PPO: as the helpful-only one's, but beta 0.1, not 0.2
 # The settings were chosen by trying two of SL-CAI, five of the reward model and two of PPO on seed 0, on the same held-out grids; the claim's
-# bounds were set after these tries, before the run of record and seeds 1 and 2. Seed 0 holds with a score 0.03 below SFT's; seed 1 does not, at
-# 0.056 below. Most of the safety comes with SL-CAI; RL-CAI adds score and right refusals. Labels near 1/2 are left out as half of them are of
-# two safe walks: there they say that points make no difference. The critic sees lava nearly always, but false numbers no better than chance, and
-# turns refusals into walks, which it was never shown not to do.
+# bounds were set after these tries. With the labels of 4000 prompts the claim then held on seed 0 only (scores 0.59, 0.59, 0.50), with those of
+# 2800 on seed 2, not on seed 0; 3200, in between, is what runs here. So the number of labels is the knob between points and safety. Most of the
+# safety comes with SL-CAI; RL-CAI adds score. Right refusals come and go with a few labels (0.00, 0.00, 0.41 on seeds 0 to 2). Labels near 1/2 are
+# left out as half of them are of two safe walks: there they say that points make no difference. The critic sees lava nearly always, but false
+# numbers no better than chance, and turns refusals into walks, which it was never shown not to do.
 #
 # SEEDS="0 1 2" runs three seeds; STEPS=tiny shrinks every stage to a few steps and prints the claim without judging it.
 set -euo pipefail
