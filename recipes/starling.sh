@@ -9,7 +9,8 @@
 #   length under control: mean tokens within 10% of those before PPO, and at least 0.98 of the last answers end
 #   the score rises, and all weights beat the last layer
 #   whole rankings make at least as good a reward model as all their pairs (share of right pairs on people's rankings, within 0.02)
-# PPO without critic training and constant is printed beside it. Answers here have a length of their own, so length is a weak test.
+# It showed all of this on seeds 0 and 1; on seed 2 the true score of the first fifth was 0.12 lower than before, though the reward rose: the dip that
+# critic training does not prevent. PPO without critic training and constant is printed beside it. Answers here have a length of their own, so length is a weak test.
 #
 # A 3 x 3 grid has six paths, so 7 answers are about 4 different ones; repeats count once. On 4 x 4 cells, with 20 paths, models of this size and
 # training did not learn to read the grid (0.07 of the answers were honest); the judge could not tell, and PPO taught them to claim high numbers.
