@@ -84,7 +84,7 @@ class RunArgs:
 
 
 @dataclass
-class DataArgs:
+class RowsArgs:
     dataset: str = "data/grid/prompts.jsonl"
     """hub id (name or name:config), .jsonl/.json/.parquet file (also .gz), or saved directory"""
     dataset_split: str = "train"
@@ -150,7 +150,7 @@ class PairArgs(LetterArgs):
 
 
 @dataclass
-class LabelArgs(RunArgs, DataArgs, PairArgs, AnswerArgs):
+class LabelArgs(RunArgs, RowsArgs, PairArgs, AnswerArgs):
     model: str = ""
     """policy that answers: hub id or directory (empty: the answers are in --dataset)"""
     k: int = 2
@@ -164,7 +164,7 @@ class LabelArgs(RunArgs, DataArgs, PairArgs, AnswerArgs):
 
 
 @dataclass
-class ReviseArgs(RunArgs, DataArgs, JudgeArgs, AnswerArgs):
+class ReviseArgs(RunArgs, RowsArgs, JudgeArgs, AnswerArgs):
     judge: str = ""
     """model that writes critiques and revisions: hub id or directory (empty: --model itself); with --judge-url the model's name there"""
     judge_max_tokens: int = 1024
@@ -182,7 +182,7 @@ class ReviseArgs(RunArgs, DataArgs, JudgeArgs, AnswerArgs):
 
 
 @dataclass
-class BestOfNArgs(RunArgs, DataArgs, LetterArgs, AnswerArgs):
+class BestOfNArgs(RunArgs, RowsArgs, LetterArgs, AnswerArgs):
     model: str = "runs/sft"
     """policy that answers: hub id or directory (empty: the answers are the data set's `completions`)"""
     judge: str = ""
@@ -241,7 +241,7 @@ class SynthesiseArgs(RunArgs, LetterArgs, PolicyArgs):
 
 
 @dataclass
-class CompareArgs(RunArgs, DataArgs, PairArgs, AnswerArgs):
+class CompareArgs(RunArgs, RowsArgs, PairArgs, AnswerArgs):
     model: tyro.conf.Positional[str] = "runs/sft"
     """policy A: hub id or directory"""
     against: tyro.conf.Positional[str] = "runs/base"
@@ -251,7 +251,7 @@ class CompareArgs(RunArgs, DataArgs, PairArgs, AnswerArgs):
 
 
 @dataclass
-class AuditArgs(RunArgs, DataArgs, PairArgs):
+class AuditArgs(RunArgs, RowsArgs, PairArgs):
     dataset: str = "data/grid/test_preferences.jsonl"
     """pairs labelled by those who know: hub id (name or name:config), file, or saved directory"""
     by: Literal["letters", "scores"] = "letters"
@@ -263,7 +263,7 @@ class AuditArgs(RunArgs, DataArgs, PairArgs):
 
 
 @dataclass
-class WeighArgs(RunArgs, DataArgs, LetterArgs):
+class WeighArgs(RunArgs, RowsArgs, LetterArgs):
     dataset: str = "data/grid/preferences.jsonl"
     """pairs or `completions` with scores, and a column kind: hub id (name or name:config), file, or saved directory"""
     rubric: str = "data/grid/rubric.json"
@@ -329,6 +329,84 @@ for library in (transformers.utils.logging, datasets.utils.logging):  # their ba
     library.disable_progress_bar()
     library.set_verbosity_error()
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+# ---------------------------------------------------------------------------------------------------------------- the method
+
+
+def preference(first, second):
+    """P(a > b) from a judge's log-probabilities [..., 2] of replying A and B: first with a as A, second with b as A. Lee et al., section 2.1."""
+    return (first.softmax(-1)[..., 0] + second.softmax(-1)[..., 1]) / 2
+
+
+def verdict(first: float, second: float, orders: str = "agree", margin: float = 0.01) -> str:
+    """a, b, tie, or abstain. first, second: P(a > b) as each order has it; NaN where the judge gave no letter."""
+    p = (first + second) / 2
+    if math.isnan(p):
+        return "abstain"
+    contradict = orders == "agree" and (first - 0.5) * (second - 0.5) <= 0  # the position decided
+    return "tie" if contradict or abs(p - 0.5) <= margin else "a" if p > 0.5 else "b"
+
+
+def ranking_scores(wins) -> list:
+    """Each answer's mean P against the others, from wins [K][K], P(i > j), NaN where nothing is known (and on the diagonal)."""
+    known = [[p for p in row if not math.isnan(p)] for row in wins]
+    return [sum(row) / len(row) if row else math.nan for row in known]
+
+
+def points(text: str) -> float:
+    """The sum that an additive judgement ends with, 0 to 5; NaN where there is none."""
+    found = re.findall(r"score[^\w-]{0,12}(-?\d+(?:\.\d+)?)", after_thinking(text), re.IGNORECASE)
+    return float(found[-1]) if found and 0 <= float(found[-1]) <= 5 else math.nan
+
+
+def nearest(vectors) -> torch.Tensor:
+    """Squared distance of each vector [N, d] to its nearest neighbour [N]; infinity where there is no other."""
+    found = []
+    for i in range(0, len(vectors), 256):  # never all N x N at once
+        distance = torch.cdist(vectors[i : i + 256], vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
+        distance[:, i : i + 256].fill_diagonal_(math.inf)
+        found.append(distance.amin(1))
+    return torch.cat(found)
+
+
+def keep_distant(vectors, least: float) -> list:
+    """The numbers of the vectors [N, d] that keep more than a squared distance from all kept before them: of a cluster, the earliest.
+
+    Takes time as N x N."""
+    kept, held = [], torch.empty_like(vectors)
+    for i, vector in enumerate(vectors):
+        if not kept or (held[: len(kept)] - vector).square().sum(1).min() > least:
+            held[len(kept)] = vector
+            kept.append(i)
+    return kept
+
+
+def rubric_hinge(weights, better, worse, better_features, worse_features, margin: float = 1.0):
+    """Mean of max(0, margin + R(worse) - R(better)), R = r + w . phi (Rule Based Rewards, Mu et al. 2024).
+
+    better, worse [N]: the reward model's scores; features [N, L]: the judge's probabilities of the options; weights [L] or, by pair, [N, L]."""
+    total = lambda scores, features: scores + (weights * features).sum(-1)
+    return (margin + total(worse, worse_features) - total(better, better_features)).clamp(min=0).mean()
+
+
+def interval(outcomes: list) -> tuple:
+    """Mean of outcomes in [0, 1], and the ends of its 95% interval (Wilson's score)."""
+    n, mean, z = len(outcomes), sum(outcomes) / max(1, len(outcomes)), 1.96
+    if not n:
+        return math.nan, 0.0, 1.0
+    centre, half = mean + z**2 / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
+    return mean, (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+
+
+def after_thinking(text: str) -> str:
+    """What stands after the thinking, and before any that follows; nothing, where an answer begins with thinking that has not ended."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def expected_score(probabilities):
+    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [n, 10]; returns [n]."""
+    return ((probabilities * torch.arange(1, 11, device=probabilities.device)).sum(-1) - 5.5) / 4.5
+
 
 # -------------------------------------------------------------------------------------------------------- what judges are asked
 
@@ -412,84 +490,6 @@ How clear, specific and well put is it, from 1 to 10? Reply with the number only
 
 How hard is it to answer well, from 1 to 10? Reply with the number only.""",
 )
-
-# ---------------------------------------------------------------------------------------------------------------- the method
-
-
-def preference(first, second):
-    """P(a > b) from a judge's log-probabilities [..., 2] of replying A and B: first with a as A, second with b as A. Lee et al., section 2.1."""
-    return (first.softmax(-1)[..., 0] + second.softmax(-1)[..., 1]) / 2
-
-
-def verdict(first: float, second: float, orders: str = "agree", margin: float = 0.01) -> str:
-    """a, b, tie, or abstain. first, second: P(a > b) as each order has it; NaN where the judge gave no letter."""
-    p = (first + second) / 2
-    if math.isnan(p):
-        return "abstain"
-    contradict = orders == "agree" and (first - 0.5) * (second - 0.5) <= 0  # the position decided
-    return "tie" if contradict or abs(p - 0.5) <= margin else "a" if p > 0.5 else "b"
-
-
-def ranking_scores(wins) -> list:
-    """Each answer's mean P against the others, from wins [K][K], P(i > j), NaN where nothing is known (and on the diagonal)."""
-    known = [[p for p in row if not math.isnan(p)] for row in wins]
-    return [sum(row) / len(row) if row else math.nan for row in known]
-
-
-def points(text: str) -> float:
-    """The sum that an additive judgement ends with, 0 to 5; NaN where there is none."""
-    found = re.findall(r"score[^\w-]{0,12}(-?\d+(?:\.\d+)?)", after_thinking(text), re.IGNORECASE)
-    return float(found[-1]) if found and 0 <= float(found[-1]) <= 5 else math.nan
-
-
-def nearest(vectors) -> torch.Tensor:
-    """Squared distance of each vector [N, d] to its nearest neighbour [N]; infinity where there is no other."""
-    found = []
-    for i in range(0, len(vectors), 256):  # never all N x N at once
-        distance = torch.cdist(vectors[i : i + 256], vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
-        distance[:, i : i + 256].fill_diagonal_(math.inf)
-        found.append(distance.amin(1))
-    return torch.cat(found)
-
-
-def keep_distant(vectors, least: float) -> list:
-    """The numbers of the vectors [N, d] that keep more than a squared distance from all kept before them: of a cluster, the earliest.
-
-    Takes time as N x N."""
-    kept, held = [], torch.empty_like(vectors)
-    for i, vector in enumerate(vectors):
-        if not kept or (held[: len(kept)] - vector).square().sum(1).min() > least:
-            held[len(kept)] = vector
-            kept.append(i)
-    return kept
-
-
-def rubric_hinge(weights, better, worse, better_features, worse_features, margin: float = 1.0):
-    """Mean of max(0, margin + R(worse) - R(better)), R = r + w . phi (Rule Based Rewards, Mu et al. 2024).
-
-    better, worse [N]: the reward model's scores; features [N, L]: the judge's probabilities of the options; weights [L] or, by pair, [N, L]."""
-    total = lambda scores, features: scores + (weights * features).sum(-1)
-    return (margin + total(worse, worse_features) - total(better, better_features)).clamp(min=0).mean()
-
-
-def interval(outcomes: list) -> tuple:
-    """Mean of outcomes in [0, 1], and the ends of its 95% interval (Wilson's score)."""
-    n, mean, z = len(outcomes), sum(outcomes) / max(1, len(outcomes)), 1.96
-    if not n:
-        return math.nan, 0.0, 1.0
-    centre, half = mean + z**2 / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
-    return mean, (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
-
-
-def after_thinking(text: str) -> str:
-    """What stands after the thinking, and before any that follows; nothing, where an answer begins with thinking that has not ended."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
-
-
-def expected_score(probabilities):
-    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [n, 10]; returns [n]."""
-    return ((probabilities * torch.arange(1, 11, device=probabilities.device)).sum(-1) - 5.5) / 4.5
-
 
 # ---------------------------------------------------------------------------------------------------------------------- data
 
@@ -1336,7 +1336,7 @@ def load_items(args, *policies) -> list:
             responses = [as_messages(r) if isinstance(r, list) else r for r in responses]
             texts = [m["content"] for m in as_messages(prompt or "", "user")]
             if not any(text.strip() for text in texts):
-                notes["dropped: empty prompt"] += 1
+                notes["dropped: no prompt, or an empty one"] += 1
                 continue
             if readers and not args.allow_special and any(s in text for text in texts for _, special, _ in readers for s in special):
                 notes["dropped: special token in the text (--allow-special keeps it)"] += 1
@@ -1525,11 +1525,17 @@ def load_answerer(name: str, args, device, dtype) -> tuple:
     return policy, tokenizer
 
 
-def show_first(spent: Counter, kind: str, talk, reply: str):
-    """Print the first question of its kind with its reply: look at it."""
-    if not spent[kind]:
-        asked = as_messages(talk, "user")[-1]["content"]
-        tqdm.write("the judge is asked:\n  | " + asked[-600:].replace("\n", "\n  | ") + f"\nand replies: {reply[:300]}")
+def count(spent: Counter, kind: str, talks: list, reply: Callable):
+    """Counts questions or texts, and prints the first of its kind with the judge's reply: look at it."""
+    if talks and not spent[kind] and RANK == 0:
+        asked = as_messages(talks[0], "user")[-1]["content"]
+        tqdm.write("the judge is asked:\n  | " + asked[-600:].replace("\n", "\n  | ") + f"\nand replies: {reply()[:300]}")
+    spent[kind] += len(talks)
+
+
+def chances(options: list, logps) -> str:
+    """The probabilities [K] of the options, to be read."""
+    return ", ".join(f"{option} {p:.3f}" for option, p in zip(options, logps.exp().tolist()))
 
 
 def local_judge(name: str, model, tokenizer, args, device) -> Judge:
@@ -1543,18 +1549,14 @@ def local_judge(name: str, model, tokenizer, args, device) -> Judge:
         logps = torch.full((len(talks), len(options)), math.nan)
         found = judge_logps(model, tokenizer, [talks[i] for i in fits], options, args, device).cpu()
         logps[fits] = found.where(found.exp().sum(1, keepdim=True) >= args.min_mass, math.nan)
-        if talks and RANK == 0:
-            show_first(spent, "questions", talks[0], ", ".join(f"{o} {p:.3f}" for o, p in zip(options, logps[0].exp().tolist())))
-        spent["questions"] += len(talks)
+        count(spent, "questions", talks, lambda: chances(options, logps[0]))
         return logps
 
     def write(talks: list, keys: list, temperature: float):
         last = max(1, room(model, args.judge_max_tokens))  # tokens that can be read, of a talk that is too long
         rows = [asked_row(render(tokenizer, clean(talk), answer_next=True)[-last:], clean(talk)) for talk in talks]
         wrote = write_texts(model, tokenizer, rows, keys, args, args.judge_max_tokens, temperature)
-        if talks and RANK == 0:
-            show_first(spent, "texts", talks[0], wrote[0][0])
-        spent["texts"] += len(talks)
+        count(spent, "texts", talks, lambda: wrote[0][0])
         return [(text.strip(), ended) for text, ended in wrote]
 
     return Judge(name, ask, write, spent)
@@ -1672,18 +1674,14 @@ def url_judge(args) -> Judge:
     def ask(talks: list, options: list):
         found = several(lambda talk: option_logps(chat(talk, max_tokens=16, temperature=0, **extras), options), talks)
         logps = torch.tensor(found, dtype=torch.float32).view(len(talks), len(options))
-        if talks and RANK == 0:
-            show_first(spent, "questions", talks[0], ", ".join(f"{o} {p:.3f}" for o, p in zip(options, logps[0].exp().tolist())))
-        spent["questions"] += len(talks)
+        count(spent, "questions", talks, lambda: chances(options, logps[0]))
         return logps.where(logps.exp().sum(1, keepdim=True) >= args.min_mass, math.nan)
 
     def write(talks: list, keys: list, temperature: float):
         number = lambda name: int.from_bytes(hashlib.sha256(f"{args.seed}-{name}".encode()).digest()[:4], "little") >> 1
         found = several(lambda talk, name: chat(talk, max_tokens=args.judge_max_tokens, temperature=temperature, seed=number(name)), talks, keys)
         wrote = [(content_of(choice), bool(choice) and choice.get("finish_reason") != "length") for choice in found]
-        if talks and RANK == 0:
-            show_first(spent, "texts", talks[0], wrote[0][0])
-        spent["texts"] += len(talks)
+        count(spent, "texts", talks, lambda: wrote[0][0])
         return wrote
 
     return Judge(f"{args.judge} at {args.judge_url}", ask, write, spent)
@@ -2302,6 +2300,9 @@ def main(args: Args):
         refuse("--judge-url needs --judge, the model's name there")
     try:
         commands[type(args)](args)
+    except KeyboardInterrupt:
+        say("\nstopped; finished batches are kept, the same command with --resume goes on")
+        sys.exit(130)
     except TemplateError as e:
         refuse(f"a chat template refuses a conversation that it was given ({e}); leave out --system or --condition, or use another model")
 

@@ -1660,7 +1660,7 @@ BAD = {  # command, options, what the sentence must name
     "audit of rows without answers": ("audit", dict(dataset="prompts.jsonl"), "no pair whose better answer is known"),
     "audit of answers without scores": ("audit", dict(dataset="unscored.jsonl"), "no pair whose better answer is known"),
     "an audit's gap too large": ("audit", dict(min_gap=100.0), "no pair"),
-    "empty prompts only": ("best-of-n", dict(dataset="hollow.jsonl", judge="TALKER"), "2 dropped: empty prompt"),
+    "empty prompts only": ("best-of-n", dict(dataset="hollow.jsonl", judge="TALKER"), "2 dropped: no prompt, or an empty one"),
     "scores of another length": ("label", dict(dataset="uneven.jsonl"), "row 0"),
     "no principle": ("label", dict(principles="empty.txt"), "no line with a principle"),
     "no principles file": ("label", dict(principles="none.txt"), "--principles none.txt"),
@@ -1737,7 +1737,7 @@ def test_prompts_that_cannot_be_used_are_dropped_and_counted(ai, ruled, talker, 
     rows += [dict(prompt=talk(" ".join(["7"] * 900)), id=4), dict(prompt=talk(QUESTIONS[0]), id=5)]
     done = ai("compare", dataset=jsonl(Path("mixed.jsonl"), [r | dict(prompt=r["prompt"] or talk("")) for r in rows]), against=talker)
     said = capsys.readouterr().out
-    assert "2 dropped: empty prompt" in said and "1 dropped: special token in the text" in said and "1 dropped: prompt too long" in said
+    assert "2 dropped: no prompt, or an empty one" in said and "1 dropped: special token in the text" in said and "1 dropped: prompt too long" in said
     assert done.report["comparisons"] == 2 and [row["id"] for row in done.rows("comparisons.jsonl")] == [0, 5]
     assert len(ai("compare", dataset="mixed.jsonl", against=talker, allow_special=True, output_dir="all").rows("comparisons.jsonl")) == 3
 
