@@ -1322,6 +1322,26 @@ def test_bug28_killed_while_the_judge_is_asked(ai, monkeypatch, ruled):
     )
 
 
+def test_ctrl_c_says_how_to_go_on(ai, monkeypatch, ruled, capsys):
+    """Exit code 130, no traceback, and the batches that are done stay."""
+    ruled()
+    real, calls = rlaif.keep, []
+
+    def interrupted(*args):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rlaif, "keep", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            ai("label", batch_size=2)
+    assert stopped.value.code == 130 and "--resume goes on" in capsys.readouterr().out
+    assert len(Path("out/rows.part").read_text().splitlines()) == 4
+    assert ai("label", batch_size=2, resume=True).report["rows"] == 6
+
+
 def test_bug28_killed_after_the_last_row(ai, monkeypatch, ruled):
     heard = ruled()
     killed(monkeypatch, "complete", 1, lambda: ai("label"))
