@@ -933,7 +933,7 @@ def load_policy(name: str):
     disable_progress_bar()  # of loading weights: it would cut the table in two
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     except Exception as e:
         refuse(f"{name}: no language model can be loaded from it ({(str(e).splitlines() or [type(e).__name__])[0][:200]})")
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:

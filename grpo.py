@@ -34,17 +34,20 @@ metrics.jsonl, curves.png and, with --match or --rule, what the last evaluation 
   python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main --match number                     one GPU
   torchrun --nproc-per-node 8 grpo.py --model Qwen/Qwen2.5-7B-Instruct --gradient-checkpointing --dataset openai/gsm8k:main --match number  many
 
-  Metric                    at step 1  then                 if not
-  reward                    -          rises                flat: see frac_reward_zero_std; raise --learning-rate; look at the samples printed
-  frac_reward_zero_std      -          below 0.5            near 1: prompts too hard or too easy for any group to differ; --zero-spread resample
-  reward_std                -          falls slowly         0: the same
-  kl                        0          rises, levels off    beyond 0.1 a token or so: raise --kl-coef, lower --learning-rate
-  entropy                   -          falls slowly         to 0: collapsed; raise --clip-high or --kl-coef
-  completions/mean_length   -          rises if it pays     runs into --max-new-tokens: see completions/clipped_ratio, --overlong-cache
-  completions/clipped_ratio -          falls to 0           rises, or near 1 at once: raise --max-new-tokens (a model that thinks needs thousands)
-  clip_ratio/region_mean    0          0.001 to 0.05        above 0.2: lower --learning-rate or --num-iterations; 0 with one update a batch
-  sampling/sampling_logp_difference/mean  ~0  ~0            above 0.05: sampler and trainer disagree: --dtype float32
-  grad_norm                 -          -                    spikes: lower --learning-rate
+  Metric                                   at step 1  then                 if not
+  reward                                   -          rises                flat: see the next line; raise --learning-rate; look at the samples
+  frac_reward_zero_std                     -          below 0.5            near 1: prompts too hard or too easy for any group to differ;
+                                                                           --zero-spread resample
+  reward_std                               -          falls slowly         0: the same
+  kl                                       0          rises, levels off    beyond 0.1 a token or so: raise --kl-coef, lower --learning-rate
+  entropy                                  -          falls slowly         to 0: collapsed; raise --clip-high or --kl-coef
+  completions/mean_length                  -          rises if it pays     runs into --max-new-tokens: see the next line, --overlong-cache
+  completions/clipped_ratio                -          falls to 0           rises, or near 1 at once: raise --max-new-tokens (a model that thinks
+                                                                           needs thousands)
+  clip_ratio/region_mean                   0          0.001 to 0.05        above 0.2: lower --learning-rate or --num-iterations (one update a
+                                                                           batch: 0)
+  sampling/sampling_logp_difference/mean   ~0         ~0                   above 0.05: sampler and trainer disagree: --dtype float32
+  grad_norm                                -          -                    spikes: lower --learning-rate
 """
 
 import sys
@@ -780,9 +783,11 @@ def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False,
     Where that gives other results (found by trying), the model keeps its own and gets one sequence a forward: slow and right, with a notice."""
     stored = load_config(name).dtype
     try:
-        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False, **options)
+        # safetensors only: a pickle could run anything
+        options |= dict(trust_remote_code=False, use_safetensors=True)
+        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, **options)
     except Exception as e:
-        refuse(f"{name}: no model can be loaded from it ({reason(e)})")
+        refuse(f"{name}: no model can be loaded from it ({reason(e)}); it takes config.json and safetensors, as save_pretrained writes them")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
     model = ready(model, device, stored or torch.float32, dropout)
@@ -1289,6 +1294,8 @@ def begin(args, *more_free, **inputs):
             error = f"--output-dir {out}: not empty; choose another, --resume a run that stands there, or --overwrite it"
     if WORLD > 1:
         error, finished, last = broadcast([error, finished, last])
+        if not error and not out.exists():
+            error = f"--output-dir {out}: rank {RANK} does not see it; choose one on a disk that all nodes share"
     if error:
         refuse(error)
     if finished:

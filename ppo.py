@@ -28,17 +28,17 @@ with tokenizers and templates of their own. Writes the policy to --output-dir, a
   python ppo.py --model Qwen/Qwen3-0.6B --reward-model runs/rm --dataset trl-lib/ultrafeedback-prompt              one GPU
   torchrun --nproc-per-node 8 ppo.py --model Qwen/Qwen3-8B --gradient-checkpointing --reward-model runs/rm --dataset ...  many
 
-  Metric                  at step 1  then                    if not
-  objective/scores        -          rises                   flat: lower --kl-coef, raise the learning rates; look at the samples printed
-  objective/kl            0          rises, levels off       beyond 10 or so: the policy exploits the reward; raise --kl-coef
-  objective/rlhf_reward   -          rises                   score less the KL penalty: falling means the penalty wins
-  policy/approxkl_avg     small      0.001 to 0.02           above 0.05: lower --learning-rate or --ppo-epochs
-  policy/clipfrac_avg     small      0.01 to 0.2             above 0.3: the same; both are exactly 0 on the first minibatch alone
-  policy/entropy_avg      1 to 2     falls slowly            to 0: collapsed; raise --kl-coef
-  val/explained_variance  any        rises towards 1         below 0 for long: --critic-warmup, higher --value-learning-rate
-  val/ratio               near 1     near 1                  far from 1: the same
-  val/share_eos           -          rises to 1              falls: answers run into --max-new-tokens; see --missing-eos-score
-  sampling/logp_difference  ~0       ~0                      above 0.05: sampler and trainer disagree (bfloat16: 0.02, seen on CPU)
+  Metric                    at step 1  then                  if not
+  objective/scores          -          rises                 flat: lower --kl-coef, raise the learning rates; look at the samples printed
+  objective/kl              0          rises, levels off     beyond 10 or so: the policy exploits the reward; raise --kl-coef
+  objective/rlhf_reward     -          rises                 score less the KL penalty: falling means the penalty wins
+  policy/approxkl_avg       small      0.001 to 0.02         above 0.05: lower --learning-rate or --ppo-epochs
+  policy/clipfrac_avg       small      0.01 to 0.2           above 0.3: the same; both are exactly 0 on the first minibatch alone
+  policy/entropy_avg        1 to 2     falls slowly          to 0: collapsed; raise --kl-coef
+  val/explained_variance    any        rises towards 1       below 0 for long: --critic-warmup, higher --value-learning-rate
+  val/ratio                 near 1     near 1                far from 1: the same
+  val/share_eos             -          rises to 1            falls: answers run into --max-new-tokens; see --missing-eos-score
+  sampling/logp_difference  ~0         ~0                    above 0.05: sampler and trainer disagree (bfloat16: 0.02, seen on CPU)
 """
 
 import sys
@@ -777,9 +777,11 @@ def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False,
     Where that gives other results (found by trying), the model keeps its own and gets one sequence a forward: slow and right, with a notice."""
     stored = load_config(name).dtype
     try:
-        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False, **options)
+        # safetensors only: a pickle could run anything
+        options |= dict(trust_remote_code=False, use_safetensors=True)
+        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, **options)
     except Exception as e:
-        refuse(f"{name}: no model can be loaded from it ({reason(e)})")
+        refuse(f"{name}: no model can be loaded from it ({reason(e)}); it takes config.json and safetensors, as save_pretrained writes them")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
     model = ready(model, device, stored or torch.float32, dropout)
@@ -1302,6 +1304,8 @@ def begin(args, *more_free, **inputs):
             error = f"--output-dir {out}: not empty; choose another, --resume a run that stands there, or --overwrite it"
     if WORLD > 1:
         error, finished, last = broadcast([error, finished, last])
+        if not error and not out.exists():
+            error = f"--output-dir {out}: rank {RANK} does not see it; choose one on a disk that all nodes share"
     if error:
         refuse(error)
     if finished:

@@ -28,16 +28,15 @@ Writes a directory that loads as AutoModelForSequenceClassification, args.json, 
   python reward_model.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized            one GPU
   torchrun --nproc-per-node 8 reward_model.py --model Qwen/Qwen3-8B --gradient-checkpointing --dataset trl-lib/ultrafeedback_binarized  many
 
-  Metric        at step 1        then             if not
-  loss          ln 2 = 0.693     falls to         flat: learning rate too low, or labels are noise; far below 0.3: the pairs are told apart
-                (K-wise PL: ln   0.4 - 0.65       by something trivial: see accuracy by length and correlation with length in the report
-                K!)
-  accuracy      0 (all tied)     0.6 - 0.75 on    0.5: is chosen really the better column? 1.0: too easy, or a leak
-                                 people's pairs
-  margin        0                rises
-  mean_reward   0                drifts freely    far from 0: harmless, the shift takes it off; --score-l2 or --barrier hold it
-  min_, max_reward  0            spread grows     beyond +-10: overconfident; fewer epochs (InstructGPT: one)
-  grad_norm     -                -                spikes: lower --learning-rate (InstructGPT: insensitive to it, very sensitive to epochs)
+  Metric                  at step 1     then             if not
+  loss                    ln 2 = 0.693  falls to         flat: learning rate too low, or labels are noise; far below 0.3: the pairs are told
+                          (PL: ln K!)   0.4 to 0.65      apart by something trivial: see accuracy by length, correlation with length in the report
+  accuracy                0 (all tied)  0.6 to 0.75 on   0.5: is chosen really the better column? 1.0: too easy, or a leak
+                                        people's pairs
+  margin                  0             rises            flat: as for the loss
+  mean_reward             0             drifts freely    far from 0: harmless, the shift takes it off; --score-l2 or --barrier hold it
+  min_reward, max_reward  0             spread grows     beyond +-10: overconfident; fewer epochs (InstructGPT: one)
+  grad_norm               -             -                spikes: lower --learning-rate (InstructGPT: insensitive to it, very sensitive to epochs)
 """
 
 import sys
@@ -667,9 +666,11 @@ def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False,
     Where that gives other results (found by trying), the model keeps its own and gets one sequence a forward: slow and right, with a notice."""
     stored = load_config(name).dtype
     try:
-        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False, **options)
+        # safetensors only: a pickle could run anything
+        options |= dict(trust_remote_code=False, use_safetensors=True)
+        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, **options)
     except Exception as e:
-        refuse(f"{name}: no model can be loaded from it ({reason(e)})")
+        refuse(f"{name}: no model can be loaded from it ({reason(e)}); it takes config.json and safetensors, as save_pretrained writes them")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
     model = ready(model, device, stored or torch.float32, dropout)
@@ -943,6 +944,8 @@ def begin(args, *more_free, **inputs):
             error = f"--output-dir {out}: not empty; choose another, --resume a run that stands there, or --overwrite it"
     if WORLD > 1:
         error, finished, last = broadcast([error, finished, last])
+        if not error and not out.exists():
+            error = f"--output-dir {out}: rank {RANK} does not see it; choose one on a disk that all nodes share"
     if error:
         refuse(error)
     if finished:

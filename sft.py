@@ -560,9 +560,11 @@ def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False,
     Where that gives other results (found by trying), the model keeps its own and gets one sequence a forward: slow and right, with a notice."""
     stored = load_config(name).dtype
     try:
-        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False, **options)
+        # safetensors only: a pickle could run anything
+        options |= dict(trust_remote_code=False, use_safetensors=True)
+        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, **options)
     except Exception as e:
-        refuse(f"{name}: no model can be loaded from it ({reason(e)})")
+        refuse(f"{name}: no model can be loaded from it ({reason(e)}); it takes config.json and safetensors, as save_pretrained writes them")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
     model = ready(model, device, stored or torch.float32, dropout)
@@ -856,6 +858,8 @@ def begin(args, *more_free, **inputs):
             error = f"--output-dir {out}: not empty; choose another, --resume a run that stands there, or --overwrite it"
     if WORLD > 1:
         error, finished, last = broadcast([error, finished, last])
+        if not error and not out.exists():
+            error = f"--output-dir {out}: rank {RANK} does not see it; choose one on a disk that all nodes share"
     if error:
         refuse(error)
     if finished:

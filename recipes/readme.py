@@ -1,14 +1,18 @@
 """What README says that nobody writes by hand: the headline, every policy of the recipes on one scale, from recipes/results/*.csv, which
-`gridworld.py score` has written, a file a seed; and the index of equations with the lines where they stand.
+`gridworld.py score` has written, a file a seed; the metrics of the scripts' headers, with the values they had in recipes; the index of
+equations with the lines where they stand.
 
-    python recipes/readme.py         rewrites both in README.md, each between its two marks, and recipes/results/headline.png
+    python recipes/readme.py         rewrites them in README.md, each between its two marks, and recipes/results/headline.png
+    python recipes/readme.py runs    the same, after the metrics of the recipes in runs/ are written to recipes/results/metrics.csv
 
 After recipes of your own, copy runs/NAME.csv to recipes/results/NAME.csv (runs/seed-1/NAME.csv to NAME-seed1.csv), and see what differs.
 """
 
 import ast
 import csv
+import json
 import math
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -38,6 +42,7 @@ POLICIES = [  # file of results, row of it, what to call it
 ]
 COLUMNS = dict(greedy="greedy", valid="valid", honest="honest", safe="safe", refused="right refusals", wrongly="wrong ones", diverse="diversity")
 COLUMNS |= dict(thinking="with thinking", judge="judge", tax="tax", seconds="seconds", MB="MB")
+METRICS = dict(sft="sft", reward_model="reward_model", ppo="ppo", dpo="dpo", orpo="orpo", rpo="nemotron/rpo-1", grpo="o1")  # script: a run of it
 EQUATIONS = [  # paper, equation, what it is, script, function
     ("Sutton & Barto 2018", "4.10", "value iteration", "gridworld.py", "value_iteration"),
     ("Sutton & Barto 2018", "4.5", "policy evaluation", "gridworld.py", "policy_evaluation"),
@@ -115,7 +120,50 @@ def equations() -> str:
     return "\n".join(lines)
 
 
-WRITTEN = dict(headline=table, equations=equations)
+def described_metrics(script: str) -> list:
+    """The table of metrics in a script's header: (names, at step 1, then, if not) each; a line that begins with spaces goes on with the one above."""
+    doc = ast.get_docstring(ast.parse((HERE.parent / f"{script}.py").read_text()), clean=False)
+    head, *lines = doc[doc.index("  Metric ") :].rstrip().split("\n")
+    starts = [head.index(title) for title in ("Metric", "at step 1", "then", "if not")]
+    rows = []
+    for line in lines:
+        cells = [line[start:end].strip() for start, end in zip(starts, [*starts[1:], None])]
+        if cells[0]:
+            rows.append(cells)
+        else:
+            rows[-1] = [f"{above} {cell}".strip() for above, cell in zip(rows[-1], cells)]
+    return rows
+
+
+def collect(runs: Path):
+    """Writes results/metrics.csv: every described metric at the first step of a recipe's run, and as the mean over its last tenth."""
+    with (HERE / "results" / "metrics.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("script", "metric", "first", "last"))
+        for script, run in METRICS.items():
+            lines = [json.loads(line) for line in (runs / run / "metrics.jsonl").read_text().splitlines()]
+            for names, *_ in described_metrics(script):
+                for name in names.split(", "):
+                    values = [line[name] for line in lines if name in line]
+                    writer.writerow((script, name, f"{values[0]:.3g}", f"{mean(values[-math.ceil(len(values) / 10) :]):.3g}"))
+
+
+def metrics() -> str:
+    """The described metrics as Markdown, a table for each script."""
+    with (HERE / "results" / "metrics.csv").open() as file:
+        seen = {(row["script"], row["metric"]): (row["first"], row["last"]) for row in csv.DictReader(file)}
+    lines = []
+    for script in METRICS:
+        lines += [f"\n**{script}.py**\n", "| metric | at step 1 | then | on the grid | if not |", "| --- " * 5 + "|"]
+        for names, *described in described_metrics(script):
+            first, then, remedy = ("" if cell == "-" else cell.replace("|", "\\|") for cell in described)
+            names = names.split(", ")
+            here = ", ".join(a if a == b else f"{a} to {b}" for a, b in (seen[script, name] for name in names))
+            lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {first} | {then} | {here} | {remedy} |")
+    return "\n".join(lines).strip("\n")
+
+
+WRITTEN = dict(headline=table, metrics=metrics, equations=equations)
 
 
 def marks(name: str) -> tuple:
@@ -145,6 +193,8 @@ def draw(path: Path):
 
 
 def main():
+    if len(sys.argv) > 1:
+        collect(Path(sys.argv[1]))
     readme = HERE.parent / "README.md"
     for name, write in WRITTEN.items():
         begin, end = marks(name)

@@ -154,10 +154,11 @@ def run_script():
 
 @pytest.fixture(scope="session")
 def torchrun():
-    """torchrun("sft", 2, "--max-steps", 2, cwd=tmp_path): the same under torchrun, with so many processes on this machine."""
+    """torchrun("sft", 2, "--max-steps", 2, cwd=tmp_path): the same under torchrun, with so many processes on this machine;
+    launch: what to tell torchrun in place of --standalone."""
 
-    def go(name, nproc, *flags, cwd, check=True, timeout=600, env=None):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc]
+    def go(name, nproc, *flags, cwd, check=True, timeout=600, env=None, launch=("--standalone",)):
+        launch = [sys.executable, "-m", "torch.distributed.run", *launch, "--nproc-per-node", nproc]
         return run([*launch, REPO / f"{name}.py", *flags], cwd, check, timeout, env)
 
     return go

@@ -193,9 +193,9 @@ def test_every_recipe_runs_at_its_smallest(recipe, tmp_path):
     assert last.startswith("claim: ") and last.endswith("not judged (tiny)")
 
 
-@pytest.mark.parametrize("name", ["headline", "equations"])
+@pytest.mark.parametrize("name", ["headline", "metrics", "equations"])
 def test_what_readme_says_by_script_is_up_to_date(name, monkeypatch):
-    """No number of the headline is written by hand, and the index of equations points at the lines where they stand."""
+    """No number of a table is written by hand, and the index of equations points at the lines where they stand."""
     script = import_as_module(REPO / "recipes" / "readme.py", monkeypatch)
     begin, end = script.marks(name)
     there = (REPO / "README.md").read_text().partition(begin)[2].partition(end)[0].strip()

@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import socket
@@ -705,6 +706,22 @@ def test_bug28_resuming_with_other_data_is_refused(what, short_run, tmp_path, ca
         weights = tmp_path / "model" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-4] + b"1234")
     assert f"content of {what} was" in refused(sft, capsys, **flags, output_dir=str(out), resume=True) and snapshot(out) == before
+
+
+def test_weights_that_could_run_something_are_not_loaded(short_run, tmp_path, capsys):
+    """A pickle that leaves a file when it is opened, under the name under which torch's own weights would be looked for."""
+
+    class Mine:
+        def __reduce__(self):
+            return open, (str(tmp_path / "opened"), "w")
+
+    shutil.copytree(short_run["model"], tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Mine()))
+    said = refused(sft, capsys, **dict(short_run, model=str(tmp_path / "model")), output_dir=str(tmp_path / "run"))
+    assert "no file named model.safetensors" in said and not (tmp_path / "opened").exists()
+    pickle.loads(pickle.dumps(Mine()))
+    assert (tmp_path / "opened").exists()  # it would have
 
 
 def test_a_directory_in_use_is_refused_and_overwritten_only_when_asked(short_run, finished, tmp_path, capsys):

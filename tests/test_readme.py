@@ -11,6 +11,7 @@ import threading
 import pytest
 import tyro
 from conftest import REPO
+from test_contract import import_as_module
 
 SCRIPTS = sorted(path.stem for path in REPO.glob("*.py"))
 TINY = {  # what makes a command short; given last, so that it wins
@@ -52,7 +53,7 @@ def shop(tiny_model_dir, tmp_path, monkeypatch):
     words = "right up left down four five no yes".split()
     talk = lambda i: [say("user", f"Which way is {words[i % 8]}?"), say("assistant", f"It is {words[(i + 1) % 8]}.")]
     data = {
-        "capybara": [dict(messages=talk(i)) for i in range(16)],
+        "capybara": [dict(messages=talk(i)) for i in range(100)],
         "binarized": [dict(chosen=talk(i), rejected=[talk(i)[0], say("assistant", "No.")], score_chosen=1.0, score_rejected=0.0) for i in range(16)],
         "prompt": [dict(prompt=talk(i)[:1]) for i in range(40)],
         "gsm8k": [dict(question=f"What is {i} and {i}?", answer=f"Add them. #### {2 * i}") for i in range(16)],
@@ -64,7 +65,7 @@ def shop(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(work)
     names = {"trl-lib/Capybara": "capybara", "trl-lib/ultrafeedback_binarized": "binarized", "trl-lib/ultrafeedback-prompt": "prompt"}
     hub = {name: str(tmp_path / f"{file}.jsonl") for name, file in (names | {"openai/gsm8k:main": "gsm8k"}).items()}
-    return hub | {name: str(tiny_model_dir("qwen3")) for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-8B")}
+    return hub | {name: str(tiny_model_dir("qwen3")) for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-8B", "Qwen/Qwen3-8B-Base")}
 
 
 @pytest.fixture
@@ -90,7 +91,8 @@ def server():
 
 
 def test_readme_can_be_followed_from_top_to_bottom(shop, server, monkeypatch):
-    """Every command that names a model or data set; those of the grid world are the recipes' and have tests of their own."""
+    """Every command that names a model or data set; those of the grid world are the recipes' and have tests of their own. What the runs have logged is
+    what the headers, and so README, describe."""
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     ran = []
     for words in commands(blocks((REPO / "README.md").read_text())):
@@ -106,6 +108,11 @@ def test_readme_can_be_followed_from_top_to_bottom(shop, server, monkeypatch):
         script.main(tyro.cli(script.Args, args=[*flags, *shlex.split(TINY[key])]))
         ran.append(key)
     assert sorted(set(ran)) == sorted(TINY)
+    tables = import_as_module(REPO / "recipes" / "readme.py", monkeypatch)
+    for name in tables.METRICS:
+        logged = {key for line in open(f"runs/{name}/metrics.jsonl") for key in json.loads(line)}
+        described = {metric for names, *_ in tables.described_metrics(name) for metric in names.split(", ")}
+        assert not described - logged, name
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

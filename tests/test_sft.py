@@ -5,10 +5,12 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -512,6 +514,31 @@ def test_bug04_torchrun_from_scratch(torchrun, tmp_path):
     assert many.keys() == one.keys() and all(
         many[name] == one[name] for name in ("tokenizer.json", "config.json", "chat_template.jinja", "generation_config.json")
     )
+
+
+@pytest.mark.slow
+def test_two_nodes_need_one_disk(torchrun, tmp_path):
+    """Two torchruns that meet at a port, as on two machines: one run, if both see the output directory; a refusal, if each has its own."""
+    data = jsonl(tmp_path / "walks.jsonl", [dict(text=text) for text in WALKS[:21]])
+    flags = dict(dataset=data, hidden_size=32, num_layers=1, num_heads=2, vocab_size=400, batch_size=8, learning_rate=1e-3)
+    words = [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", v)]
+
+    def nodes(*folders):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            meet = ("--nnodes", 2, "--master-addr", "127.0.0.1", "--master-port", s.getsockname()[1])
+        start = lambda i: torchrun("sft", 1, *words, "--output-dir", "out", cwd=folders[i], check=False, launch=(*meet, "--node-rank", i))
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(start, range(2)))
+
+    assert [node.returncode for node in nodes(tmp_path, tmp_path)] == [0, 0]
+    sft.main(sft.Args(**flags, output_dir=str(tmp_path / "one")))
+    same_to(tmp_path / "out", tmp_path / "one", 1e-5)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    apart = nodes(tmp_path / "a", tmp_path / "b")
+    assert all(node.returncode for node in apart)
+    assert "--output-dir out: rank 1 does not see it; choose one on a disk that all nodes share" in apart[1].stderr
 
 
 def test_bug28_two_ranks_resume(uneven, tiny_model_dir, tmp_path):
