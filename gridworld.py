@@ -138,6 +138,7 @@ import math
 import os
 import random
 import re
+import time
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -418,6 +419,8 @@ def draw_learning(path: Path, results: list):
 
 def refuse(message: str):
     """Bad input ends here: one sentence, exit code 2."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)  # the first rank mostly says the same, and then torchrun stops the others before they do
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 

@@ -133,6 +133,7 @@ import signal
 import time
 import types
 from collections import Counter
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from itertools import groupby
@@ -223,6 +224,8 @@ class Row(NamedTuple):
 
 def refuse(message: str):
     """Bad input ends here: one sentence, exit code 2."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)  # the first rank mostly says the same, and then torchrun stops the others before they do
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -958,11 +961,22 @@ def claim(args, out: Path, plan: dict):
         write_json(out / "args.json", dict(script=Path(__file__).name, finished=False, args=asdict(args), plan=plan) | machine)
 
 
+@contextmanager
+def writing(path: Path):
+    """What the disk does not take ends the run in one sentence."""
+    try:
+        yield
+    except Exception as e:  # safetensors, torch and the system each have their own
+        print(file=sys.stderr)  # off the progress bar's line
+        refuse(f"{path}: cannot be written ({reason(e)}); what was saved before stands: make room, then give the same command with --resume")
+
+
 def write_json(path: Path, value):
     """Written beside and renamed, so that the file is never half there."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
+    with writing(path):
+        part.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(part, path)
 
 
 def write_model(directory: Path, model, tokenizer, dtype):
@@ -980,10 +994,12 @@ def write_model(directory: Path, model, tokenizer, dtype):
             generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))})
             generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
             generation.do_sample = True  # without it, a temperature or top-p that the parent stored would be refused
-        model.save_pretrained(directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()})
-        tokenizer.save_pretrained(directory)
-        saved = json.loads((directory / "config.json").read_text())  # where save_pretrained has written the dtype of the training
-        (directory / "config.json").write_text(json.dumps(saved | dict(dtype=str(dtype).removeprefix("torch.")), indent=2) + "\n")
+        weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+        with writing(directory):
+            model.save_pretrained(directory, state_dict=weights)
+            tokenizer.save_pretrained(directory)
+            saved = json.loads((directory / "config.json").read_text())  # where save_pretrained has written the dtype of the training
+            (directory / "config.json").write_text(json.dumps(saved | dict(dtype=str(dtype).removeprefix("torch.")), indent=2) + "\n")
         config.dtype, config._attn_implementation = before
 
 
@@ -1024,12 +1040,13 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
         write_model(part / name, model, tokenizer, torch.float32)
     if RANK == 0:
         stored = {name: str(model.stored).removeprefix("torch.") for name, (model, _) in models.items()}  # for the final save; here all is float32
-        torch.save(dict(state, step=step, optimizers=moments, rng=rng, stored=stored), part / "state.pt")
-        for file in (*part.rglob("*"), part):  # directories hold the names, so they are synced too
-            number = os.open(file, os.O_RDONLY)
-            os.fsync(number)
-            os.close(number)
-        os.replace(part, out / f"checkpoint-{step}")
+        with writing(part):
+            torch.save(dict(state, step=step, optimizers=moments, rng=rng, stored=stored), part / "state.pt")
+            for file in (*part.rglob("*"), part):  # directories hold the names, so they are synced too
+                number = os.open(file, os.O_RDONLY)
+                os.fsync(number)
+                os.close(number)
+            os.replace(part, out / f"checkpoint-{step}")
     if WORLD > 1:
         dist.barrier()
     if STOP["agreed"]:
@@ -1095,7 +1112,7 @@ def announce(models: list, source: str, device, dtype, work: str):
 def log(args, out: Path, metrics: dict):
     """One flushed line of metrics.jsonl, and wandb."""
     if RANK == 0:
-        with (out / "metrics.jsonl").open("a") as f:
+        with writing(out / "metrics.jsonl"), (out / "metrics.jsonl").open("a") as f:
             f.write(json.dumps(metrics) + "\n")
         if args.track:
             import wandb

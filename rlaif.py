@@ -510,6 +510,8 @@ class Row(NamedTuple):
 
 def refuse(message: str):
     """Bad input ends here: one sentence, exit code 2."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)  # the first rank mostly says the same, and then torchrun stops the others before they do
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -1250,11 +1252,22 @@ def claim(args, out: Path, plan: dict):
         write_json(out / "args.json", dict(script=Path(__file__).name, finished=False, args=asdict(args), plan=plan) | machine)
 
 
+@contextmanager
+def writing(path: Path):
+    """What the disk does not take ends the run in one sentence."""
+    try:
+        yield
+    except Exception as e:  # safetensors, torch and the system each have their own
+        print(file=sys.stderr)  # off the progress bar's line
+        refuse(f"{path}: cannot be written ({reason(e)}); what was saved before stands: make room, then give the same command with --resume")
+
+
 def write_json(path: Path, value):
     """Written beside and renamed, so that the file is never half there."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
+    with writing(path):
+        part.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(part, path)
 
 
 def sample_answers(model, rows: list, numbers, stops: list, limit: int, temperature: float, top_p: float):
@@ -1405,7 +1418,7 @@ def keep(out: Path, records: list, done: dict):
         dist.all_gather_object(everyone, records)
         records = sorted((record for part in everyone for record in part), key=lambda record: record["number"])
     if RANK == 0:
-        with (out / "rows.part").open("a") as f:
+        with writing(out / "rows.part"), (out / "rows.part").open("a") as f:
             f.writelines(json.dumps(record, default=str) + "\n" for record in records)
             f.flush()
             os.fsync(f.fileno())
@@ -1415,8 +1428,9 @@ def keep(out: Path, records: list, done: dict):
 def rewrite(path: Path, lines: list):
     """Written beside and renamed, so that the file is never half there."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text("".join(lines))
-    os.replace(beside, path)
+    with writing(path):
+        beside.write_text("".join(lines))
+        os.replace(beside, path)
 
 
 def complete(args, out: Path, files: dict, report: dict, judge=None):

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import shutil
 import socket
 import sys
@@ -631,6 +632,34 @@ def test_bug28_killed_before_a_rename_and_resumed(number, short_run, finished, t
     args = sft.Args(**short_run, output_dir=str(tmp_path / "run"), resume=True)
     assert in_child(killed_at_rename, sft, args, number) == -9
     whole_checkpoints(tmp_path / "run", finished)
+    assert in_child(sft.main, args) == 0
+    same_run(tmp_path / "run", finished)
+
+
+def full_at_rename(script, args, number: int, limit: int):
+    """script.main(args) on a disk that, just before the number-th file or directory gets its final name, takes no file beyond so many bytes."""
+    count, rename = [0], os.replace
+
+    def replace(*names):
+        count[0] += 1
+        if count[0] == number:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        rename(*names)
+
+    os.replace = replace
+    script.main(args)
+
+
+@pytest.mark.parametrize("number, limit, what, stands", [(2, 20_000, "saving-8", 1), (3, 300_000, "saving-12", 2), (4, 20_000, "saving", 3)])
+def test_a_full_disk_costs_no_checkpoint(number, limit, what, stands, short_run, finished, tmp_path, capfd):
+    """Full for weights, for the optimiser's moments, for the finished model."""
+    args = sft.Args(**short_run, output_dir=str(tmp_path / "run"), resume=True)
+    capfd.readouterr()
+    assert in_child(full_at_rename, sft, args, number, limit) == 2
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert said.startswith(f"error: {tmp_path / 'run' / what}: cannot be written (") and said.endswith("with --resume")
+    whole_checkpoints(tmp_path / "run", finished)
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == stands and not (tmp_path / "run" / "model.safetensors").exists()
     assert in_child(sft.main, args) == 0
     same_run(tmp_path / "run", finished)
 
