@@ -122,6 +122,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
 
 import glob
+import gzip
 import hashlib
 import json
 import math
@@ -241,6 +242,20 @@ def say(*text):
         print(*text, flush=True)
 
 
+def check_json(path: Path):
+    """Raises ValueError where the reader of JSON would notice too late, or crash: bytes that are no text, and what is no list of objects."""
+    begun = False
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode().strip()
+            except UnicodeDecodeError:
+                raise ValueError(f"line {number} is not UTF-8") from None
+            if not begun and text and text[0] not in "{[":
+                raise ValueError(f"it begins with {text[:20]!r}, not with {{ or [")
+            begun = begun or bool(text)
+
+
 def load_rows(option: str, name: str, split: str = "train") -> Dataset:
     """A data set from a file, a saved directory, or the hub (name or name:config)."""
     path, (hub, *config) = Path(name), name.split(":")
@@ -250,8 +265,11 @@ def load_rows(option: str, name: str, split: str = "train") -> Dataset:
             data = data[split] if isinstance(data, DatasetDict) else data
         elif path.is_file() and path.stat().st_size == 0:
             refuse(f"{option} {name}: is an empty file; make it again, or correct the path")
+        elif path.is_file() and ".parquet" in path.suffixes:
+            data = load_dataset("parquet", data_files=glob.escape(name), split="train")
         elif path.is_file():
-            data = load_dataset("parquet" if ".parquet" in path.suffixes else "json", data_files=glob.escape(name), split="train")
+            check_json(path)
+            data = load_dataset("json", data_files=glob.escape(name), split="train")
         elif path.suffix in (".jsonl", ".json", ".parquet", ".gz"):
             refuse(f"{option} {name}: there is no such file; make it first (python gridworld.py data writes data/grid) or correct the path")
         else:

@@ -1,0 +1,254 @@
+"""What a user gets wrong, all scripts alike: every number out of its range, every way to break a data set. Each ends in a refusal of one sentence, or in a
+finished run with finite numbers that has counted what it dropped; never in a traceback, and never in a run on nothing."""
+
+import copy
+import gzip
+import importlib
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from test_plumbing import jsonl, lines_of
+
+SCRIPTS = "sft reward_model ppo dpo orpo rpo grpo".split()
+TALK = "Up right go down here there near far left one two three".split()
+
+
+def say(role: str, text) -> dict:
+    return dict(role=role, content=text)
+
+
+def rows_for(script: str, n: int = 8) -> list:
+    """Good rows of the kind that a script reads."""
+    ask = lambda i: [say("user", f"Which way is {TALK[i]}?")]
+    if script == "sft":
+        return [dict(messages=[*ask(i), say("assistant", f"It is {TALK[i + 1]}.")]) for i in range(n)]
+    if script in ("ppo", "grpo"):
+        return [dict(prompt=ask(i), answer=str(i)) for i in range(n)]
+    answers = [[say("assistant", f"{TALK[i + j]}.")] for i in range(n) for j in range(2)]
+    return [dict(prompt=ask(i), chosen=answers[2 * i], rejected=answers[2 * i + 1], score_chosen=1.0, score_rejected=0.0) for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def usual(tiny_model_dir, tmp_path_factory):
+    """usual(script): flags of two short steps on good rows."""
+    folder = tmp_path_factory.mktemp("usual")
+    model = str(tiny_model_dir("llama"))
+
+    def flags(script: str) -> dict:
+        data = folder / f"{script}.jsonl"
+        if not data.exists():
+            jsonl(data, rows_for(script))
+        common = dict(model=model, dataset=str(data), max_steps=2, batch_size=2, eval_fraction=0.25)
+        more = dict(ppo=dict(max_new_tokens=3, reward_model=(), rule=f"{folder / 'rule.py'}:length"))
+        more |= dict(grpo=dict(max_new_tokens=3, num_generations=2, rule=f"{folder / 'rule.py'}:length", match=""))
+        more |= {name: dict(max_new_tokens=2, show=1) for name in ("dpo", "orpo", "rpo")}
+        if not (folder / "rule.py").exists():
+            (folder / "rule.py").write_text("def length(prompts, completions, **columns):\n    return [len(c[-1]['content']) % 3 for c in completions]\n")
+        return common | more.get(script, {})
+
+    return flags
+
+
+def outcome(script: str, capsys, **flags) -> tuple:
+    """("refused", the sentence) or ("finished", what was printed), whichever of the two it was; anything else fails."""
+    module = importlib.import_module(script)
+    capsys.readouterr()
+    try:
+        module.main(module.Args(**flags))
+    except SystemExit as end:
+        err = capsys.readouterr().err
+        said = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert end.code == 2 and len(said) == 1 and "Traceback" not in err, (end.code, err[-2000:])
+        return "refused", said[0]
+    out = Path(flags["output_dir"])
+    assert json.loads((out / "args.json").read_text())["finished"]
+    for line in lines_of(out):
+        assert all(math.isfinite(value) for value in line.values() if isinstance(value, (int, float))), line
+    return "finished", capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------------------- numbers
+
+
+def numbers_of(script: str) -> list:
+    """The options that take one number, and the type."""
+    found = importlib.import_module(script).Args()
+    return [(field.name, type(getattr(found, field.name))) for field in fields(found) if type(getattr(found, field.name)) in (int, float)]
+
+
+OPTIONS = [(script, name, kind) for script in SCRIPTS for name, kind in numbers_of(script)]
+ENDLESS = ("hidden_size", "num_layers", "num_generations", "max_new_tokens", "epochs")  # as large as asked, and so as long
+
+
+@pytest.mark.parametrize("script, name, kind", OPTIONS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_number_below_or_beside_its_range(script, name, kind, usual, tmp_path, capsys):
+    for value in (-1, -(10**9)) if kind is int else (-0.5, math.nan, math.inf, -math.inf):
+        what, said = outcome(script, capsys, **usual(script) | {name: value}, output_dir=str(tmp_path / str(value)))
+        may = name in ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight", "seed")
+        assert what == "refused" and f"--{name.replace('_', '-')}" in said or may and math.isfinite(value), (what, said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["nothing", "huge"])
+@pytest.mark.parametrize("script, name, kind", OPTIONS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_number_at_the_end_of_its_range(script, name, kind, value, usual, tmp_path, capsys):
+    if value == "huge" and name in ENDLESS:
+        pytest.skip("would be done, and take for ever")
+    number = kind(0) if value == "nothing" else kind(10**9)
+    flags = usual(script) | {name: number}
+    if name == "max_steps" or name == "epochs":
+        flags |= dict(epochs=1)
+    outcome(script, capsys, **flags, output_dir=str(tmp_path / "run"))
+
+
+# ------------------------------------------------------------------------------------------------------------------------- data sets
+
+
+def answers_in(row: dict) -> list:
+    """The columns of a row that hold what is trained on or asked."""
+    return [name for name in ("messages", "prompt", "chosen", "rejected") if name in row]
+
+
+def of_every(change):
+    """The rows with a change in each trained column."""
+    return lambda row: row | {name: change(row[name]) for name in answers_in(row)}
+
+
+def deep(value):
+    for _ in range(200):
+        value = [value]
+    return value
+
+
+BROKEN_ROWS = {  # one row, broken
+    "no such column": lambda row: {"x": 1},
+    "null": of_every(lambda value: None),
+    "a number": of_every(lambda value: 7),
+    "true": of_every(lambda value: True),
+    "an empty text": of_every(lambda value: ""),
+    "an empty list": of_every(lambda value: []),
+    "a list of texts": of_every(lambda value: ["Up.", "Down."]),
+    "a list of lists": of_every(lambda value: [[]]),
+    "an empty message": of_every(lambda value: [{}]),
+    "no content": of_every(lambda value: [dict(role=m["role"]) for m in value]),
+    "no role": of_every(lambda value: [dict(content=m["content"]) for m in value]),
+    "content is null": of_every(lambda value: [m | dict(content=None) for m in value]),
+    "content is a number": of_every(lambda value: [m | dict(content=3.5) for m in value]),
+    "content is a list": of_every(lambda value: [m | dict(content=[dict(type="image")]) for m in value]),
+    "content is empty": of_every(lambda value: [m | dict(content="") for m in value]),
+    "an unknown role": of_every(lambda value: [m | dict(role="robot") for m in value]),
+    "a role that is a number": of_every(lambda value: [m | dict(role=1) for m in value]),
+    "the assistant alone": of_every(lambda value: [say("assistant", "Up.")]),
+    "the user alone": of_every(lambda value: [say("user", "Up?")]),
+    "the system alone": of_every(lambda value: [say("system", "Be brief.")]),
+    "two users in a row": of_every(lambda value: [say("user", "Up?"), *value]),
+    "a million characters": of_every(lambda value: [m | dict(content="up " * 350_000) for m in value]),
+    "a lone surrogate": of_every(lambda value: [m | dict(content="\ud800 up") for m in value]),
+    "zero bytes": of_every(lambda value: [m | dict(content="\x00\x00") for m in value]),
+    "the end of a turn": of_every(lambda value: [m | dict(content=m["content"] + "<|end|><|user|>More?") for m in value]),
+    "a pair of equals": lambda row: row | dict(chosen=row.get("rejected"), rejected=row.get("rejected")) if "chosen" in row else row,
+    "scores that are no numbers": lambda row: row | dict(score_chosen=math.nan, score_rejected=math.inf) if "chosen" in row else row,
+    "a ranking of one": lambda row: dict(prompt=row["prompt"], completions=[row["chosen"]], scores=[1.0]) if "chosen" in row else row,
+    "a ranking without scores": lambda row: dict(prompt=row["prompt"], completions=["a", "b"]) if "chosen" in row else row,
+    "a ranking with too few scores": lambda row: dict(prompt=row["prompt"], completions=["a", "b"], scores=[1.0]) if "chosen" in row else row,
+    "a ranking of nothing": lambda row: dict(prompt=row["prompt"], completions=[], scores=[]) if "chosen" in row else row,
+    "nan among the scores": lambda row: dict(prompt=row["prompt"], completions=["a", "b"], scores=[math.nan, 1.0]) if "chosen" in row else row,
+    "null among the scores": lambda row: dict(prompt=row["prompt"], completions=["a", "b"], scores=[None, 1.0]) if "chosen" in row else row,
+}
+HARMLESS = {  # what some scripts may use as it is, even in every row
+    "content is empty", "the user alone", "the assistant alone", "the system alone", "two users in a row", "zero bytes", "an unknown role", "a lone surrogate",
+    "a million characters", "scores that are no numbers", "a role that is a number", "a pair of equals", "no role",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BROKEN_ROWS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rows_that_are_all_broken(script, how, usual, tmp_path, capsys):
+    """There is nothing to train on, and that is said."""
+    rows = [BROKEN_ROWS[how](copy.deepcopy(row)) for row in rows_for(script)]
+    if rows == rows_for(script):
+        pytest.skip("no such column here")
+    data = jsonl(tmp_path / "rows.jsonl", rows)
+    what, said = outcome(script, capsys, **usual(script) | dict(dataset=data), output_dir=str(tmp_path / "run"))
+    assert (what == "refused" and "--dataset" in said) or how in HARMLESS, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", BROKEN_ROWS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_broken_row_among_good_ones(script, how, usual, tmp_path, capsys):
+    """It is dropped and counted, or the data set is refused, or it was usable after all."""
+    rows = rows_for(script)
+    if BROKEN_ROWS[how](copy.deepcopy(rows[3])) == rows[3]:
+        pytest.skip("no such column here")
+    rows[3] = BROKEN_ROWS[how](rows[3])
+    data = jsonl(tmp_path / "rows.jsonl", rows)
+    what, said = outcome(script, capsys, **usual(script) | dict(dataset=data), output_dir=str(tmp_path / "run"))
+    assert "--dataset" in said
+    assert what == "refused" or "dropped" in said or how in HARMLESS, said
+
+
+def gzip_cut(path: Path, text: str) -> str:
+    whole = gzip.compress(text.encode())
+    path.with_suffix(".jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    return str(path.with_suffix(".jsonl.gz"))
+
+
+def written(content):
+    def write(path: Path, text: str) -> str:
+        path.write_bytes(content(text) if callable(content) else content)
+        return str(path)
+
+    return write
+
+
+def in_folder(path: Path, text: str) -> str:
+    path.with_suffix("").mkdir()
+    (path.with_suffix("") / "rows.jsonl").write_text(text)
+    return str(path.with_suffix(""))
+
+
+BROKEN_FILES = {
+    "empty": written(b""),
+    "spaces": written(b"  \n \n"),
+    "an empty list": written(b"[]"),
+    "null": written(b"null\n"),
+    "a number": written(b"42\n"),
+    "a text": written(b'"up"\n'),
+    "no JSON": written(b"up,down\n1,2\n"),
+    "bytes": written(bytes(range(256))),
+    "not UTF-8": written(lambda text: text.encode().replace(b"way", b"w\xffy")),
+    "a line cut short": written(lambda text: text.encode()[:-40]),
+    "a gzip cut short": gzip_cut,
+    "no gzip": lambda path, text: written(lambda text: text.encode())(path.with_suffix(".jsonl.gz"), text),
+    "a folder of files": in_folder,
+    "no Parquet": lambda path, text: written(lambda text: text.encode())(path.with_suffix(".parquet"), text),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_FILES)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_files_that_cannot_be_read(script, how, usual, tmp_path, capsys):
+    text = "".join(json.dumps(row) + "\n" for row in rows_for(script))
+    data = BROKEN_FILES[how](tmp_path / "rows.jsonl", text)
+    what, said = outcome(script, capsys, **usual(script) | dict(dataset=data), output_dir=str(tmp_path / "run"))
+    assert what == "refused" and "--dataset" in said, said
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_good_rows_in_odd_clothes(script, usual, tmp_path, capsys):
+    """An array instead of lines; duplicates; columns that nobody asked for. The same run as on lines."""
+    rows = rows_for(script)
+    (tmp_path / "array.json").write_text(json.dumps([row | dict(id=1, note=None) for row in rows]))
+    data = jsonl(tmp_path / "lines.jsonl", rows)
+    logs = []
+    for name in (data, str(tmp_path / "array.json")):
+        what, _ = outcome(script, capsys, **usual(script) | dict(dataset=name), output_dir=str(tmp_path / Path(name).stem))
+        assert what == "finished"
+        logs.append([{k: v for k, v in line.items() if k in ("loss", "reward", "objective/scores", "grad_norm")} for line in lines_of(tmp_path / Path(name).stem)])
+    assert logs[0] == logs[1]
+    what, _ = outcome(script, capsys, **usual(script) | dict(dataset=jsonl(tmp_path / "twice.jsonl", rows + rows)), output_dir=str(tmp_path / "twice"))
+    assert what == "finished"
