@@ -2,7 +2,7 @@
 `gridworld.py score` has written, a file a seed; the metrics of the scripts' headers, with the values they had in recipes; the index of
 equations with the lines where they stand.
 
-    python recipes/readme.py         rewrites them in README.md, each between its two marks, and recipes/results/headline.png
+    python recipes/readme.py         rewrites them in README.md and README.zh.md, each between its two marks, and results/headline.png
     python recipes/readme.py runs    the same, after the metrics of the recipes in runs/ are written to recipes/results/metrics.csv
 
 After recipes of your own, copy runs/NAME.csv to recipes/results/NAME.csv (runs/seed-1/NAME.csv to NAME-seed1.csv), and see what differs.
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+PAGES = [HERE.parent / "README.md", HERE.parent / "README.zh.md"]
 POLICIES = [  # file of results, row of it, what to call it
     ("instructgpt", "exact optimum", "exact optimum"),
     ("instructgpt", "best safe walk", "best safe walk"),
@@ -195,11 +196,11 @@ def draw(path: Path):
 def main():
     if len(sys.argv) > 1:
         collect(Path(sys.argv[1]))
-    readme = HERE.parent / "README.md"
-    for name, write in WRITTEN.items():
-        begin, end = marks(name)
-        before, _, rest = readme.read_text().partition(begin)
-        readme.write_text(f"{before}{begin}\n{write()}\n{end}{rest.partition(end)[2]}")
+    for readme in PAGES:
+        for name, write in WRITTEN.items():
+            begin, end = marks(name)
+            before, _, rest = readme.read_text().partition(begin)
+            readme.write_text(f"{before}{begin}\n{write()}\n{end}{rest.partition(end)[2]}")
     draw(HERE / "results" / "headline.png")
 
 

@@ -198,8 +198,18 @@ def test_what_readme_says_by_script_is_up_to_date(name, monkeypatch):
     """No number of a table is written by hand, and the index of equations points at the lines where they stand."""
     script = import_as_module(REPO / "recipes" / "readme.py", monkeypatch)
     begin, end = script.marks(name)
-    there = (REPO / "README.md").read_text().partition(begin)[2].partition(end)[0].strip()
-    assert there == script.WRITTEN[name](), "run python recipes/readme.py"
+    for page in script.PAGES:
+        there = page.read_text().partition(begin)[2].partition(end)[0].strip()
+        assert there == script.WRITTEN[name](), "run python recipes/readme.py"
+
+
+def test_both_pages_say_the_same():
+    """The same sections, the same code, the same tables by the number of their rows, the same links."""
+    english, chinese = ((REPO / name).read_text() for name in ("README.md", "README.zh.md"))
+    for pattern in (r"(?ms)^```.*?^```$", r"(?m)^!\[.*\]\((.*)\)$", r"\]\(([\w/.-]+\.(?:py|sh))\)"):
+        assert re.findall(pattern, english) == re.findall(pattern, chinese)
+    for pattern in (r"(?m)^## ", r"(?m)^\|"):
+        assert len(re.findall(pattern, english)) == len(re.findall(pattern, chinese))
 
 
 # ------------------------------------------------------------------------------------------------------------ the checks, checked
