@@ -30,12 +30,12 @@ scores. Writes a plain Hugging Face directory, args.json, metrics.jsonl and curv
   loss                 -              falls          flat: raise --learning-rate
   nll_loss             of the base    falls          flat: the same
   rewards/accuracies   about 0.5      rises          stays: raise --odds-ratio-coef or --learning-rate; 1.0: told apart by something trivial
-  rewards/margins      about 0        rises          the same; it is lambda times the difference of the two log P
+  rewards/margins      about 0        rises first    the same; it is lambda times the difference of the two log P
   log_odds_ratio       about -0.7     rises          log sigmoid of the log odds ratio: the same as for the accuracy
   log_odds_chosen      about 0        rises          the log odds ratio itself (the names are TRL's)
   logps/chosen         -              rises          (means over tokens) falls: lambda too large (the paper: at 1.0 both fall)
   logps/rejected       -              rises less     as fast as logps/chosen: lambda too small (the paper: at 0.1 both rise, at 0.5 it falls)
-  entropy              -              falls          to 0: collapsed; fewer epochs
+  entropy              -              falls or stays to 0: collapsed; fewer epochs
 """
 
 import sys
