@@ -179,18 +179,24 @@ def test_imported_a_script_parses_nothing(script, tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def kitchen(tmp_path_factory):
+    """A copy of scripts and recipes, in which a recipe finds the stages of those before it, as in `for r in recipes/*.sh; do STEPS=tiny bash $r; done`."""
+    folder = tmp_path_factory.mktemp("kitchen")
+    (folder / "recipes").mkdir()
+    for file in [*REPO.glob("*.py"), *REPO.glob("recipes/*.sh")]:
+        shutil.copy(file, folder / file.relative_to(REPO))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (REPO / "recipes").glob("*.sh")))
-def test_every_recipe_runs_at_its_smallest(recipe, tmp_path):
-    for file in [*REPO.glob("*.py"), REPO / "recipes" / recipe]:
-        target = tmp_path / file.relative_to(REPO)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy(file, target)
+def test_every_recipe_runs_at_its_smallest(recipe, kitchen):
     env = os.environ | dict(STEPS="tiny", PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    done = subprocess.run(["bash", f"recipes/{recipe}"], cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(["bash", f"recipes/{recipe}"], cwd=kitchen, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
     last = done.stdout.splitlines()[-1]
-    assert last.startswith("claim: ") and last.endswith("not judged (tiny)")
+    assert last.startswith("claim: ") and "not judged (tiny)" in last
 
 
 @pytest.mark.parametrize("name", ["headline", "metrics", "equations"])
@@ -201,6 +207,14 @@ def test_what_readme_says_by_script_is_up_to_date(name, monkeypatch):
     for page in script.PAGES:
         there = page.read_text().partition(begin)[2].partition(end)[0].strip()
         assert there == script.WRITTEN[name](), "run python recipes/readme.py"
+
+
+def test_every_recipe_has_its_row():
+    """In README's table, by name, with what it showed; and a table of results, if it was measured."""
+    readme = (REPO / "README.md").read_text()
+    rows = dict(re.findall(r"(?m)^\| \[([\w-]+)\.sh\]\(recipes/\1\.sh\) \|.*\| (.*) \|$", readme))
+    assert set(rows) == {path.stem for path in (REPO / "recipes").glob("*.sh")}
+    assert {name for name, holds in rows.items() if "not measured" not in holds} == {path.stem for path in REPO.glob("recipes/results/*.csv")} & set(rows)
 
 
 def test_both_pages_say_the_same():
