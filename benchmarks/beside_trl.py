@@ -1,0 +1,220 @@
+"""These scripts beside TRL 1.16: the same rows in the same batches, one core, float32, both sides in turn, several times.
+
+    pip install -e '.[bench]'
+    python benchmarks/beside_trl.py                                        all five methods, on HH-RLHF and GSM8K from the hub
+    python benchmarks/beside_trl.py --methods dpo --repeats 5              one of them
+    python benchmarks/beside_trl.py --pairs hh.jsonl --questions gsm8k.jsonl       from files
+
+Seconds are those of a whole process less its imports: loading, tokenising and, for DPO, the reference's pass included. Memory is the peak above what the
+process holds after its imports. TRL runs in every setting that might be its fastest, and is compared at the one that was. The medians, with the range,
+go to benchmarks/RESULTS.md, in place of what stood there under the same heading.
+"""
+
+import argparse
+import datetime
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+SETTINGS = {  # of TRL, for each method; the first one is its default
+    "sft": {"padding": {}, "padding-free": dict(padding_free=True, max_length=None), "packing": dict(packing=True, per_device_train_batch_size=8)},
+    "reward_model": {"padding": {}},
+    "dpo": {
+        "padding": {},
+        "precomputed": dict(precompute_ref_log_probs=True),
+        "both": dict(precompute_ref_log_probs=True, padding_free=True, max_length=None),
+    },
+    "orpo": {"padding": {}},
+    "grpo": {"generate": {}, "continuous batching": dict(use_transformers_continuous_batching=True)},
+}
+
+
+def memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def rule(prompts, completions, **columns) -> list:
+    """A reward that costs nothing, the same on both sides."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [text.count("e") / max(1, len(text)) for text in texts]
+
+
+# --------------------------------------------------------------------------------------------------------------- one side, in a process
+
+
+def ours(method: str, model: str, data: str, out: str):
+    script = importlib.import_module(method)
+    flags = dict(model=model, dataset=data, batch_size=16, learning_rate=3e-4, lr_schedule="constant", eval_fraction=0.0)
+    flags |= dict(max_length=512, tokens_per_forward=2048, output_dir=out)
+    if method == "grpo":
+        flags |= dict(batch_size=8, num_generations=8, max_new_tokens=64, kl_coef=0.0, tokens_per_forward=4096, show_every=0)
+        flags |= dict(rule=f"{__file__}:rule")
+    elif method in ("dpo", "orpo"):
+        flags |= dict(show=0)
+    yield
+    script.main(script.Args(**flags))
+
+
+def trl(method: str, model: str, data: str, out: str, setting: str):
+    os.environ |= dict(TRL_EXPERIMENTAL_SILENCE="1", HF_HUB_OFFLINE="1")
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    if method == "orpo":
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+    else:
+        import trl as library
+
+        name = dict(sft="SFT", reward_model="Reward", dpo="DPO", grpo="GRPO")[method]
+        Config, Trainer = getattr(library, f"{name}Config"), getattr(library, f"{name}Trainer")
+    yield
+    auto, options = (AutoModelForSequenceClassification, dict(num_labels=1)) if method == "reward_model" else (AutoModelForCausalLM, {})
+    load = lambda: auto.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa", **options)
+    flags = dict(output_dir=out, num_train_epochs=1, per_device_train_batch_size=16, learning_rate=3e-4, lr_scheduler_type="constant", warmup_steps=0)
+    flags |= dict(weight_decay=0.0, max_grad_norm=1.0, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no")
+    flags |= dict(logging_steps=1, seed=0, disable_tqdm=True, optim="adamw_torch")
+    if method == "grpo":
+        flags |= dict(per_device_train_batch_size=64, num_generations=8, max_completion_length=64, temperature=1.0, beta=0.0)
+    else:
+        flags |= dict(max_length=512)
+    arguments = dict(
+        model=load(), args=Config(**flags | SETTINGS[method][setting]), train_dataset=load_dataset("json", data_files=data, split="train")
+    )
+    if method == "dpo":
+        arguments |= dict(ref_model=load())
+    if method == "grpo":
+        arguments |= dict(reward_funcs=rule)
+    Trainer(**arguments, processing_class=AutoTokenizer.from_pretrained(model, padding_side="left" if method == "grpo" else "right")).train()
+
+
+def side(who: str, *arguments):
+    """One side's work in this process: prints seconds and memory, both above those of the imports."""
+    import torch
+
+    torch.set_num_threads(1)
+    work = (ours if who == "ours" else trl)(*arguments)
+    next(work)
+    clock, before = time.time(), memory()
+    next(work, None)
+    print(json.dumps(dict(seconds=time.time() - clock, memory=memory() - before)))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ both sides
+
+
+def as_text(prompt, answer) -> tuple:
+    """A conversation and its answer as HH-RLHF writes them."""
+    if isinstance(prompt, list):
+        prompt = "".join(f"\n\n{'Human' if m['role'] == 'user' else 'Assistant'}: {m['content']}" for m in prompt) + "\n\nAssistant:"
+        answer = " " + answer[0]["content"]
+    return prompt, answer
+
+
+def make_work(folder: Path, pairs: str, questions: str, steps: int) -> dict:
+    """A tokenizer and a Llama of 3.7 M parameters, pairs of less than 480 tokens, and questions: files by method, of so many steps each."""
+    import sft
+
+    lines = lambda name, rows: (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for row in sft.load_rows("--pairs", pairs):
+        prompt = row.get("prompt") or row["chosen"][:-1]
+        (prompt, chosen), (_, rejected) = (
+            as_text(prompt, row[name][-1:] if isinstance(row[name], list) else row[name]) for name in ("chosen", "rejected")
+        )
+        found.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
+        if len(found) == 2000:
+            break
+    lines("all.jsonl", [dict(text=row["prompt"] + row["chosen"]) for row in found])
+    size = dict(hidden_size=256, num_layers=4, num_heads=4, vocab_size=2048, max_steps=1, batch_size=4)
+    sft.main(sft.Args(dataset=str(folder / "all.jsonl"), output_dir=str(folder / "model"), eval_fraction=0.0, **size))
+    tokenizer = sft.load_tokenizer(str(folder / "model"))
+    length = lambda text: len(tokenizer(text).input_ids)
+    kept = [
+        row for row in found if row["chosen"] != row["rejected"] and length(row["prompt"]) + max(length(row["chosen"]), length(row["rejected"])) < 480
+    ]
+    kept = kept[: 16 * steps]
+    lines("pairs.jsonl", kept)
+    lines("text.jsonl", [dict(text=row["prompt"] + row["chosen"]) for row in kept])
+    asked = sft.load_rows("--questions", questions).select(range(8 * max(1, steps // 2)))
+    lines("prompts.jsonl", [dict(prompt=row.get("question") or as_text(row["prompt"], [dict(content="")])[0]) for row in asked])
+    files = dict(sft="text", reward_model="pairs", dpo="pairs", orpo="pairs", grpo="prompts")
+    return {method: str(folder / f"{name}.jsonl") for method, name in files.items()}
+
+
+def run(*arguments) -> dict:
+    command = [sys.executable, __file__, "--side", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1", WANDB_MODE="disabled"))
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def shown(values: list, digits: int = 1) -> str:
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def write_results(heading: str, text: str):
+    """The text under its heading in RESULTS.md, in place of what stood there."""
+    file = HERE / "RESULTS.md"
+    parts = (file.read_text() if file.exists() else "# Results\n").split("\n## ")
+    kept = [part for part in parts if not part.startswith(heading + "\n")]
+    file.write_text("\n## ".join([*kept, f"{heading}\n\n{text}"]).rstrip("\n") + "\n")
+
+
+def machine() -> str:
+    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "transformers", "trl"))
+    return f"{datetime.date.today()}, one core of {os.cpu_count()}, {name}; Python {platform.python_version()}, {versions}."
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
+    parser.add_argument("--steps", type=int, default=16, help="of 16 rows; for grpo half as many, of 8 prompts x 8 answers of 64 tokens")
+    parser.add_argument("--pairs", default="Anthropic/hh-rlhf", help="preference data: hub id or file")
+    parser.add_argument("--questions", default="openai/gsm8k:main", help="prompts: hub id or file")
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = make_work(Path(folder), args.pairs, args.questions, args.steps)
+        for method in args.methods:
+            found = {}
+            for i in range(args.repeats):  # in turn, so that a machine that changes its pace changes it for all
+                for who in ("ours", *SETTINGS[method]):
+                    out = f"{folder}/{method}-{who}-{i}".replace(" ", "-")
+                    arguments = (method, f"{folder}/model", files[method], out)
+                    result = run("ours", *arguments) if who == "ours" else run("trl", *arguments, who)
+                    found.setdefault(who, []).append(result)
+                    print(f"{method:<13} {who:<20} {result['seconds']:7.1f} s {result['memory']:6} MB", flush=True)
+            seconds, peaks = ({who: [r[key] for r in results] for who, results in found.items()} for key in ("seconds", "memory"))
+            best = min(SETTINGS[method], key=lambda who: median(seconds[who]))
+            ratio = [b / a for a, b in zip(seconds["ours"], seconds[best])]
+            others = ", ".join(f"{who} {median(seconds[who]):.1f} s" for who in SETTINGS[method] if who != best)
+            rows.append(f"| {method}.py | {shown(seconds['ours'])} | {shown(seconds[best])} | {shown(ratio, 2)} | {shown(peaks['ours'], 0)} | {shown(peaks[best], 0)} | "
+                        f"{median(peaks['ours']) / median(peaks[best]):.2f} | {best}{f' ({others})' if others else ''} |")  # fmt: skip
+    head = "| script | seconds | TRL | times as fast | MB | TRL | times the memory | TRL's setting |\n" + "| --- " * 8 + "|"
+    work = f"{args.steps} steps of 16 rows of {Path(args.pairs).name}; grpo.py: {max(1, args.steps // 2)} of 8 prompts of {Path(args.questions).name} x 8 answers of at most 64 tokens, no KL."
+    text = f"{machine()}\n\n{work} Medians of {args.repeats} runs of each side in turn, and the range.\n\n{head}\n" + "\n".join(rows)
+    write_results("Beside TRL", text)
+    print(f"\n{text}\n\nwritten to {HERE / 'RESULTS.md'}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--side"]:
+        side(*sys.argv[2:])
+    else:
+        main()
