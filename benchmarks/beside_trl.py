@@ -5,9 +5,9 @@
     python benchmarks/beside_trl.py --methods dpo --repeats 5              one of them
     python benchmarks/beside_trl.py --pairs hh.jsonl --questions gsm8k.jsonl       from files
 
-Seconds are those of a whole process less its imports: loading, tokenising and, for DPO, the reference's pass included. Memory is the peak above what the
-process holds after its imports. TRL runs in every setting that might be its fastest, and is compared at the one that was. The medians, with the range,
-go to benchmarks/RESULTS.md, in place of what stood there under the same heading.
+Seconds are those of a whole process less its imports: loading, tokenising and, for DPO, the reference's pass included. Memory is the peak above
+what the process holds after its imports. TRL runs in every setting that might be its fastest, and is compared at the one that was. The
+medians, with the range, go to benchmarks/RESULTS.md, in place of what stood there under the same heading.
 """
 
 import argparse

@@ -29,7 +29,7 @@
 # a score of 0.61, as the policy refused wrongly (0.14). The held-out pairs and grids were the same; the claim's bounds were set after seed 0 and
 # before the others.
 #
-# The settings here are the last that were tried; with them all parts have run on their own, the whole recipe has not been measured yet.
+# With the settings here it has run on seed 0, where it holds.
 #
 # SEEDS="0 1 2" runs three seeds; STEPS=tiny shrinks every stage to a few steps and prints the claim without judging it.
 set -euo pipefail

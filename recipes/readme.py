@@ -33,6 +33,8 @@ POLICIES = [  # file of results, row of it, what to call it
     ("zephyr", "chosen", "fine-tuning on the chosen answers, from the base"),
     ("o1", "o1", "grpo on answers with thinking"),
     ("deepseek-v2", "policy", "then grpo on helpful and safety reward models and a rule"),
+    ("internlm2", "ppo-hacked", "ppo from people with a weakness"),
+    ("internlm2", "ppo-patched", "the same, patched (InternLM2)"),
     ("gemini", "static-4", "ppo for longer, from one reward model"),
     ("gemini", "fresh-4", "the same, reward model refreshed (Gemini)"),
     ("chatglm", "ppo-plain", "ppo from people who like length"),
