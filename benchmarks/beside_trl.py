@@ -204,10 +204,12 @@ def main():
             best = min(SETTINGS[method], key=lambda who: median(seconds[who]))
             ratio = [b / a for a, b in zip(seconds["ours"], seconds[best])]
             others = ", ".join(f"{who} {median(seconds[who]):.1f} s" for who in SETTINGS[method] if who != best)
-            rows.append(f"| {method}.py | {shown(seconds['ours'])} | {shown(seconds[best])} | {shown(ratio, 2)} | {shown(peaks['ours'], 0)} | {shown(peaks[best], 0)} | "
-                        f"{median(peaks['ours']) / median(peaks[best]):.2f} | {best}{f' ({others})' if others else ''} |")  # fmt: skip
+            cells = [f"{method}.py", shown(seconds["ours"]), shown(seconds[best]), shown(ratio, 2), shown(peaks["ours"], 0), shown(peaks[best], 0)]
+            cells += [f"{median(peaks['ours']) / median(peaks[best]):.2f}", f"{best} ({others})" if others else best]
+            rows.append(f"| {' | '.join(cells)} |")
     head = "| script | seconds | TRL | times as fast | MB | TRL | times the memory | TRL's setting |\n" + "| --- " * 8 + "|"
-    work = f"{args.steps} steps of 16 rows of {Path(args.pairs).name}; grpo.py: {max(1, args.steps // 2)} of 8 prompts of {Path(args.questions).name} x 8 answers of at most 64 tokens, no KL."
+    pairs, questions = Path(args.pairs).name, Path(args.questions).name
+    work = f"{args.steps} steps of 16 rows of {pairs}; grpo.py: {max(1, args.steps // 2)} of 8 prompts of {questions} x 8 answers of at most 64 tokens, no KL."
     text = f"{machine()}\n\n{work} Medians of {args.repeats} runs of each side in turn, and the range.\n\n{head}\n" + "\n".join(rows)
     write_results("Beside TRL", text)
     print(f"\n{text}\n\nwritten to {HERE / 'RESULTS.md'}")
