@@ -209,7 +209,7 @@ def main():
             rows.append(f"| {' | '.join(cells)} |")
     head = "| script | seconds | TRL | times as fast | MB | TRL | times the memory | TRL's setting |\n" + "| --- " * 8 + "|"
     pairs, questions = Path(args.pairs).name, Path(args.questions).name
-    work = f"{args.steps} steps of 16 rows of {pairs}; grpo.py: {max(1, args.steps // 2)} of 8 prompts of {questions} x 8 answers of at most 64 tokens, no KL."
+    work = f"{args.steps} steps of 16 rows of {pairs}; grpo.py: {max(1, args.steps // 2)} of 8 prompts of {questions} x 8 answers of at most 64 tokens."
     text = f"{machine()}\n\n{work} Medians of {args.repeats} runs of each side in turn, and the range.\n\n{head}\n" + "\n".join(rows)
     write_results("Beside TRL", text)
     print(f"\n{text}\n\nwritten to {HERE / 'RESULTS.md'}")
