@@ -1023,7 +1023,7 @@ def writing(path: Path):
         yield
     except Exception as e:  # safetensors, torch and the system each have their own
         print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"{path}: cannot be written ({reason(e)}); what was saved before stands: make room, then give the same command with --resume")
+        refuse(f"{path}: cannot be written ({reason(e)}); what was saved before stands; mend that (is the disk full?), then go on with --resume")
 
 
 def write_json(path: Path, value):
