@@ -315,6 +315,14 @@ def special_tokens(tokenizer) -> dict:
     return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 
+def has_special(special, values) -> bool:
+    """Whether a special token stands in any text of these values, however nested: in a role, say, or in what a tool is told."""
+    if isinstance(values, str):
+        return any(token in values for token in special)
+    parts = values.items() if isinstance(values, dict) else values if isinstance(values, (list, tuple)) else ()
+    return any(has_special(special, part) for part in parts)
+
+
 def render(tokenizer, messages: list, answer_next: bool = False, **options) -> list:
     """Ids of a conversation under the chat template, up to where the assistant is to speak if answer_next."""
     if answer_next and messages and messages[-1]["role"] == "assistant":  # an answer already begun
@@ -476,9 +484,8 @@ def preferences(args, tokenizer, max_length: int, rewards=None):
         scores = rewards(row, scores) if rewards else scores
         if not prompt:
             raise Drop("empty prompt")
-        texts = [m["content"] for m in as_messages(prompt)]
-        texts += [m["content"].removesuffix(tokenizer.eos_token) for r in responses for m in as_messages(r)]
-        if not args.allow_special and any(s in text for text in texts for s in special):
+        said = [m | dict(content=m["content"].removesuffix(tokenizer.eos_token)) for r in responses for m in as_messages(r)]
+        if not args.allow_special and has_special(special, [prompt, said, template_options(row)]):
             raise Drop("special token in the text (--allow-special keeps it)")
         some = [i for i, r in enumerate(responses) if "".join(m["content"] for m in as_messages(r)).strip()]
         notes["answers dropped: empty"] += len(responses) - len(some)
@@ -671,6 +678,12 @@ def load_tokenizer(name: str):
     if tokenizer.eos_token is None:
         refuse(f"{name}: its tokenizer has no end-of-sequence token, so that no answer could ever end; give it one (eos_token)")
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    try:
+        talk = tokenizer.apply_chat_template([dict(role="user", content="one"), dict(role="assistant", content="two")], tokenize=False)
+    except Exception as e:
+        refuse(f"{name}: its chat template cannot be used ({reason(e)}); correct chat_template.jinja")
+    if "one" not in talk or "two" not in talk:
+        refuse(f"{name}: its chat template shows {talk[:100]!r} in place of what is said; correct chat_template.jinja")
     return tokenizer
 
 

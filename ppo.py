@@ -405,6 +405,14 @@ def special_tokens(tokenizer) -> dict:
     return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 
+def has_special(special, values) -> bool:
+    """Whether a special token stands in any text of these values, however nested: in a role, say, or in what a tool is told."""
+    if isinstance(values, str):
+        return any(token in values for token in special)
+    parts = values.items() if isinstance(values, dict) else values if isinstance(values, (list, tuple)) else ()
+    return any(has_special(special, part) for part in parts)
+
+
 def render(tokenizer, messages: list, answer_next: bool = False, **options) -> list:
     """Ids of a conversation under the chat template, up to where the assistant is to speak if answer_next."""
     if answer_next and messages and messages[-1]["role"] == "assistant":  # an answer already begun
@@ -585,7 +593,7 @@ def demonstrations(tokenizer, max_length: int, everything: bool, allow_special: 
             texts = [before, after.removesuffix(tokenizer.eos_token)]
         if not after or not texts[-1].strip() and not (chat and "tool_calls" in after[-1]):
             raise Drop("empty answer")
-        if not allow_special and any(s in text for text in texts for s in special):
+        if not allow_special and has_special(special, [texts, template_options(row), (before, after) if chat else ()]):
             raise Drop("special token in the text (--allow-special keeps it)")
         begun = chat and bool(before) and before[-1]["role"] == after[0]["role"] == "assistant"  # the prompt ends in an answer already begun
         if begun and len(after) > 1:
@@ -622,7 +630,7 @@ def questions(args, tokenizer, max_prompt: int):
         if not prompt:
             raise Drop("empty prompt")
         prompt = as_messages(prompt) if isinstance(prompt, list) else prompt
-        if not args.allow_special and any(s in m["content"] for m in as_messages(prompt, "user") for s in special):
+        if not args.allow_special and has_special(special, [prompt, template_options(row)]):
             raise Drop("special token in the text (--allow-special keeps it)")
         options = template_options(row)  # messages: up to where the assistant is to speak, as `generate` will be asked
         ids = encode(tokenizer, prompt, [" a"], stops)[0] if isinstance(prompt, str) else render(tokenizer, prompt, answer_next=True, **options)
@@ -780,6 +788,12 @@ def load_tokenizer(name: str):
     if tokenizer.eos_token is None:
         refuse(f"{name}: its tokenizer has no end-of-sequence token, so that no answer could ever end; give it one (eos_token)")
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    try:
+        talk = tokenizer.apply_chat_template([dict(role="user", content="one"), dict(role="assistant", content="two")], tokenize=False)
+    except Exception as e:
+        refuse(f"{name}: its chat template cannot be used ({reason(e)}); correct chat_template.jinja")
+    if "one" not in talk or "two" not in talk:
+        refuse(f"{name}: its chat template shows {talk[:100]!r} in place of what is said; correct chat_template.jinja")
     return tokenizer
 
 
@@ -1070,7 +1084,16 @@ def rule_scores(rule, device, rows: list, texts: list) -> torch.Tensor:
         refuse(f"--rule: {type(e).__name__}: {e} ({last}), on answers like {texts[0][-200:]!r}; it must return None for what it cannot judge")
     if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
         found = len(rewards) if isinstance(rewards, (list, tuple)) else f"a {type(rewards).__name__} instead of"
+        print(file=sys.stderr)
         refuse(f"--rule: returned {found} rewards for {len(rows)} answers; it must return a list with one for each, None where it does not apply")
+    for reward, text in zip(rewards, texts):
+        try:
+            good = reward is None or abs(float(reward)) < 1e18  # its square is a float32 too
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            print(file=sys.stderr)  # off the progress bar's line
+            refuse(f"--rule: returned {reward!r} for {text[-200:]!r}; a reward must be a finite number, or None where the rule does not apply")
     return torch.tensor([math.nan if reward is None else float(reward) for reward in rewards], device=device)
 
 

@@ -601,6 +601,14 @@ def special_tokens(tokenizer) -> dict:
     return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 
+def has_special(special, values) -> bool:
+    """Whether a special token stands in any text of these values, however nested: in a role, say, or in what a tool is told."""
+    if isinstance(values, str):
+        return any(token in values for token in special)
+    parts = values.items() if isinstance(values, dict) else values if isinstance(values, (list, tuple)) else ()
+    return any(has_special(special, part) for part in parts)
+
+
 def render(tokenizer, messages: list, answer_next: bool = False, **options) -> list:
     """Ids of a conversation under the chat template, up to where the assistant is to speak if answer_next."""
     if answer_next and messages and messages[-1]["role"] == "assistant":  # an answer already begun
@@ -852,6 +860,12 @@ def load_tokenizer(name: str):
     if tokenizer.eos_token is None:
         refuse(f"{name}: its tokenizer has no end-of-sequence token, so that no answer could ever end; give it one (eos_token)")
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    try:
+        talk = tokenizer.apply_chat_template([dict(role="user", content="one"), dict(role="assistant", content="two")], tokenize=False)
+    except Exception as e:
+        refuse(f"{name}: its chat template cannot be used ({reason(e)}); correct chat_template.jinja")
+    if "one" not in talk or "two" not in talk:
+        refuse(f"{name}: its chat template shows {talk[:100]!r} in place of what is said; correct chat_template.jinja")
     return tokenizer
 
 
@@ -1373,7 +1387,7 @@ def load_items(args, *policies) -> list:
             if not any(text.strip() for text in texts):
                 notes["dropped: no prompt, or an empty one"] += 1
                 continue
-            if readers and not args.allow_special and any(s in text for text in texts for _, special, _ in readers for s in special):
+            if readers and not args.allow_special and any(has_special(special, [prompt, template_options(row)]) for _, special, _ in readers):
                 notes["dropped: special token in the text (--allow-special keeps it)"] += 1
                 continue
             if any(len(prompt_ids(tokenizer, prompt, **template_options(row))) > longest for tokenizer, _, longest in readers):

@@ -6,11 +6,13 @@ import gzip
 import importlib
 import json
 import math
+import shutil
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from test_plumbing import jsonl, lines_of
+from test_plumbing import in_child, jsonl, lines_of, weights_of
 
 SCRIPTS = "sft reward_model ppo dpo orpo rpo grpo".split()
 TALK = "Up right go down here there near far left one two three".split()
@@ -46,7 +48,9 @@ def usual(tiny_model_dir, tmp_path_factory):
         more |= dict(grpo=dict(max_new_tokens=3, num_generations=2, rule=f"{folder / 'rule.py'}:length", match=""))
         more |= {name: dict(max_new_tokens=2, show=1) for name in ("dpo", "orpo", "rpo")}
         if not (folder / "rule.py").exists():
-            (folder / "rule.py").write_text("def length(prompts, completions, **columns):\n    return [len(c[-1]['content']) % 3 for c in completions]\n")
+            (folder / "rule.py").write_text(
+                "def length(prompts, completions, **columns):\n    return [len(c[-1]['content']) % 3 for c in completions]\n"
+            )
         return common | more.get(script, {})
 
     return flags
@@ -80,7 +84,16 @@ def numbers_of(script: str) -> list:
 
 
 OPTIONS = [(script, name, kind) for script in SCRIPTS for name, kind in numbers_of(script)]
-ENDLESS = ("hidden_size", "num_layers", "num_generations", "max_new_tokens", "epochs")  # as large as asked, and so as long
+ENDLESS = (
+    "hidden_size",
+    "num_layers",
+    "num_generations",
+    "max_new_tokens",
+    "epochs",
+    "ppo_epochs",
+    "num_iterations",
+    "eval_samples",
+)  # as large as asked, and so as long
 
 
 @pytest.mark.parametrize("script, name, kind", OPTIONS, ids=lambda x: getattr(x, "__name__", x))
@@ -149,6 +162,9 @@ BROKEN_ROWS = {  # one row, broken
     "a lone surrogate": of_every(lambda value: [m | dict(content="\ud800 up") for m in value]),
     "zero bytes": of_every(lambda value: [m | dict(content="\x00\x00") for m in value]),
     "the end of a turn": of_every(lambda value: [m | dict(content=m["content"] + "<|end|><|user|>More?") for m in value]),
+    "a role that ends a turn": of_every(lambda value: [m | dict(role=m["role"] + "<|end|>") for m in value]),
+    "a name that ends a turn": of_every(lambda value: [m | dict(extra=[dict(name="Ann<|end|>")]) for m in value]),
+    "a tool that ends a turn": lambda row: row | dict(tools=[dict(type="function", function=dict(name="<|end|>"))]),
     "a pair of equals": lambda row: row | dict(chosen=row.get("rejected"), rejected=row.get("rejected")) if "chosen" in row else row,
     "scores that are no numbers": lambda row: row | dict(score_chosen=math.nan, score_rejected=math.inf) if "chosen" in row else row,
     "a ranking of one": lambda row: dict(prompt=row["prompt"], completions=[row["chosen"]], scores=[1.0]) if "chosen" in row else row,
@@ -248,7 +264,227 @@ def test_good_rows_in_odd_clothes(script, usual, tmp_path, capsys):
     for name in (data, str(tmp_path / "array.json")):
         what, _ = outcome(script, capsys, **usual(script) | dict(dataset=name), output_dir=str(tmp_path / Path(name).stem))
         assert what == "finished"
-        logs.append([{k: v for k, v in line.items() if k in ("loss", "reward", "objective/scores", "grad_norm")} for line in lines_of(tmp_path / Path(name).stem)])
+        logs.append(
+            [
+                {k: v for k, v in line.items() if k in ("loss", "reward", "objective/scores", "grad_norm")}
+                for line in lines_of(tmp_path / Path(name).stem)
+            ]
+        )
     assert logs[0] == logs[1]
-    what, _ = outcome(script, capsys, **usual(script) | dict(dataset=jsonl(tmp_path / "twice.jsonl", rows + rows)), output_dir=str(tmp_path / "twice"))
+    what, _ = outcome(
+        script, capsys, **usual(script) | dict(dataset=jsonl(tmp_path / "twice.jsonl", rows + rows)), output_dir=str(tmp_path / "twice")
+    )
     assert what == "finished"
+
+
+# ------------------------------------------------------------------------------------------------------------ models that cannot serve
+
+
+def without(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def edited(name: str, **changes):
+    def change(folder):
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def fewer_words(folder):
+    """A model with a smaller vocabulary than its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(100)
+    model.save_pretrained(folder)
+
+
+def cut_short(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def not_a_number(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: w * float("nan") for name, w in weights.items()}, folder / "model.safetensors", metadata=dict(format="pt"))
+
+
+def template(text: str):
+    return lambda folder: (folder / "chat_template.jinja").write_text(text)
+
+
+def pickled(folder):
+    """Weights as a pickle that would write a file when it is opened."""
+    import pickle
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.write_text, (folder.parent / "canary", "out"))
+
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+
+
+def own_code(folder):
+    """A model that wants to bring its own code, which would write a file when it is imported."""
+    code = f"open({str(folder.parent / 'canary')!r}, 'w').write('out')\nclass Config: pass\nclass Model: pass\n"
+    (folder / "own.py").write_text(code)
+    edited("config.json", model_type="own", auto_map=dict(AutoConfig="own.Config", AutoModelForCausalLM="own.Model"))(folder)
+
+
+ESCAPE = "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{% if c.__name__ == 'Popen' %}{{ c(['touch', 'CANARY']) }}{% endif %}{% endfor %}"
+BROKEN_MODELS = {
+    "no config": without("config.json"),
+    "no weights": without("model.safetensors"),
+    "no tokenizer": without("tokenizer.json"),
+    "a config that is no JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "a family that nobody knows": edited("config.json", model_type="nobody"),
+    "weights cut short": cut_short,
+    "weights that are no numbers": not_a_number,
+    "another width than the weights": edited("config.json", hidden_size=64),
+    "fewer words than the tokenizer": fewer_words,
+    "no end of sequence": edited("tokenizer_config.json", eos_token=None),
+    "a template that is none": template("{% for m in messages %}"),
+    "a template that raises": template("{{ raise_exception('never') }}"),
+    "a template that is not for talk": template("Hello."),
+    "weights as a pickle": pickled,
+    "code of its own": own_code,
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_MODELS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_models_that_cannot_serve(script, how, usual, tiny_model_dir, tmp_path, capsys):
+    """Refused, before a step, with what is wrong; and nothing of a downloaded directory is run."""
+    shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
+    BROKEN_MODELS[how](tmp_path / "model")
+    what, said = outcome(script, capsys, **usual(script) | dict(model=str(tmp_path / "model")), output_dir=str(tmp_path / "run"))
+    assert what == "refused" and not (tmp_path / "run" / "model.safetensors").exists() and not (tmp_path / "canary").exists(), said
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_template_is_kept_in_its_sandbox(script, usual, tiny_model_dir, tmp_path, capsys):
+    """It can reach no class, and so no process."""
+    shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(ESCAPE.replace("CANARY", str(tmp_path / "canary")))
+    what, _ = outcome(script, capsys, **usual(script) | dict(model=str(tmp_path / "model")), output_dir=str(tmp_path / "run"))
+    assert what == "refused" and not (tmp_path / "canary").exists()
+
+
+OPENED = []  # the files that this process opens while a test looks; an audit hook can never be taken off again
+
+
+def watch_files():
+    if not OPENED:
+        OPENED.append("")
+        sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event in ("open", "os.listdir", "os.stat", "socket.connect") else None)
+    OPENED[1:] = []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_paths_and_addresses_in_a_data_set_are_text(script, usual, tmp_path, capsys):
+    """Nothing that a row names is opened or fetched."""
+    canary = tmp_path / "canary.txt"
+    canary.write_text("Up.")
+    rows = rows_for(script)
+    for row, name in zip(rows, (str(canary), f"file://{canary}", "http://canary.txt/", f"{{% include '{canary}' %}}") * 2):
+        row |= {key: [m | dict(content=f"{m['content']} {name}") for m in row[key]] for key in answers_in(row)} | dict(
+            path=name, image=name, file=name
+        )
+    data = jsonl(tmp_path / "rows.jsonl", rows)
+    watch_files()
+    what, said = outcome(script, capsys, **usual(script) | dict(dataset=data), output_dir=str(tmp_path / "run"))
+    assert what == "finished" and any("rows.jsonl" in name for name in OPENED) and not any("canary.txt" in name for name in OPENED)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_output_directory_that_cannot_be_one(script, usual, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for name in ("file", "file/run", "/proc/run"):
+        what, said = outcome(script, capsys, **usual(script), output_dir=str(tmp_path / name))
+        assert what == "refused" and name in said, said
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ------------------------------------------------------------------------------------------------------- numbers at the edge of sense
+
+
+RULES = """
+import math
+def same(prompts, completions, **columns):
+    return [0.1] * len(prompts)
+
+def infinite(prompts, completions, **columns):
+    return [math.inf] * len(prompts)
+
+def no_number(prompts, completions, **columns):
+    return [math.nan] * len(prompts)
+
+def enormous(prompts, completions, **columns):
+    return [1e38 * (-1) ** i for i in range(len(prompts))]
+
+def text(prompts, completions, **columns):
+    return ["good"] * len(prompts)
+"""
+
+
+@pytest.mark.parametrize("rule", ["infinite", "no_number", "text", "enormous"])
+@pytest.mark.parametrize("script", ["ppo", "grpo"])
+def test_rewards_that_are_no_sensible_numbers_are_refused(script, rule, usual, tmp_path, capsys):
+    (tmp_path / "rules.py").write_text(RULES)
+    flags = usual(script) | dict(rule=f"{tmp_path / 'rules.py'}:{rule}")
+    what, said = outcome(script, capsys, **flags, output_dir=str(tmp_path / "run"))
+    assert what == "refused" and "--rule" in said, said
+
+
+@pytest.mark.parametrize("script", ["ppo", "grpo"])
+def test_equal_rewards_one_token_and_no_end(script, usual, tmp_path, capsys):
+    """Answers of one token, of which hardly any ends, all worth the same."""
+    (tmp_path / "rules.py").write_text(RULES)
+    flags = usual(script) | dict(rule=f"{tmp_path / 'rules.py'}:same", max_new_tokens=1, batch_size=4)
+    what, _ = outcome(script, capsys, **flags, output_dir=str(tmp_path / "run"))
+    lines = lines_of(tmp_path / "run")
+    assert what == "finished" and len(lines) == 2
+    if script == "grpo":  # no spread, no gradient
+        assert [line["grad_norm"] for line in lines] == [0, 0] and lines[0]["completions/mean_length"] == 1
+    else:
+        assert lines[0]["response_length"] == 1 and lines[0]["rewards/rule/mean"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("script", ["ppo", "grpo"])
+def test_a_reward_model_with_damaged_weights_is_refused(script, usual, tiny_model_dir, tmp_path, capsys):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    for value in (math.inf, math.nan):
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir("llama"), num_labels=1)
+        model.score.weight.data[:] = value
+        model.save_pretrained(tmp_path / "scorer")
+        AutoTokenizer.from_pretrained(tiny_model_dir("llama")).save_pretrained(tmp_path / "scorer")
+        flags = usual(script) | dict(rule="", reward_model=(str(tmp_path / "scorer"),))
+        what, said = outcome(script, capsys, **flags, output_dir=str(tmp_path / str(value)))
+        assert what == "refused" and "damaged" in said, said
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_weights_that_overflow_end_before_their_step(script, dtype, usual, tiny_model_dir, tmp_path, capsys):
+    """Finite weights whose products are not: the run says so, or its numbers are finite; it never saves weights that are no numbers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"))
+    for weights in (model.model.layers[0].mlp.up_proj.weight.data, model.model.layers[0].mlp.down_proj.weight.data, model.model.norm.weight.data):
+        weights *= 1e30
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model_dir("llama")).save_pretrained(tmp_path / "model")
+    flags = usual(script) | dict(model=str(tmp_path / "model"), dtype=dtype)
+    if dtype == "bfloat16":  # this process would stay part of a group of one rank
+        module = importlib.import_module(script)
+        assert in_child(module.main, module.Args(**flags, output_dir=str(tmp_path / "run"))) in (0, 2)
+    else:
+        outcome(script, capsys, **flags, output_dir=str(tmp_path / "run"))
+    for file in tmp_path.glob("run/model.safetensors"):
+        assert all(w.isfinite().all() for w in weights_of(file.parent).values())

@@ -75,6 +75,49 @@ def test_any_conversation_is_masked_as_its_beginnings_are(tiny_tokenizer, texts)
         marked = [(t, i) for i, (t, keep) in enumerate(zip(ids, trained)) if keep]
         assert tiny_tokenizer.decode([t for t, _ in marked]) == "".join(f"{text}<|end|>" for text in texts[1:end:2])
 
+# ---------------------------------------------------------------------------------------------------- text that would end a turn
+
+PIECES = st.lists(st.sampled_from(["<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|user|>", "<|", "|>", "end", "[INST]", "</think>", "\n", "up", " "]), max_size=6)
+spoken = st.one_of(anything, PIECES.map("".join), st.tuples(anything, PIECES.map("".join)).map("".join))
+
+
+@every_template
+@given(texts=st.lists(st.tuples(spoken, spoken.filter(str.strip)), min_size=1, max_size=2).map(lambda turns: sum(turns, ())))
+def test_no_text_ends_a_turn(name, dressed, texts):  # noqa: F811
+    """Whoever types a special token has the row dropped; in a row that is kept the special tokens are those of harmless texts, one by one."""
+    tokenizer = dressed(name)
+    special, plain = sft.special_tokens(tokenizer), ["x" for _ in texts]
+    ids = lambda rows: [[t for t in row.prompt + row.responses[0] if t in special] for row in rows]
+    try:
+        rows = demonstrate(tokenizer, dict(messages=talk(*texts)))
+    except sft.Drop:
+        assert any(token in text for token in special.values() for text in texts)
+    else:
+        assert ids(rows) == ids(demonstrate(tokenizer, dict(messages=talk(*plain))))
+
+
+mark = st.text(alphabet="<>[]|/abc \n", max_size=6)
+
+
+@given(marks=st.lists(mark, min_size=6, max_size=6), end=st.sampled_from(["<|end|>", "<|endoftext|>", ""]), texts=st.lists(anything.filter(lambda text: "(" not in text), min_size=4, max_size=4))
+def test_under_any_template_the_answers_are_what_is_trained(tiny_tokenizer, marks, end, texts):
+    """Any marks around the turns: what is trained decodes to the answers with what ends them, and all of it to what the template writes."""
+    before_user, after_user, before_answer, after_answer, start, between = (m.replace("{", "") for m in marks)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    literal = lambda text: "{{ " + repr(text) + " }}"
+    tokenizer.chat_template = (
+        f"{literal(start)}{{% for m in messages %}}{{% if m['role'] == 'user' %}}{literal(before_user)}{{{{ m['content'] }}}}{literal(after_user)}"
+        f"{{% else %}}{literal(before_answer)}{{{{ m['content'] }}}}{literal(end)}{literal(after_answer)}{{% endif %}}{literal(between)}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{literal(before_answer)}{{% endif %}}"
+    )
+    texts = [f"({i}{text})" for i, text in enumerate(texts)]  # no answer is empty, and none is in another
+    rows = demonstrate(tokenizer, dict(messages=talk(*texts)))
+    said = [part for row in rows for part in trained_text(tokenizer, row)]
+    ends = end or tokenizer.eos_token
+    assert len(said) in (1, 2) and all(part.count(ends) >= 1 for part in said)
+    whole = "".join(said)
+    assert texts[1] in whole and texts[3] in whole and texts[0] not in whole and texts[2] not in whole
+
 
 TOOLS = [dict(type="function", function=dict(name="sum", parameters=dict(type="object", properties=dict(a=dict(type="number")))))]
 CALL = dict(role="assistant", tool_calls=[dict(type="function", function=dict(name="sum", arguments=dict(a=2)))])
