@@ -1618,6 +1618,7 @@ def padded(parts: list, device) -> torch.Tensor:
 
 def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
     """The places, of n, of each update: every pass over the batch in an order of its own, cut into parts of nearly equal size."""
+    parts = max(1, min(parts, n))
     for i in range(passes):
         order = shuffled(n, step * passes + i, seed)
         cuts = [round(k * n / parts) for k in range(parts + 1)]

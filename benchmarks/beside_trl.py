@@ -1,9 +1,14 @@
 """These scripts beside TRL 1.16: the same rows in the same batches, one core, float32, both sides in turn, several times.
 
     pip install -e '.[bench]'
-    python benchmarks/beside_trl.py                                        all five methods, on HH-RLHF and GSM8K from the hub
+    python benchmarks/beside_trl.py                                        every method but PPO, on HH-RLHF and GSM8K from the hub
     python benchmarks/beside_trl.py --methods dpo --repeats 5              one of them
     python benchmarks/beside_trl.py --pairs hh.jsonl --questions gsm8k.jsonl       from files
+    pip install --no-deps --target older trl==1.12.0                       an older one, which has a PPOTrainer
+    PYTHONPATH=older python benchmarks/beside_trl.py --methods ppo
+
+Two methods have no counterpart there and stand beside the nearest: rpo.py beside its DPOTrainer, which makes the same passes over the same
+pairs; rlaif.py beside a judge as one would write it with transformers: both orders of a pair in padded batches, the logits of two letters.
 
 Seconds are those of a whole process less its imports: loading, tokenising and, for DPO, the reference's pass included. Memory is the peak above
 what the process holds after its imports. TRL runs in every setting that might be its fastest, and is compared at the one that was. The
@@ -36,8 +41,12 @@ SETTINGS = {  # of TRL, for each method; the first one is its default
         "both": dict(precompute_ref_log_probs=True, padding_free=True, max_length=None),
     },
     "orpo": {"padding": {}},
+    "rpo": {},
+    "ppo": {"PPOTrainer of 1.12": {}},
+    "rlaif": {"padded batches": {}},
     "grpo": {"generate": {}, "continuous batching": dict(use_transformers_continuous_batching=True)},
 }
+SETTINGS["rpo"] = SETTINGS["dpo"]
 
 
 def memory() -> int:
@@ -60,10 +69,38 @@ def ours(method: str, model: str, data: str, out: str):
     if method == "grpo":
         flags |= dict(batch_size=8, num_generations=8, max_new_tokens=64, kl_coef=0.0, tokens_per_forward=4096, show_every=0)
         flags |= dict(rule=f"{__file__}:rule")
-    elif method in ("dpo", "orpo"):
+    elif method == "ppo":
+        flags |= dict(batch_size=64, max_new_tokens=64, tokens_per_forward=4096, show_every=0, reward_model=(f"{model}-reward",))
+        flags |= dict(value_model=f"{model}-reward", value_learning_rate=3e-4, ppo_epochs=1, num_minibatches=1)
+    elif method in ("dpo", "orpo", "rpo"):
         flags |= dict(show=0)
+    if method == "rlaif":
+        flags = dict(judge=model, dataset=data, output_dir=out, orders="average", min_mass=0.0, tie_margin=0.0, tokens_per_forward=4096)
     yield
-    script.main(script.Args(**flags))
+    script.main((script.LabelArgs if method == "rlaif" else script.Args)(**flags))
+
+
+def judge(model: str, data: str):
+    """A pair is asked about in both orders; the better answer is the one whose letter the judge finds more probable in the mean."""
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import rlaif
+
+    yield
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    policy, question, asked = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), rlaif.REQUESTS["compare"], []
+    letters = [tokenizer(letter, add_special_tokens=False).input_ids[-1] for letter in "AB"]
+    for row in load_dataset("json", data_files=data, split="train"):
+        for a, b in ((row["chosen"], row["rejected"]), (row["rejected"], row["chosen"])):
+            text = question.format(principle=rlaif.REQUESTS["principle"], talk=row["prompt"], a=a, b=b)
+            asked.append(tokenizer.apply_chat_template([dict(role="user", content=text)], add_generation_prompt=True, tokenize=False))
+    asked.sort(key=len)  # so that a batch holds little padding
+    for i in range(0, len(asked), 16):
+        batch = tokenizer(asked[i : i + 16], add_special_tokens=False, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            policy(**batch, logits_to_keep=1).logits[:, -1, letters].softmax(-1)
 
 
 def trl(method: str, model: str, data: str, out: str, setting: str):
@@ -72,13 +109,22 @@ def trl(method: str, model: str, data: str, out: str, setting: str):
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    if method == "orpo":
+    if method == "rlaif":
+        yield from judge(model, data)
+        return
+    if method == "ppo":
+        try:
+            from trl.experimental.ppo import PPOConfig as Config
+            from trl.experimental.ppo import PPOTrainer as Trainer
+        except ImportError:
+            sys.exit("this TRL has no PPOTrainer; see the top of this file for one that has")
+    elif method == "orpo":
         from trl.experimental.orpo import ORPOConfig as Config
         from trl.experimental.orpo import ORPOTrainer as Trainer
     else:
         import trl as library
 
-        name = dict(sft="SFT", reward_model="Reward", dpo="DPO", grpo="GRPO")[method]
+        name = dict(sft="SFT", reward_model="Reward", dpo="DPO", rpo="DPO", grpo="GRPO")[method]
         Config, Trainer = getattr(library, f"{name}Config"), getattr(library, f"{name}Trainer")
     yield
     auto, options = (AutoModelForSequenceClassification, dict(num_labels=1)) if method == "reward_model" else (AutoModelForCausalLM, {})
@@ -86,18 +132,27 @@ def trl(method: str, model: str, data: str, out: str, setting: str):
     flags = dict(output_dir=out, num_train_epochs=1, per_device_train_batch_size=16, learning_rate=3e-4, lr_scheduler_type="constant", warmup_steps=0)
     flags |= dict(weight_decay=0.0, max_grad_norm=1.0, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no")
     flags |= dict(logging_steps=1, seed=0, disable_tqdm=True, optim="adamw_torch")
+    data = load_dataset("json", data_files=data, split="train")
     if method == "grpo":
         flags |= dict(per_device_train_batch_size=64, num_generations=8, max_completion_length=64, temperature=1.0, beta=0.0)
+    elif method == "ppo":
+        flags |= dict(
+            per_device_train_batch_size=64, num_mini_batches=1, num_ppo_epochs=1, response_length=64, total_episodes=len(data), temperature=1.0
+        )
+        flags |= dict(stop_token="eos", num_sample_generations=0)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        data = data.map(lambda row: dict(input_ids=tokenizer(row["prompt"]).input_ids), remove_columns=data.column_names)
     else:
         flags |= dict(max_length=512)
-    arguments = dict(
-        model=load(), args=Config(**flags | SETTINGS[method][setting]), train_dataset=load_dataset("json", data_files=data, split="train")
-    )
-    if method == "dpo":
+    arguments = dict(model=load(), args=Config(**flags | SETTINGS[method][setting]), train_dataset=data)
+    if method in ("dpo", "rpo"):
         arguments |= dict(ref_model=load())
     if method == "grpo":
         arguments |= dict(reward_funcs=rule)
-    Trainer(**arguments, processing_class=AutoTokenizer.from_pretrained(model, padding_side="left" if method == "grpo" else "right")).train()
+    if method == "ppo":
+        scorer = lambda: AutoModelForSequenceClassification.from_pretrained(f"{model}-reward", num_labels=1, dtype=torch.float32)
+        arguments |= dict(ref_model=load(), reward_model=scorer(), value_model=scorer(), eval_dataset=data.select(range(8)))
+    Trainer(**arguments, processing_class=AutoTokenizer.from_pretrained(model, padding_side="left" if method in ("grpo", "ppo") else "right")).train()
 
 
 def side(who: str, *arguments):
@@ -124,7 +179,9 @@ def as_text(prompt, answer) -> tuple:
 
 
 def make_work(folder: Path, pairs: str, questions: str, steps: int) -> dict:
-    """A tokenizer and a Llama of 3.7 M parameters, pairs of less than 480 tokens, and questions: files by method, of so many steps each."""
+    """A tokenizer, a Llama of 3.7 M parameters and a reward model of it; pairs of less than 480 tokens, and questions: files by method, of so many
+    steps each."""
+    import reward_model
     import sft
 
     lines = lambda name, rows: (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -134,7 +191,7 @@ def make_work(folder: Path, pairs: str, questions: str, steps: int) -> dict:
         (prompt, chosen), (_, rejected) = (
             as_text(prompt, row[name][-1:] if isinstance(row[name], list) else row[name]) for name in ("chosen", "rejected")
         )
-        found.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
+        found.append(dict(prompt=prompt, chosen=chosen, rejected=rejected, score_chosen=1.0, score_rejected=0.0))
         if len(found) == 2000:
             break
     lines("all.jsonl", [dict(text=row["prompt"] + row["chosen"]) for row in found])
@@ -147,10 +204,16 @@ def make_work(folder: Path, pairs: str, questions: str, steps: int) -> dict:
     ]
     kept = kept[: 16 * steps]
     lines("pairs.jsonl", kept)
+    reward_model.main(
+        reward_model.Args(
+            model=str(folder / "model"), dataset=str(folder / "pairs.jsonl"), output_dir=str(folder / "model-reward"), max_steps=1, eval_fraction=0.0
+        )
+    )
     lines("text.jsonl", [dict(text=row["prompt"] + row["chosen"]) for row in kept])
     asked = sft.load_rows("--questions", questions).select(range(8 * max(1, steps // 2)))
     lines("prompts.jsonl", [dict(prompt=row.get("question") or as_text(row["prompt"], [dict(content="")])[0]) for row in asked])
-    files = dict(sft="text", reward_model="pairs", dpo="pairs", orpo="pairs", grpo="prompts")
+    lines("many.jsonl", [json.loads(line) for line in open(folder / "prompts.jsonl")] * 8)  # for ppo, of as many answers as grpo
+    files = dict(sft="text", reward_model="pairs", dpo="pairs", orpo="pairs", rpo="pairs", rlaif="pairs", ppo="many", grpo="prompts")
     return {method: str(folder / f"{name}.jsonl") for method, name in files.items()}
 
 
@@ -182,7 +245,7 @@ def machine() -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", choices=list(SETTINGS), default=[name for name in SETTINGS if name != "ppo"])
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
     parser.add_argument("--steps", type=int, default=16, help="of 16 rows; for grpo half as many, of 8 prompts x 8 answers of 64 tokens")
     parser.add_argument("--pairs", default="Anthropic/hh-rlhf", help="preference data: hub id or file")
@@ -209,7 +272,9 @@ def main():
             rows.append(f"| {' | '.join(cells)} |")
     head = "| script | seconds | TRL | times as fast | MB | TRL | times the memory | TRL's setting |\n" + "| --- " * 8 + "|"
     pairs, questions = Path(args.pairs).name, Path(args.questions).name
-    work = f"{args.steps} steps of 16 rows of {pairs}; grpo.py: {max(1, args.steps // 2)} of 8 prompts of {questions} x 8 answers of at most 64 tokens."
+    work = (
+        f"{args.steps} steps of 16 rows of {pairs}; grpo.py: {max(1, args.steps // 2)} of 8 prompts of {questions} x 8 answers of at most 64 tokens."
+    )
     text = f"{machine()}\n\n{work} Medians of {args.repeats} runs of each side in turn, and the range.\n\n{head}\n" + "\n".join(rows)
     write_results("Beside TRL", text)
     print(f"\n{text}\n\nwritten to {HERE / 'RESULTS.md'}")
