@@ -1292,7 +1292,7 @@ def given_rewards(row: dict, scores: list) -> list:
         if found is None:
             raise Drop("too long for the reward model, or refused by its chat template")
     elif row.get("completions") is not None:
-        found = scores
+        found = scores if row.get("scores") is not None else [None]  # not given is not a tie
     else:
         found = [row.get("score_chosen", row.get("chosen_reward")), row.get("score_rejected", row.get("rejected_reward"))]
         found = [row.get("margin"), 0.0] if None in found else found

@@ -19,10 +19,10 @@ import argparse
 import datetime
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -50,7 +50,8 @@ SETTINGS["rpo"] = SETTINGS["dpo"]
 
 
 def memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    """The peak so far, in MB; getrusage would begin at what the parent process held."""
+    return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 
 def rule(prompts, completions, **columns) -> list:
@@ -206,7 +207,12 @@ def make_work(folder: Path, pairs: str, questions: str, steps: int) -> dict:
     lines("pairs.jsonl", kept)
     reward_model.main(
         reward_model.Args(
-            model=str(folder / "model"), dataset=str(folder / "pairs.jsonl"), output_dir=str(folder / "model-reward"), max_steps=1, eval_fraction=0.0
+            model=str(folder / "model"),
+            dataset=str(folder / "pairs.jsonl"),
+            output_dir=str(folder / "model-reward"),
+            max_steps=1,
+            batch_size=4,
+            eval_fraction=0.0,
         )
     )
     lines("text.jsonl", [dict(text=row["prompt"] + row["chosen"]) for row in kept])
@@ -239,7 +245,8 @@ def write_results(heading: str, text: str):
 
 def machine() -> str:
     name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "transformers", "trl"))
+    have = lambda package: importlib.util.find_spec(package) is not None
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "transformers", "trl") if have(package))
     return f"{datetime.date.today()}, one core of {os.cpu_count()}, {name}; Python {platform.python_version()}, {versions}."
 
 
@@ -268,7 +275,7 @@ def main():
             ratio = [b / a for a, b in zip(seconds["ours"], seconds[best])]
             others = ", ".join(f"{who} {median(seconds[who]):.1f} s" for who in SETTINGS[method] if who != best)
             cells = [f"{method}.py", shown(seconds["ours"]), shown(seconds[best]), shown(ratio, 2), shown(peaks["ours"], 0), shown(peaks[best], 0)]
-            cells += [f"{median(peaks['ours']) / median(peaks[best]):.2f}", f"{best} ({others})" if others else best]
+            cells += [f"{median(peaks['ours']) / max(1, median(peaks[best])):.2f}", f"{best} ({others})" if others else best]
             rows.append(f"| {' | '.join(cells)} |")
     head = "| script | seconds | TRL | times as fast | MB | TRL | times the memory | TRL's setting |\n" + "| --- " * 8 + "|"
     pairs, questions = Path(args.pairs).name, Path(args.questions).name
@@ -276,7 +283,7 @@ def main():
         f"{args.steps} steps of 16 rows of {pairs}; grpo.py: {max(1, args.steps // 2)} of 8 prompts of {questions} x 8 answers of at most 64 tokens."
     )
     text = f"{machine()}\n\n{work} Medians of {args.repeats} runs of each side in turn, and the range.\n\n{head}\n" + "\n".join(rows)
-    write_results("Beside TRL", text)
+    write_results(f"Beside TRL {importlib.metadata.version('trl')}", text)
     print(f"\n{text}\n\nwritten to {HERE / 'RESULTS.md'}")
 
 
