@@ -20,7 +20,10 @@
 # Tried on seed 0 before: lr 2e-4 from the start, with and without a KL coefficient of 0.02, and the small model as policy, with two learning rates.
 # The first updates were too large to show a rise under the smaller reward model; the small policy learnt to lie before all else.
 # The peak is the highest of 56 overlapping means, which flatters it a little. Gold was at first the score of honest walks alone, 0 for all else, not
-# what the rankings' people hold. Only seed 0 has been run.
+# what the rankings' people hold.
+# It holds on seeds 0 and 1. On seed 2 both reward models pay for claims of cells that are not there from the first updates on: the true score never
+# rises above its start (0.58) and ends at -2.00 and 0.12, while the rewards go from 1.1 and 1.3 to 3.6 and 3.4. Fifteen more batches for the critic
+# alone, and 3e-4 at the end of 85 batches, changed nothing there.
 #
 # SEEDS="0 1 2" runs three seeds; STEPS=tiny shrinks every stage to a few steps and prints the claim without judging it.
 set -euo pipefail
