@@ -20,8 +20,10 @@
 # with answers at temperature 1, and stopped after round 2), the refreshed line fell in round 2 as the static one did. The first refresh comes
 # before the policy has learnt to lie, and adds little; the later ones see what went wrong.
 # All held on seed 0. On seed 1 the static line does not fall within 80 batches (0.70, 0.78, 0.80, 0.80 by rounds, with a dip to 0.74 in the last;
-# the refreshed one 0.70, 0.79, 0.79, 0.82), so that nothing was there to cure; its reward models are better, all the same. Seed 2 has not been
-# run to the end.
+# the refreshed one 0.70, 0.79, 0.79, 0.82), so that nothing was there to cure; its reward models are better, all the same. On seed 2 the
+# static line falls most (0.66, 0.40, 0.46, 0.40); the refreshed one does not (0.66, 0.64, 0.64, 0.65), nor does it rise, and in round 2 its reward
+# model is no better (0.67 to 0.68). At the end the refreshed line is the higher one on all three seeds: 0.84, 0.82, 0.65 to 0.65, 0.80, 0.40.
+# Seven rounds of 10 batches at KL 0.05 (seed 1): the static line again did not fall (0.60 to 0.66), the refreshed one ended higher (0.60 to 0.73).
 # The third part was first measured by the people's noisy rankings: 0.74, 0.67, 0.71 to 0.72, 0.63, 0.71 on seed 0, no gain in the last round.
 #
 # SEEDS="0 1 2" runs three seeds; STEPS=tiny shrinks every stage to a few steps and prints the claim without judging it.
