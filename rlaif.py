@@ -323,6 +323,7 @@ from jinja2 import TemplateError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -983,6 +984,31 @@ def gathered(model):
         part.reshard()
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values that grow within room kept for them: to concatenate at every token, as DynamicLayer does, copies all of them every time."""
+
+    def update(self, keys, values, *args, **kwargs):
+        start, self.is_initialized = self.get_seq_length(), True
+        end = start + keys.shape[-2]
+        if not start or self.room[0].shape[-2] < end:
+            room = [new.new_empty(*new.shape[:-2], end + 64, new.shape[-1]) for new in (keys, values)]
+            for whole, old in zip(room, (self.keys, self.values) if start else ()):
+                whole[..., :start, :] = old
+            self.room = room
+        for whole, new in zip(self.room, (keys, values)):
+            whole[..., start:end, :] = new
+        self.keys, self.values = (whole[..., :end, :] for whole in self.room)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats):
+        self.room = [whole.repeat_interleave(repeats, 0) for whole in self.room]
+        self.keys, self.values = (whole[..., : self.get_seq_length(), :] for whole in self.room)
+
+    def batch_select_indices(self, indices):
+        self.room = [whole[indices] for whole in self.room]
+        self.keys, self.values = (whole[..., : self.get_seq_length(), :] for whole in self.room)
+
+
 @torch.no_grad()
 def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0):
     """Answers to prompts (lists of ids): n = len(numbers) / len(prompts) to each, one after the other, the prompt computed once for them.
@@ -1000,6 +1026,7 @@ def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0,
     mask = torch.tensor([[0] * (width - len(p)) + [1] * (len(p) + longest) for p in prompts], device=device)
     position = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache()
+    cache.layer_class_to_replicate = RoomyLayer
     call = dict(past_key_values=cache, use_cache=True)
     logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=position, logits_to_keep=1, **call).logits[:, -1]
     cache.batch_repeat_interleave(n)

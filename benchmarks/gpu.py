@@ -14,8 +14,8 @@ real     a model of 70 M parameters from nothing on your files: pre-training, ch
 
 Models of train and online have random weights in Qwen3's shapes; their rows are random words, as long as chats are. Both sides have float32
 weights and AdamW, and compute in bfloat16. Whatever is timed has a process to itself. TRL runs in every setting that might be its fastest;
-from the second repeat on, in the one that was. A side that runs out of memory starts again with half as much in a forward. Every table goes
-to benchmarks/RESULTS.md, in place of what stood there under the same heading.
+from the second repeat on, in the one that was. A side that runs out of memory starts again with half as much in a forward. Every table
+goes to benchmarks/RESULTS.md, in place of what stood there under the same heading.
 """
 
 import argparse
@@ -82,15 +82,15 @@ def run(name: str, python: str = sys.executable, launcher: tuple = (), **argumen
 def in_turn(repeats: int, sides: dict) -> dict:
     """The results of each side, run in turn; after the first round only of the first side, ours, and of the fastest of the others.
 
-    sides: by name, the arguments of `run`, where share, 1 at first, is that of the work that goes into a forward."""
-    found, shares, names = {name: [] for name in sides}, dict.fromkeys(sides, 1.0), list(sides)
+    sides: by name, the arguments of `run`, of which share is the part of a batch that goes into a forward; halved while memory runs out."""
+    found, names = {name: [] for name in sides}, list(sides)
     for _ in range(repeats):
         for name in names:
-            result = run(share=shares[name], **sides[name])
-            while result.get("error") == "out of memory" and shares[name] > 1 / 16:
-                shares[name] /= 2
-                result = run(share=shares[name], **sides[name])
-            found[name].append(result | dict(share=shares[name]))
+            result = run(**sides[name])
+            while result.get("error") == "out of memory" and sides[name]["share"] > 1 / 64:
+                sides[name]["share"] /= 2
+                result = run(**sides[name])
+            found[name].append(result | dict(share=sides[name]["share"]))
             print(f"{name:<32}", result.get("error") or f"{result['seconds']:8.2f} s {result['memory']:8} MB", flush=True)
         ours, *others = sides
         working = [name for name in others if "error" not in found[name][0]]
@@ -106,9 +106,9 @@ def times(results: list, ours: list) -> str:
     return shown(ratios, 2) if ratios and results is not ours else ""
 
 
-def publish(args, heading: str, text: str, head: str = "", found: dict = {}, cells=lambda results: results):
+def publish(args, heading: str, text: str, head: str = "", found: dict | None = None, cells=lambda results: results):
     """A part's result, printed and, from a GPU, written to RESULTS.md: a row for each of `found`, whose cells `cells` makes of what is found."""
-    rows = [[name, *([x[0]["error"]] if isinstance(x[0], dict) and "error" in x[0] else cells(x))] for name, x in found.items()]
+    rows = [[name, *([x[0]["error"]] if isinstance(x[0], dict) and "error" in x[0] else cells(x))] for name, x in (found or {}).items()]
     table = [f"\n| {head} |", "| --- " * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)] if rows else []
     text = "\n".join([f"{args.machine}\n\n{text}", *table])
     print(f"\n## {heading}\n\n{text}\n", flush=True)
@@ -350,7 +350,8 @@ def side_check(folder: str, tokenizer: str) -> dict:
 def check(args, data, folder: Path) -> bool:
     found = run("check", folder=str(folder), tokenizer=data.tokenizer)
     found = {"every check within one process": (found["error"], 0.0)} if "error" in found else found
-    flags = dict(method="sft", model=f"{folder}/Llama", data=data.files["sft"], share=1.0, max_steps=8, batch_size=8, learning_rate=1e-4)
+    flags = dict(method="sft", model=f"{folder}/Llama", data=data.files["sft"], share=1.0, overwrite=True)
+    flags |= dict(max_steps=8, batch_size=8, learning_rate=1e-4)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
     plain = run("ours", **flags, out=f"{folder}/plain", dtype="float32")
     rank = run("ours", **flags, out=f"{folder}/rank", dtype="float32", group=True, launcher=torchrun)
@@ -362,7 +363,7 @@ def check(args, data, folder: Path) -> bool:
     found = {what: (good[what], *x) for what, x in found.items()}
     text = "Errors of attention are relative to the largest entry, those of gradients to their norm; of log-probabilities and losses they are in"
     text += " nats. The references are float64, one sequence at a time; of the curves, one process in float32 without FSDP."
-    cells = lambda x: [f"{x[1]:.1e}" if isinstance(x[1], float) else x[1], f"{x[2]:.0e}", "yes" if x[0] else "**no**"]
+    cells = lambda x: [f"{x[1]:.1e}" if isinstance(x[1], float) else x[1], f"{x[2]:g}", "yes" if x[0] else "**no**"]
     publish(args, "One GPU: is it right?", text, "what | largest error | bound | within it", found, cells)
     return all(good.values())
 
@@ -434,11 +435,12 @@ def train(args, data, folder: Path):
             lengths, recompute = data.lengths[method], need > 1e11  # where the activations would not fit beside that
             tokens = sum(p + r for p, answers in lengths for r in answers)
             common = dict(method=method, model=model, data=data.files[method], out=str(folder / "out"), gradient_checkpointing=recompute)
-            sides = {f"{method}.py": dict(name="ours", **common, **own)}
+            sides = {f"{method}.py": dict(name="ours", share=1.0, **common, **own)}
             for name, setting in SETTINGS[method].items() if args.trl_version else ():
                 batch = max(1, round(tokens * work["batch"] / len(lengths) / work["longest"])) if name == "packing" else work["batch"]
                 setting = dict(max_length=work["longest"], num_train_epochs=2) | setting | args.trl
-                sides[f"TRL, {name}"] = dict(name="trl", python=args.trl_python, setting=setting, **common, batch=batch)
+                theirs = dict(name="trl", python=args.trl_python, share=1.0 if method == "sft" else 0.25, batch=batch)  # padded rows need more memory
+                sides[f"TRL, {name}"] = dict(**theirs, setting=setting, **common)
             print(f"\n{method}.py, {size}", flush=True)
             found = in_turn(args.repeats, sides)
             ours = found[f"{method}.py"]
@@ -450,14 +452,11 @@ def train(args, data, folder: Path):
                 peak = f"{max(r['memory'] for r in results) / 1024:.1f}"
                 return [shown([tokens / s for s in seconds], 0), times(results, ours), peak, f"{done / args.rate:.2f}", forward]
 
-            text = f"{parameters(size) / 1e9:.2f} B parameters; {len(lengths)} rows, {tokens} tokens (a prompt once for each answer), {work['batch']}"
-            text += (
-                f" rows a step; the second of two epochs; medians of {args.repeats} runs, and the range (a slower setting of TRL runs once). Matmul"
-            )
-            text += (
-                f" rate: {args.rate / 1e12:.3g} TFLOP/s, measured. FLOPs by formula: 6 for a parameter and token, the causal half of attention, the"
-            )
-            text += " output layer at trained tokens; padding and recomputation do not count; a prompt counts as often as its side computes it."
+            text = f"{parameters(size) / 1e9:.2g} B parameters; {len(lengths)} rows, {tokens} tokens (a prompt once for each answer),"
+            text += f" {work['batch']} rows a step; the second of two epochs; medians of {args.repeats} runs, and the range (a slower setting of TRL"
+            text += f" runs once). Matmul rate: {args.rate / 1e12:.3g} TFLOP/s, measured. FLOPs by formula: 6 for a parameter and token, the causal"
+            text += " half of attention, the output layer at trained tokens; padding and recomputation do not count; a prompt counts as often as its"
+            text += " side computes it."
             text += " The reference's log-probabilities are computed before, on both sides." if method == "dpo" else ""
             text += " Activations are recomputed in the backward pass, on both sides." if recompute else ""
             head = f"side | tokens a second | times as fast is {method}.py | peak GB | share of the matmul rate | a forward"
@@ -469,7 +468,7 @@ def train(args, data, folder: Path):
 # --------------------------------------------------------------------------------------------------------------------- online
 
 
-def side_online(method: str, model: str, data: str, out: str, share: float, reward: str, tokens: int, **flags) -> dict:
+def side_online(method: str, model: str, data: str, out: str, share: float, reward: str, tokens: int, cache: int, **flags) -> dict:
     """A run of a script: seconds of a step after the first and of the sampling in it, tokens sampled in a step, peak memory."""
     script, seconds, counts = importlib.import_module(method), [], []
     sample_answers = script.sample_answers
@@ -485,7 +484,8 @@ def side_online(method: str, model: str, data: str, out: str, share: float, rewa
 
     script.sample_answers = timed  # no metric tells sampling from the update
     flags |= dict(reward_model=(reward,)) if method == "ppo" else dict(rule=f"{RULES}:rule", kl_coef=0.0)
-    flags |= dict(model=model, dataset=data, output_dir=out, overwrite=True, eval_fraction=0.0, show_every=0, tokens_per_forward=int(tokens * share))
+    flags |= dict(tokens_per_forward=int(tokens * share), sample_tokens=int(cache * share))
+    flags |= dict(model=model, dataset=data, output_dir=out, overwrite=True, eval_fraction=0.0, show_every=0)
     script.main(script.Args(**flags))
     log = [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
     step = median(b["seconds"] - a["seconds"] for a, b in zip(log, log[1:]))
@@ -496,7 +496,7 @@ def side_sampling(way: str, model: str, data: str, share: float, prompts: int, a
     """Answers to the same prompts in one of three ways: tokens and seconds of two batches after the first, peak memory."""
     import ppo
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
     (device, dtype), tokenizer = ppo.start_ranks("auto"), ppo.load_tokenizer(model)
     asked = [json.loads(line)["prompt"] for line in open(data)][:prompts]
@@ -523,7 +523,11 @@ def side_sampling(way: str, model: str, data: str, share: float, prompts: int, a
                 ends = policy.generate(input_ids=ids, attention_mask=mask, generation_config=config, cache_implementation="static")[:, width:] == end
                 count += int((ends.cumsum(1) - ends.long() == 0).sum())  # up to the end, which counts
         else:
-            sampled = policy.generate_batch(inputs=[ids for ids in asked for _ in range(answers)], generation_config=config)
+            inputs = [ids for ids in asked for _ in range(answers)]
+            room = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256) if device.type == "cpu" else None  # else it takes most of the memory
+            options = dict(generation_config=config, continuous_batching_config=room, persistent_manager=True)  # set up in the first batch alone
+            sampled = policy.generate_batch(inputs=inputs, **options)
+            assert len(sampled) == len(inputs), "generate_batch lost answers"
             count = sum(len(answer.generated_tokens) for answer in sampled.values())
         wait()
         found.append((count, time.time() - clock))
@@ -537,14 +541,16 @@ def online(args, data, folder: Path):
     run("model", size=size, out=model, tokenizer=data.tokenizer)
     run("model", size=size, out=reward, tokenizer=data.tokenizer, reward=True)
     common = dict(model=model, data=data.files["online"], out=out, num_generations=work["answers"])
-    own = dict(batch_size=work["prompts"], max_new_tokens=work["new"], sample_tokens=work["cache"], tokens=work["tokens"], reward=reward)
-    sides = {"grpo.py": dict(name="online", method="grpo", **common, **own)}
+    own = dict(batch_size=work["prompts"], max_new_tokens=work["new"], cache=work["cache"], tokens=work["tokens"], reward=reward)
+    sides = {"grpo.py": dict(name="online", method="grpo", share=1.0, **common, **own)}
     for name, setting in SETTINGS["grpo"].items() if args.trl_version else ():
+        if args.device == "cpu" and name == "continuous batching":
+            continue  # it would take most of the machine's memory
         setting = dict(max_completion_length=work["new"], temperature=1.0, beta=0.0, gradient_checkpointing=False) | setting | args.trl
         theirs = dict(python=args.trl_python, method="grpo", setting=setting, batch=work["prompts"] * work["answers"], num_train_epochs=1)
-        sides[f"TRL's GRPO, {name}"] = dict(name="trl", **theirs, **common)
+        sides[f"TRL's GRPO, {name}"] = dict(name="trl", share=1 / 8, **theirs, **common)
     print(f"\ngrpo.py and ppo.py, {size}", flush=True)
-    found = in_turn(args.repeats, sides) | in_turn(args.repeats, {"ppo.py": dict(name="online", method="ppo", **common, **own)})
+    found = in_turn(args.repeats, sides) | in_turn(args.repeats, {"ppo.py": dict(name="online", method="ppo", share=1.0, **common, **own)})
 
     def cells(results):
         parts = [(r["sampling"], r["seconds"] - r["sampling"]) for r in results if "sampling" in r]
@@ -555,14 +561,13 @@ def online(args, data, folder: Path):
     rate = lambda results: shown([r["tokens"] / r["seconds"] for r in results], 0)
     peak = lambda results: f"{max(r['memory'] for r in results) / 1024:.1f}"
     shape = f"{size}, {work['prompts']} prompts x {work['answers']} answers of at most {work['new']} tokens (random weights seldom stop before)"
-    text = f"{shape}; steps after the first, medians of {args.repeats} runs, and the range. GRPO: one update a step, no KL; ppo.py: the default 4, a reward"
-    text += (
-        f" model and a value model of the policy's size. --sample-tokens {work['cache']}. TRL samples with transformers; with vLLM it was not tried."
-    )
+    text = f"{shape}; steps after the first, medians of {args.repeats} runs, and the range. GRPO: one update a step, no KL; ppo.py: the default"
+    text += f" 4, a reward model and a value model of the policy's size. --sample-tokens {work['cache']}. TRL samples with transformers; vLLM was"
+    text += " not tried."
     head = "side | seconds a step | sampling | the rest | tokens sampled a second | times as fast is grpo.py | peak GB"
     publish(args, f"One GPU: GRPO and PPO, {size}", text, head, found, cells)
 
-    call = dict(name="sampling", model=model, data=data.files["online"], **{k: work[k] for k in ("prompts", "answers", "new", "cache")})
+    call = dict(name="sampling", share=1.0, model=model, data=data.files["online"], **{k: work[k] for k in ("prompts", "answers", "new", "cache")})
     ways = {"the scripts' loop": "loop", "generate, static cache": "generate", "generate_batch": "batching"}
     found = in_turn(args.repeats, {name: dict(call, way=way) for name, way in ways.items()})
     cells = lambda results: [rate(results), times(results, found["the scripts' loop"]), peak(results)]
@@ -620,7 +625,7 @@ def real(args, folder: Path):
             if name == "conversations":
                 files["text", part] = lines(folder / f"text-{part}.jsonl", [dict(text=text) for text in sft.plain_texts("--conversations", rows)])
     width, layers, heads, words, longest, new, steps, batch = (32, 2, 2, 512, 128, 16, 1, 4) if tiny else (640, 12, 10, 16384, 1024, 256, 200, 64)
-    at, on = folder.__truediv__, lambda name: dict(dataset=files[name, "train"], eval_dataset=files[name, "test"], max_length=longest)
+    at, on = lambda name: folder / name, lambda name: dict(dataset=files[name, "train"], eval_dataset=files[name, "test"], max_length=longest)
     size = dict(hidden_size=width, num_layers=layers, num_heads=heads, vocab_size=words)
     online = dict(model=at("sft"), reward_model=at("reward_model"), max_new_tokens=new, max_steps=steps, learning_rate=3e-6, **on("prompts"))
     last["base"] = call("sft.py", at("base"), **size, **on("text"), batch_size=64, learning_rate=1e-3, weight_decay=0.1)
@@ -632,6 +637,7 @@ def real(args, folder: Path):
     policies, scores, found = ("sft", "dpo", "ppo", "grpo"), {}, {}
     models = [str(at(name)) for name in policies]
     perplexities = run("perplexity", models=models, data=files["conversations", "test"], longest=longest)
+    perplexities = [math.nan] * len(policies) if "error" in perplexities else perplexities
     for name, perplexity in zip(policies, perplexities):
         out, asked = at(f"best-{name}"), dict(model=at(name), reward_model=at("reward_model"), dataset=files["prompts", "test"])
         call("rlaif.py", out, "best-of-n", **asked, n=4, max_new_tokens=new)
@@ -640,14 +646,11 @@ def real(args, folder: Path):
         rewards, ended = [x for every in scores[name].values() for x in every], 1 - report.get("cut_off_or_empty", 0) / (4 * report["rows"])
         found[f"{name}.py"] = [f"{perplexity:.2f}", win_rate(scores[name], scores["sft"]) if name != "sft" else ""]
         found[f"{name}.py"] += [f"{sum(rewards) / max(1, len(rewards)):+.2f}", f"{ended:.2f}", f"{last[name]['seconds']:.0f}"]
-    text = f"{', '.join(f'{name}: {Path(file).name}' for name, file in given.items())}; a twentieth of each held out. Held out: pre-training's perplexity"
-    text += f" {last['base']['eval_perplexity']:.1f} (after {last['base']['seconds']:.0f} s), the reward model's accuracy"
-    text += (
-        f" {last['reward_model']['eval_accuracy']:.3f}, that of DPO's implicit reward {last['dpo']['eval_rewards/accuracies']:.3f}. Four answers to a"
-    )
-    text += (
-        " held-out prompt; rewards are those of the reward model that PPO and GRPO followed, of answers that came to an end. Settings: not searched."
-    )
+    text = f"{', '.join(f'{name}: {Path(file).name}' for name, file in given.items())}; a twentieth of each held out. There, pre-training's"
+    text += f" perplexity is {last['base']['eval_perplexity']:.1f} (after {last['base']['seconds']:.0f} s), the reward model's accuracy"
+    text += f" {last['reward_model']['eval_accuracy']:.3f}, that of DPO's implicit reward {last['dpo']['eval_rewards/accuracies']:.3f}. Four"
+    text += " answers to a held-out prompt; rewards are those of the reward model that PPO and GRPO followed, of answers that came to an end."
+    text += " Settings were not searched."
     head = "policy | perplexity of held-out conversations | win rate over sft.py | mean reward | answers that end | seconds of training"
     publish(args, heading, text, head, found)
 

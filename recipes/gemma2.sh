@@ -56,15 +56,15 @@ for seed in ${SEEDS:-0}; do
     python sft.py --model $runs/small-base --dataset $data/sft.jsonl --output-dir $runs/small-sft --seed $seed --resume $(few 8) \
         --learning-rate 2e-3 --batch-size 32 --epochs 2 --weight-decay 0.01
 
-    say "simulated people compare answers: 4000 pairs, half of them in a second turn; 4000 in the first turn; held out, 500 in a second turn"
+    say "simulated people compare answers: 12000 pairs, half of them in a second turn; 12000 in the first turn; held out, 500 in a second turn"
     out=$runs/gemma2
     mkdir -p $out
-    [ -e $out/later.jsonl ] || python - $data $out $(tiny && echo 40 || echo 4000) <<'PY'
+    [ -e $out/later.jsonl ] || python - $data $out $(tiny && echo 40 || echo 12000) <<'PY'
 import json, random, sys
 from gridworld import annotators_scores, as_preference, new_grid, preference_row
 data, out, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 held_out = {json.loads(line)["prompt"][0]["content"] for name in ("test", "test_preferences") for line in open(f"{data}/{name}.jsonl")}
-rng, pairs, test = random.Random(7), {1: [], 3: []}, count // 8  # by the number of messages in the prompt
+rng, pairs, test = random.Random(7), {1: [], 3: []}, max(5, count // 24)  # by the number of messages in the prompt
 while len(pairs[1]) < count or len(pairs[3]) < count // 2 + test:
     row = preference_row(rng, new_grid(rng, 3))
     if row and row["prompt"][0]["content"] not in held_out:  # compared again: people of the two kinds disagree, these have gold's opinion and noise
@@ -79,7 +79,7 @@ PY
 
     say "reward models: large, large on single turns, small"
     reward_model() {
-        python reward_model.py --eval-dataset $out/later.jsonl --epochs 2 --seed $seed --resume $(few 8) "$@"
+        python reward_model.py --eval-dataset $out/later.jsonl --seed $seed --resume $(few 8) "$@"
     }
     reward_model --model $runs/sft --dataset $out/mixed.jsonl --output-dir $out/rm-large --learning-rate 1e-3
     reward_model --model $runs/sft --dataset $out/single.jsonl --output-dir $out/rm-single --learning-rate 1e-3
