@@ -71,7 +71,9 @@ class DataArgs:
     size: int = 3
     """cells of a side, 3 to 6"""
     rows: int = 20000
-    """rows of sft.jsonl; pretrain has 3 times as many, judge twice, prompts and reasoning 1/5, preferences and rankings 3/20; a test file 300"""
+    """rows of sft.jsonl; pretrain has 3 times as many, judge twice, prompts and reasoning 1/5, preferences and rankings 3/20"""
+    test_rows: int = 300
+    """rows of each test file, none of whose grids is in another file"""
     seed: int = 0
     """the same seed writes the same bytes"""
 
@@ -886,15 +888,17 @@ def reasoning_row(rng, grid: tuple) -> dict:
 
 def data(args: DataArgs):
     """Write every file of the text world."""
-    if not 3 <= args.size <= 6 or args.rows < 7:
-        refuse(f"--size {args.size} --rows {args.rows}: the size must be 3 to 6, and there must be at least 7 rows")
-    out, held_out = make_folder("--output-dir", Path(args.output_dir)), set()
+    if not 3 <= args.size <= 6 or args.rows < 7 or args.test_rows < 1:
+        refuse(
+            f"--size {args.size} --rows {args.rows} --test-rows {args.test_rows}: the size must be 3 to 6, with at least 7 rows, and 1 in a test file"
+        )
+    out, held_out, n = make_folder("--output-dir", Path(args.output_dir)), set(), args.test_rows
     files = {  # name: how many rows, the share of lava, what makes a row; the tests come first, so that no later file repeats their grids
-        "test.jsonl": (300, LAVA_SHARE, prompt_row),
-        "test_pretrain.jsonl": (300, LAVA_SHARE, pretrain_row),
-        "test_reasoning.jsonl": (300, 0.0, reasoning_row),  # without lava, what is best and what is right are one
-        "test_preferences.jsonl": (300, LAVA_SHARE, partial(preference_row, noise=0.0)),
-        "test_conflicts.jsonl": (300, LAVA_SHARE, conflict_row),
+        "test.jsonl": (n, LAVA_SHARE, prompt_row),
+        "test_pretrain.jsonl": (n, LAVA_SHARE, pretrain_row),
+        "test_reasoning.jsonl": (n, 0.0, reasoning_row),  # without lava, what is best and what is right are one
+        "test_preferences.jsonl": (n, LAVA_SHARE, partial(preference_row, noise=0.0)),
+        "test_conflicts.jsonl": (n, LAVA_SHARE, conflict_row),
         "pretrain.jsonl": (3 * args.rows, LAVA_SHARE, pretrain_row),
         "sft.jsonl": (args.rows, LAVA_SHARE, sft_row),
         "preferences.jsonl": (args.rows * 3 // 20, LAVA_SHARE, preference_row),

@@ -35,6 +35,7 @@ metrics.jsonl and curves.png to --output-dir.
                                               end              (InstructGPT saw this for 16 epochs)
 """
 
+import inspect
 import sys
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
@@ -448,9 +449,12 @@ def rows_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, s
         return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
     options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    if q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1] and not dropout:  # FlashAttention over segments;
-        from torch.nn.attention.varlen import varlen_attn  # its causal mask is aligned to the last key, as a response needs it
+    flash = q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1] and q.shape[-1] in range(8, 257, 8) and not dropout
+    if flash:  # FlashAttention over segments: its causal mask is aligned to the last key, as a response needs it
+        from torch.nn.attention.varlen import varlen_attn
 
+        if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+            options.pop("enable_gqa")  # torch 2.11 groups heads without being asked
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
         k, v, window = k[rows["index"]], v[rows["index"]], (sliding_window - 1 if sliding_window else -1, 0)
         return varlen_attn(q, k, v, rows["cu_q"], rows["cu_k"], rows["max_q"], rows["max_k"], window_size=window, **options)[None], None

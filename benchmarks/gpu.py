@@ -661,7 +661,7 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["0.6B", "1.7B", "8B"], help="of train; online takes the first")
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="of train")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
+    parser.add_argument("--repeats", type=int, default=0, help="runs of each side (default: 3; of tiny models 1)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--trl", type=json.loads, default={}, help="further settings of TRL, as JSON: '{\"use_liger_kernel\": true}'")
     parser.add_argument("--trl-python", default=sys.executable, help="the Python that has TRL")
@@ -673,7 +673,8 @@ def main():
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ |= dict(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
-    args.amount = TINY if args.sizes == ["tiny"] else WORK
+    tiny = args.sizes == ["tiny"]
+    args.amount, args.repeats = TINY if tiny else WORK, args.repeats or (1 if tiny else 3)
     device = run("device", size=args.amount["matmul"])
     if "error" in device or args.device == "cuda" and device["name"] == "CPU":
         sys.exit(f"no GPU: {device.get('error', 'torch sees none')}; --device cpu --sizes tiny only tries this file")

@@ -25,7 +25,16 @@ KINDS = {  # what an operator's name begins with, by kind; the first that fits c
     "matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "aten::baddbmm", "mkldnn"),
     "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "optimiser": ("aten::_fused_adam", "aten::_foreach", "aten::linalg_vector_norm", "Optimizer"),
-    "vocabulary": ("aten::_log_softmax", "aten::logsumexp", "aten::exp", "aten::amax", "aten::special_entr", "aten::gather", "aten::max", "aten::log"),
+    "vocabulary": (
+        "aten::_log_softmax",
+        "aten::logsumexp",
+        "aten::exp",
+        "aten::amax",
+        "aten::special_entr",
+        "aten::gather",
+        "aten::max",
+        "aten::log",
+    ),
     "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::clone", "aten::stack", "aten::embedding", "aten::contiguous", "aten::repeat"),
 }
 
@@ -63,7 +72,9 @@ def side(mode: str, method: str, model: str, data: str, out: str, steps: str):
             next(work, None)
         wall, spent = time.perf_counter() - clock, Counter()
         for event in profiler.key_averages():
-            kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), "elementwise" if event.key.startswith("aten::") else "")
+            kind = next(
+                (kind for kind, names in KINDS.items() if event.key.startswith(names)), "elementwise" if event.key.startswith("aten::") else ""
+            )
             spent[kind] += event.self_cpu_time_total / 1e6
         found = dict(wall=wall, spent=spent)
     else:
@@ -130,7 +141,9 @@ def main():
     heads = ["script", "seconds a step", "GFLOP a step", "GFLOP/s", "share of the limit", *KINDS, "elementwise", "Python, files"]
     table = f"| {' | '.join(heads)} |\n" + "| --- " * len(heads) + "|\n" + "\n".join(rows)
     floor = "| sampling of | seconds a step | its floor | share |\n| --- | --- | --- | --- |\n" + "\n".join(sampled)
-    rates = f"Matrices of 1024 x 1024: {limit:.0f} GFLOP/s, the limit; [2048, 256] x [256, 768]: {shaped:.0f}; [64, 256] x [256, 768]: {decoding:.0f}."
+    rates = (
+        f"Matrices of 1024 x 1024: {limit:.0f} GFLOP/s, the limit; [2048, 256] x [256, 768]: {shaped:.0f}; [64, 256] x [256, 768]: {decoding:.0f}."
+    )
     notes = "The last columns are shares of the time of a whole run under the profiler, start-up included."
     write_results("Beside the limit", f"{machine()}\n\n{rates}\n{notes}\n\n{table}\n\n{floor}")
 

@@ -22,7 +22,7 @@
 #   here          2700 rankings of 4, edges 2, 4, 6, 8 tokens, L2 0.01, lr 1e-3, 2 epochs
 #                 prompts left out whose 4 answers span less than 0.5 of reward
 #                 PPO: lr 2e-4, critic 1e-3, KL 0.1, 24 batches of 128 prompts, 2 passes; SFT data with 0.3 on the mean per token, half as many
-#                 rows as answers; without the remedies the same but the other reward model, all prompts, whitened advantages, no SFT data
+#                 rows as answers; without the remedies the same but the other reward model, no baseline, all prompts, whitened advantages, no SFT data
 # Nothing has a counterpart here for the pipeline that keeps stages of a model on many GPUs, or for their classifier of prompts.
 #
 # SEEDS="0 1 2" runs three seeds; STEPS=tiny shrinks every stage to a few steps and prints the claim without judging it.
@@ -32,13 +32,13 @@ tiny() { [ "${STEPS:-}" = tiny ]; }
 verdict=0
 for seed in ${SEEDS:-0}; do
     runs=runs; [ "$seed" = 0 ] || runs=runs/seed-$seed
-    data=data/grid; tiny && data=data/tiny && runs=runs/tiny
+    data=data/grid; tiny && data=data/tiny && runs=runs/tiny${runs#runs}
     say() { printf '\n== %s\n' "$*"; }
     few() { if tiny; then echo "--max-steps $1"; fi; }
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # such small matrices gain little from a second core, and lose much when it is busy
 
     say "the world, as text"
-    [ -e $data/test.jsonl ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400)
+    [ -e $data/principles.txt ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400 --test-rows 40)
 
     say "a base model, from nothing: truthful text about grids"
     python sft.py --dataset $data/pretrain.jsonl --output-dir $runs/base --seed $seed --resume $(few 8) \

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Gemini (report, arXiv 2312.11805, section 6.3 and figure 7: the data flywheel), in the spirit of it, on the grid world: RL pushes a reward model
 # to its limits, and the reward model is kept up by feedback on what the policy answers now. Four rounds of PPO; before each round but the first,
-# people rank answers of the policy as it is, and the reward model is trained on with these and with older rankings. Beside it, the same four
+# people rank answers of the policy as it is, and the reward model is trained further with these and with older rankings. Beside it, the same four
 # rounds on the reward model of the start. Both lines share round 1; prompts, steps and settings are equal, only the reward model differs.
 #
 # What it must show:
 #   in the static line the true score falls, from the end of one round (its peak) to the end of the last, though its reward goes on rising
 #   in the refreshed line the true score rises from the end of that same round to the end of the last
-#   of two answers of the current policy, to held-out grids, the refreshed reward model knows the better one more often than the first one does,
+#   of two answers of the refreshed line's policy, as it enters a round, to held-out grids, the refreshed reward model knows the better one more often than the first one does,
 #       in every round; better by the simulated people's opinion without its noise
 # The true score of an answer is that of its walk if every number in it is true, else 0. It is measured while training (mean of the last 5
-# batches of a round, 640 answers; a fall or a rise counts from 0.03 on, two standard errors) and trains nothing. When a reward model is pushed
+# batches of a round, some 600 answers; a fall or a rise counts from 0.03 on, two standard errors of a mean) and trains nothing. When a reward model is pushed
 # too far here, the policy claims cells that are not there.
 #
 #   Gemini  stages as here; feedback is of preferences and of ratings. No equation, algorithm, size or setting is published
@@ -33,13 +33,13 @@ tiny() { [ "${STEPS:-}" = tiny ]; }
 verdict=0
 for seed in ${SEEDS:-0}; do
     runs=runs; [ "$seed" = 0 ] || runs=runs/seed-$seed
-    data=data/grid; tiny && data=data/tiny && runs=runs/tiny
+    data=data/grid; tiny && data=data/tiny && runs=runs/tiny${runs#runs}
     say() { printf '\n== %s\n' "$*"; }
     few() { if tiny; then echo "--max-steps $1"; fi; }
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # such small matrices gain little from a second core, and lose much when it is busy
 
     say "the world, as text"
-    [ -e $data/test.jsonl ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400)
+    [ -e $data/principles.txt ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400 --test-rows 40)
 
     say "a base model, from nothing: truthful text about grids"
     python sft.py --dataset $data/pretrain.jsonl --output-dir $runs/base --seed $seed --resume $(few 8) \

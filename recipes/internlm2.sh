@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # InternLM2's COOL RLHF (arXiv 2403.17297, section 4.2) on the grid world: one reward model for people who want different things. A system prompt,
 # which only the reward model sees, says whose wish counts: "pays more" or "avoids lava". It learns by focal ranking loss, with a log barrier
-# that keeps scores within (-5, 5). PPO trains the critic alone at first, clips and whitens nothing. Then the two paths against
+# that keeps scores within (-5, 5). PPO trains the critic alone at first, clips no values, whitens no advantages. Then the two paths against
 # reward hacking, here a planted one: annotators who give a point to each walk that begins with two moves up.
 #   fast path   answers of an early and of the last policy are compared, tens of pairs are written against the pattern, the reward model learns on
 #   slow path   people without the weakness label answers of SFT, the early and the last policy, for the next round
@@ -11,7 +11,7 @@
 #       pairs; the same without the system prompt is at chance (within 0.05 of 0.5 on the mean of both sides, so that it gains on one what it loses
 #       on the other)
 #   PPO finds the planted pattern (its share of the answers rises by 0.2 or more); after the fast path alone, with at most 100 pairs, PPO from SFT
-#       leaves the share within 0.05 of SFT's, and scores more than the hacked policy and than SFT
+#       ends at most 0.05 above SFT's share, and scores more than the hacked policy and than SFT
 # The slow path is printed beside it.
 #
 #   InternLM2   reward model: as large as the actor, from SFT; 2.4 M pairs; focal gamma 2, barrier 0.02; lr 1e-5 to 5e-6, 1 epoch
@@ -38,13 +38,13 @@ tiny() { [ "${STEPS:-}" = tiny ]; }
 verdict=0
 for seed in ${SEEDS:-0}; do
     runs=runs; [ "$seed" = 0 ] || runs=runs/seed-$seed
-    data=data/grid; tiny && data=data/tiny && runs=runs/tiny
+    data=data/grid; tiny && data=data/tiny && runs=runs/tiny${runs#runs}
     say() { printf '\n== %s\n' "$*"; }
     few() { if tiny; then echo "--max-steps $1"; fi; }
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # such small matrices gain little from a second core, and lose much when it is busy
 
     say "the world, as text"
-    [ -e $data/test.jsonl ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400)
+    [ -e $data/principles.txt ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400 --test-rows 40)
 
     say "a base model, from nothing: truthful text about grids"
     python sft.py --dataset $data/pretrain.jsonl --output-dir $runs/base --seed $seed --resume $(few 8) \

@@ -26,13 +26,13 @@ tiny() { [ "${STEPS:-}" = tiny ]; }
 verdict=0
 for seed in ${SEEDS:-0}; do
     runs=runs; [ "$seed" = 0 ] || runs=runs/seed-$seed
-    data=data/grid; tiny && data=data/tiny && runs=runs/tiny
+    data=data/grid; tiny && data=data/tiny && runs=runs/tiny${runs#runs}
     say() { printf '\n== %s\n' "$*"; }
     few() { if tiny; then echo "--max-steps $1"; fi; }
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # such small matrices gain little from a second core, and lose much when it is busy
 
     say "the world, as text"
-    [ -e $data/test.jsonl ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400)
+    [ -e $data/principles.txt ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400 --test-rows 40)
 
     say "a base model, from nothing: truthful text about grids"
     python sft.py --dataset $data/pretrain.jsonl --output-dir $runs/base --seed $seed --resume $(few 8) \
@@ -67,11 +67,12 @@ for seed in ${SEEDS:-0}; do
 
         say "round $round: the best of 8 answers to each prompt; the base, fine-tuned on all of these so far and on people's demonstrations"
         python rlaif.py best-of-n --model $policy --reward-model $rewards --n 8 --output-dir $out/best-$round --resume ${draw/--prompts/--dataset}
-        [ -e $out/sft-$round.jsonl ] || python - $data/sft.jsonl $out/sft-$round.jsonl $out/best-*/sft.jsonl <<'PY'
-import json, sys
+        [ -e $out/sft-$round.jsonl ] || python - $data/sft.jsonl $out/sft-$round.jsonl $out/best-[1-$round]/sft.jsonl <<'PY'
+import json, os, sys
 people, *best = ([json.loads(line) for line in open(name)] for name in (sys.argv[1], *sys.argv[3:]))
 rows = [*people[:4000], *(dict(messages=row["prompt"] + row["completion"]) for rows in best for row in rows)]
-open(sys.argv[2], "w").write("".join(json.dumps(row) + "\n" for row in rows))
+open(sys.argv[2] + ".part", "w").write("".join(json.dumps(row) + "\n" for row in rows))
+os.replace(sys.argv[2] + ".part", sys.argv[2])
 PY
         python sft.py --model $runs/base --dataset $out/sft-$round.jsonl --output-dir $out/sft-$round --seed $seed --resume $(few 8) \
             --learning-rate 2e-3 --batch-size 32 --epochs 3 --weight-decay 0.01
@@ -103,7 +104,7 @@ def stops(name):
     """The share of answers, 4 to a held-out grid, that end by themselves, and right behind the total or a refusal."""
     model, tokenizer = load_policy(name)
     answers, *_ = sample(model, [as_ids(tokenizer, prompt, answer_next=True) for prompt in prompts],
-                         uniform_numbers(0, 1, range(4 * len(prompts)), 48), [tokenizer.eos_token_id])  # fmt: skip
+                         uniform_numbers(0, 1, range(4 * len(prompts)), 48).to(model.device), [tokenizer.eos_token_id])  # fmt: skip
     whole = [re.fullmatch(r"[^=]+= -?\d+|no safe path", tokenizer.decode(answer[:-1]).strip()) for answer in answers]
     return sum(bool(w) and answer[-1] == tokenizer.eos_token_id for w, answer in zip(whole, answers)) / len(answers)
 stop = {name: stops(f"{runs}/sft" if name == "sft" else f"{runs}/llama3/{name}") for name in ("sft", "sft-2", "dpo-2", "unmasked", "average")}

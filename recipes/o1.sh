@@ -19,13 +19,13 @@ tiny() { [ "${STEPS:-}" = tiny ]; }
 verdict=0
 for seed in ${SEEDS:-0}; do
     runs=runs; [ "$seed" = 0 ] || runs=runs/seed-$seed
-    data=data/grid; tiny && data=data/tiny && runs=runs/tiny
+    data=data/grid; tiny && data=data/tiny && runs=runs/tiny${runs#runs}
     say() { printf '\n== %s\n' "$*"; }
     few() { if tiny; then echo "--max-steps $1"; fi; }
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # such small matrices gain little from a second core, and lose much when it is busy
 
     say "the world, as text"
-    [ -e $data/test.jsonl ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400)
+    [ -e $data/principles.txt ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400 --test-rows 40)
 
     say "a base model, from nothing: truthful text about grids"
     python sft.py --dataset $data/pretrain.jsonl --output-dir $runs/base --seed $seed --resume $(few 8) \

@@ -12,8 +12,8 @@
 #                the gold model's standard deviation; n to 60,000
 #   here         gold: the opinion of the simulated people without their noise: points (0 to 1), less half a point for a lie; 1.25 for a right
 #                refusal, -0.25 for a wrong one, -2 for no walk; proxies of 74,000 and 845,000 parameters, on their 3000 noisy rankings of 4; policy
-#                845,000; batch 128, no KL penalty, 60 batches, in 5 of which the critic learns alone; lr rises from 0 to 4e-4 all the way, the
-#                critic's to 1e-3; it starts from the policy, for both; n to 64
+#                845,000; batch 128, no KL penalty, 60 batches, in 5 of which the critic learns alone; lr rises from 0 all the
+#                way, to 4e-4 and (critic) 1e-3; both critics start from the policy; n to 64
 # In the picture each curve is less its start, in units of the standard deviation over the initial policy's answers.
 # KL is nats an answer, pi against the initial policy: of PPO measured on its samples; of best-of-n, that of the answers drawn
 # (log n - (n-1)/n, Gao's formula, is an upper bound where answers repeat; it is printed beside it).
@@ -22,8 +22,8 @@
 # The peak is the highest of 56 overlapping means, which flatters it a little. Gold was at first the score of honest walks alone, 0 for all else, not
 # what the rankings' people hold.
 # It holds on seeds 0 and 1. On seed 2 both reward models pay for claims of cells that are not there from the first updates on: the true score never
-# rises above its start (0.58) and ends at -2.00 and 0.12, while the rewards go from 1.1 and 1.3 to 3.6 and 3.4. Fifteen more batches for the critic
-# alone, and 3e-4 at the end of 85 batches, changed nothing there.
+# rises above its start (0.58) and ends at -2.00 and 0.12, while the rewards go from 1.1 and 1.3 to 3.6 and 3.4. Neither 15 more batches for the
+# critic alone nor 85 batches with a peak of 3e-4 changed that. Gao's laws in the square root of the KL are not fitted here.
 #
 # SEEDS="0 1 2" runs three seeds; STEPS=tiny shrinks every stage to a few steps and prints the claim without judging it.
 set -euo pipefail
@@ -32,13 +32,13 @@ tiny() { [ "${STEPS:-}" = tiny ]; }
 verdict=0
 for seed in ${SEEDS:-0}; do
     runs=runs; [ "$seed" = 0 ] || runs=runs/seed-$seed
-    data=data/grid; tiny && data=data/tiny && runs=runs/tiny
+    data=data/grid; tiny && data=data/tiny && runs=runs/tiny${runs#runs}
     say() { printf '\n== %s\n' "$*"; }
     few() { if tiny; then echo "--max-steps $1"; fi; }
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # such small matrices gain little from a second core, and lose much when it is busy
 
     say "the world, as text"
-    [ -e $data/test.jsonl ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400)
+    [ -e $data/principles.txt ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400 --test-rows 40)
 
     say "the large model: a base, from nothing; supervised fine-tuning; a reward model on rankings"
     python sft.py --dataset $data/pretrain.jsonl --output-dir $runs/base --seed $seed --resume $(few 8) \
@@ -77,7 +77,7 @@ PY
 
     say "64 answers to each of 300 prompts, for best-of-n"
     [ -e $out/samples.jsonl ] || python - $runs $data $seed "${STEPS:-}" <<'PY'
-import json, random, sys
+import json, os, random, sys
 from collections import Counter
 from gridworld import answer_all, load_policy
 runs, data, seed, steps = sys.argv[1:]
@@ -85,10 +85,12 @@ rows = [json.loads(line) for line in open(f"{data}/prompts.jsonl")]
 rows = random.Random(int(seed)).sample(rows, 10 if steps == "tiny" else 300)
 model, tokenizer = load_policy(f"{runs}/sft")
 answers, _ = answer_all(model, tokenizer, [row["prompt"] for row in rows], 64, 24, 1.0, int(seed))
-with open(f"{runs}/over-optimisation/samples.jsonl", "w") as file:
+part = f"{runs}/over-optimisation/samples.part"
+with open(part, "w") as file:
     for row, texts in zip(rows, answers):
         times = Counter(text for text in texts if text)  # best-of-n scores an answer once, however often it was given
         file.write(json.dumps(dict(prompt=row["prompt"], completions=list(times), times=list(times.values()))) + "\n")
+os.replace(part, part.replace(".part", ".jsonl"))
 PY
     for size in small large; do
         rm=$runs/reward_model; [ $size = large ] || rm=$runs/small-reward-model
@@ -170,7 +172,7 @@ claims[f"peak of the larger less that of the smaller {peaks['large'][2] - peaks[
 for size in sizes:
     gain = min(max(true for *_, true in curve) - curve[0][2] for curve in (ppo[size], bon[size]))
     kl, kl_ppo = spent(bon[size], gain), spent(ppo[size], gain)
-    claims[f"KL for {gain:.2f} more true score from the {size} one: best-of-n {kl:.2f}, PPO {kl_ppo:.2f}"] = kl < kl_ppo
+    claims[f"KL for {gain:.2f} more true score from the {size} one: best-of-n {kl:.2f}, PPO {kl_ppo:.2f}"] = gain > noise and kl < kl_ppo
 holds = all(claims.values())
 text = "not judged (tiny)" if steps == "tiny" else "holds" if holds else "does not hold"
 said = "; ".join(line + " (no)" * (steps != "tiny" and not true) for line, true in claims.items())

@@ -11,9 +11,8 @@
 #   (5) safety                 rewarded for it, PPO walks more safely, and refuses no less often where no path is safe (what it costs is printed)
 #   (6) generalisation         on grids of another kind PPO scores higher than SFT, and drops no more: with twice the lava; with no number above 0
 #   (7) diversity              answers to one grid are less diverse the more reward forms them: SFT, then the best of 4 by the reward model, then PPO
-# How it is measured: (1) by gradients, on new grids with two best walks, both safe: of the log-probability of the one (fine-tuning) and of the
-# reward model's mean score over all walks (RLHF), along the gradient of the other's log-probability; in more than half of the grids, and in
-# fewer. (2) on whole walks of new rankings. (3) the share of sampled answers with "wait". (4) the mean probability of the walk to the right, of
+# How it is measured: (1) by gradients, on new grids with two best walks, both safe: does a step that raises one walk's log-probability
+# (fine-tuning), or the reward model's mean score over all walks (RLHF), lower the other's? In more than half of the grids, and in fewer. (2) on whole walks of new rankings. (3) the share of sampled answers with "wait". (4) the mean probability of the walk to the right, of
 # the two, on new grids. (6) the mean drop over both kinds. (7) as in Kirk et al.: EAD of 8 answers to a grid, of 100 grids; across is that of the
 # first answers to all grids, which should hardly differ.
 #
@@ -25,7 +24,7 @@
 # Nothing else was tuned.
 #
 #   Kirk et al.  LLaMA 7B, summaries: 16 answers x 500 inputs, best of 16, PPO with KL 0.05; EAD by input 0.79 (SFT) and 0.07 (RLHF) for OPT 6.7B
-#   here         (2) one epoch on the best whole walk of each ranking, lr 3e-4; (5) a reward model on 1500 choices of people to whom lava is a
+#   here         (2) one epoch on the best answer of each ranking where that is a walk, lr 3e-4, against dpo.sh's DPO; (5) a reward model on 1500 choices of people to whom lava is a
 #                harm, 4 epochs; PPO from 0.1 times the first one and 2 times this one; KL 0.2 throughout
 #
 # SEEDS="0 1 2" runs three seeds; STEPS=tiny shrinks every stage to a few steps and prints the claim without judging it.
@@ -35,13 +34,13 @@ tiny() { [ "${STEPS:-}" = tiny ]; }
 verdict=0
 for seed in ${SEEDS:-0}; do
     runs=runs; [ "$seed" = 0 ] || runs=runs/seed-$seed
-    data=data/grid; tiny && data=data/tiny && runs=runs/tiny
+    data=data/grid; tiny && data=data/tiny && runs=runs/tiny${runs#runs}
     say() { printf '\n== %s\n' "$*"; }
     few() { if tiny; then echo "--max-steps $1"; fi; }
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # such small matrices gain little from a second core, and lose much when it is busy
 
     say "the world, as text"
-    [ -e $data/test.jsonl ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400)
+    [ -e $data/principles.txt ] || python gridworld.py data --output-dir $data $(tiny && echo --rows 400 --test-rows 40)
 
     say "a base model, from nothing: truthful text about grids"
     python sft.py --dataset $data/pretrain.jsonl --output-dir $runs/base --seed $seed --resume $(few 8) \
@@ -108,7 +107,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from gridworld import answer_all, as_ids, assistant, check_answer, ead, grid_text, load_policy, mean, new_grid, ranking_row, tell, user, walks
 runs, data, steps = sys.argv[1:]
 small = steps == "tiny"
-policies = {name: load_policy(f"{runs}/{path}") for name, path in dict(sft="sft", ppo="ppo", dpo="dpo", chosen="sft-vs-rlhf/chosen").items()}
+paths = dict(sft="sft", ppo="ppo", dpo="dpo", chosen="sft-vs-rlhf/chosen")
+policies = {name: (model.cpu(), tokenizer) for name, path in paths.items() for model, tokenizer in [load_policy(f"{runs}/{path}")]}
 tokenizer, rewards = policies["sft"][1], AutoModelForSequenceClassification.from_pretrained(f"{runs}/reward_model", dtype=torch.float32).eval()
 
 def logp(name, prompt, answer):
