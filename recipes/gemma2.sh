@@ -18,13 +18,14 @@
 #                 128; the rater is the judge of gpt4.sh, asked which of two answers "is better"
 # Left out: distillation from a larger teacher on the student's own answers, and the average of runs with different settings.
 # Tried on seed 0 before, same held-out grids: the pairs of preferences.jsonl (2193, of two kinds of people, too few: later turns 0.69 right, with
-# single turns 0.70); the same rows as now by both kinds, and by those who want points alone; reward models that go on from those on rankings;
-# KL coefficients 0.2, 0.05 and 0. With 0, answers are no walks any more, and the rater prefers them as well (0.71).
+# single turns 0.70); 4000 pairs in place of 12000 (later turns on three seeds 0.79, 0.64, 0.72, with single turns 0.47, 0.71, 0.68); the same rows by
+# both kinds, and by those who want points alone; reward models that go on from those on rankings; KL coefficients 0.2, 0.05 and 0.
 #
-# What it showed on seed 0, the only one run: all, but not what concerns the rater. The hacked policy claims points that are not there, and the rater,
-# of the reward model's size and made from the same SFT model, falls for them too: that run wins 0.69 against SFT (ties half), though its gold is
-# lower. Asked which answer "is true", the rater gave it 0.48 of 150. The gain by the larger reward model (0.22 to 0.17) is small, and there at
-# every coefficient.
+# What it showed on three seeds: on later turns 0.74, 0.80, 0.77 are right, with single turns 0.51, 0.42, 0.50; with KL 0.03 PPO hacks. The other
+# parts do not hold. The larger reward model is no better here (the smaller one is right on 0.73, 0.79, 0.77 of later turns), nor is PPO from it:
+# gold 0.20, 0.09, 0.21 to 0.25, 0.16, 0.23; with 4000 pairs 0.22, 0.07, 0.20 to 0.17, 0.13, 0.22. And the rater prefers the hacked runs, which claim
+# points that are not there: it, too, hardly checks the numbers of an answer against the grid. With more of a judge's training, on 12,000 comparisons
+# of which half have made-up numbers, such a run still won 0.67 against SFT (ties half; 0.69 before; by gold 0.32), by a rater from another base 0.65.
 #
 # SEEDS="0 1 2" runs three seeds; STEPS=tiny shrinks every stage to a few steps and prints the claim without judging it.
 set -euo pipefail
