@@ -936,11 +936,13 @@ def gathered(model):
 class RoomyLayer(DynamicLayer):
     """Keys and values that grow within room kept for them: to concatenate at every token, as DynamicLayer does, copies all of them every time."""
 
+    room = ()  # what holds the keys and the values, and some free places behind them; nothing in a layer that the model skips
+
     def update(self, keys, values, *args, **kwargs):
         start, self.is_initialized = self.get_seq_length(), True
         end = start + keys.shape[-2]
         if not start or self.room[0].shape[-2] < end:
-            room = [new.new_empty(*new.shape[:-2], end + 64, new.shape[-1]) for new in (keys, values)]
+            room = [new.new_empty(*new.shape[:-2], end + 32, new.shape[-1]) for new in (keys, values)]
             for whole, old in zip(room, (self.keys, self.values) if start else ()):
                 whole[..., :start, :] = old
             self.room = room
@@ -949,13 +951,16 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (whole[..., :end, :] for whole in self.room)
         return self.keys, self.values
 
+    def choose(self, rows):
+        if self.room:
+            length, self.room = self.get_seq_length(), [rows(whole) for whole in self.room]
+            self.keys, self.values = (whole[..., :length, :] for whole in self.room)
+
     def batch_repeat_interleave(self, repeats):
-        self.room = [whole.repeat_interleave(repeats, 0) for whole in self.room]
-        self.keys, self.values = (whole[..., : self.get_seq_length(), :] for whole in self.room)
+        self.choose(lambda whole: whole.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices):
-        self.room = [whole[indices] for whole in self.room]
-        self.keys, self.values = (whole[..., : self.get_seq_length(), :] for whole in self.room)
+        self.choose(lambda whole: whole[indices])
 
 
 @torch.no_grad()

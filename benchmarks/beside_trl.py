@@ -65,7 +65,7 @@ def rule(prompts, completions, **columns) -> list:
 
 def ours(method: str, model: str, data: str, out: str):
     script = importlib.import_module(method)
-    flags = dict(model=model, dataset=data, batch_size=16, learning_rate=3e-4, lr_schedule="constant", eval_fraction=0.0)
+    flags = dict(model=model, dataset=data, epochs=1, batch_size=16, learning_rate=3e-4, lr_schedule="constant", eval_fraction=0.0)
     flags |= dict(max_length=512, tokens_per_forward=2048, output_dir=out)
     if method == "grpo":
         flags |= dict(batch_size=8, num_generations=8, max_new_tokens=64, kl_coef=0.0, tokens_per_forward=4096, show_every=0)
@@ -243,6 +243,13 @@ def write_results(heading: str, text: str):
     file.write_text("\n## ".join([*kept, f"{heading}\n\n{text}"]).rstrip("\n") + "\n")
 
 
+def kept_rows(heading: str, rows: list) -> list:
+    """The rows of a table that stands under the heading, those of the same script replaced by the new ones."""
+    file, name = HERE / "RESULTS.md", lambda row: row.split("|")[1]
+    old = file.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0].splitlines() if file.exists() else []
+    return [row for row in old if ".py |" in row and name(row) not in map(name, rows)] + rows
+
+
 def machine() -> str:
     name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
     have = lambda package: importlib.util.find_spec(package) is not None
@@ -277,13 +284,15 @@ def main():
             cells = [f"{method}.py", shown(seconds["ours"]), shown(seconds[best]), shown(ratio, 2), shown(peaks["ours"], 0), shown(peaks[best], 0)]
             cells += [f"{median(peaks['ours']) / max(1, median(peaks[best])):.2f}", f"{best} ({others})" if others else best]
             rows.append(f"| {' | '.join(cells)} |")
+    heading = f"Beside TRL {importlib.metadata.version('trl')}"
+    rows = kept_rows(heading, rows)
     head = "| script | seconds | TRL | times as fast | MB | TRL | times the memory | TRL's setting |\n" + "| --- " * 8 + "|"
     pairs, questions = Path(args.pairs).name, Path(args.questions).name
     work = (
         f"{args.steps} steps of 16 rows of {pairs}; grpo.py: {max(1, args.steps // 2)} of 8 prompts of {questions} x 8 answers of at most 64 tokens."
     )
     text = f"{machine()}\n\n{work} Medians of {args.repeats} runs of each side in turn, and the range.\n\n{head}\n" + "\n".join(rows)
-    write_results(f"Beside TRL {importlib.metadata.version('trl')}", text)
+    write_results(heading, text)
     print(f"\n{text}\n\nwritten to {HERE / 'RESULTS.md'}")
 
 

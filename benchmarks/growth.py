@@ -31,6 +31,7 @@ AXES = {  # name -> what changes, from point to point
     "answers of a group (G)": [dict(method="grpo", answers=g, batch=4) for g in (2, 4, 8, 16, 32)],
     "width of the model": [dict(hidden=d, batch=8) for d in (128, 256, 512, 1024)],
 }
+STEPS = 5
 WORDS = [a + b for a in "bcdfglmnprst" for b in ("a", "e", "i", "o", "u", "an", "er", "ik")]
 
 
@@ -55,12 +56,12 @@ def make_model(folder: Path, point: dict) -> int:
 
 
 def make_rows(point: dict, steps: int) -> list:
-    """Rows whose mean length in words, each of which is a token, is as asked; the spread is uniform, so much to each side."""
+    """Rows whose mean length in words, each of which is a token, with begin and end, is as asked; the spread is uniform, so much to each side."""
     rng = random.Random(0)
     text = lambda n: " ".join(rng.choices(WORDS, k=max(2, round(n * rng.uniform(1 - point["spread"], 1 + point["spread"])))))
     if point["method"] == "sft":
-        return [dict(text=text(point["length"])) for _ in range(steps * point["batch"])]
-    prompts, third = [text(point["length"] * 2 // 3) for _ in range(steps * point["batch"])], point["length"] // 3
+        return [dict(text=text(point["length"] - 2)) for _ in range(steps * point["batch"])]
+    prompts, third = [text(point["length"] * 2 // 3) for _ in range(steps * point["batch"])], point["length"] // 3 - 2
     if point["method"] == "grpo":
         return [dict(prompt=prompt) for prompt in prompts]
     return [dict(prompt=p, completions=[" " + text(third) for _ in range(point["answers"])], scores=list(range(point["answers"]))) for p in prompts]
@@ -70,15 +71,20 @@ def rule(prompts, completions, **columns) -> list:
     return [len(completion) % 7 for completion in completions]
 
 
+def prepare(folder: str, point: str):
+    """The model and the rows of a point; a process of its own, so that what it takes to make them is not measured. Prints the model's parameters."""
+    folder, point = Path(folder), json.loads(point)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(point, STEPS)))
+    print(make_model(folder, point))
+
+
 def side(folder: str, point: str):
-    """One point: prints the median seconds of a step, the tokens of a step, the peak of memory, and what the weights take, in MB."""
+    """One point: prints the median seconds of a step, and the peak of memory in MB."""
     import torch
 
     torch.set_num_threads(1)
-    folder, point, steps = Path(folder), json.loads(point), 5
+    folder, point = Path(folder), json.loads(point)
     script = importlib.import_module(point["method"])
-    parameters = make_model(folder, point)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(point, steps)))
     flags = dict(model=str(folder / "model"), dataset=str(folder / "rows.jsonl"), output_dir=str(folder / "out"), overwrite=True, max_length=4096)
     flags |= dict(batch_size=point["batch"], tokens_per_forward=point["forward"], eval_fraction=0.0, learning_rate=1e-5, save_every=0)
     if point["method"] == "grpo":
@@ -87,7 +93,7 @@ def side(folder: str, point: str):
     script.main(script.Args(**flags))
     lines = [json.loads(line) for line in open(folder / "out/metrics.jsonl")]
     took = [b["seconds"] - a["seconds"] for a, b in zip(lines, lines[1:])]
-    print(json.dumps(dict(seconds=median(took), memory=memory() - before, weights=16 * parameters >> 20)))
+    print(json.dumps(dict(seconds=median(took), memory=memory() - before)))
 
 
 # ------------------------------------------------------------------------------------------------------------------------- all points
@@ -105,10 +111,14 @@ def make_words(folder: Path):
 
 
 def measure(folder: Path, point: dict) -> dict:
-    done = subprocess.run([sys.executable, __file__, "--side", str(folder), json.dumps(USUAL | point)], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{point}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found = []
+    for mode in ("--prepare", "--side"):
+        done = subprocess.run([sys.executable, __file__, mode, str(folder), json.dumps(USUAL | point)], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{point}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    parameters, result = found
+    return result | dict(weights=16 * parameters >> 20)
 
 
 def draw(found: dict):
@@ -155,7 +165,9 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--side"]:
+    if sys.argv[1:2] == ["--prepare"]:
+        prepare(*sys.argv[2:])
+    elif sys.argv[1:2] == ["--side"]:
         side(*sys.argv[2:])
     else:
         main()

@@ -19,12 +19,12 @@ from statistics import mean, median
 
 from beside_trl import HERE, machine, write_results
 
-LEARN = "--batch-size 128 --ppo-epochs 2 --kl-coef 0.2 --learning-rate 2e-4 --value-learning-rate 1e-3 --max-new-tokens 24 --epochs 100000"
+LEARN = "--batch-size 128 --ppo-epochs 2 --kl-coef 0.2 --learning-rate 2e-4 --value-learning-rate 1e-3 --max-new-tokens 24 --epochs 100000 --warmup-ratio 0"
 RUNS = {  # name -> (command, what is watched in the log besides the pace)
     "ppo": (f"ppo.py --model runs/sft --reward-model runs/reward_model --dataset data/grid/prompts.jsonl {LEARN} --show-every 0", "objective/scores"),
     "grpo": (
         "grpo.py --model runs/sft --dataset data/grid/reasoning.jsonl --rule gridworld.py:walk_score --batch-size 16 --max-new-tokens 96"
-        " --kl-coef 0.02 --learning-rate 1e-4 --epochs 100000 --eval-fraction 0 --show-every 0",
+        " --kl-coef 0.02 --learning-rate 1e-4 --epochs 100000 --warmup-ratio 0 --eval-fraction 0 --show-every 0",
         "reward",
     ),
     "rlaif": ("rlaif.py synthesise --model runs/sft --reward-model runs/reward_model --rows 10000000 --max-new-tokens 150", ""),
@@ -53,6 +53,7 @@ def soak(name: str, minutes: float) -> tuple:
     process.send_signal(signal.SIGTERM)
     process.wait(120)
     if name == "rlaif":
+        rows = [point for point in rows if point[1]]
         log = [(then, (many - few) / (then - now), 0.0) for (now, few), (then, many) in zip(rows, rows[12:])]  # rows of the last minute
     else:
         lines = [json.loads(line) for line in open(out / "metrics.jsonl")]

@@ -22,8 +22,10 @@ import os, signal
 def letters(prompts, completions, **columns):
     return [len(set(c[-1]["content"])) / 10 for c in completions]
 
-def once(prompts, completions, **columns):  # where a file named `die` lies, its reader takes it away, and dies
+def once(prompts, completions, **columns):  # where a file named `die` lies, its reader takes it away, and dies; not before the second checkpoint
     try:
+        if not os.path.exists("run/checkpoint-2"):
+            raise FileNotFoundError
         os.remove("die")
     except FileNotFoundError:
         return letters(prompts, completions)
@@ -123,14 +125,19 @@ def whole(flags_of, tmp_path_factory):
 @pytest.mark.parametrize("storm", [0, *(pytest.param(storm, marks=pytest.mark.slow) for storm in range(1, 17))])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_at_three_moments_and_resumed(script, storm, flags_of, whole, tmp_path):
-    """While it loads, prepares data, trains, evaluates, saves or finishes. GPT-2's dropout draws random numbers in every forward."""
+    """While it loads, prepares data, trains, evaluates, saves or finishes. (sft.py draws random numbers in every forward, for GPT-2's dropout.)"""
     finished, seconds = whole(script, "gpt2")
     module, moments = importlib.import_module(script), random.Random(100 * storm + SCRIPTS.index(script))
     args = module.Args(**flags_of(script, "gpt2"), output_dir=str(tmp_path / "run"), resume=True)
+    ends, old = [], {}
     for _ in range(3):
-        in_child(module.main, args, kill_after=moments.uniform(0.05, 1) * seconds)
+        ends.append(in_child(module.main, args, kill_after=moments.uniform(0.05, 1) * seconds))
+        kept = {checkpoint.name: (checkpoint / "state.pt").stat().st_ino for checkpoint in tmp_path.glob("run/checkpoint-*")}
+        assert all(kept.get(name) == number for name, number in old.items())  # it goes on from there, and does not begin again
+        old = kept
         for checkpoint in tmp_path.glob("run/checkpoint-*"):  # what has the name is whole
             torch.load(checkpoint / "state.pt", weights_only=True), load_file(checkpoint / "model.safetensors")
+    assert -9 in ends and set(ends) <= {-9, 0}
     assert in_child(module.main, args) == 0
     same_files(tmp_path / "run", finished)
 
@@ -175,7 +182,9 @@ def test_resumed_on_another_number_of_ranks(script, before, after, flags_of, who
     go = lambda ranks, **more: on_ranks(module, ranks, **flags, **more) if ranks > 1 else in_child(module.main, module.Args(**flags, **more))
     go(before)
     back_to_checkpoint(tmp_path / "run", 6)
+    state = (tmp_path / "run/checkpoint-6/state.pt").stat()
     assert not go(after, resume=True)
+    assert (tmp_path / "run/checkpoint-6/state.pt").stat() == state  # it went on from there
     near(lines_of(tmp_path / "run"), lines_of(finished))
     close_weights(tmp_path / "run", finished)
 
@@ -202,5 +211,5 @@ def test_a_rank_that_dies_takes_the_run_down(script, flags_of, torchrun, tmp_pat
     done = torchrun(script, 2, *words, cwd=tmp_path, check=False, timeout=180)
     assert done.returncode and re.search(rf"exitcode\s*: -{int(signal.SIGKILL)}", done.stderr) and not (tmp_path / "die").exists()
     assert time.monotonic() - start < 150 and not (out / "model.safetensors").exists()
-    torchrun(script, 2, *words, "--resume", cwd=tmp_path)
+    assert "resuming run after step" in torchrun(script, 2, *words, "--resume", cwd=tmp_path).stdout
     assert len(lines_of(out)) == 10 and json.loads((out / "args.json").read_text())["finished"]
