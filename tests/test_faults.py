@@ -187,7 +187,7 @@ def test_rows_that_are_all_broken(script, how, usual, tmp_path, capsys):
     rows = [BROKEN_ROWS[how](copy.deepcopy(row)) for row in rows_for(script)]
     if rows == rows_for(script):
         pytest.skip("no such column here")
-    data = jsonl(tmp_path / "rows.jsonl", rows)
+    data = jsonl(tmp_path / "rows.jsonl", rows[:2] if how == "a million characters" else rows)  # two take long enough
     what, said = outcome(script, capsys, **usual(script) | dict(dataset=data), output_dir=str(tmp_path / "run"))
     assert (what == "refused" and "--dataset" in said) or how in HARMLESS, said
 

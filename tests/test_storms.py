@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -129,15 +130,19 @@ def test_killed_at_three_moments_and_resumed(script, storm, flags_of, whole, tmp
     finished, seconds = whole(script, "gpt2")
     module, moments = importlib.import_module(script), random.Random(100 * storm + SCRIPTS.index(script))
     args = module.Args(**flags_of(script, "gpt2"), output_dir=str(tmp_path / "run"), resume=True)
-    ends, old = [], {}
-    for _ in range(3):
-        ends.append(in_child(module.main, args, kill_after=moments.uniform(0.05, 1) * seconds))
-        kept = {checkpoint.name: (checkpoint / "state.pt").stat().st_ino for checkpoint in tmp_path.glob("run/checkpoint-*")}
-        assert all(kept.get(name) == number for name, number in old.items())  # it goes on from there, and does not begin again
-        old = kept
-        for checkpoint in tmp_path.glob("run/checkpoint-*"):  # what has the name is whole
-            torch.load(checkpoint / "state.pt", weights_only=True), load_file(checkpoint / "model.safetensors")
-    assert -9 in ends and set(ends) <= {-9, 0}
+    ends = []
+    while -9 not in ends:  # again, and earlier, should the machine have become so fast that no kill came in time
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        ends, old = [], {}
+        for _ in range(3):
+            ends.append(in_child(module.main, args, kill_after=moments.uniform(0.05, 1) * seconds))
+            kept = {checkpoint.name: (checkpoint / "state.pt").stat().st_ino for checkpoint in tmp_path.glob("run/checkpoint-*")}
+            assert all(kept.get(name) == number for name, number in old.items())  # it goes on from there, and does not begin again
+            old = kept
+            for checkpoint in tmp_path.glob("run/checkpoint-*"):  # what has the name is whole
+                torch.load(checkpoint / "state.pt", weights_only=True), load_file(checkpoint / "model.safetensors")
+        seconds /= 2
+    assert set(ends) <= {-9, 0}
     assert in_child(module.main, args) == 0
     same_files(tmp_path / "run", finished)
 
@@ -182,9 +187,10 @@ def test_resumed_on_another_number_of_ranks(script, before, after, flags_of, who
     go = lambda ranks, **more: on_ranks(module, ranks, **flags, **more) if ranks > 1 else in_child(module.main, module.Args(**flags, **more))
     go(before)
     back_to_checkpoint(tmp_path / "run", 6)
-    state = (tmp_path / "run/checkpoint-6/state.pt").stat()
+    written = lambda: (tmp_path / "run/checkpoint-6/state.pt").stat().st_mtime_ns
+    first = written()
     assert not go(after, resume=True)
-    assert (tmp_path / "run/checkpoint-6/state.pt").stat() == state  # it went on from there
+    assert written() == first  # it went on from there
     near(lines_of(tmp_path / "run"), lines_of(finished))
     close_weights(tmp_path / "run", finished)
 
