@@ -45,7 +45,6 @@ scores. Writes a plain Hugging Face directory, args.json, metrics.jsonl and curv
   grad_norm            -              -              spikes: lower --learning-rate
 """
 
-import inspect
 import sys
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
@@ -153,6 +152,7 @@ import gc
 import glob
 import gzip
 import hashlib
+import inspect
 import json
 import math
 import os

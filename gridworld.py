@@ -889,9 +889,7 @@ def reasoning_row(rng, grid: tuple) -> dict:
 def data(args: DataArgs):
     """Write every file of the text world."""
     if not 3 <= args.size <= 6 or args.rows < 7 or args.test_rows < 1:
-        refuse(
-            f"--size {args.size} --rows {args.rows} --test-rows {args.test_rows}: the size must be 3 to 6, with at least 7 rows, and 1 in a test file"
-        )
+        refuse(f"--size {args.size} --rows {args.rows} --test-rows {args.test_rows}: must be 3 to 6, at least 7, and at least 1")
     out, held_out, n = make_folder("--output-dir", Path(args.output_dir)), set(), args.test_rows
     files = {  # name: how many rows, the share of lava, what makes a row; the tests come first, so that no later file repeats their grids
         "test.jsonl": (n, LAVA_SHARE, prompt_row),
@@ -961,9 +959,9 @@ def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.T
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values that grow within room kept for them: to concatenate at every token, as DynamicLayer does, copies all of them every time."""
+    """A layer's keys and values [B, H, T, D], growing within room kept for them: DynamicLayer copies them all to add those of one token."""
 
-    room = ()  # what holds the keys and the values, and some free places behind them; nothing in a layer that the model skips
+    room = ()  # two tensors [B, H, T + free places, D], of which `keys` and `values` are views; none while the model skips the layer
 
     def update(self, keys, values, *args, **kwargs):
         start, self.is_initialized = self.get_seq_length(), True
@@ -978,16 +976,14 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (whole[..., :end, :] for whole in self.room)
         return self.keys, self.values
 
-    def choose(self, rows):
+    def batch_select_indices(self, indices):
         if self.room:
-            length, self.room = self.get_seq_length(), [rows(whole) for whole in self.room]
+            length, self.room = self.get_seq_length(), [whole[indices] for whole in self.room]
             self.keys, self.values = (whole[..., :length, :] for whole in self.room)
 
     def batch_repeat_interleave(self, repeats):
-        self.choose(lambda whole: whole.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices):
-        self.choose(lambda whole: whole[indices])
+        if self.room:
+            self.batch_select_indices(torch.arange(len(self.keys), device=self.keys.device).repeat_interleave(repeats))
 
 
 @torch.no_grad()

@@ -50,7 +50,6 @@ metrics.jsonl, curves.png and, with --match or --rule, what the last evaluation 
   grad_norm                                -          -                    spikes: lower --learning-rate
 """
 
-import inspect
 import sys
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
@@ -199,6 +198,7 @@ import glob
 import gzip
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -644,9 +644,10 @@ def questions(args, tokenizer, max_prompt: int):
         if not prompt:
             raise Drop("empty prompt")
         prompt = as_messages(prompt) if isinstance(prompt, list) else prompt
-        if not args.allow_special and has_special(special, [prompt, template_options(row)]):
+        options = template_options(row)
+        if not args.allow_special and has_special(special, [prompt, options]):
             raise Drop("special token in the text (--allow-special keeps it)")
-        options = template_options(row)  # messages: up to where the assistant is to speak, as `generate` will be asked
+        # messages: up to where the assistant is to speak, as `generate` will be asked
         ids = encode(tokenizer, prompt, [" a"], stops)[0] if isinstance(prompt, str) else render(tokenizer, prompt, answer_next=True, **options)
         if len(ids) > max_prompt:
             raise Drop("prompt beyond --max-length less --max-new-tokens")
@@ -923,9 +924,9 @@ def gathered(model):
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values that grow within room kept for them: to concatenate at every token, as DynamicLayer does, copies all of them every time."""
+    """A layer's keys and values [B, H, T, D], growing within room kept for them: DynamicLayer copies them all to add those of one token."""
 
-    room = ()  # what holds the keys and the values, and some free places behind them; nothing in a layer that the model skips
+    room = ()  # two tensors [B, H, T + free places, D], of which `keys` and `values` are views; none while the model skips the layer
 
     def update(self, keys, values, *args, **kwargs):
         start, self.is_initialized = self.get_seq_length(), True
@@ -940,16 +941,14 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (whole[..., :end, :] for whole in self.room)
         return self.keys, self.values
 
-    def choose(self, rows):
+    def batch_select_indices(self, indices):
         if self.room:
-            length, self.room = self.get_seq_length(), [rows(whole) for whole in self.room]
+            length, self.room = self.get_seq_length(), [whole[indices] for whole in self.room]
             self.keys, self.values = (whole[..., :length, :] for whole in self.room)
 
     def batch_repeat_interleave(self, repeats):
-        self.choose(lambda whole: whole.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices):
-        self.choose(lambda whole: whole[indices])
+        if self.room:
+            self.batch_select_indices(torch.arange(len(self.keys), device=self.keys.device).repeat_interleave(repeats))
 
 
 @torch.no_grad()
@@ -1627,7 +1626,7 @@ def nuclei(kept: list, numbers: list):
 
 def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
     """The places, of n, of each update: every pass over the batch in an order of its own, cut into parts of nearly equal size."""
-    parts = max(1, min(parts, n))
+    parts = max(1, min(parts, n))  # none is empty
     for i in range(passes):
         order = shuffled(n, step * passes + i, seed)
         cuts = [round(k * n / parts) for k in range(parts + 1)]

@@ -38,7 +38,6 @@ scores. Writes a plain Hugging Face directory, args.json, metrics.jsonl and curv
   entropy              -              falls or stays to 0: collapsed; fewer epochs
 """
 
-import inspect
 import sys
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
@@ -125,6 +124,7 @@ if __name__ == "__main__":
 import glob
 import gzip
 import hashlib
+import inspect
 import json
 import math
 import os

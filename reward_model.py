@@ -39,7 +39,6 @@ Writes a directory that loads as AutoModelForSequenceClassification, args.json, 
   grad_norm               -             -                spikes: lower --learning-rate (InstructGPT: insensitive to it, very sensitive to epochs)
 """
 
-import inspect
 import sys
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
@@ -130,6 +129,7 @@ if __name__ == "__main__":
 import glob
 import gzip
 import hashlib
+import inspect
 import json
 import math
 import os

@@ -56,7 +56,6 @@ of what was read. Every batch of rows is on disk (rows.part) before the next beg
   consistency            above 0.8          two judgements of a pair agree so often (chance: 0.5): other principles, other verdicts
 """
 
-import inspect
 import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal, NamedTuple
@@ -296,6 +295,7 @@ import glob
 import gzip
 import hashlib
 import http.client
+import inspect
 import json
 import math
 import os
@@ -989,9 +989,9 @@ def gathered(model):
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values that grow within room kept for them: to concatenate at every token, as DynamicLayer does, copies all of them every time."""
+    """A layer's keys and values [B, H, T, D], growing within room kept for them: DynamicLayer copies them all to add those of one token."""
 
-    room = ()  # what holds the keys and the values, and some free places behind them; nothing in a layer that the model skips
+    room = ()  # two tensors [B, H, T + free places, D], of which `keys` and `values` are views; none while the model skips the layer
 
     def update(self, keys, values, *args, **kwargs):
         start, self.is_initialized = self.get_seq_length(), True
@@ -1006,16 +1006,14 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (whole[..., :end, :] for whole in self.room)
         return self.keys, self.values
 
-    def choose(self, rows):
+    def batch_select_indices(self, indices):
         if self.room:
-            length, self.room = self.get_seq_length(), [rows(whole) for whole in self.room]
+            length, self.room = self.get_seq_length(), [whole[indices] for whole in self.room]
             self.keys, self.values = (whole[..., :length, :] for whole in self.room)
 
     def batch_repeat_interleave(self, repeats):
-        self.choose(lambda whole: whole.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices):
-        self.choose(lambda whole: whole[indices])
+        if self.room:
+            self.batch_select_indices(torch.arange(len(self.keys), device=self.keys.device).repeat_interleave(repeats))
 
 
 @torch.no_grad()

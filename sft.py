@@ -35,7 +35,6 @@ metrics.jsonl and curves.png to --output-dir.
                                               end              (InstructGPT saw this for 16 epochs)
 """
 
-import inspect
 import sys
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
@@ -124,6 +123,7 @@ if __name__ == "__main__":
 import glob
 import gzip
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -412,7 +412,7 @@ def demonstrations(tokenizer, max_length: int, everything: bool, allow_special: 
             texts = [before, after.removesuffix(tokenizer.eos_token)]
         if not after or not texts[-1].strip() and not (chat and "tool_calls" in after[-1]):
             raise Drop("empty answer")
-        if not allow_special and has_special(special, [texts, template_options(row), (before, after) if chat else ()]):
+        if not allow_special and has_special(special, [(before, after) if chat else texts, template_options(row)]):
             raise Drop("special token in the text (--allow-special keeps it)")
         begun = chat and bool(before) and before[-1]["role"] == after[0]["role"] == "assistant"  # the prompt ends in an answer already begun
         if begun and len(after) > 1:
