@@ -889,7 +889,7 @@ def reasoning_row(rng, grid: tuple) -> dict:
 def data(args: DataArgs):
     """Write every file of the text world."""
     if not 3 <= args.size <= 6 or args.rows < 7 or args.test_rows < 1:
-        refuse(f"--size {args.size} --rows {args.rows} --test-rows {args.test_rows}: must be 3 to 6, at least 7, and at least 1")
+        refuse(f"--size {args.size} --rows {args.rows} --test-rows {args.test_rows}: the size must be 3 to 6, with at least 7 rows and 1")
     out, held_out, n = make_folder("--output-dir", Path(args.output_dir)), set(), args.test_rows
     files = {  # name: how many rows, the share of lava, what makes a row; the tests come first, so that no later file repeats their grids
         "test.jsonl": (n, LAVA_SHARE, prompt_row),
