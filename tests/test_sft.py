@@ -97,7 +97,7 @@ def test_no_text_ends_a_turn(name, dressed, texts):  # noqa: F811
     except sft.Drop:
         assert any(token in text for token in special.values() for text in texts)
     else:
-        assert ids(rows) == ids(demonstrate(tokenizer, dict(messages=talk(*plain))))
+        assert ids(rows)[-1] == ids(demonstrate(tokenizer, dict(messages=talk(*plain))))[-1]  # of several rows, the last has the whole talk
 
 
 mark = st.text(alphabet="<>[]|/abc \n", max_size=6)
