@@ -148,7 +148,6 @@ import transformers
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from jinja2 import TemplateError
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -532,37 +531,70 @@ def pack(rows: list, device, together: bool = True):
     return [(inputs, tensor(source), tensor(last))], tensor(target)
 
 
+class TargetLogps(torch.autograd.Function):
+    """The log-probability of each target token, the entropy of its distribution, and whether the token is the likeliest; each [N].
+
+    hidden [N, d], head [V, d], bias [V] or None, target [N]; finish(logits, at) ends the logits of the tokens of a slice.
+    Of the logits [N, V] no more than a chunk of tokens ever stands in memory; the backward pass computes it again, with
+    d log pi(y) / d logits = 1[y] - pi. The gradient of the head is summed over chunks in float32."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, bias, target, finish):
+        size = max(256, 2**23 // len(head))  # tokens of a chunk: 32 MB of logits, or more, since each adds to the whole gradient of the head
+        ctx.save_for_backward(hidden, head, bias, target)
+        ctx.chunks, ctx.finish, parts = [slice(i, i + size) for i in range(0, len(target), size)], finish, []
+        for at in ctx.chunks:
+            logits = finish(F.linear(hidden[at], head, bias).float(), at)  # [n, V]
+            logps = logits.log_softmax(-1)
+            logp = logps.gather(-1, target[at, None])[:, 0]
+            top = logp == logps.amax(-1)  # amax is several times faster than argmax
+            parts.append((logp, -torch.exp(logps, out=logits).mul_(logps).sum(-1), top))  # in the room of the logits
+        logp, entropy, top = (torch.cat(x) for x in zip(*parts))
+        ctx.mark_non_differentiable(entropy, top)
+        return logp, entropy, top
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        hidden, head, bias, target = ctx.saved_tensors
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for at in ctx.chunks:
+            with torch.enable_grad():  # through what finish does
+                raw = F.linear(hidden[at], head, bias).float().detach().requires_grad_()
+                logits = ctx.finish(raw, at)
+            d = logits.detach().softmax(-1).mul_(-g[at, None])
+            d[torch.arange(len(d), device=d.device), target[at]] += g[at]
+            (d,) = torch.autograd.grad(logits, raw, d)
+            d = d.to(head.dtype)  # [n, V]
+            d_hidden[at] = d @ head
+            if ctx.needs_input_grad[1]:  # it may be frozen
+                d_head += d.T @ hidden[at]
+            if bias is not None:
+                d_bias += d.sum(0)
+        return d_hidden, d_head.to(head.dtype), None if bias is None else d_bias.to(bias.dtype), None, None
+
+
 def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
     """Log-probability of each target token, the distribution's entropy, and whether the token is the likeliest; each [N].
 
-    The vocabulary never stands whole in memory: it is computed by chunks of tokens, and again in the backward pass.
     kept: for each token the ids that nucleus sampling kept, a tensor each; the distribution is renormalised over them."""
     hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards])  # [N, d]
     head, config = self.get_output_embeddings(), self.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
-    def chunk(hidden, target, kept):
-        logits = head(hidden).float() * scale  # [n, V]
-        logits = (cap * torch.tanh(logits / cap) if cap else logits) / temperature
+    def finish(logits, at):
+        logits = logits if scale == 1 else logits * scale
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        logits = logits if temperature == 1 else logits / temperature
         if kept is not None:
-            count = torch.tensor([len(k) for k in kept], device=logits.device)
+            count = torch.tensor([len(k) for k in kept[at]], device=logits.device)
             allowed = torch.zeros_like(logits, dtype=torch.bool)
-            allowed[torch.arange(len(kept), device=logits.device).repeat_interleave(count), torch.cat(kept)] = True
-            logits = logits.masked_fill(~allowed, -math.inf)
-        logps = logits.log_softmax(-1)
-        chosen = logps.gather(-1, target[:, None])[:, 0]
-        with torch.no_grad():
-            entropy, top = torch.special.entr(logps.exp()).sum(-1), chosen == logps.amax(-1)  # amax is several times faster than argmax
-        return chosen, entropy, top
+            allowed[torch.arange(len(count), device=logits.device).repeat_interleave(count), torch.cat(kept[at])] = True
+            logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)  # finite, so that p log p is 0 there
+        return logits
 
-    # tokens of a chunk: 32 MB of logits, or more, since its gradient of the head is added in the computation's dtype, and many small ones blur
-    size, parts = max(512, 2**23 // head.weight.shape[0]), []
-    for i in range(0, len(target), size):
-        part = hidden[i : i + size], target[i : i + size], kept and kept[i : i + size]
-        once = len(target) <= size  # a single chunk may be kept for the backward pass
-        parts.append(chunk(*part) if once else checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False))
-    return tuple(torch.cat(x) for x in zip(*parts))
+    return TargetLogps.apply(hidden, head.weight, head.bias, target, finish)
 
 
 def load_tokenizer(name: str):
@@ -655,9 +687,10 @@ def check_head(model, name: str, device):
     inputs = torch.tensor([ids], device=device)
     model.eval()
     whole = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0, 3:-1].float().log_softmax(-1)
-    off = (token_logps(model, forwards, target)[0] - whole.gather(-1, target[:, None])[:, 0]).abs().max()
+    known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
+    off = (token_logps(model, forwards, target)[0] - whole.gather(-1, target[:, None])[:, 0]).abs().max() if known else None
     model.train()
-    if not off < 0.01:
+    if not known or not off < 0.01:
         refuse(f"{name}: the output layer of {type(model).__name__} does more than this script knows; its log-probabilities would be wrong")
 
 

@@ -1,7 +1,8 @@
 """The scripts that sample, run for a long time at their recipes' settings: does memory stay flat, does the pace hold, does the policy collapse?
 
     bash recipes/instructgpt.sh                          makes the checkpoints that this starts from
-    python benchmarks/soak.py --minutes 60               ppo.py, grpo.py and rlaif.py, an hour each: benchmarks/RESULTS.md and soak.png
+    python benchmarks/soak.py                            ppo.py, grpo.py and rlaif.py, an hour each: benchmarks/RESULTS.md and soak.png
+    python benchmarks/soak.py --together                 the same, side by side: an hour in all, and a slower pace
 
 The memory is what the process holds (resident), read every five seconds; the pace is tokens a second of the script's own log, or rows a second of
 rlaif.py's. Both are medians over tenths of the time, after the first step.
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, median
 
@@ -71,6 +73,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scripts", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--together", action="store_true")
     args = parser.parse_args()
     import matplotlib
 
@@ -79,8 +82,9 @@ def main():
 
     figure, axes = plt.subplots(len(args.scripts), 3, figsize=(11, 2.6 * len(args.scripts)), layout="constrained", squeeze=False)
     rows = []
-    for name, line in zip(args.scripts, axes):
-        held, log = soak(name, args.minutes)
+    with ThreadPoolExecutor(len(args.scripts) if args.together else 1) as pool:
+        soaked = pool.map(lambda name: soak(name, args.minutes), args.scripts)
+    for name, line, (held, log) in zip(args.scripts, axes, soaked):
         for axis, points, title in zip(line, (held, [p[:2] for p in log], [(p[0], p[2]) for p in log]), ("MB", "pace", RUNS[name][1] or "-")):
             axis.plot([p[0] / 60 for p in points], [p[1] for p in points])
             axis.set(title=f"{name}.py: {title}", xlabel="minutes", ylim=0 if title != RUNS[name][1] else None)
@@ -99,7 +103,7 @@ def main():
                 print(rows[-1], flush=True)
     figure.savefig(HERE / "soak.png", dpi=80)
     table = "| run | what | by tenths of the time |\n| --- | --- | --- |\n" + "\n".join(rows)
-    write_results("Soak", f"{machine()}\n\n{args.minutes:.0f} minutes each.\n\n{table}\n\n![soak](soak.png)")
+    write_results("Soak", f"{machine()}\n\n{args.minutes:.0f} minutes each{', side by side' if args.together else ''}.\n\n{table}\n\n![soak](soak.png)")
 
 
 if __name__ == "__main__":
