@@ -860,6 +860,9 @@ def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False,
         model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, **options)
     except Exception as e:
         refuse(f"{name}: no model can be loaded from it ({reason(e)}); it takes config.json and safetensors, as save_pretrained writes them")
+    for weight, values in model.named_parameters():
+        if not values.isfinite().all():
+            refuse(f"{name}: its weights are damaged: {weight} holds numbers that are not finite")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
     model = ready(model, device, stored or torch.float32, dropout)

@@ -925,6 +925,9 @@ def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False,
         model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, **options)
     except Exception as e:
         refuse(f"{name}: no model can be loaded from it ({reason(e)}); it takes config.json and safetensors, as save_pretrained writes them")
+    for weight, values in model.named_parameters():
+        if not values.isfinite().all():
+            refuse(f"{name}: its weights are damaged: {weight} holds numbers that are not finite")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
     model = ready(model, device, stored or torch.float32, dropout)
@@ -1423,9 +1426,10 @@ def as_response(prompt, text: str):
 def answers_of(row: dict) -> tuple:
     """(prompt, responses, scores or None) of a row in any known layout; no responses where it holds a prompt alone."""
     if row.get("completions") is not None:
-        if row.get("scores") is not None and len(row["scores"]) != len(row["completions"]):
-            raise ValueError(f"{len(row['completions'])} completions need as many scores, they are {row['scores']}")
-        return row["prompt"], row["completions"], row.get("scores")
+        scores = row.get("scores")
+        if scores is not None and (len(scores) != len(row["completions"]) or not all(s is not None and math.isfinite(s) for s in scores)):
+            raise ValueError(f"{len(row['completions'])} completions need as many scores, all of them numbers, they are {scores}")
+        return row["prompt"], row["completions"], scores
     if "chosen" in row:
         return *as_pair(row.get("prompt"), row["chosen"], row["rejected"]), [1.0, 0.0]
     if row.get("messages") is not None:
