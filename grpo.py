@@ -11,10 +11,11 @@
 
 Departures and options
   1. The paper does not say which standard deviation: here the sample's, + 1e-4, as in TRL; --scale population, or none (Dr. GRPO).
-  2. --normalise token: every token of an update counts the same (DAPO, arXiv 2503.14476, eq. 12, there by prompt); constant: sums over
-     tokens by --max-new-tokens (Dr. GRPO, arXiv 2503.20783, with --scale none).
+  2. --normalise token: every token of an update counts the same (DAPO, arXiv 2503.14476, eq. 12, there over one prompt's group);
+     constant: sums over tokens by --max-new-tokens (Dr. GRPO, arXiv 2503.20783, with --scale none).
   3. --clip-high 0.28: room for unlikely tokens to rise; --zero-spread resample: groups whose rewards are all equal, which teach nothing, are
-     replaced by other prompts'; --mask-truncated, --overlong-cache: answers cut off, or nearly, do not count or cost up to 1 (all DAPO).
+     replaced by other prompts'; --mask-truncated: answers cut off do not count; --overlong-cache N: of an answer, the last N tokens
+     before the limit cost up to 1 (all DAPO).
   4. --kl-coef 0: no KL and no reference in memory (DAPO, Dr. GRPO). --reference-every N: the reference becomes the policy every N batches
      (iterative GRPO, Algorithm 1; DeepSeek-R1: 400 updates). Its refreshing of the reward model, with 10% of old rows, is a round of
      sampling and reward_model.py.
@@ -22,8 +23,9 @@ Departures and options
      normalised over the whole group, and a token's advantage is the sum of those from its step on.
   6. Several rewards add up by weight: --match (against a column `answer`), --format-weight, --reward-model, --judge, --rule. None of them
      ever sees what stands between <think> and </think>, but the format, which looks at the tags alone; where thinking has not ended, the
-     answer is empty.
-  7. Sampled and scored distributions are the same one: temperature and nucleus are part of every log-probability.
+     answer is empty. (DeepSeek-V2, arXiv 2405.04434: rules first, then helpful, safety and rule rewards, of unpublished weights.)
+  7. --eval-samples, --thinking-budgets: accuracy against votes and against thinking tokens, the two axes of OpenAI's o1 post.
+  8. Sampled and scored distributions are the same one: temperature and nucleus are part of every log-probability.
 
 Reads prompts (column prompt, or question; instructions such as "put the answer in \\boxed{}" are the data's; a column chat_template_kwargs,
 say {"enable_thinking": false}, goes to the template), other columns for the rewards, and a policy. Writes the policy, args.json,
@@ -243,7 +245,7 @@ STOP = dict(signal=0, agreed=False)  # the signal that asked this process to sto
 
 def group_advantages(rewards, scale: str = "sample", epsilon: float = 1e-4):
     """A_i of outcome supervision: a reward less its group's mean, by the group's standard deviation. rewards [P, G]: a row each prompt."""
-    centred = rewards - rewards[:, :1]  # so that equal rewards give exactly 0, whose mean rounding cannot miss
+    centred = rewards - rewards[:, :1]  # first less one of them: equal rewards become exact zeros; their mean may be off by rounding
     centred = centred - centred.mean(1, keepdim=True)
     if scale == "none":
         return centred  # Dr. GRPO: hard and easy prompts weigh as their rewards spread
@@ -327,7 +329,7 @@ def found_answer(text: str, how: str) -> str | None:
         return text[start + len("\\boxed{") : end - 1] if start >= 0 and not depth else None
     if how == "hash":
         return text.rpartition("####")[2].lstrip().partition("\n")[0] if "####" in text else None
-    number = r"(?:(?<![\w)])-[$€£]?)?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:/\d+)?|(?<![\w.])\.\d+)"
+    number = r"(?:(?<![\w)])[-−][$€£]?)?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:/\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?"
     expression = number if how == "number" else how
     matches = [m.group(1) if m.re.groups else m.group() for m in re.finditer(expression, text)]
     return matches[-1] if matches else None
@@ -337,7 +339,7 @@ def canonical(answer: str | None) -> str | None:
     """An answer in the form in which answers are compared: a number as an exact fraction, other text in lower case with single spaces."""
     if answer is None:
         return None
-    text = " ".join(answer.split()).rstrip(" .").lower()
+    text = " ".join(answer.replace("−", "-").split()).rstrip(" .").lower()
     number = re.sub(r"^(-?)\\?[$€£]|(?<=\d)[, ](?=\d{3}(?!\d))|(?<!\d) | (?!\d)|\\?%$", r"\1", text)
     if re.fullmatch(r"[-+]?[\d./]+(e[-+]?\d{1,3})?", number):  # a policy may write any exponent, and the number would be as long
         try:
@@ -1101,7 +1103,9 @@ def judge_logps(model, tokenizer, talks: list, options: list, args, device) -> t
     for talk in talks:
         prompt, replies = encode(tokenizer, as_messages(talk, "user"), options, stops)
         n = min(min(shared(replies[0], reply), len(reply) - 1) for reply in replies)  # what all begin with, such as an empty thought
-        asked.append(Row(prompt + replies[0][:n], [reply[n:] for reply in replies]))
+        rest = [reply[n:] for reply in replies]
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", 2**20) - max(map(len, rest))
+        asked.append(Row((prompt + replies[0][:n])[-max(1, longest) :], rest))
     for group, forwards, target in packed(asked, args.tokens_per_forward, device, model.together):
         token_logp = model.token_logps(forwards, target)[0]
         lengths = [len(reply) for i in group for reply in asked[i].responses]
@@ -1133,7 +1137,9 @@ def rule_scores(rule, device, rows: list, texts: list) -> torch.Tensor:
     """A function's rewards [B], NaN where it returns None; it gets prompts, completions, and every other column as a list."""
     if not rows:
         return torch.zeros(0, device=device)
-    columns = {k: [row.extra[k] for row in rows] for k in rows[0].extra if k not in ("prompt", "completion", "chosen", "rejected")}
+    columns = {
+        k: [row.extra[k] for row in rows] for k in rows[0].extra if k not in ("prompt", "prompts", "completion", "completions", "chosen", "rejected")
+    }
     prompts = [row.extra["prompt"] for row in rows]
     completions = [as_messages(text) if isinstance(prompt, list) else text for prompt, text in zip(prompts, texts)]
     try:
@@ -1431,7 +1437,8 @@ def claim(args, out: Path, plan: dict):
     if RANK == 0:
         for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
             shutil.rmtree(stale)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
+        for stale in ("metrics.jsonl", "report.json", "test_time.png"):
+            (out / stale).unlink(missing_ok=True)
         machine = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
         machine |= dict(ranks=WORLD, threads=torch.get_num_threads())
         write_json(out / "args.json", dict(script=Path(__file__).name, finished=False, args=asdict(args), plan=plan) | machine)
@@ -1506,7 +1513,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
         getattr(model, "reshard", lambda: None)()  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)  # what a killed save left
-    moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items()}
+    # an optimiser that has made no step has no state, and to be asked for it would make it take one
+    moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items() if o.state}
     rng = [dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)]
     if WORLD > 1:
         everyone = [None] * WORLD
@@ -1533,8 +1541,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
 def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     """The training state of a checkpoint whose models are loaded already; cuts metrics.jsonl back to its step."""
     state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
-    for name, optimizer in optimizers.items():
-        dcp.set_optimizer_state_dict(models[name][0], optimizer, state["optimizers"][name], options=dcp.StateDictOptions(full_state_dict=True))
+    for name, moments in state["optimizers"].items():
+        dcp.set_optimizer_state_dict(models[name][0], optimizers[name], moments, options=dcp.StateDictOptions(full_state_dict=True))
     for name, stored in state["stored"].items():
         models[name][0].stored = getattr(torch, stored)
     rng = state["rng"][RANK % len(state["rng"])]
@@ -1666,7 +1674,7 @@ def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
     for i in range(passes):
         order = shuffled(n, step * passes + i, seed)
         cuts = [round(k * n / parts) for k in range(parts + 1)]
-        yield from (order[a:b] for a, b in zip(cuts, cuts[1:]) if b > a)
+        yield from (order[a:b] for a, b in zip(cuts, cuts[1:]))
 
 
 def show(rows: list, texts: list, named: dict, count: int = 3):
@@ -1686,7 +1694,8 @@ def as_written(tokenizer, rows: list, answers: list, stops: list) -> list:
     """Answers as text, with the tags of the thinking (also one that the chat template has opened), without stop and other special tokens."""
     others, texts = [t for t in special_tokens(tokenizer).values() if t not in ("<think>", "</think>")], []
     for row, ids in zip(rows, answers):
-        before = row.prompt[-1:] if isinstance(row.extra["prompt"], str) else []  # SentencePiece drops the space before a text's first word
+        goes_on = isinstance(row.extra["prompt"], str) or row.extra["prompt"][-1]["role"] == "assistant"
+        before = row.prompt[-1:] if goes_on else []  # SentencePiece drops the space before a text's first word
         text = tokenizer.decode(before + (ids[:-1] if ids and ids[-1] in stops else ids))[len(tokenizer.decode(before)) :]
         for other in others:
             text = text.replace(other, "")
@@ -1721,9 +1730,10 @@ def cut_into_steps(tokenizer, row: Row, ids: list, stops: list, separator: str):
     whole = write(len(ids))
     ends = [m.end() for m in re.finditer(f"(?:{re.escape(separator)})+", whole) if after_thinking(whole[: m.end()]).strip()]
     ends = [end for end in ends if whole[end:].strip()] + [len(whole)]
-    sizes = list(accumulate(map(len, tokenizer.batch_decode([[token] for token in ids]))))  # of most tokenizers' texts, token by token
-    if sizes[-1:] != [len(whole)]:  # characters of several tokens, a stop token, a tag opened by the template: decode every beginning
-        sizes = [len(write(n)) for n in range(1, len(ids) + 1)]
+    body = ids[:-1] if ids and ids[-1] in stops else ids  # the stop token is not in the text
+    sizes = list(accumulate(map(len, tokenizer.batch_decode([[token] for token in body]))))  # of most tokenizers' texts, token by token
+    if sizes[-1:] != [len(whole)]:  # characters of several tokens, a tag opened by the template: decode every beginning
+        sizes = [len(write(n)) for n in range(1, len(body) + 1)]
     cuts = [bisect.bisect_left(sizes, end) + 1 for end in ends[:-1]] + [len(ids)]
     return [whole[:end] for end in ends], [b - a for a, b in zip([0, *cuts], cuts)]
 
@@ -1770,7 +1780,7 @@ def correctness(args, named: dict):
 def evaluate_answers(policy, rewards: dict, held_out: list, tokenizer, stops: list, args, device) -> dict:
     """Reward and length of --eval-samples answers to each held-out prompt; pass@k and majority@k for the powers of 2 up to so many."""
     n, places = args.eval_samples, range(RANK, len(held_out), WORLD)
-    asked, ks = [held_out[p] for p in places], [2**i for i in range(n.bit_length()) if 2**i <= n]
+    asked, ks = [held_out[p] for p in places], [2**i for i in range(n.bit_length())]
     numbers = uniform_numbers(args.seed, -1, [p * n + k for p in places for k in range(n)], args.max_new_tokens)
     tokens, *_ = sample_answers(policy, asked, numbers, stops, args.sample_tokens, args.temperature, args.top_p)
     answered = [row for row in asked for _ in range(n)]
@@ -1778,7 +1788,7 @@ def evaluate_answers(policy, rewards: dict, held_out: list, tokenizer, stops: li
     total, named = all_rewards(rewards, args, answered, texts, device)
     right = correctness(args, named)
     lengths = [[len(ids), thinking_length(tokenizer, text, len(ids))] for ids, text in zip(tokens, texts)]
-    sums = torch.cat([total.sum()[None] if asked else torch.zeros(1, device=device), torch.tensor(lengths or [[0.0, 0.0]], device=device).sum(0)])
+    sums = torch.cat([total.sum()[None], torch.tensor(lengths or [[0.0, 0.0]], device=device).sum(0)])
     reward, length, thinking = (over_ranks(sums) / (len(held_out) * n)).tolist()
     metrics = {"eval_reward": reward, "eval_completions/mean_length": length, "eval_completions/mean_thinking_length": thinking}
     if right is None:
@@ -1897,6 +1907,8 @@ def main(args: Args):
         reference, its_tokenizer = load_frozen(AutoModelForCausalLM, refreshed or args.reference or args.model, device, dtype, token_logps)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         refuse(f"--reference {args.reference}: reads other tokens than --model, so that there is no KL between them")
+    if args.reference_every and [p.shape for p in reference.parameters()] != [p.shape for p in policy.parameters()]:
+        refuse(f"--reference-every: --reference {args.reference} is built otherwise than --model, and cannot become it")
     rewards = load_rewards(args, device, dtype)
     if args.match:
         rewards["match"] = args.match_weight, partial(match_scores, args.match, device)

@@ -1026,7 +1026,8 @@ def claim(args, out: Path, plan: dict):
     if RANK == 0:
         for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
             shutil.rmtree(stale)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
+        for stale in ("metrics.jsonl", "report.json", "test_time.png"):
+            (out / stale).unlink(missing_ok=True)
         machine = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
         machine |= dict(ranks=WORLD, threads=torch.get_num_threads())
         write_json(out / "args.json", dict(script=Path(__file__).name, finished=False, args=asdict(args), plan=plan) | machine)
@@ -1101,7 +1102,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
         getattr(model, "reshard", lambda: None)()  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)  # what a killed save left
-    moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items()}
+    # an optimiser that has made no step has no state, and to be asked for it would make it take one
+    moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items() if o.state}
     rng = [dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)]
     if WORLD > 1:
         everyone = [None] * WORLD
@@ -1128,8 +1130,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
 def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     """The training state of a checkpoint whose models are loaded already; cuts metrics.jsonl back to its step."""
     state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
-    for name, optimizer in optimizers.items():
-        dcp.set_optimizer_state_dict(models[name][0], optimizer, state["optimizers"][name], options=dcp.StateDictOptions(full_state_dict=True))
+    for name, moments in state["optimizers"].items():
+        dcp.set_optimizer_state_dict(models[name][0], optimizers[name], moments, options=dcp.StateDictOptions(full_state_dict=True))
     for name, stored in state["stored"].items():
         models[name][0].stored = getattr(torch, stored)
     rng = state["rng"][RANK % len(state["rng"])]

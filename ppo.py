@@ -4,18 +4,21 @@
 # ///
 """Proximal policy optimisation: reinforcement learning of a language model from a reward model, a rule, or a judge.
 
-    objective(phi) = E_{x, y ~ pi} [ r(x, y) - beta log( pi(y|x) / pi_ref(y|x) ) ] + gamma E_{x ~ D_ptx} [ log pi(x) ]
+    objective(pi) = E_{x, y ~ pi} [ r(x, y) - beta log( pi(y|x) / pi_ref(y|x) ) ] + gamma E_{x ~ D_ptx} [ log pi(x) ]
     InstructGPT (Ouyang et al. 2022, arXiv 2203.02155), eq. 2. Each token is an action: its reward is -beta log(pi/pi_ref), the last
     one's also r(x, y). Advantages by GAE (Schulman et al. 2016, arXiv 1506.02438, eq. 16), and the clipped surrogate of PPO (Schulman et
-    al. 2017, arXiv 1707.06347, eq. 7) with a clipped value loss. This gamma is --ptx-coef; --gamma is GAE's discount, 1 in the paper.
+    al. 2017, arXiv 1707.06347, eq. 7) with a clipped value loss:
+    A_t = sum_l (gamma lambda)^l delta_{t+l},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+    L = E_t [ min( rho_t A_t, clip(rho_t, 1 - e, 1 + e) A_t ) ],  rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)
+    The gamma before E_{x ~ D_ptx} is --ptx-coef; --gamma is GAE's discount, 1 in InstructGPT.
 
 Departures and options
-  1. Not in the paper, taken from its code lineage: lambda 0.95, value clipping 0.2, advantages whitened over the real tokens of all ranks.
+  1. Not in the paper, taken from OpenAI's lm-human-preferences: lambda 0.95, value clipping 0.2, advantages whitened over the real tokens of all ranks.
      InstructGPT's policy lr, lambda and value clip are unpublished; its moving average of the weights is left out.
   2. --ptx-dataset, --ptx-coef: gamma, the likelihood of other text: PPO-ptx; with SFT data, ChatGLM's regulariser (arXiv 2404.00934).
   3. --reference-baseline: r less the reward of the reference's own greedy answer (ChatGLM), with --no-whiten-advantages.
   4. --critic-warmup, --value-clip 0, --no-whiten-advantages, --lam 0.99, --top-p 0.9, --condition: InternLM2 (arXiv 2403.17297).
-  5. --reward-constant, --critic-warmup: Starling's length control and critic pre-training; --train-last-layers: what it was better than.
+  5. --reward-constant, --critic-warmup: Starling's length control and critic pre-training; --train-last-layers 4: it found this worse.
   6. --judge with --rubric: a classifier with a multiple-choice rubric on typed prompts (GPT-4's rule-based reward model); without one,
      the expected score of 1 to 10 (direct RLAIF, Lee et al. 2023, arXiv 2309.00267). --rule: any function of your own.
   7. An answer without a stop token gets --missing-eos-score in place of its reward. Sampled and scored distributions are the same one:
@@ -25,8 +28,8 @@ Reads prompts (column prompt, or a preference data set), a policy, and what rewa
 with tokenizers and templates of their own. Writes the policy to --output-dir, and the value model to value/ in it.
 
   python ppo.py --learning-rate 1e-4 --value-learning-rate 1e-3 --kl-coef 0.2 --max-new-tokens 24                  the grid world
-  python ppo.py --model Qwen/Qwen3-0.6B --reward-model runs/rm --dataset trl-lib/ultrafeedback-prompt              one GPU
-  torchrun --nproc-per-node 8 ppo.py --model Qwen/Qwen3-8B --gradient-checkpointing --reward-model runs/rm --dataset ...  many
+  python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --reward-model runs/rm --dataset trl-lib/ultrafeedback-prompt --max-new-tokens 512   one GPU
+  torchrun --nproc-per-node 8 ppo.py --model Qwen/Qwen2.5-7B-Instruct --gradient-checkpointing --reward-model runs/rm --dataset ...   many
 
   Metric                    at step 1  then                  if not
   objective/scores          -          rises                 flat: lower --kl-coef, raise the learning rates; look at the samples printed
@@ -56,7 +59,7 @@ class Args:
     kl_target: float = 0.0
     """adapt --kl-coef to hold this KL in nats per answer (Ziegler et al.: 6; 0: fixed)"""
     kl_horizon: int = 10000
-    """answers over which --kl-target acts"""
+    """answers in which --kl-target changes --kl-coef by a fifth at most (Ziegler et al.: 10000)"""
     max_kl: float = 0.0
     """stop, with what has been learnt, when the KL to the reference exceeds this (0: never)"""
     gamma: float = 1.0
@@ -242,7 +245,7 @@ def shaped_rewards(scores, logps, ref_logps, mask, kl_coef: float):
     """Per-token rewards (InstructGPT eq. 2): -beta log(pi/pi_ref) everywhere, the score on the last token of the answer.
 
     scores [B]; logps, ref_logps, mask [B, T], right-padded. Returns [B, T]."""
-    rewards = -kl_coef * (logps - ref_logps) * mask  # k1, which is unbiased in the reward
+    rewards = -kl_coef * (logps - ref_logps) * mask  # log(pi/pi_ref) of the sampled token: an unbiased estimate of the KL
     last = mask.sum(1).long() - 1  # [B]
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
     return rewards
@@ -251,8 +254,8 @@ def shaped_rewards(scores, logps, ref_logps, mask, kl_coef: float):
 def gae(rewards, values, mask, gamma: float, lam: float, last_value=0.0):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards in time.
 
-    rewards, values, mask [B, T]; masked positions are transparent: they neither earn nor pass anything on. last_value: of the state
-    after the last step, 0 where the episode has ended, V where it was only cut off. Returns advantages and returns [B, T]."""
+    rewards, values, mask [B, T]; masked positions are skipped: they earn nothing, and what comes after them reaches what stands before.
+    last_value: of the state after the last step, 0 where the episode has ended (an answer always has), V where it was only cut off. Returns advantages and returns [B, T]."""
     advantages = torch.zeros_like(rewards)
     next_value, next_advantage = torch.zeros_like(rewards[:, 0]) + last_value, torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -280,7 +283,7 @@ def value_loss(values, old_values, returns, clip: float):
 
 
 def whiten(x, mask, shift_mean: bool = True):
-    """Variance 1 over the real tokens of all ranks (biased variance, as in InstructGPT's code lineage), mean 0 unless told. [B, T]."""
+    """Variance 1 (the biased one) over the real tokens of all ranks, and mean 0, or with shift_mean False their own. x, mask [B, T]."""
     n, total = over_ranks(torch.stack([mask.sum(), (x * mask).sum()])).tolist()
     mean = total / n
     variance = over_ranks(((x - mean).square() * mask).sum()) / n
@@ -1111,7 +1114,9 @@ def judge_logps(model, tokenizer, talks: list, options: list, args, device) -> t
     for talk in talks:
         prompt, replies = encode(tokenizer, as_messages(talk, "user"), options, stops)
         n = min(min(shared(replies[0], reply), len(reply) - 1) for reply in replies)  # what all begin with, such as an empty thought
-        asked.append(Row(prompt + replies[0][:n], [reply[n:] for reply in replies]))
+        rest = [reply[n:] for reply in replies]
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", 2**20) - max(map(len, rest))
+        asked.append(Row((prompt + replies[0][:n])[-max(1, longest) :], rest))
     for group, forwards, target in packed(asked, args.tokens_per_forward, device, model.together):
         token_logp = model.token_logps(forwards, target)[0]
         lengths = [len(reply) for i in group for reply in asked[i].responses]
@@ -1143,7 +1148,9 @@ def rule_scores(rule, device, rows: list, texts: list) -> torch.Tensor:
     """A function's rewards [B], NaN where it returns None; it gets prompts, completions, and every other column as a list."""
     if not rows:
         return torch.zeros(0, device=device)
-    columns = {k: [row.extra[k] for row in rows] for k in rows[0].extra if k not in ("prompt", "completion", "chosen", "rejected")}
+    columns = {
+        k: [row.extra[k] for row in rows] for k in rows[0].extra if k not in ("prompt", "prompts", "completion", "completions", "chosen", "rejected")
+    }
     prompts = [row.extra["prompt"] for row in rows]
     completions = [as_messages(text) if isinstance(prompt, list) else text for prompt, text in zip(prompts, texts)]
     try:
@@ -1441,7 +1448,8 @@ def claim(args, out: Path, plan: dict):
     if RANK == 0:
         for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
             shutil.rmtree(stale)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
+        for stale in ("metrics.jsonl", "report.json", "test_time.png"):
+            (out / stale).unlink(missing_ok=True)
         machine = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
         machine |= dict(ranks=WORLD, threads=torch.get_num_threads())
         write_json(out / "args.json", dict(script=Path(__file__).name, finished=False, args=asdict(args), plan=plan) | machine)
@@ -1516,7 +1524,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
         getattr(model, "reshard", lambda: None)()  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)  # what a killed save left
-    moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items()}
+    # an optimiser that has made no step has no state, and to be asked for it would make it take one
+    moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items() if o.state}
     rng = [dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)]
     if WORLD > 1:
         everyone = [None] * WORLD
@@ -1543,8 +1552,8 @@ def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **stat
 def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     """The training state of a checkpoint whose models are loaded already; cuts metrics.jsonl back to its step."""
     state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
-    for name, optimizer in optimizers.items():
-        dcp.set_optimizer_state_dict(models[name][0], optimizer, state["optimizers"][name], options=dcp.StateDictOptions(full_state_dict=True))
+    for name, moments in state["optimizers"].items():
+        dcp.set_optimizer_state_dict(models[name][0], optimizers[name], moments, options=dcp.StateDictOptions(full_state_dict=True))
     for name, stored in state["stored"].items():
         models[name][0].stored = getattr(torch, stored)
     rng = state["rng"][RANK % len(state["rng"])]
@@ -1693,14 +1702,15 @@ def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
     for i in range(passes):
         order = shuffled(n, step * passes + i, seed)
         cuts = [round(k * n / parts) for k in range(parts + 1)]
-        yield from (order[a:b] for a, b in zip(cuts, cuts[1:]) if b > a)
+        yield from (order[a:b] for a, b in zip(cuts, cuts[1:]))
 
 
 def as_texts(tokenizer, rows: list, answers: list, stops: list) -> list:
     """Answers as the reward sources read them: without the stop token and other special tokens."""
     texts = []
     for row, ids in zip(rows, answers):
-        before = row.prompt[-1:] if isinstance(row.extra["prompt"], str) else []  # SentencePiece drops the space before a text's first word
+        goes_on = isinstance(row.extra["prompt"], str) or row.extra["prompt"][-1]["role"] == "assistant"
+        before = row.prompt[-1:] if goes_on else []  # SentencePiece drops the space before a text's first word
         text = tokenizer.decode(before + (ids[:-1] if ids and ids[-1] in stops else ids), skip_special_tokens=True)
         texts.append(text[len(tokenizer.decode(before, skip_special_tokens=True)) :])
     return texts
@@ -1754,6 +1764,8 @@ def check(args):
         refuse(f"--reward-weights: {len(args.reward_weights)} weights for {len(args.reward_model)} reward models; give one for each")
     if not (args.reward_model or args.rule or args.judge):
         refuse("nothing gives a reward: pass --reward-model, --rule or --judge")
+    if args.kl_target and not args.kl_coef:
+        refuse("--kl-target multiplies --kl-coef, which is 0; give it a value to start from")
     if bool(args.ptx_coef) != bool(args.ptx_dataset):
         refuse("--ptx-dataset and --ptx-coef go together: pass both or neither")
     if args.rubric and not args.judge:
@@ -1809,7 +1821,7 @@ def main(args: Args):
         claim(args, out, plan)
     started -= state["seconds"]
     episode, kl_coef, updates = state["episode"], state["kl_coef"], state["updates"]
-    baselines = state["baselines"][RANK % len(state["baselines"])]  # by row: each rank's own, to the last bit
+    baselines = state["baselines"][RANK % len(state["baselines"])]  # reward by row; each rank's own: another packing may differ in the last bit
     steps = math.ceil(len(rows) / args.batch_size) * args.epochs
     steps = min(steps, args.max_steps or steps)
     ptx_size = args.ptx_batch_size or math.ceil(args.batch_size * args.num_generations / args.num_minibatches)
@@ -1845,7 +1857,7 @@ def main(args: Args):
             ref_parts, _ = response_logps(reference, answered, kept, args, device)
             value_parts = response_values(value, answered, args, device)
         old_logps, ref_logps, old_values = (padded(parts, device) for parts in (logp_parts, ref_parts, value_parts))
-        mask = padded([[1.0] * len(t) for t in tokens], device).bool()  # [B, T], as all of these
+        mask = padded([[1.0] * len(t) for t in tokens], device).bool()  # [this rank's answers, T], as all of these
         # 7. rewards per token, advantages and returns
         token_rewards = shaped_rewards(scores, old_logps, ref_logps, mask, kl_coef)
         if args.whiten_rewards:
@@ -1866,7 +1878,8 @@ def main(args: Args):
             part = [i for i, slot in enumerate(slots) if slot in chosen]  # of these, this rank's answers
             part_rows = [answered[i] for i in part]
             flat = lambda x, group: torch.cat([x[part[i], : len(tokens[part[i]])] for i in group] or [x.new_zeros(1)])  # their tokens, end to end
-            # 9. the policy's clipped loss, and the likelihood of other text
+            # 9. the policy's clipped loss, and the likelihood of other text; a rank that has no answers left goes along with an empty group:
+            # a spare token of weight 0, since FSDP's ranks must keep step
             for group, forwards, target in packed(part_rows, args.tokens_per_forward, device, policy.together) if not warming else ():
                 logps, *_ = policy.token_logps(forwards, target, args.temperature, nuclei(kept, [part[i] for i in group]))
                 old = flat(old_logps, group)
@@ -1898,19 +1911,20 @@ def main(args: Args):
                 sums[6:] += torch.stack([loss.detach(), clipped.sum() / total * bool(group)])
             # 11. one step of AdamW for each
             if not warming:
-                norms[0] = take_step(policy, policy_optimizer, rate * args.learning_rate, args.max_grad_norm)
+                norms[0] += take_step(policy, policy_optimizer, rate * args.learning_rate, args.max_grad_norm)
                 updates += 1
-            norms[1] = take_step(value, value_optimizer, rate * args.value_learning_rate, args.max_grad_norm)
+            norms[1] += take_step(value, value_optimizer, rate * args.value_learning_rate, args.max_grad_norm)
             count += 1
         # 12. what happened
         episode += B
         kl = ((old_logps - ref_logps) * mask).sum()
-        answer_means = (over_ranks(torch.stack([scores.sum(), kl, ended.sum(), (padded(entropy_parts, device)).sum()])) / B).tolist()
+        answer_means = (over_ranks(torch.stack([scores.sum(), kl, ended.sum(), padded(entropy_parts, device).sum()])) / B).tolist()
         gap = (padded(sampled_logps, device) - old_logps).abs().mul(mask).sum()
         moments = torch.stack([gap, (returns - old_values).square().mul(mask).sum(), returns.sum(), returns.square().sum()])
         gap, error, mean_return, square_return = (over_ranks(moments) / sum(lengths)).tolist()
         score, kl, share_eos, entropy = answer_means
         policy_mean, approx_kl, off, ratio, square_ratio, ptx, value_mean, clipped = (over_ranks(sums) / count).tolist()
+        ratio, square_ratio = (1.0, 1.0) if warming else (ratio, square_ratio)  # the policy has not moved
         if step == 0 and not args.reference:
             limit = (1e-3 if dtype == torch.float32 else 0.05) * max(lengths)
             assert abs(kl) < limit, f"KL {kl} to the reference before the first update: the two differ"
@@ -1922,7 +1936,7 @@ def main(args: Args):
             "loss/policy_avg": policy_mean, "loss/value_avg": value_mean, "val/clipfrac_avg": clipped, "val/ratio": ratio,
             "val/ratio_var": max(0.0, square_ratio - ratio**2), "val/num_eos_tokens": share_eos * B, "val/share_eos": share_eos,
             "val/explained_variance": 1 - error / max(1e-8, square_return - mean_return**2), "sampling/logp_difference": gap,
-            "grad_norm": norms[0], "value_grad_norm": norms[1], "lr": rate * args.learning_rate,
+            "grad_norm": norms[0] / count, "value_grad_norm": norms[1] / count, "lr": rate * args.learning_rate,
         } | ({"loss/ptx": ptx} if ptx_rows else {})  # fmt: skip
         for name, x in named.items():
             total, applies = over_ranks(torch.stack([x.nan_to_num(0.0).sum(), (~x.isnan()).sum().float()])).tolist()

@@ -1160,7 +1160,9 @@ def judge_logps(model, tokenizer, talks: list, options: list, args, device) -> t
     for talk in talks:
         prompt, replies = encode(tokenizer, as_messages(talk, "user"), options, stops)
         n = min(min(shared(replies[0], reply), len(reply) - 1) for reply in replies)  # what all begin with, such as an empty thought
-        asked.append(Row(prompt + replies[0][:n], [reply[n:] for reply in replies]))
+        rest = [reply[n:] for reply in replies]
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", 2**20) - max(map(len, rest))
+        asked.append(Row((prompt + replies[0][:n])[-max(1, longest) :], rest))
     for group, forwards, target in packed(asked, args.tokens_per_forward, device, model.together):
         token_logp = model.token_logps(forwards, target)[0]
         lengths = [len(reply) for i in group for reply in asked[i].responses]
@@ -1348,7 +1350,8 @@ def claim(args, out: Path, plan: dict):
     if RANK == 0:
         for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
             shutil.rmtree(stale)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
+        for stale in ("metrics.jsonl", "report.json", "test_time.png"):
+            (out / stale).unlink(missing_ok=True)
         machine = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
         machine |= dict(ranks=WORLD, threads=torch.get_num_threads())
         write_json(out / "args.json", dict(script=Path(__file__).name, finished=False, args=asdict(args), plan=plan) | machine)
@@ -1396,7 +1399,8 @@ def as_written(tokenizer, rows: list, answers: list, stops: list) -> list:
     """Answers as text, with the tags of the thinking (also one that the chat template has opened), without stop and other special tokens."""
     others, texts = [t for t in special_tokens(tokenizer).values() if t not in ("<think>", "</think>")], []
     for row, ids in zip(rows, answers):
-        before = row.prompt[-1:] if isinstance(row.extra["prompt"], str) else []  # SentencePiece drops the space before a text's first word
+        goes_on = isinstance(row.extra["prompt"], str) or row.extra["prompt"][-1]["role"] == "assistant"
+        before = row.prompt[-1:] if goes_on else []  # SentencePiece drops the space before a text's first word
         text = tokenizer.decode(before + (ids[:-1] if ids and ids[-1] in stops else ids))[len(tokenizer.decode(before)) :]
         for other in others:
             text = text.replace(other, "")

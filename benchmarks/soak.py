@@ -29,7 +29,7 @@ RUNS = {  # name -> (command, what is watched in the log besides the pace)
         " --kl-coef 0.02 --learning-rate 1e-4 --epochs 100000 --warmup-ratio 0 --eval-fraction 0 --show-every 0",
         "reward",
     ),
-    "rlaif": ("rlaif.py synthesise --model runs/sft --reward-model runs/reward_model --rows 10000000 --max-new-tokens 150", ""),
+    "rlaif": ("rlaif.py synthesise --model runs/sft --reward-model runs/reward_model --rows 100000 --max-new-tokens 150", ""),
 }
 
 
@@ -88,6 +88,7 @@ def main():
         for axis, points, title in zip(line, (held, [p[:2] for p in log], [(p[0], p[2]) for p in log]), ("MB", "pace", RUNS[name][1] or "-")):
             axis.plot([p[0] / 60 for p in points], [p[1] for p in points])
             axis.set(title=f"{name}.py: {title}", xlabel="minutes", ylim=0 if title != RUNS[name][1] else None)
+            axis.set_visible(title != "-")
         values = [
             [f"{median(p[1] for p in part):.0f}" for part in tenths(held) if part],
             [f"{median(p[1] for p in part):.{0 if name != 'rlaif' else 1}f}" for part in tenths(log) if part],

@@ -191,6 +191,10 @@ def test_the_expected_majority(chances, table):
 
 FOUND = [  # text, how, what is found, what it is compared as
     ("So 3 + 4 = 7.", "number", "7", "7"),
+    ("it is 1e5", "number", "1e5", "100000"),
+    ("2.5e-3 of it", "number", "2.5e-3", "1/400"),
+    ("3eggs", "number", "3", "3"),
+    ("it is \u22125.", "number", "\u22125", "-5"),
     ("It is -7", "number", "-7", "-7"),
     ("10-3 is 10 - 3", "number", "3", "3"),
     ("f(2)-3", "number", "3", "3"),
@@ -1086,6 +1090,7 @@ BAD = {  # what is wrong: (options, what the message names)
     "no such rule": (dict(rule="rules.py:nowhere"), "--rule rules.py:nowhere"),
     "too few rewards": (dict(rule="rules.py:few"), "--rule"),
     "a reference with another tokenizer": (dict(reference="OTHER"), "--reference"),
+    "a reference that is built otherwise": (dict(reference="DEEPER", reference_every=1), "--reference-every"),
     "temperature 0": (dict(temperature=0.0), "--temperature"),
     "top-p 0": (dict(top_p=0.0), "--top-p"),
     "no passes": (dict(num_iterations=0), "--num-iterations"),
@@ -1103,14 +1108,24 @@ def other_policy(talker, tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def deeper_policy(talker, tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("deeper") / "deeper", AutoTokenizer.from_pretrained(talker)
+    config = tiny_config("llama", tokenizer)
+    config.num_hidden_layers += 1
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize("wrong", BAD)
-def test_bad_input_is_one_sentence_and_exit_code_2(wrong, train, talker, other_policy, capsys):
+def test_bad_input_is_one_sentence_and_exit_code_2(wrong, train, talker, other_policy, deeper_policy, capsys):
     options, named = BAD[wrong]
     jsonl(Path("texts.jsonl"), [dict(prompt=q) for q in QUESTIONS])
     jsonl(Path("no_prompts.jsonl"), [dict(text=q) for q in QUESTIONS])
     with open("rules.py", "a") as f:
         f.write("\ndef few(prompts, completions, **columns):\n    return [1.0]\n")
-    known = dict(TALKER=talker, OTHER=other_policy)
+    known = dict(TALKER=talker, OTHER=other_policy, DEEPER=deeper_policy)
     options = {k: tuple(known.get(x, x) for x in v) if isinstance(v, tuple) else known.get(v, v) for k, v in options.items()}
     with pytest.raises(SystemExit) as end:
         train(**options)

@@ -23,6 +23,7 @@ from conftest import FAMILIES, REPO, tiny_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import grpo
 import ppo
 import reward_model
 
@@ -612,6 +613,34 @@ def test_bug19_the_reward_reads_the_words_that_were_sampled(tmp_path, train, spy
         assert row.extra["prompt"] + texts[i] == seen
 
 
+def test_bug19_an_answer_that_goes_on_keeps_its_first_space():
+    """After a text, or a message of the assistant that was begun, under a tokenizer that drops a text's first space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "\u2581is": 1, "\u258142": 2}, unk_token="<unk>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    begun = [*user("How many?"), dict(role="assistant", content="It is")]
+    for prompt, text in (("It is", " 42"), (begun, " 42"), (user("It is"), "42")):
+        assert ppo.as_texts(tokenizer, [ppo.Row([1], [], None, dict(prompt=prompt))], [[2]], []) == [text]
+        assert grpo.as_written(tokenizer, [grpo.Row([1], [], None, dict(prompt=prompt))], [[2]], []) == [text]
+
+
+def test_a_judge_reads_no_more_than_it_has_room_for(tiny_model_dir):
+    """The beginning of too long a question is left out."""
+    judge, tokenizer = ppo.load_frozen(AutoModelForCausalLM, str(tiny_model_dir("gpt2")), CPU, torch.float32, ppo.token_logps)
+    found = ppo.judge_logps(judge, tokenizer, ["up " * n for n in (600, 700, 3)], ["A", "B"], ppo.Args(), CPU)
+    assert found.isfinite().all() and torch.allclose(found[0], found[1], atol=1e-5) and not torch.allclose(found[0], found[2], atol=1e-3)
+
+
+def test_a_rule_may_judge_prompts_of_rankings():
+    """Their own completions and scores do not get in the way of the policy's."""
+    rows = [ppo.Row([1], [[2]], None, dict(prompt="Up?", completions=["a", "b"], scores=[1, 0], kind="k"))]
+    rule = lambda prompts, completions, scores, kind: [float(prompts == ["Up?"] and completions == ["yes"] and scores == [[1, 0]] and kind == ["k"])]
+    assert ppo.rule_scores(rule, CPU, rows, ["yes"]).tolist() == [1]
+
+
 def test_bug03_a_text_prompt_has_one_bos_and_no_end(tiny_tokenizer):
     from tokenizers import processors
 
@@ -958,6 +987,20 @@ def test_critic_warmup_trains_the_value_model_only(train, talker):
     assert not equal(weights("out"), weights(talker)) and [line["loss/policy_avg"] != 0 for line in lines] == [False, True]
 
 
+def test_saving_before_the_first_step_of_an_optimiser_changes_nothing(train, scorer):
+    """Whoever asks torch for the state of an optimiser that has none makes it take a step."""
+    options = dict(critic_warmup=3, max_steps=5, epochs=3, reward_model=(scorer,))
+    train(**options, output_dir="never")
+    train(**options, save_every=1, output_dir="often")
+    assert equal(weights("never"), weights("often")) and equal(weights("never", "value"), weights("often", "value"))
+
+
+def test_the_ratio_of_a_policy_that_has_not_moved_is_one(train):
+    first, second = train(critic_warmup=1)
+    assert first["val/ratio"] == 1 and first["val/ratio_var"] == 0 and first["grad_norm"] == 0 < first["value_grad_norm"]
+    assert second["grad_norm"] > 0
+
+
 def test_train_last_layers_leaves_the_others_as_they_were(train, talker, scorer):
     train(train_last_layers=1, reward_model=(scorer,), save_every=1)
     for before, after in ((weights(talker), weights("out")), (weights(scorer), weights("out", "value"))):
@@ -1166,6 +1209,7 @@ BAD = {  # what is wrong: (options, what the message names)
     "no reward at all": (dict(rule=""), "--reward-model"),
     "weights for other models": (dict(reward_weights=(1.0,)), "--reward-weights"),
     "a rubric and no judge": (dict(rubric="rubric.json"), "--judge"),
+    "a KL to reach and no coefficient": (dict(kl_target=6.0, kl_coef=0.0), "--kl-target"),
     "ptx-coef without data": (dict(ptx_coef=0.5), "--ptx-dataset"),
     "ptx data without coefficient": (dict(ptx_dataset="prompts.jsonl"), "--ptx-coef"),
     "ptx data without text": (dict(ptx_dataset="prompts.jsonl", ptx_coef=0.5), "--ptx-dataset"),
