@@ -730,7 +730,7 @@ def response_sums(values, rows: list):
 
 
 def counted_sums(values, rows: list):
-    """`response_sums` over the tokens that row.extra["content"] gives 1.0, of those it gives 0.0 or 1.0; without it, over all."""
+    """`response_sums` over the trained tokens that row.extra["content"] marks 1.0, the others 0.0; over all, where rows have no such marks."""
     if "content" in rows[0].extra:
         values = values * torch.tensor([c for row in rows for part in row.extra["content"] for c in part], device=values.device)
     return response_sums(values, rows)

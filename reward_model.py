@@ -1317,8 +1317,9 @@ def main(args: Args):
         held_out = prepare(f"--eval-dataset {args.eval_dataset}", other, tokenizer, encode_row)
     elif len(rows) > 1:
         held_out = hold_out(rows, args.eval_fraction, args.seed)
-    if args.loss != "pairs" and any(row.extra["soft"] for row in rows):
-        refuse(f"--loss {args.loss} takes no soft labels, but the data set has a column probability; use --loss pairs or remove it")
+    if (args.loss != "pairs" or args.use_margin) and any(row.extra["soft"] for row in [*rows, *held_out]):
+        option = "--use-margin" if args.use_margin else f"--loss {args.loss}"
+        refuse(f"{option} takes no soft labels, but a data set has a column probability; leave that option out, or remove the column")
     if args.length_buckets:
         rows = balanced(args, rows)
         if not rows:
@@ -1371,7 +1372,8 @@ def main(args: Args):
         loss, right, gap, total = over_ranks(sums).tolist()
         if step == 0 and new:
             at_zero = ranking_loss(args, torch.zeros(answers), batch).item() / len(batch)  # ln 2 for pairs, ln K! for Plackett-Luce
-            assert abs(loss - at_zero) < (1e-4 if dtype == torch.float32 else 0.05), f"the first loss is {loss}, not {at_zero}: is the head at zero?"
+            near = (1e-4 if dtype == torch.float32 else 0.05) * max(1, abs(at_zero))
+            assert abs(loss - at_zero) < near, f"the first loss is {loss}, not {at_zero}: is the head at zero?"
         tokens = sum(len(row.prompt) + sum(map(len, row.responses)) for row in batch)
         num_tokens += tokens
         metrics = dict(step=step + 1, loss=loss, accuracy=right / pairs, margin=gap / pairs, mean_reward=total / answers)

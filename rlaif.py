@@ -28,17 +28,19 @@ The judge's reward 1 to 10 while training (direct RLAIF) is --judge of ppo.py an
 
 Departures
   1. A pair whose orders contradict each other, or nearer to 1/2 than --tie-margin, is a tie, counted and left out; --orders average
-     --tie-margin 0 keeps all, as Lee et al. In rankings every P counts, ties and contradictions too; Starling's were one reply a ranking.
+     --tie-margin 0 keeps all but P = 1/2, as Lee et al. In rankings every P counts, ties and contradictions too; Starling's were one reply a ranking.
   2. Answers that were cut off are not used as data: a model trained on them would learn to stop in the middle.
   3. Magpie: near repeats are found by the policy's own mean hidden states, not by an embedding model, and the earliest stays; ratings are
      1 to 10; the difference to the base model's reward is left out. ChatGLM drops prompts by the variance of their scores, here by the range.
-  4. Self-rewarding: the additive prompt has the paper's parts in our words. Rule Based Rewards: one question with options, no propositions.
+  4. Self-rewarding: the additive prompt has the paper's parts in our words. Rule Based Rewards: one question with options, no propositions;
+     all pairs are fitted, none is held out (the authors: 5 %).
   5. Nothing judges what stands inside <think>, and the judge sees no system prompts.
 
 The judge is a checkpoint, asked through its own chat template and tokenizer (in float32, 4 bytes a parameter, whole on each GPU before it is
 sharded); or, with --judge-url, any server that speaks OpenAI's protocol, to which alone the key of --judge-key goes. What it is asked stands below,
 in REQUESTS; --requests FILE (JSON) replaces any of them: {talk} is the conversation, {a} and {b} or {answer} what is judged, {conversation} both in
-one, and {principle} a line of --principles, which goes on after "Which answer ...". A model that thinks is best asked not to (--judge-body).
+one, and {principle} a line of --principles, worded to follow "Which answer", such as "is more honest". A model that thinks is best asked not to
+(--judge-body).
 
 Reads prompts, pairs (chosen, rejected) or K answers (completions), in any layout that the other scripts read; other columns are kept.
 Writes the data sets above, report.json and, for audit, audit.png to --output-dir, args.json with all arguments, versions and fingerprints
@@ -46,11 +48,13 @@ of what was read. Every batch of rows is on disk (rows.part) before the next beg
 
   python rlaif.py audit --requests data/grid/requests.json                                                          the grid world
   python rlaif.py label --model runs/sft --judge Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback-prompt --rows 1000  one GPU
-  torchrun --nproc-per-node 8 rlaif.py best-of-n --model Qwen/Qwen3-8B --reward-model RM --dataset trl-lib/ultrafeedback-prompt   many
+  torchrun --nproc-per-node 8 rlaif.py best-of-n --model Qwen/Qwen3-8B --reward-model runs/reward_model --dataset trl-lib/ultrafeedback-prompt   many
 
   Figure                 good               if not
   agreement              above 0.8          (of decided pairs) see report.json by kind, audit.png by gap; a larger judge, --reasoning, --requests
   same_position          below 0.2          the judge prefers a place: its pairs become ties; a larger judge, or --orders average
+  first_position         about 0.5          of the pairs decided by the place, those that went to the first: near 0 or 1, one place is always preferred
+  agreement_by_mean      as agreement       the same by the mean P alone, ties included
   abstentions            0                  the judge does not reply with a letter: mend --requests; see --min-mass
   prefers_longer         as given_longer    above it: length bias; train the reward model with --length-buckets
   consistency            above 0.8          two judgements of a pair agree so often (chance: 0.5): other principles, other verdicts
@@ -146,7 +150,7 @@ class PairArgs(LetterArgs):
     orders: Literal["agree", "average"] = "agree"
     """a pair whose two orders prefer different answers is a tie (agree), or only if P is near 1/2 (average; Lee et al.)"""
     tie_margin: float = 0.01
-    """P nearer to 1/2 than this is a tie (0: none is)"""
+    """P no further from 1/2 than this is a tie (0: only P = 1/2 itself)"""
 
 
 @dataclass
@@ -255,9 +259,10 @@ class AuditArgs(RunArgs, RowsArgs, PairArgs):
     dataset: str = "data/grid/test_preferences.jsonl"
     """pairs labelled by those who know: hub id (name or name:config), file, or saved directory"""
     by: Literal["letters", "scores"] = "letters"
-    """what is audited: the judge's choice between two answers, or its scores of 1 to 10 for each (best-of-n and direct RLAIF live on these)"""
+    """what is audited: the judge's choice between two answers, or its scores of 1 to 10 for each (best-of-n and direct RLAIF live on these), which
+    take no principle, order, reasoning or repetition"""
     min_gap: float = 0.0
-    """only pairs whose column score_chosen exceeds score_rejected by so much (0: all)"""
+    """only pairs whose better answer's score leads by so much (0: all but those whose scores contradict chosen and rejected)"""
     output_dir: str = "runs/audit"
     """where report.json and audit.png go"""
 
@@ -1414,12 +1419,13 @@ def as_written(tokenizer, rows: list, answers: list, stops: list) -> list:
 
 def text_of(response) -> str:
     """A response, text or messages, as the text that a judge reads, without its thinking."""
-    return after_thinking("\n".join(m["content"] for m in as_messages(response))).strip()
+    return "\n".join(after_thinking(m["content"]) for m in as_messages(response)).strip()
 
 
 def going_on(prompt, text: str) -> str:
-    """An answer's text as it stands after its prompt: behind a space, where that is text that ends in a word (HH-RLHF's "Assistant:")."""
-    return " " * (isinstance(prompt, str) and not prompt[-1:].isspace()) + text
+    """An answer's text as it stands after its prompt: behind a space, where that ends in a word (HH-RLHF's "Assistant:", or an answer begun)."""
+    begun = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+    return " " * bool(begun[-1:].strip()) + text
 
 
 def as_response(prompt, text: str):
@@ -1557,7 +1563,10 @@ def complete(args, out: Path, files: dict, report: dict, judge=None):
             elif value is not None:
                 say(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")
         if judge and judge.spent:
-            say("  since this process began: " + ", ".join(f"{n} {name}" for name, n in judge.spent.items()))
+            say(
+                f"  since this process began{', on the first rank alone' * (WORLD > 1)}: "
+                + ", ".join(f"{n} {name}" for name, n in judge.spent.items())
+            )
         say(f"{out}: " + ", ".join([*(f"{name} ({len(rows)} rows)" for name, rows in files.items()), "report.json"]))
         if files and not any(rows for name, rows in files.items() if name != "raw.jsonl"):
             refuse(f"{out}: no row is left; report.json there says what became of them")
@@ -1630,8 +1639,10 @@ def usable(texts: list) -> list:
 
 
 def given_text(response) -> str:
-    """A response of the data set, text or messages, as one text."""
-    return response if isinstance(response, str) else response[-1]["content"]
+    """A response of the data set, text or one message, as text."""
+    if not isinstance(response, str) and len(response) > 1:
+        refuse("--dataset: has an answer of several turns, of which only the last could be scored; give answers of one message")
+    return response if isinstance(response, str) else response[0]["content"]
 
 
 def room(model, tokens: int) -> int:
@@ -1734,7 +1745,7 @@ def option_logps(choice: dict, options: list) -> list:
     It names one as its first word, or after such words as "Answer:". Of "1" and "10", where the server may write the second as two tokens and
     gives no probability for the whole, the named one is taken as it is."""
     lead = r"\W*(?i:boxed\W*|(?:the |final )*(?:answer|option|letter|score|rating)\W*(?:is\W*)?)?"
-    word = re.match(lead + r"(\w+)(?! +[a-z])", content_of(choice))  # not the "A" of "A fair comparison"
+    word = re.match(lead + r"(\w+)\b(?! +[a-z])", content_of(choice))  # not the "A" of "A fair comparison", nor of "As an AI"
     if not word or word[1] not in options:
         return [math.nan] * len(options)
     named = [0.0 if option == word[1] else -math.inf for option in options]
@@ -1760,6 +1771,8 @@ def url_judge(args) -> Judge:
         body = json.loads(args.judge_body or "{}")
     except ValueError as e:
         refuse(f"--judge-body: is no JSON ({e})")
+    if not isinstance(body, dict):
+        refuse(f"--judge-body: must be a JSON object, it is {args.judge_body}")
     clean = lambda m: dict(m, content=re.sub(r"<\|.{1,40}?\|>", "", m["content"]))  # what a server might take for the end of a turn
 
     def chat(talk, **options) -> dict:
@@ -1831,7 +1844,7 @@ def load_requests(args) -> dict:
         if name not in REQUESTS or not isinstance(text, str):
             refuse(f"--requests {args.requests}: {name} must be one of {', '.join(REQUESTS)}, and text")
         needed = set(re.findall(r"\{(talk|answer|a|b)\}", REQUESTS[name])) - set(re.findall(r"\{(\w+)\}", text))
-        if needed and not (needed <= {"talk", "answer"} and "{conversation}" in text):
+        if needed and not ("{answer}" in REQUESTS[name] and "{conversation}" in text):
             refuse(f"--requests {args.requests}: {name} has no {{{'}, {'.join(sorted(needed))}}}, so that nothing could be judged by it")
     return REQUESTS | own
 
@@ -1912,7 +1925,8 @@ def judge_report(found: list) -> dict:
     if known:
         report["given_longer"] = mean([c["given"] == c["longer"] for c in uneven if c["given"]])
         report["agreement"] = mean([c["sign"] == c["given"] for c in decided if c["given"]])
-        report["agreement_by_mean"] = mean([(c["first"] + c["second"] > 1) == (c["given"] > 0) for c in heard if c["given"]])  # ties too
+        means = [(c["given"], (c["first"] + c["second"]) / 2) for c in heard if c["given"]]
+        report["agreement_by_mean"] = mean([(1 + given * ((p > 0.5) - (p < 0.5))) / 2 for given, p in means])  # ties too; 1/2 counts half
         said = lambda c: {"a": 1, "b": -1}.get(c["verdict"], c["verdict"])
         names = lambda c: said(c) if isinstance(said(c), str) else "agree" if said(c) == c["given"] else "disagree"
         counts = {kind: Counter(names(c) for c in known if c["kind"] == kind) for kind in sorted({c["kind"] for c in known})}
@@ -2046,14 +2060,11 @@ def best_of_n(args: BestOfNArgs):
     models, items = load_reward_models(args, device, dtype), load_items(args, *policies.values())
     if not policies and max(len(item["responses"]) for item in items) < 2:
         refuse(f"--dataset {args.dataset}: has no two answers to choose from; pass --model to sample them")
+    given = {} if policies else {item["number"]: [(given_text(r), True) for r in item["responses"]] for item in items}
 
     for batch in batches(args, out, plan, items, done, "best of n"):
         # 2. N answers to each prompt, those that came to an end
-        answers = (
-            policy_answers(*policies[args.model], batch, args.n, args)
-            if policies
-            else [[(given_text(r), True) for r in i["responses"]] for i in batch]
-        )
+        answers = policy_answers(*policies[args.model], batch, args.n, args) if policies else [given[item["number"]] for item in batch]
         asked = [(item, k, text) for item, texts in zip(batch, answers) for k, text in enumerate(usable(texts))]
         read = [stripped(item["prompt"], after_thinking(text)) for item, _, text in asked]  # what a judge or reward model sees
         # 3. their scores
@@ -2326,10 +2337,11 @@ def weigh(args: WeighArgs):
     kinds = [kind for kind in kinds if any(item["kind"] == kind for item in items)]  # the others get no reward
     if not items:
         refuse(f"--dataset {args.dataset}: has no labelled answers whose kind is one of the rubric's: {', '.join(rubric['reward'])}")
+    given = {item["number"]: [after_thinking(given_text(response)) for response in item["responses"]] for item in items}
 
     for batch in batches(args, out, plan, items, done, "weigh"):
         # 2. the reward models' scores and the probabilities of the rubric's options, by answer
-        asked = [(item, stripped(item["prompt"], after_thinking(given_text(response)))) for item in batch for response in item["responses"]]
+        asked = [(item, stripped(item["prompt"], text)) for item in batch for text in given[item["number"]]]
         scores = sum(
             reward_scores(*m, conditions, args, device, [Row([], [[]], None, i) for i, _ in asked], [text for _, text in asked]) for m in models
         )
@@ -2372,7 +2384,7 @@ def weigh(args: WeighArgs):
 
 
 def misordered(weights, better, worse, better_features, worse_features) -> float:
-    """The share of pairs in which the worse answer has the larger total reward."""
+    """The share of pairs in which the better answer does not have the larger total reward."""
     return (better + (weights * better_features).sum(-1) <= worse + (weights * worse_features).sum(-1)).float().mean().item()
 
 

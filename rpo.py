@@ -1390,8 +1390,8 @@ def main(args: Args):
     sets = {"--dataset": load_rows("--dataset", args.dataset, args.dataset_split)}
     if args.eval_dataset:
         sets["--eval-dataset"] = load_rows("--eval-dataset", args.eval_dataset, args.eval_split)
-    check_columns(args, f"--dataset {args.dataset}", sets["--dataset"])
-    check_columns(args, f"--eval-dataset {args.eval_dataset}", sets.get("--eval-dataset", sets["--dataset"]))
+    for option, data in sets.items():
+        check_columns(args, f"{option} {args.dataset if option == '--dataset' else args.eval_dataset}", data)
     source = str(last or args.model)
     tokenizer = load_tokenizer(source)
     stops = stop_tokens(tokenizer)

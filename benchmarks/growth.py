@@ -1,7 +1,7 @@
 """How time and memory grow: with the length of rows, the batch, the tokens of a forward, the vocabulary, the answers to a prompt, and the model.
 
     python benchmarks/growth.py                      all of them, some minutes on one core: benchmarks/RESULTS.md and growth.png
-    python benchmarks/growth.py --axes vocabulary    one of them
+    python benchmarks/growth.py --axes vocabulary    one of them; the others' rows stay
 
 One thing changes at a time; the rest is a Llama of 4 layers of width 256, 8192 words, 32 rows of 256 tokens a step and 2048 tokens a forward. Every
 point is a process of its own. Time is the median of a step; memory the peak above what the process holds after its imports, and beside it what
@@ -11,6 +11,7 @@ weights, gradients and AdamW's moments alone take, 16 bytes a parameter.
 import argparse
 import importlib
 import json
+import math
 import random
 import subprocess
 import sys
@@ -121,18 +122,20 @@ def measure(folder: Path, point: dict) -> dict:
     return result | dict(weights=16 * parameters >> 20)
 
 
-def draw(found: dict):
+def draw(rows: list):
+    """The rows of the table, a column of pictures for each axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(found), figsize=(2.6 * len(found), 5), layout="constrained", squeeze=False)
-    for (name, points), (above, below) in zip(found.items(), axes.T):
-        x = [value for value, _ in points]
-        above.plot(x, [result["seconds"] for _, result in points], "o-")
-        below.plot(x, [result["memory"] for _, result in points], "o-", label="peak")
-        below.plot(x, [result["weights"] for _, result in points], "--", color="grey", label="weights, moments")
+    cells = [[cell.strip() for cell in row.strip("| ").split("|")] for row in rows]
+    figure, axes = plt.subplots(2, len(AXES), figsize=(2.6 * len(AXES), 5), layout="constrained")
+    for name, (above, below) in zip(AXES, axes.T):
+        x, seconds, _, peak, weights = zip(*[map(float, values) for axis, *values in cells if axis == name] or [[math.nan] * 5])
+        above.plot(x, seconds, "o-")
+        below.plot(x, peak, "o-", label="peak")
+        below.plot(x, weights, "--", color="grey", label="weights, moments")
         above.set(title=name, ylim=0)
         below.set(ylim=0)
     axes[0, 0].set(ylabel="seconds a step")
@@ -145,7 +148,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
     args = parser.parse_args()
-    found, rows = {}, []
+    results, axis_of = HERE / "RESULTS.md", lambda row: row.split("|")[1].strip()
+    old = results.read_text().partition("## Growth\n")[2].partition("\n## ")[0].splitlines() if results.exists() else []
+    rows = [row for row in old if row.startswith("|") and axis_of(row) in {*AXES} - {*args.axes}]
     with tempfile.TemporaryDirectory() as folder:
         make_words(Path(folder))
         for axis in args.axes:
@@ -154,11 +159,11 @@ def main():
                 result = measure(Path(folder), point)
                 answers = full["answers"] if full["method"] != "sft" else 1
                 tokens = full["batch"] * full["length"] if answers == 1 else full["batch"] * full["length"] * (2 + answers) // 3
-                found.setdefault(axis, []).append((full[key], result))
                 cells = [axis, full[key], f"{result['seconds']:.2f}", f"{tokens / result['seconds']:.0f}", result["memory"], result["weights"]]
                 rows.append(f"| {' | '.join(map(str, cells))} |")
                 print(rows[-1], flush=True)
-    draw(found)
+    rows.sort(key=lambda row: list(AXES).index(axis_of(row)))  # stable: an axis keeps the order of its points
+    draw(rows)
     head = "| what grows | to | seconds a step | tokens/s | peak MB | of weights and moments |\n" + "| --- " * 6 + "|"
     text = f"{machine()}\n\n{__doc__.split(chr(10) * 2)[2].strip()}\n\n{head}\n" + "\n".join(rows) + "\n\n![growth](growth.png)"
     write_results("Growth", text)

@@ -104,7 +104,9 @@ def main():
                 print(rows[-1], flush=True)
     figure.savefig(HERE / "soak.png", dpi=80)
     table = "| run | what | by tenths of the time |\n| --- | --- | --- |\n" + "\n".join(rows)
-    write_results("Soak", f"{machine()}\n\n{args.minutes:.0f} minutes each{', side by side' if args.together else ''}.\n\n{table}\n\n![soak](soak.png)")
+    write_results(
+        "Soak", f"{machine()}\n\n{args.minutes:.0f} minutes each{', side by side' if args.together else ''}.\n\n{table}\n\n![soak](soak.png)"
+    )
 
 
 if __name__ == "__main__":

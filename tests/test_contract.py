@@ -214,7 +214,9 @@ def test_every_recipe_has_its_row():
     readme = (REPO / "README.md").read_text()
     rows = dict(re.findall(r"(?m)^\| \[([\w-]+)\.sh\]\(recipes/\1\.sh\) \|.*\| (.*) \|$", readme))
     assert set(rows) == {path.stem for path in (REPO / "recipes").glob("*.sh")}
-    assert {name for name, holds in rows.items() if "not measured" not in holds} == {path.stem for path in REPO.glob("recipes/results/*.csv")} & set(rows)
+    assert {name for name, holds in rows.items() if "not measured" not in holds} == {path.stem for path in REPO.glob("recipes/results/*.csv")} & set(
+        rows
+    )
 
 
 def test_both_pages_say_the_same():

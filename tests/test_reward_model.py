@@ -793,6 +793,13 @@ def test_bad_arguments_are_refused(flags, short_run, tmp_path, capsys):
     assert f"--{name.replace('_', '-')}" in said or str(flags[name]) in said
 
 
+@pytest.mark.parametrize("flags, named", [(dict(loss="focal"), "--loss focal"), (dict(use_margin=True), "--use-margin")])
+@pytest.mark.parametrize("option", ["dataset", "eval_dataset"])
+def test_soft_labels_with_a_loss_that_takes_none_are_refused(option, flags, named, short_run, tmp_path, capsys):
+    soft = jsonl(tmp_path / "soft.jsonl", [dict(prompt="a", chosen=" b", rejected=" c", probability=0.8)] * 4)
+    assert named in refused(rm, capsys, **short_run | flags | {option: soft}, output_dir=str(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("content", ["[1]", '{"helpful": 3}', "{"])
 def test_bad_conditions_are_refused(content, short_run, tmp_path, capsys):
     (tmp_path / "conditions.json").write_text(content)

@@ -204,10 +204,33 @@ def test_the_talk_that_a_judge_reads(prompt, text):
         ("Up ", "Up"), ("<think>secret</think>\n\nUp", "Up"), ("<think>secret, without end", ""), ("Up <think>more", "Up"),
         ("secret</think>Up", "Up"), ([dict(role="assistant", content="<think>a</think>Up")], "Up"),
         ([dict(role="assistant", content="Up"), dict(role="user", content="Why?"), dict(role="assistant", content="So")], "Up\nWhy?\nSo"),
+        ([dict(role="assistant", content="Up"), dict(role="user", content="Why?"), dict(role="assistant", content="<think>h</think>So")],
+         "Up\nWhy?\nSo"),
     ],
 )  # fmt: skip
 def test_thinking_is_not_judged(response, text):
     assert rlaif.text_of(response) == text
+
+
+@pytest.mark.parametrize("prompt, text", [
+    ("Human: 6 x 7?\n\nAssistant:", " 42"), ("6 x 7 = ", "42"), (talk("6 x 7?"), "42"),
+    ([*talk("6 x 7?"), dict(role="assistant", content="It is")], " 42"), ([*talk("6 x 7?"), dict(role="assistant", content="It is\n")], "42"),
+])  # fmt: skip
+def test_an_answer_stands_behind_a_space_where_a_word_goes_before(prompt, text):
+    assert rlaif.going_on(prompt, "42") == text
+
+
+def test_requests_must_show_what_is_judged(tmp_path, capsys):
+    for name, text, right in [
+        ("score", "{conversation} 1 to 10?", True), ("quality", "{talk} 1 to 10?", True), ("quality", "{conversation} 1 to 10?", False),
+        ("compare", "{conversation}\n{principle}\nA. {a}\nB. {b}", False), ("compare", "{talk} A. {a} {principle}", False),
+    ]:  # fmt: skip
+        (tmp_path / "requests.json").write_text(json.dumps({name: text}))
+        load = lambda: rlaif.load_requests(rlaif.LabelArgs(requests=str(tmp_path / "requests.json")))
+        if right:
+            assert load()[name] == text
+        else:
+            assert f"{name} has no {{" in sentence(load, capsys)
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "qwen3", "glm", "none of its own", "mistral"])
@@ -238,6 +261,8 @@ def served(content, *tokens) -> dict:
 
 
 HEARD = {  # a server's reply -> the probability of each option, None: no reply
+    "a refusal that begins with A": (served("As an AI language model, I cannot choose."), None),
+    "a word that begins with B": (served("By comparison, they are equal."), None),
     "a letter": (served("A", ("A", dict(A=0.6, B=0.3))), [0.6, 0.3]),
     "a letter among other tokens": (served("B", ("B", dict(B=0.5, A=0.2, The=0.2))), [0.2, 0.5]),
     "with and without space": (served("A", ("A", {"A": 0.5, " A": 0.1, "B": 0.2, " B": 0.05, "\nB": 0.05})), [0.6, 0.3]),
@@ -271,6 +296,7 @@ def test_a_servers_reply_is_read(case):
 def test_a_number_of_two_tokens_counts_as_named():
     ten = served("10", ("1", {"1": 0.9, "2": 0.1}), ("0", {"0": 1.0}))
     near([math.exp(p) for p in rlaif.option_logps(ten, rlaif.TEN)], [0.0] * 9 + [1.0])
+    assert all(math.isnan(p) for p in rlaif.option_logps(served("10 out of 10"), rlaif.TEN))  # not the 1 of "10"
     one = served("1", ("1", {"1": 0.9, "10": 0.06, "2": 0.04}))
     near([math.exp(p) for p in rlaif.option_logps(one, rlaif.TEN)], [0.9, 0.04, *[0.0] * 7, 0.06])
     begun = served("1", ("1", {"1": 0.9, "2": 0.1}))  # who knows how much of it is the beginning of 10
@@ -1392,6 +1418,13 @@ def test_a_run_goes_on_with_fewer_requests_or_another_key(change, ai, ruled, mon
     ai("label", batch_size=2, resume=True, **change)
 
 
+def test_answers_of_several_turns_are_not_scored_by_their_last(ai, scorer, capsys):
+    turns = [dict(role="assistant", content="Look"), dict(role="user", content="ok"), dict(role="assistant", content="42")]
+    jsonl(Path("turns.jsonl"), [dict(prompt=talk("Sum?"), completions=[turns, [dict(role="assistant", content="41")]], scores=[1, 0], kind="a")])
+    said = sentence(lambda: ai("best-of-n", model="", reward_model=(scorer,), dataset="turns.jsonl"), capsys)
+    assert "several turns" in said and not Path("out/rows.part").exists()
+
+
 def test_a_directory_in_use_is_refused_and_overwritten_only_when_asked(ai, ruled, capsys):
     ruled()
     ai("label")
@@ -1592,6 +1625,7 @@ def test_the_body_of_a_request_may_be_changed(ai, server, capsys):
     for _, _, body in one.seen:
         assert not {"temperature", "max_tokens"} & set(body) and body["max_completion_tokens"] == 9 and body["extra"] == dict(a=1)
     assert "--judge-body" in sentence(lambda: ai("label", judge_url=one.url, judge_body="{", output_dir="x"), capsys)
+    assert "--judge-body" in sentence(lambda: ai("label", judge_url=one.url, judge_body="[1]", output_dir="x"), capsys)
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
