@@ -13,8 +13,8 @@
     The gamma before E_{x ~ D_ptx} is --ptx-coef; --gamma is GAE's discount, 1 in InstructGPT.
 
 Departures and options
-  1. Not in the paper, taken from OpenAI's lm-human-preferences: lambda 0.95, value clipping 0.2, advantages whitened over the real tokens of all ranks.
-     InstructGPT's policy lr, lambda and value clip are unpublished; its moving average of the weights is left out.
+  1. Not in the paper, taken from OpenAI's lm-human-preferences: lambda 0.95, value clipping 0.2, advantages whitened over the real tokens of all
+     ranks. InstructGPT's policy lr, lambda and value clip are unpublished; its moving average of the weights is left out.
   2. --ptx-dataset, --ptx-coef: gamma, the likelihood of other text: PPO-ptx; with SFT data, ChatGLM's regulariser (arXiv 2404.00934).
   3. --reference-baseline: r less the reward of the reference's own greedy answer (ChatGLM), with --no-whiten-advantages.
   4. --critic-warmup, --value-clip 0, --no-whiten-advantages, --lam 0.99, --top-p 0.9, --condition: InternLM2 (arXiv 2403.17297).
@@ -255,7 +255,8 @@ def gae(rewards, values, mask, gamma: float, lam: float, last_value=0.0):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards in time.
 
     rewards, values, mask [B, T]; masked positions are skipped: they earn nothing, and what comes after them reaches what stands before.
-    last_value: of the state after the last step, 0 where the episode has ended (an answer always has), V where it was only cut off. Returns advantages and returns [B, T]."""
+    last_value: of the state after the last step, 0 where the episode has ended (an answer always has), V where it was only cut off.
+    Returns advantages and returns [B, T]."""
     advantages = torch.zeros_like(rewards)
     next_value, next_advantage = torch.zeros_like(rewards[:, 0]) + last_value, torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):

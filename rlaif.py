@@ -53,7 +53,7 @@ of what was read. Every batch of rows is on disk (rows.part) before the next beg
   Figure                 good               if not
   agreement              above 0.8          (of decided pairs) see report.json by kind, audit.png by gap; a larger judge, --reasoning, --requests
   same_position          below 0.2          the judge prefers a place: its pairs become ties; a larger judge, or --orders average
-  first_position         about 0.5          of the pairs decided by the place, those that went to the first: near 0 or 1, one place is always preferred
+  first_position         about 0.5          of the pairs decided by the place, those that went to the first; near 0 or 1: one place is preferred
   agreement_by_mean      as agreement       the same by the mean P alone, ties included
   abstentions            0                  the judge does not reply with a letter: mend --requests; see --min-mass
   prefers_longer         as given_longer    above it: length bias; train the reward model with --length-buckets
