@@ -109,7 +109,8 @@ class AnnotateArgs:
 @dataclass
 class ScoreArgs:
     checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
-    """directories of causal language models with a chat template; one row of the table each"""
+    """directories of causal language models with a chat template, one row of the table each; of several paths (runs/*) what is no policy
+    is left out"""
     data: str = "data/grid"
     """directory of test.jsonl and test_pretrain.jsonl"""
     samples: int = 8
@@ -927,12 +928,19 @@ def data(args: DataArgs):
 # --------------------------------------------------------------------------------------------------------------------- policies
 
 
+def no_policy(directory) -> str:
+    """Why a path is no policy's; "" if it is."""
+    if not (Path(directory) / "config.json").is_file():
+        return "is no checkpoint directory (it has no config.json); correct the path, or make it first"
+    if "SequenceClassification" in (Path(directory) / "config.json").read_text(encoding="utf-8"):
+        return "is a reward model, which scores answers and gives none; name a policy"
+    return ""
+
+
 def must_be_checkpoints(directories):
     for directory in directories:
-        if not (Path(directory) / "config.json").is_file():
-            refuse(f"{directory}: is no checkpoint directory (it has no config.json); correct the path, or make it first")
-        if "SequenceClassification" in (Path(directory) / "config.json").read_text(encoding="utf-8"):
-            refuse(f"{directory}: is a reward model, which scores answers and gives none; name a policy")
+        if no_policy(directory):
+            refuse(f"{directory}: {no_policy(directory)}")
 
 
 def load_policy(name: str):
@@ -1216,20 +1224,23 @@ def score(args: ScoreArgs):
     """One table, a row for each checkpoint, and one picture."""
     if not args.checkpoints or args.samples < 1 or args.max_new_tokens < 1:
         refuse("score: needs a checkpoint directory (python gridworld.py score runs/sft), and --samples and --max-new-tokens of at least 1")
-    must_be_checkpoints(args.checkpoints)
+    policies = [d for d in args.checkpoints if not no_policy(d) or not Path(d).exists()] or args.checkpoints  # of runs/*, those that are one
+    must_be_checkpoints(policies)
+    if len(policies) < len(args.checkpoints):
+        print(f"left out, no policies: {', '.join(d for d in args.checkpoints if d not in policies)}")
     picture, table = make_place("--output", Path(args.output), (".png", ".pdf", ".svg")), make_place("--csv", Path(args.csv))
     prompts = read_column("--data", Path(args.data) / "test.jsonl", "prompt", read_grid)
     texts = read_column("--data", Path(args.data) / "test_pretrain.jsonl", "text")
     grids, rng = [read_grid(prompt) for prompt in prompts], random.Random(args.seed)
     tasks, thinking = [pair_task(rng, grid, clear=True) for grid in grids], [[user(grid_text(grid) + THINK)] for grid in grids]
-    names = [Path(directory).name for directory in args.checkpoints]
-    names = names if len(set(names)) == len(names) else list(args.checkpoints)
+    names = [Path(directory).name for directory in policies]
+    names = names if len(set(names)) == len(names) else list(policies)
     rows, width = references(grids, args.samples), max(map(len, [*names, "best safe walk"]))
     print(f"{len(grids)} held-out grids, {sum(map(is_blocked, grids))} of them without a safe path; {args.samples} answers to each")
     print(" " * width + "".join(f"{key:>{max(len(key), 5) + 1}}" for key in COLUMNS))
     for name, row in rows.items():
         print(table_line(name, row, width), flush=True)
-    for name, directory in zip(names, args.checkpoints):
+    for name, directory in zip(names, policies):
         model, tokenizer = load_policy(directory)
         ask = partial(answer_all, model, tokenizer, seed=args.seed)
         sampled, tokens = ask(prompts, n=args.samples, max_new_tokens=args.max_new_tokens, temperature=1.0)

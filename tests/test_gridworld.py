@@ -1316,6 +1316,22 @@ def test_score_of_a_random_model(small, checkpoint, tmp_path, capsys):
     assert (tmp_path / "s" / "score.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_of_all_that_stands_in_a_folder_the_policies_are_scored(small, checkpoint, tmp_path, capsys):
+    """`score runs/*`: files, folders of other things and reward models are left out, by name; a path that does not exist is refused."""
+    reward_model = shutil.copytree(checkpoint, tmp_path / "reward_model")
+    config = json.loads((reward_model / "config.json").read_text())
+    (reward_model / "config.json").write_text(json.dumps(config | dict(architectures=["LlamaForSequenceClassification"])))
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "seed-1").mkdir()
+    found = sorted(tmp_path.iterdir())
+    assert list(scored(small, tmp_path, *found))[3:] == ["tiny"]
+    printed = capsys.readouterr().out
+    assert all(str(path) in printed.splitlines()[0] for path in found if path != checkpoint) and str(checkpoint) not in printed.splitlines()[0]
+    with pytest.raises(SystemExit):
+        scored(small, tmp_path, checkpoint, tmp_path / "nowhere")
+    assert "nowhere: is no checkpoint" in capsys.readouterr().err
+
+
 def test_the_tax_is_the_loss_per_token_of_held_out_text(small, checkpoint, tmp_path):
     model, tokenizer = g.load_policy(str(checkpoint))
     total, count = 0.0, 0
