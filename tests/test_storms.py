@@ -175,7 +175,8 @@ def close_weights(ours: Path, theirs: Path):
         a, b = load_file(ours / file.relative_to(theirs)), load_file(file)
         assert a.keys() == b.keys()
         for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
+            # AdamW divides a gradient by its own size, and so makes the rounding of small ones as large as a share of a step
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow)])
