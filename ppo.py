@@ -487,8 +487,8 @@ def as_pair(prompt, chosen, rejected):
     """(prompt, [chosen, rejected]) from any published layout: the prompt apart, or inside both; text or messages."""
     if isinstance(chosen, list) and (not isinstance(prompt, list) or not prompt):  # a prompt in words is inside the messages, or their first turn
         chosen, rejected = as_messages(chosen), as_messages(rejected)
-        if chosen[0]["role"] == "assistant":
-            return as_messages(prompt or "", "user"), [chosen, rejected]
+        if not chosen or not rejected or chosen[0]["role"] == "assistant":
+            return as_messages(prompt, "user") if prompt else [], [chosen, rejected]
         n = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
         while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
             n -= 1
@@ -577,8 +577,8 @@ def template_options(row: dict) -> dict:
     """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
     tools = row.get("tools")
     ours = ("chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt", "continue_final_message")  # no row's business
-    options = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None and k not in ours}
-    return options | (dict(tools=json.loads(tools) if isinstance(tools, str) else tools) if tools else {})
+    options = {k: v for k, v in without_none(row.get("chat_template_kwargs") or {}).items() if k not in ours}
+    return options | (dict(tools=json.loads(tools) if isinstance(tools, str) else without_none(tools)) if tools else {})
 
 
 def demonstrations(tokenizer, max_length: int, everything: bool, allow_special: bool):
@@ -744,17 +744,17 @@ def pack(rows: list, device, together: bool = True):
 class TargetLogps(torch.autograd.Function):
     """The log-probability of each target token, the entropy of its distribution, and whether the token is the likeliest; each [N].
 
-    hidden [N, d], head [V, d], bias [V] or None, target [N]; finish(logits, at) ends the logits of the tokens of a slice.
+    hidden [N, d], head [V, d], bias [V] or None, target [N]; adjust(logits, at): what follows the output layer, for the tokens of slice at.
     Of the logits [N, V] no more than a chunk of tokens ever stands in memory; the backward pass computes it again, with
     d log pi(y) / d logits = 1[y] - pi. The gradient of the head is summed over chunks in float32."""
 
     @staticmethod
-    def forward(ctx, hidden, head, bias, target, finish):
-        size = max(256, 2**23 // len(head))  # tokens of a chunk: 32 MB of logits, or more, since each adds to the whole gradient of the head
+    def forward(ctx, hidden, head, bias, target, adjust):
+        size = max(256, 2**23 // len(head))  # tokens of a chunk: 32 MB of logits; at least 256, as each adds a whole [V, d] to the head's gradient
         ctx.save_for_backward(hidden, head, bias, target)
-        ctx.chunks, ctx.finish, parts = [slice(i, i + size) for i in range(0, len(target), size)], finish, []
+        ctx.chunks, ctx.adjust, parts = [slice(i, i + size) for i in range(0, len(target), size)], adjust, []
         for at in ctx.chunks:
-            logits = finish(F.linear(hidden[at], head, bias).float(), at)  # [n, V]
+            logits = adjust(F.linear(hidden[at], head, bias).float(), at)  # [n, V]
             logps = logits.log_softmax(-1)
             logp = logps.gather(-1, target[at, None])[:, 0]
             top = logp == logps.amax(-1)  # amax is several times faster than argmax
@@ -766,22 +766,22 @@ class TargetLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_):
         hidden, head, bias, target = ctx.saved_tensors
-        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
-        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        d_hidden, wanted = torch.empty_like(hidden), zip((head, bias), ctx.needs_input_grad[1:3])  # the head may be frozen
+        d_head, d_bias = (torch.zeros_like(w, dtype=torch.float32) if needed else None for w, needed in wanted)
         for at in ctx.chunks:
-            with torch.enable_grad():  # through what finish does
-                raw = F.linear(hidden[at], head, bias).float().detach().requires_grad_()
-                logits = ctx.finish(raw, at)
+            raw = F.linear(hidden[at], head, bias).float().requires_grad_()
+            with torch.enable_grad():  # through what adjust does
+                logits = ctx.adjust(raw, at)
             d = logits.detach().softmax(-1).mul_(-g[at, None])
             d[torch.arange(len(d), device=d.device), target[at]] += g[at]
             (d,) = torch.autograd.grad(logits, raw, d)
             d = d.to(head.dtype)  # [n, V]
             d_hidden[at] = d @ head
-            if ctx.needs_input_grad[1]:  # it may be frozen
+            if d_head is not None:
                 d_head += d.T @ hidden[at]
-            if bias is not None:
+            if d_bias is not None:
                 d_bias += d.sum(0)
-        return d_hidden, d_head.to(head.dtype), None if bias is None else d_bias.to(bias.dtype), None, None
+        return d_hidden, *(x if x is None else x.to(head.dtype) for x in (d_head, d_bias)), None, None
 
 
 def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
@@ -793,7 +793,7 @@ def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
-    def finish(logits, at):
+    def adjust(logits, at):
         logits = logits if scale == 1 else logits * scale
         logits = cap * torch.tanh(logits / cap) if cap else logits
         logits = logits if temperature == 1 else logits / temperature
@@ -804,7 +804,7 @@ def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
             logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)  # finite, so that p log p is 0 there
         return logits
 
-    return TargetLogps.apply(hidden, head.weight, head.bias, target, finish)
+    return TargetLogps.apply(hidden, head.weight, head.bias, target, adjust)
 
 
 def response_scores(self, forwards):
@@ -863,6 +863,8 @@ def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False,
             refuse(f"{name}: its weights are damaged: {weight} holds numbers that are not finite")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
+    if model.base_model is model:
+        refuse(f"{name}: {type(model).__name__} does not name its base model, which this script needs")
     model = ready(model, device, stored or torch.float32, dropout)
     model.together = rows_agree(model, device, dtype)
     if not model.together:

@@ -406,8 +406,8 @@ def as_pair(prompt, chosen, rejected):
     """(prompt, [chosen, rejected]) from any published layout: the prompt apart, or inside both; text or messages."""
     if isinstance(chosen, list) and (not isinstance(prompt, list) or not prompt):  # a prompt in words is inside the messages, or their first turn
         chosen, rejected = as_messages(chosen), as_messages(rejected)
-        if chosen[0]["role"] == "assistant":
-            return as_messages(prompt or "", "user"), [chosen, rejected]
+        if not chosen or not rejected or chosen[0]["role"] == "assistant":
+            return as_messages(prompt, "user") if prompt else [], [chosen, rejected]
         n = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
         while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
             n -= 1
@@ -503,8 +503,8 @@ def template_options(row: dict) -> dict:
     """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
     tools = row.get("tools")
     ours = ("chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt", "continue_final_message")  # no row's business
-    options = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None and k not in ours}
-    return options | (dict(tools=json.loads(tools) if isinstance(tools, str) else tools) if tools else {})
+    options = {k: v for k, v in without_none(row.get("chat_template_kwargs") or {}).items() if k not in ours}
+    return options | (dict(tools=json.loads(tools) if isinstance(tools, str) else without_none(tools)) if tools else {})
 
 
 def rankings(args, tokenizer, max_length: int, conditions: dict):
@@ -541,7 +541,7 @@ def rankings(args, tokenizer, max_length: int, conditions: dict):
         prompt_ids, ids = encode(tokenizer, with_condition(prompt, conditions.get(kind, "")), responses, stops, **options)
         if not prompt_ids:
             raise Drop("prompt and answers share no token boundary")
-        empty = [not "".join(m["content"] for m in as_messages(r)).strip() for r in responses]
+        empty = [not any(m["content"].strip() or "tool_calls" in m for m in as_messages(r)) for r in responses]
         fits = [i for i, r in enumerate(ids) if len(prompt_ids) + len(r) <= max_length and not empty[i]]
         notes["answers dropped: empty"] += sum(empty)
         notes["answers dropped: beyond --max-length"] += len(ids) - sum(empty) - len(fits)
@@ -714,6 +714,8 @@ def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False,
             refuse(f"{name}: its weights are damaged: {weight} holds numbers that are not finite")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
+    if model.base_model is model:
+        refuse(f"{name}: {type(model).__name__} does not name its base model, which this script needs")
     model = ready(model, device, stored or torch.float32, dropout)
     model.together = rows_agree(model, device, dtype)
     if not model.together:

@@ -409,6 +409,28 @@ def test_bug11_what_cannot_be_compared_is_dropped(row, tiny_tokenizer):
         read(tiny_tokenizer, row, max_length=30)
 
 
+@pytest.mark.parametrize("row", [
+    dict(chosen=GOOD, rejected=BAD), dict(chosen=GOOD, rejected=BAD, question="Which way?"), dict(chosen=[], rejected=BAD), dict(prompt="", chosen=GOOD, rejected=[]),
+])  # fmt: skip
+def test_an_answer_to_nothing_is_dropped(row, tiny_tokenizer):
+    with pytest.raises(dpo.Drop, match="empty prompt"):
+        read(tiny_tokenizer, row)
+
+
+def test_an_answer_that_only_calls_a_tool_is_an_answer(tiny_tokenizer):
+    call = dict(role="assistant", content="", tool_calls=[dict(type="function", function=dict(name="go", arguments=dict(x=1)))])
+    notes = Counter()
+    row = read(tiny_tokenizer, dict(prompt=WAY, chosen=[call], rejected=BAD), notes)
+    assert len(row.responses) == 2 and not notes["answers dropped: empty"]
+
+
+def test_answers_are_shown_within_the_models_positions(tiny_model_dir, capsys):
+    """A GPT-2 has no position beyond its last."""
+    model, tokenizer = dpo.load_frozen(AutoModelForCausalLM, str(tiny_model_dir("gpt2")), CPU, torch.float32, dpo.token_logps)
+    dpo.show_answers(model, tokenizer, [Row([5] * 505, [[6]])], [0], 128)
+    assert "->" in capsys.readouterr().out
+
+
 def test_an_empty_prompt_is_dropped(tiny_tokenizer):
     with pytest.raises(dpo.Drop, match="empty prompt"):
         read(tiny_tokenizer, dict(chosen="yes", rejected="no"))

@@ -805,6 +805,21 @@ def test_bad_arguments_are_refused(flags, uneven, tmp_path, capsys):
     assert f"--{name}" in refused(sft, capsys, **uneven | flags, output_dir=str(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("size, heads", [(130, 4), (36, 4), (100, 3)])
+def test_a_width_that_heads_cannot_share_is_refused(size, heads, tmp_path, capsys):
+    data = jsonl(tmp_path / "rows.jsonl", [dict(text="up and down")] * 4)
+    said = refused(sft, capsys, dataset=data, model="", hidden_size=size, num_heads=heads, output_dir=str(tmp_path / "run"))
+    assert f"--hidden-size {size}" in said
+
+
+def test_tools_from_parquet_have_no_parameters_of_other_rows(tmp_path):
+    """Arrow gives every struct the keys of all, as nulls."""
+    tool = lambda name: [dict(type="function", function=dict(name="go", parameters=dict(properties={name: dict(type="integer")})))]
+    sft.Dataset.from_list([dict(tools=tool("x")), dict(tools=tool("y"))]).to_parquet(tmp_path / "rows.parquet")
+    rows = sft.load_rows("--dataset", str(tmp_path / "rows.parquet"))
+    assert [sft.template_options(row)["tools"] for row in rows] == [tool("x"), tool("y")]
+
+
 def test_a_model_whose_head_does_more_than_we_know_is_refused(uneven, tmp_path, capsys, monkeypatch):
     from transformers import LlamaForCausalLM
 
