@@ -1084,7 +1084,7 @@ def claim(args, out: Path, plan: dict):
     if RANK == 0:
         for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
             shutil.rmtree(stale)
-        for stale in ("metrics.jsonl", "report.json", "test_time.png"):
+        for stale in ("metrics.jsonl", "report.json", "test_time.png"):  # of whichever script ran here before
             (out / stale).unlink(missing_ok=True)
         machine = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
         machine |= dict(ranks=WORLD, threads=torch.get_num_threads())

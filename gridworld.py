@@ -290,7 +290,7 @@ def gae(rewards, values, mask, gamma: float, lam: float, last_value=0.0):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards in time.
 
     rewards, values, mask [B, T]; masked positions are skipped: they earn nothing, and what comes after them reaches what stands before.
-    last_value: of the state after the last step, 0 where the episode has ended (an answer always has), V where it was only cut off.
+    last_value: of the state after the last step, 0 where the episode has ended, V where it was only cut off; 0 for every answer.
     Returns advantages and returns [B, T]."""
     advantages = torch.zeros_like(rewards)
     next_value, next_advantage = torch.zeros_like(rewards[:, 0]) + last_value, torch.zeros_like(rewards[:, 0])

@@ -255,7 +255,7 @@ def gae(rewards, values, mask, gamma: float, lam: float, last_value=0.0):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards in time.
 
     rewards, values, mask [B, T]; masked positions are skipped: they earn nothing, and what comes after them reaches what stands before.
-    last_value: of the state after the last step, 0 where the episode has ended (an answer always has), V where it was only cut off.
+    last_value: of the state after the last step, 0 where the episode has ended, V where it was only cut off; 0 for every answer.
     Returns advantages and returns [B, T]."""
     advantages = torch.zeros_like(rewards)
     next_value, next_advantage = torch.zeros_like(rewards[:, 0]) + last_value, torch.zeros_like(rewards[:, 0])
@@ -1451,7 +1451,7 @@ def claim(args, out: Path, plan: dict):
     if RANK == 0:
         for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
             shutil.rmtree(stale)
-        for stale in ("metrics.jsonl", "report.json", "test_time.png"):
+        for stale in ("metrics.jsonl", "report.json", "test_time.png"):  # of whichever script ran here before
             (out / stale).unlink(missing_ok=True)
         machine = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
         machine |= dict(ranks=WORLD, threads=torch.get_num_threads())

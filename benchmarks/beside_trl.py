@@ -304,8 +304,8 @@ def main():
     head = "| script | seconds | TRL | times as fast | MB | TRL | times the memory | TRL's setting |\n" + "| --- " * 8 + "|"
     pairs, questions = Path(args.pairs).name, Path(args.questions).name
     half = max(1, args.steps // 2)
-    work = f"{args.steps} steps of 16 rows of {pairs}; grpo.py and ppo.py: {half} of 64 answers of at most 64 tokens to prompts of {questions},"
-    work += " 8 each and one each."
+    work = f"{args.steps} steps of 16 rows of {pairs}; grpo.py: {half} of 8 prompts of {questions} x 8 answers; ppo.py: {half} of 64 prompts x 1;"
+    work += " at most 64 tokens."
     text = f"{machine()}\n\n{work} Medians of {args.repeats} runs of each side in turn, and the range.\n\n{head}\n" + "\n".join(rows)
     write_results(heading, text)
     print(f"\n{text}\n\nwritten to {HERE / 'RESULTS.md'}")
