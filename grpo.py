@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
+# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17,<5.40", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
 # ///
 """Group relative policy optimisation: reinforcement learning without a critic; verifiable rewards, and thinking before the answer.
 
@@ -31,8 +31,8 @@ Reads prompts (column prompt, or question; instructions such as "put the answer 
 say {"enable_thinking": false}, goes to the template), other columns for the rewards, and a policy. Writes the policy, args.json,
 metrics.jsonl, curves.png and, with --match or --rule, what the last evaluation found, report.json and test_time.png, to --output-dir.
 
-  python grpo.py --dataset data/grid/reasoning.jsonl --rule gridworld.py:walk_score --batch-size 16 --max-new-tokens 96 --learning-rate 1e-4
-                                                                                                                   the grid world
+  python grpo.py --model runs/sft --dataset data/grid/reasoning.jsonl --rule gridworld.py:walk_score --batch-size 16 --max-new-tokens 96 \\
+    --learning-rate 1e-4                                                                                           the grid world
   python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main --match number                     one GPU
   torchrun --nproc-per-node 8 grpo.py --model Qwen/Qwen2.5-7B-Instruct --gradient-checkpointing --dataset openai/gsm8k:main --match number  many
 
@@ -61,6 +61,11 @@ import tyro
 
 @dataclass
 class Args:
+    # --- required
+    model: str
+    """policy to start from: hub id or directory"""
+    dataset: str
+    """prompts: hub id (name or name:config), .jsonl/.json/.parquet file (also .gz), or saved directory"""
     # --- method
     num_generations: int = 8
     """G, answers to each prompt (DeepSeekMath: 64; DeepSeek-R1 and DAPO: 16)"""
@@ -114,13 +119,9 @@ class Args:
     step_separator: str = ""
     """process supervision: text that ends a step of an answer, e.g. a line break in bash $'\\n' (empty: one reward for the whole answer)"""
     # --- model
-    model: str = "runs/sft"
-    """policy to start from: hub id or directory"""
     reference: str = ""
     """what the KL is measured to (empty: --model)"""
     # --- data
-    dataset: str = "data/grid/reasoning.jsonl"
-    """hub id (name or name:config), .jsonl/.json/.parquet file (also .gz), or saved directory"""
     dataset_split: str = "train"
     """split, for hub data sets and saved directories"""
     eval_dataset: str = ""

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
+# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17,<5.40", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
 # ///
 """Proximal policy optimisation: reinforcement learning of a language model from a reward model, a rule, or a judge.
 
@@ -27,7 +27,8 @@ Departures and options
 Reads prompts (column prompt, or a preference data set), a policy, and what rewards it: reward models and the judge may be of any size,
 with tokenizers and templates of their own. Writes the policy to --output-dir, and the value model to value/ in it.
 
-  python ppo.py --learning-rate 1e-4 --value-learning-rate 1e-3 --kl-coef 0.2 --max-new-tokens 24                  the grid world
+  python ppo.py --model runs/sft --reward-model runs/reward_model --dataset data/grid/prompts.jsonl --learning-rate 1e-4 \\
+    --value-learning-rate 1e-3 --kl-coef 0.2 --max-new-tokens 24                                                    the grid world
   python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --reward-model runs/rm --dataset trl-lib/ultrafeedback-prompt --max-new-tokens 512   one GPU
   torchrun --nproc-per-node 8 ppo.py --model Qwen/Qwen2.5-7B-Instruct --gradient-checkpointing --reward-model runs/rm --dataset ...   many
 
@@ -53,6 +54,11 @@ import tyro
 
 @dataclass
 class Args:
+    # --- required
+    model: str
+    """policy to start from: hub id or directory"""
+    dataset: str
+    """prompts: hub id (name or name:config), .jsonl/.json/.parquet file (also .gz), or saved directory"""
     # --- method
     kl_coef: float = 0.05
     """beta, the pull to the reference (InstructGPT: 0.02; InternLM2: 0.01)"""
@@ -113,15 +119,11 @@ class Args:
     ptx_batch_size: int = 0
     """its rows per optimiser step (0: as many as answers; InstructGPT: 8 times as many)"""
     # --- model
-    model: str = "runs/sft"
-    """policy to start from: hub id or directory"""
     reference: str = ""
     """what the KL is measured to (empty: --model)"""
     value_model: str = ""
     """value model to start from (empty: the first reward model, or where that has another tokenizer, --model with a head at zero)"""
     # --- data
-    dataset: str = "data/grid/prompts.jsonl"
-    """hub id (name or name:config), .jsonl/.json/.parquet file (also .gz), or saved directory"""
     dataset_split: str = "train"
     """split, for hub data sets and saved directories"""
     eval_dataset: str = ""

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
+# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17,<5.40", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
 # ///
 """Reinforcement learning from AI feedback: data sets labelled, rewritten, chosen or invented by language models, for every other script.
 
@@ -46,7 +46,7 @@ Reads prompts, pairs (chosen, rejected) or K answers (completions), in any layou
 Writes the data sets above, report.json and, for audit, audit.png to --output-dir, args.json with all arguments, versions and fingerprints
 of what was read. Every batch of rows is on disk (rows.part) before the next begins: with --resume no finished batch is lost or asked for again.
 
-  python rlaif.py audit --requests data/grid/requests.json                                                          the grid world
+  python rlaif.py audit --dataset data/grid/test_preferences.jsonl --requests data/grid/requests.json              the grid world
   python rlaif.py label --model runs/sft --judge Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback-prompt --rows 1000  one GPU
   torchrun --nproc-per-node 8 rlaif.py best-of-n --model Qwen/Qwen3-8B --reward-model runs/reward_model --dataset trl-lib/ultrafeedback-prompt   many
 
@@ -87,9 +87,9 @@ class RunArgs:
     """replace what is in --output-dir"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RowsArgs:
-    dataset: str = "data/grid/prompts.jsonl"
+    dataset: str
     """hub id (name or name:config), .jsonl/.json/.parquet file (also .gz), or saved directory"""
     dataset_split: str = "train"
     """split, for hub data sets and saved directories"""
@@ -97,9 +97,9 @@ class RowsArgs:
     """rows of --dataset, drawn at random (0: all)"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PolicyArgs:
-    model: str = "runs/sft"
+    model: str
     """policy that answers: hub id or directory"""
     temperature: float = 1.0
     """of its sampling"""
@@ -153,16 +153,16 @@ class PairArgs(LetterArgs):
     """P no further from 1/2 than this is a tie (0: only P = 1/2 itself)"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LabelArgs(RunArgs, RowsArgs, PairArgs, AnswerArgs):
+    dataset: str
+    """prompts; without --model, pairs or `completions`: hub id (name or name:config), file, or saved directory"""
     model: str = ""
     """policy that answers: hub id or directory (empty: the answers are in --dataset)"""
     k: int = 2
     """answers to each prompt that --model gives (Starling: 7)"""
     clamp: float = 0.4
     """with --reasoning, P stays between this and 1 less this (Constitutional AI: 0.4; 0: no clamp)"""
-    dataset: str = "data/grid/preferences.jsonl"
-    """prompts; without --model, pairs or `completions`: hub id (name or name:config), file, or saved directory"""
     output_dir: str = "data/label"
     """where pairs.jsonl or rankings.jsonl, and report.json, go"""
 
@@ -185,9 +185,9 @@ class ReviseArgs(RunArgs, RowsArgs, JudgeArgs, AnswerArgs):
     """where sft.jsonl and report.json go"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BestOfNArgs(RunArgs, RowsArgs, LetterArgs, AnswerArgs):
-    model: str = "runs/sft"
+    model: str
     """policy that answers: hub id or directory (empty: the answers are the data set's `completions`)"""
     judge: str = ""
     """model that scores the answers: hub id or directory, may be --model (empty: --reward-model does); with --judge-url the model's name there"""
@@ -244,9 +244,9 @@ class SynthesiseArgs(RunArgs, LetterArgs, PolicyArgs):
     """where raw.jsonl, sft.jsonl, prompts.jsonl and report.json go"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CompareArgs(RunArgs, RowsArgs, PairArgs, AnswerArgs):
-    model: tyro.conf.Positional[str] = "runs/sft"
+    model: tyro.conf.Positional[str]
     """policy A: hub id or directory"""
     against: tyro.conf.Positional[str] = "runs/base"
     """policy B: hub id or directory"""
@@ -254,9 +254,9 @@ class CompareArgs(RunArgs, RowsArgs, PairArgs, AnswerArgs):
     """where comparisons.jsonl and report.json go"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AuditArgs(RunArgs, RowsArgs, PairArgs):
-    dataset: str = "data/grid/test_preferences.jsonl"
+    dataset: str
     """pairs labelled by those who know: hub id (name or name:config), file, or saved directory"""
     by: Literal["letters", "scores"] = "letters"
     """what is audited: the judge's choice between two answers, or its scores of 1 to 10 for each (best-of-n and direct RLAIF live on these), which
@@ -267,9 +267,9 @@ class AuditArgs(RunArgs, RowsArgs, PairArgs):
     """where report.json and audit.png go"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class WeighArgs(RunArgs, RowsArgs, LetterArgs):
-    dataset: str = "data/grid/preferences.jsonl"
+    dataset: str
     """pairs or `completions` with scores, and a column kind: hub id (name or name:config), file, or saved directory"""
     rubric: str = "data/grid/rubric.json"
     """JSON {"question": text, "options": {"A": text, ...}, "reward": {kind: ...}}; kinds without a reward get none"""

@@ -21,13 +21,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 f64 = lambda *values: torch.tensor(values, dtype=torch.float64)
 
 
+def settings(**options):
+    """Args for functions that read neither --model nor --dataset."""
+    return grpo.Args(**dict(model="", dataset="") | options)
+
+
 def near(actual, expected, tolerance=1e-6):
     torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
 
 
 # --------------------------------------------------------------------------------------------------------- the method, in numbers
 
-GROUPS = [  # METHODS.md A7.6 and B7: rewards, by the population's deviation, by the sample's, by none
+GROUPS = [  # worked numbers: rewards, by the population's deviation, by the sample's, by none
     ([1, 0, 0, 1], [1, -1, -1, 1], [0.866025, -0.866025, -0.866025, 0.866025], [0.5, -0.5, -0.5, 0.5]),
     ([1, 0, 0, 0], [1.732051, *[-0.57735] * 3], [1.5, -0.5, -0.5, -0.5], [0.75, -0.25, -0.25, -0.25]),
     ([0.2, 0.8, 0.5], [-1.224745, 1.224745, 0], [-1, 1, 0], [-0.3, 0.3, 0]),
@@ -47,7 +52,7 @@ def test_advantages_of_a_group(rewards, population, sample, none):
 
 @pytest.mark.parametrize("size", [2, 3, 7, 8, 12, 16, 64])
 @pytest.mark.parametrize("scale", ["sample", "population", "none"])
-def test_bug27_a_group_of_equal_rewards_is_exactly_nothing(size, scale):
+def test_a_group_of_equal_rewards_is_exactly_nothing(size, scale):
     """Also where the mean of equal numbers is, for rounding, another number: AdamW would make a whole step of any remainder."""
     rewards = torch.tensor([0.1, 0.3, 0.7, 1.1, 1 / 3, 2.2, 0.0, 1.0, -5.5]).repeat(size, 1).T
     assert not grpo.group_advantages(rewards, scale).any()
@@ -55,7 +60,7 @@ def test_bug27_a_group_of_equal_rewards_is_exactly_nothing(size, scale):
 
 
 def test_advantages_of_steps():
-    """METHODS.md A7.6: two answers of three steps and of two."""
+    """Two answers of three steps and of two."""
     rewards = [f64(0.1, 0.7, 0.9), f64(0.3, 0.2)]
     a, b = grpo.step_advantages(rewards, "population", 0.0)
     near(a, [1.236795, 2.343400, 1.497172]), near(b, [-1.236795, -0.781133])
@@ -92,7 +97,7 @@ def test_clip_higher(ratio, advantage, objective):
 def test_gradient_coefficient(advantage, logp, ref, coefficient):
     """Eq. 21: A + beta (pi_ref / pi - 1) on the gradient of log pi, where pi_old is pi."""
     logps = f64(logp).requires_grad_()
-    grpo.grpo_loss(logps, logps.detach(), f64(ref), f64(advantage), f64(1.0), grpo.Args(kl_coef=0.04)).backward()
+    grpo.grpo_loss(logps, logps.detach(), f64(ref), f64(advantage), f64(1.0), settings(kl_coef=0.04)).backward()
     near(-logps.grad, [coefficient])
 
 
@@ -100,13 +105,13 @@ AGGREGATED = [("response", [0.25, 0.125], 0.0), ("token", [1 / 6, 1 / 6], 1 / 3)
 
 
 @pytest.mark.parametrize("normalise, weights, loss", AGGREGATED)
-def test_bug27_normalisers(normalise, weights, loss):
-    """An answer of 2 tokens with advantage 1, one of 4 with -1, at most 8 (METHODS.md A7.6); then the first cut off; then both."""
+def test_normalisers(normalise, weights, loss):
+    """An answer of 2 tokens with advantage 1, one of 4 with -1, at most 8; then the first cut off; then both."""
     lengths, advantages = f64(2, 4), f64(1, 1, -1, -1, -1, -1)
     found = grpo.answer_weights(lengths, f64(1, 1), normalise, 8)
     near(found, weights)
     by_token, logps = found.repeat_interleave(lengths.long()), torch.randn(6, dtype=torch.float64).requires_grad_()
-    result = grpo.grpo_loss(logps, logps.detach(), None, advantages, by_token, grpo.Args())
+    result = grpo.grpo_loss(logps, logps.detach(), None, advantages, by_token, settings())
     near(result.detach(), loss)
     near(torch.autograd.grad(result, logps)[0], (-advantages * by_token).tolist())
     near(grpo.answer_weights(lengths, f64(0, 1), normalise, 8), [0, dict(response=1 / 4, token=1 / 4, constant=1 / 8)[normalise]])
@@ -140,7 +145,7 @@ def test_the_gradient_of_a_group_is_unbiased():
             advantages = grpo.group_advantages(f64([rewards[a] for a in pair]), "none")[0].repeat_interleave(lengths)
             weights = grpo.answer_weights(lengths, torch.ones(2, dtype=torch.float64), normalise, longest).repeat_interleave(lengths)
             both = torch.cat([logps(a) for a in pair])
-            expected = expected + both.sum().exp().detach() * grpo.grpo_loss(both, both.detach(), None, advantages, weights, grpo.Args())
+            expected = expected + both.sum().exp().detach() * grpo.grpo_loss(both, both.detach(), None, advantages, weights, settings())
         found[normalise] = torch.autograd.grad(expected, table)[0]
     torch.testing.assert_close(found["constant"], exact / 2, rtol=0, atol=1e-12)
     assert torch.cosine_similarity(found["response"].flatten(), exact.flatten(), dim=0) < 0.999
@@ -168,7 +173,7 @@ def test_majority_of_votes_and_ties():
     assert majority(list("rwrr"), 1) == 0.75
 
 
-VOTES = [  # METHODS.md B7: the right answer first
+VOTES = [  # worked numbers: the right answer first
     ([0.4, 0.2, 0.2, 0.2], {1: 0.4, 3: 0.448, 5: 0.50944, 8: 0.580096, 16: 0.707554}),
     ([0.3, 0.4, 0.3], {1: 0.3, 3: 0.288, 8: 0.260755, 64: 0.133359}),
 ]
@@ -372,7 +377,7 @@ def test_no_reward_but_the_format_sees_the_thinking(talker, scorer, tmp_path):
         seen.extend(completions)
         return [0.0] * len(prompts)
 
-    args = grpo.Args(reward_model=(scorer,), judge=talker, format_weight=1.0)
+    args = settings(reward_model=(scorer,), judge=talker, format_weight=1.0)
     rewards = grpo.load_rewards(args, CPU, torch.float32)
     rewards["rule"] = 1.0, lambda rows, texts: grpo.rule_scores(rule, CPU, rows, texts)
     rewards["match"] = 1.0, lambda rows, texts: grpo.match_scores("number", CPU, rows, texts)
@@ -388,8 +393,8 @@ def test_no_reward_but_the_format_sees_the_thinking(talker, scorer, tmp_path):
 
 
 @pytest.mark.parametrize("prompt", ["The sum is", [*talk("Sum"), dict(role="assistant", content="The sum is")]], ids=["text", "begun"])
-def test_bug19_an_answer_that_goes_on_keeps_its_first_space(prompt, scorer):
-    args = grpo.Args(reward_model=(scorer,))
+def test_an_answer_that_goes_on_keeps_its_first_space(prompt, scorer):
+    args = settings(reward_model=(scorer,))
     rewards = grpo.load_rewards(args, CPU, torch.float32)
     found, _ = grpo.all_rewards(rewards, args, [asked(prompt)], [" 12"], CPU)
     model, tokenizer = grpo.load_frozen(AutoModelForSequenceClassification, scorer, CPU, torch.float32, grpo.response_scores, num_labels=1)
@@ -398,14 +403,14 @@ def test_bug19_an_answer_that_goes_on_keeps_its_first_space(prompt, scorer):
 
 
 def test_weights_and_rewards_that_do_not_apply():
-    """DeepSeek-V2's mix of three (METHODS.md A7.6); None of a rule and NaN of a match add nothing."""
+    """DeepSeek-V2's mix of three; None of a rule and NaN of a match add nothing."""
     give = lambda *values: lambda rows, texts: torch.tensor(values)
     rewards = dict(helpful=(0.6, give(1.2, 1.2)), safe=(0.3, give(0.5, math.nan)), rule=(0.1, give(1.0, 1.0)))
-    total, named = grpo.all_rewards(rewards, grpo.Args(), [asked("a"), asked("b")], ["x", "y"], CPU)
+    total, named = grpo.all_rewards(rewards, settings(), [asked("a"), asked("b")], ["x", "y"], CPU)
     near(total, [0.97, 0.82]), near(named["helpful"], [1.2, 1.2])
-    total, named = grpo.all_rewards(rewards, grpo.Args(format_weight=2.0), [asked("a"), asked("b")], ["<think>1</think>x", "y"], CPU)
+    total, named = grpo.all_rewards(rewards, settings(format_weight=2.0), [asked("a"), asked("b")], ["<think>1</think>x", "y"], CPU)
     near(total, [2.97, 0.82])
-    total, named = grpo.all_rewards({}, grpo.Args(format_weight=0.5), [asked("a")], ["<think>1</think>x"], CPU)
+    total, named = grpo.all_rewards({}, settings(format_weight=0.5), [asked("a")], ["<think>1</think>x"], CPU)
     assert total.tolist() == [0.5] and list(named) == ["format"]
     rule = lambda prompts, completions, **columns: [None, 2, -1.5]
     scores = grpo.rule_scores(rule, CPU, [asked("a"), asked("b"), asked("c")], ["x", "y", "z"])
@@ -420,11 +425,11 @@ def test_match_scores():
 
 def test_what_is_right():
     nan = math.nan
-    assert grpo.correctness(grpo.Args(), {}) is None
+    assert grpo.correctness(settings(), {}) is None
     rule, match = torch.tensor([1.0, 0.99, 2.0, nan]), torch.tensor([0.0, 1.0, nan, 0.0])
-    near(grpo.correctness(grpo.Args(), dict(rule=rule))[:3], [1, 0, 1])
-    assert grpo.correctness(grpo.Args(), dict(rule=rule)).isnan().tolist() == [False, False, False, True]
-    near(grpo.correctness(grpo.Args(match="number"), dict(rule=rule, match=match))[:2], [0, 1])  # the match, where there is one
+    near(grpo.correctness(settings(), dict(rule=rule))[:3], [1, 0, 1])
+    assert grpo.correctness(settings(), dict(rule=rule)).isnan().tolist() == [False, False, False, True]
+    near(grpo.correctness(settings(match="number"), dict(rule=rule, match=match))[:2], [0, 1])  # the match, where there is one
 
 
 STEPS = [  # the pieces in which an answer is written, and its text at the end of each step
@@ -461,7 +466,7 @@ def test_advantages_by_steps(tiny_tokenizer):
         return torch.tensor([score.get(text, 5.0) for text in texts])
 
     rows = [asked(talk("1"))._replace(responses=[write("a\nb\nc"), write("x\ny")]), asked(talk("2"))._replace(responses=[write("k\nk"), write("k")])]
-    args = grpo.Args(step_separator="\n", scale="population")
+    args = settings(step_separator="\n", scale="population")
     first, second = grpo.process_advantages(dict(rule=(1.0, rule)), tokenizer, rows, stops, args, CPU)
     assert seen == ["a", "a\nb", "a\nb\nc", "x", "x\ny", "k", "k\nk", "k"]
     one, two, three, four, five = [1.236795] * 2, [2.343400] * 2, [1.497172] * 2, [-1.236795] * 2, [-0.781133] * 2
@@ -581,7 +586,7 @@ def steady(out) -> list:
     return [{k: v for k, v in line.items() if k != "step_time"} for line in lasting(out)]
 
 
-def test_bug22_before_the_first_update_all_policies_are_one(train, spy):
+def test_before_the_first_update_all_policies_are_one(train, spy):
     losses = spy("grpo_loss")
     first, second = train(num_iterations=2)
     assert first["kl"] < 1 and first["sampling/sampling_logp_difference/max"] < 1e-5
@@ -594,7 +599,7 @@ def test_bug22_before_the_first_update_all_policies_are_one(train, spy):
     assert first["learning_rate"] == 1e-3 and first["grad_norm"] > 0 and first["entropy"] > 0 and second["epoch"] == 1
 
 
-def test_bug23_the_distribution_that_is_trained_is_the_sampled_one(train, spy):
+def test_the_distribution_that_is_trained_is_the_sampled_one(train, spy):
     losses = spy("grpo_loss")
     lines = train(temperature=0.7, top_p=0.9, num_iterations=2, num_minibatches=2, max_steps=5, learning_rate=1e-2, max_new_tokens=6)
     assert all(line["sampling/sampling_logp_difference/max"] < 1e-4 for line in lines)
@@ -602,7 +607,7 @@ def test_bug23_the_distribution_that_is_trained_is_the_sampled_one(train, spy):
     assert lines[0]["kl"] > 0 and lines[-1]["clip_ratio/region_mean"] > 0  # passes after the first have moved
 
 
-def test_bug26_two_equal_prompts_are_two_groups(train, spy, talker):
+def test_two_equal_prompts_are_two_groups(train, spy, talker):
     """Rewards all 0 for one, all 1 for the other: nothing to learn, where a mixture of both groups would teach much."""
     jsonl(Path("twins.jsonl"), [dict(prompt=talk("up"), truth=truth) for truth in (0.0, 1.0)])
     advantages = spy("group_advantages")
@@ -615,7 +620,7 @@ def test_bug26_two_equal_prompts_are_two_groups(train, spy, talker):
 
 
 @pytest.mark.parametrize("normalise", ["response", "token", "constant"])
-def test_bug27_the_first_gradients_are_those_of_a_naive_implementation(normalise, train, spy, monkeypatch, talker, tiny_model_dir):
+def test_the_first_gradients_are_those_of_a_naive_implementation(normalise, train, spy, monkeypatch, talker, tiny_model_dir):
     """Two minibatches, a temperature, a reference of its own, answers cut off and masked: every index in the loop counts."""
     gradients, real = [], grpo.take_step
 
@@ -652,13 +657,13 @@ def test_bug27_the_first_gradients_are_those_of_a_naive_implementation(normalise
         torch.testing.assert_close(gradients[0][name], direct[name], rtol=0, atol=1e-4 * scale, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_bug04_neither_memory_knob_changes_anything(train):
+def test_neither_memory_knob_changes_anything(train):
     for name, change in dict(whole={}, small=dict(tokens_per_forward=30), again=dict(gradient_checkpointing=True)).items():
         train(**change, output_dir=name, num_minibatches=2, num_iterations=2)
     assert_near("whole", "small"), assert_near("whole", "again")
 
 
-def test_bug27_equal_rewards_move_nothing(train, talker):
+def test_equal_rewards_move_nothing(train, talker):
     (line,) = train(rule="rules.py:same", kl_coef=0.0, max_steps=1, num_generations=8, learning_rate=1e-2)
     assert line["frac_reward_zero_std"] == 1 and line["grad_norm"] == 0 and line["reward"] == pytest.approx(0.1) and line["reward_std"] < 1e-6
     assert unmoved("out", talker)
@@ -941,7 +946,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize("options", RESUMED, ids=lambda options: " ".join(options) or "plain")
-def test_bug28_a_killed_run_resumed_is_the_uninterrupted_one(options, train, monkeypatch, spy):
+def test_a_killed_run_resumed_is_the_uninterrupted_one(options, train, monkeypatch, spy):
     options = LONG | options
     train(**options, output_dir="whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -965,7 +970,7 @@ def test_bug28_a_killed_run_resumed_is_the_uninterrupted_one(options, train, mon
     assert equal(a | dict(seconds=0), b | dict(seconds=0))
 
 
-def test_bug28_killed_for_good_and_resumed(train):
+def test_killed_for_good_and_resumed(train):
     """By the signal that nothing can catch, at a random moment."""
     options = train.usual | LONG | dict(reference_every=2)
     train(**LONG, reference_every=2, output_dir="whole")
@@ -986,7 +991,7 @@ def killed_at(args, step: int):
     grpo.main(args)
 
 
-def test_bug28_a_run_killed_in_its_last_evaluation_is_not_finished(train, monkeypatch):
+def test_a_run_killed_in_its_last_evaluation_is_not_finished(train, monkeypatch):
     options = dict(eval_fraction=0.4, thinking_budgets=(0, 3), save_every=1)
     train(**options, output_dir="whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -1027,7 +1032,7 @@ def test_two_ranks_are_one(name, train, scorer):
 
 
 @pytest.mark.slow
-def test_bug28_two_ranks_resumed(train):
+def test_two_ranks_resumed(train):
     options = dict(batch_size=3, epochs=3, max_steps=4, save_every=2, reference_every=1, zero_spread="resample", rule="rules.py:lively")
     train(2, **options, output_dir="whole")
     shutil.copytree("whole", "killed")
@@ -1148,6 +1153,12 @@ def test_on_the_command_line(run_script, talker, tmp_path):
         and "eval_majority@2" in lines[-1]
         and set(json.loads((tmp_path / "out/report.json").read_text())["thinking_budget"]) == {"0", "4"}
     )
+
+
+def test_model_and_dataset_are_required(run_script, tmp_path):
+    done = run_script("grpo", "--output-dir", "out", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert "--model" in done.stderr and "--dataset" in done.stderr and "--rule" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------- real data

@@ -94,9 +94,14 @@ def plain_logits(model, ids):
     return model(input_ids=torch.tensor([ids])).logits[0].float()
 
 
+def settings(**options):
+    """Args for functions that read neither --model nor --dataset."""
+    return ppo.Args(**dict(model="", dataset="") | options)
+
+
 def answers_of(policy, tokenizer, prompts, numbers, temperature=1.0, top_p=1.0, more_stops=(), **options):
     """Samples and the rows they make: (rows with their answers, sampled log-probabilities, kept ids, args)."""
-    args = ppo.Args(temperature=temperature, top_p=top_p, **options)
+    args = settings(temperature=temperature, top_p=top_p, **options)
     asked, n = [ppo.Row(p, [[]]) for p in prompts], len(numbers) // len(prompts)
     tokens, logps, kept = ppo.sample_answers(
         policy, asked, numbers, [*ppo.stop_tokens(tokenizer), *more_stops], args.tokens_per_forward, temperature, top_p
@@ -225,14 +230,14 @@ def test_rewards_shaped_by_the_kl():
         ([1.0, 0, 2], [0.5, 1, 1.5], 0.9, 0.8, [1.9112, 0.71, 0.5]),
     ],
 )
-def test_bug24_gae_worked_numbers(rewards, values, gamma, lam, advantages):
+def test_gae_worked_numbers(rewards, values, gamma, lam, advantages):
     found, returns = ppo.gae(torch.tensor([rewards]), torch.tensor([values]), torch.ones(1, 3).bool(), gamma, lam)
     near(found, [advantages])
     near(returns, [[a + v for a, v in zip(advantages, values)]])
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_bug24_gae_is_its_direct_sum_and_masked_tokens_are_transparent(seed):
+def test_gae_is_its_direct_sum_and_masked_tokens_are_transparent(seed):
     rng = random.Random(seed)
     B, T, gamma, lam = 3, rng.randint(1, 9), rng.choice([1.0, 0.9, 0.5]), rng.choice([0.0, 0.5, 0.95, 1.0])
     torch.manual_seed(seed)
@@ -249,7 +254,7 @@ def test_bug24_gae_is_its_direct_sum_and_masked_tokens_are_transparent(seed):
     assert not advantages[~mask].any() and not returns[~mask].any()
 
 
-def test_bug24_an_end_is_worth_nothing_a_cut_its_value():
+def test_an_end_is_worth_nothing_a_cut_its_value():
     rewards, values, mask = torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool()
     near(ppo.gae(rewards, values, mask, 0.9, 1.0)[0], [[0.0, 0.0]])
     near(ppo.gae(rewards, values, mask, 0.9, 1.0, last_value=10.0)[0], [[8.1, 9.0]])
@@ -270,7 +275,7 @@ def masked_numbers():
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_bug25_whiten_looks_at_real_tokens_only(shift_mean):
+def test_whiten_looks_at_real_tokens_only(shift_mean):
     x, mask = masked_numbers()
     white = ppo.whiten(x, mask, shift_mean)
     assert white[mask].var(unbiased=False) == pytest.approx(1, abs=1e-5)
@@ -279,7 +284,7 @@ def test_bug25_whiten_looks_at_real_tokens_only(shift_mean):
     torch.testing.assert_close(ppo.whiten(wider, wider_mask, shift_mean), torch.cat([white, torch.zeros(4, 3)], 1))
 
 
-def test_bug25_whiten_is_over_all_ranks(monkeypatch):
+def test_whiten_is_over_all_ranks(monkeypatch):
     x, mask = masked_numbers()
     whole = ppo.whiten(x, mask)
     barrier, parts, halves = threading.Barrier(2), {}, {}
@@ -348,7 +353,7 @@ def test_direct_score_worked_numbers():
     near(ppo.expected_score(probabilities), [0.488889, -1.0, 1.0])
 
 
-def test_bug20_the_score_sits_on_the_last_token_and_none_of_it_is_lost():
+def test_the_score_sits_on_the_last_token_and_none_of_it_is_lost():
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
     scores, logps = torch.tensor([2.0, -3.0, 0.5]), torch.randn(3, 4) * mask
     shaped = ppo.shaped_rewards(scores, logps, torch.zeros(3, 4), mask, 0.0)
@@ -394,7 +399,7 @@ def test_the_cache_with_room_is_the_cache_that_concatenates():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bug22_padded_cached_sampling_is_scored_as_the_model_alone_scores_it(family, tiny_model_dir):
+def test_padded_cached_sampling_is_scored_as_the_model_alone_scores_it(family, tiny_model_dir):
     policy, tokenizer = load_policy(tiny_model_dir(family))
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir(family)).eval()
     prompts = [tokenizer(text).input_ids for text in ("Hi", "The robot starts in the lower left corner and walks to", "What is the best path? Right")]
@@ -408,7 +413,7 @@ def test_bug22_padded_cached_sampling_is_scored_as_the_model_alone_scores_it(fam
         torch.testing.assert_close(batched, alone, rtol=0, atol=1e-5)
 
 
-def test_bug23_temperature_and_nucleus_are_part_of_every_log_probability(talker):
+def test_temperature_and_nucleus_are_part_of_every_log_probability(talker):
     policy, tokenizer = load_policy(talker)
     plain, prompts = AutoModelForCausalLM.from_pretrained(talker).eval(), [tokenizer(q).input_ids for q in QUESTIONS]
     rows, sampled, kept, args = answers_of(policy, tokenizer, prompts, ppo.uniform_numbers(1, 0, range(12), 12), 0.7, 0.9)
@@ -441,7 +446,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(talker):
     assert min(sizes) < max(sizes)
 
 
-def test_bug23_a_trained_policy_still_gives_no_token_minus_infinity(talker):
+def test_a_trained_policy_still_gives_no_token_minus_infinity(talker):
     policy, tokenizer = load_policy(talker)
     rows, _, kept, args = answers_of(
         policy, tokenizer, [tokenizer(q).input_ids for q in QUESTIONS], ppo.uniform_numbers(1, 0, range(6), 12), 0.7, 0.5
@@ -512,7 +517,7 @@ def test_temperature_zero_is_greedy_generation(family, tiny_model_dir):
     assert kept is None and len(set(map(len, tokens))) > 1
 
 
-def test_bug21_every_stop_token_ends_an_answer_and_stays_in_it(talker):
+def test_every_stop_token_ends_an_answer_and_stays_in_it(talker):
     policy, tokenizer = load_policy(talker)
     stops = [*ppo.stop_tokens(tokenizer), *range(60, 90)]
     tokens, logps, _ = ppo.sample(policy, [tokenizer("Right, up").input_ids], ppo.uniform_numbers(0, 0, range(200), 8), stops)
@@ -548,7 +553,7 @@ def test_values_are_the_heads_reading_of_the_state_before_each_token(family, tmp
     )
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     rows = [ppo.Row([5, 6, 7], [[8, 9]]), ppo.Row([40], [[10, 11, 12]]), ppo.Row([5, 6, 7], [[13, 9]])]
-    for row, own in zip(rows, ppo.response_values(value, rows, ppo.Args(tokens_per_forward=10), CPU)):
+    for row, own in zip(rows, ppo.response_values(value, rows, settings(tokens_per_forward=10), CPU)):
         states = plain.base_model(input_ids=torch.tensor([row.prompt + row.responses[0]])).last_hidden_state[0]
         torch.testing.assert_close(own, plain.score(states)[len(row.prompt) - 1 : -1, 0] - 0.5, rtol=0, atol=1e-5)
 
@@ -566,17 +571,17 @@ PROMPTS = {  # every shape a prompt comes in
 
 @pytest.mark.parametrize("conditions", [{}, dict(helpful="Is it helpful?")])
 @pytest.mark.parametrize("tokenizer_name", ["tiny_tokenizer", "other_tokenizer"])
-def test_bug19_a_text_has_one_score_in_the_reward_model_and_in_ppo(tokenizer_name, conditions, tmp_path, request):
+def test_a_text_has_one_score_in_the_reward_model_and_in_ppo(tokenizer_name, conditions, tmp_path, request):
     tokenizer = request.getfixturevalue(tokenizer_name)
     folder = make_reward_model(tmp_path / "rm", tokenizer)
     model, tokenizer = load_scorer(folder)
     answers = [" Right, up: that is 12", " No"]
-    encode_row = reward_model.rankings(reward_model.Args(), tokenizer, 512, conditions)
+    encode_row = reward_model.rankings(reward_model.Args(model="", dataset=""), tokenizer, 512, conditions)
     rows = [encode_row(dict(prompt=prompt, completions=answers, scores=[1, 0], kind="helpful"), Counter())[0] for prompt in PROMPTS.values()]
     trainer = reward_model.shard(reward_model.load_reward_model(folder, CPU, torch.float32)[0], torch.float32, reward_model.response_scores)
-    there = torch.cat(reward_model.score_rows(trainer, rows, reward_model.Args(), CPU))
+    there = torch.cat(reward_model.score_rows(trainer, rows, reward_model.Args(model="", dataset=""), CPU))
     asked = [ppo.Row([1], [[2]], None, dict(prompt=prompt, kind="helpful")) for prompt in PROMPTS.values() for _ in answers]
-    here = ppo.reward_scores(model, tokenizer, conditions, ppo.Args(tokens_per_forward=64), CPU, asked, answers * len(PROMPTS))
+    here = ppo.reward_scores(model, tokenizer, conditions, settings(tokens_per_forward=64), CPU, asked, answers * len(PROMPTS))
     torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
     assert here.unique().numel() == len(here)
 
@@ -589,7 +594,7 @@ def test_bug19_a_text_has_one_score_in_the_reward_model_and_in_ppo(tokenizer_nam
     assert here[5].item() == pytest.approx(score, abs=1e-5)
 
 
-def test_bug19_the_reward_reads_the_words_that_were_sampled(tmp_path, train, spy, tiny_tokenizer):
+def test_the_reward_reads_the_words_that_were_sampled(tmp_path, train, spy, tiny_tokenizer):
     """A tokenizer that writes the space before a word into the word's token, and drops it at the start of a text, as Llama 2's does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -613,7 +618,7 @@ def test_bug19_the_reward_reads_the_words_that_were_sampled(tmp_path, train, spy
         assert row.extra["prompt"] + texts[i] == seen
 
 
-def test_bug19_an_answer_that_goes_on_keeps_its_first_space():
+def test_an_answer_that_goes_on_keeps_its_first_space():
     """After a text, or a message of the assistant that was begun, under a tokenizer that drops a text's first space."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -630,7 +635,7 @@ def test_bug19_an_answer_that_goes_on_keeps_its_first_space():
 def test_a_judge_reads_no_more_than_it_has_room_for(tiny_model_dir):
     """The beginning of too long a question is left out."""
     judge, tokenizer = ppo.load_frozen(AutoModelForCausalLM, str(tiny_model_dir("gpt2")), CPU, torch.float32, ppo.token_logps)
-    found = ppo.judge_logps(judge, tokenizer, ["up " * n for n in (600, 700, 3)], ["A", "B"], ppo.Args(), CPU)
+    found = ppo.judge_logps(judge, tokenizer, ["up " * n for n in (600, 700, 3)], ["A", "B"], settings(), CPU)
     assert found.isfinite().all() and torch.allclose(found[0], found[1], atol=1e-5) and not torch.allclose(found[0], found[2], atol=1e-3)
 
 
@@ -641,14 +646,14 @@ def test_a_rule_may_judge_prompts_of_rankings():
     assert ppo.rule_scores(rule, CPU, rows, ["yes"]).tolist() == [1]
 
 
-def test_bug03_a_text_prompt_has_one_bos_and_no_end(tiny_tokenizer):
+def test_a_text_prompt_has_one_bos_and_no_end(tiny_tokenizer):
     from tokenizers import processors
 
     special = [(name, tiny_tokenizer.convert_tokens_to_ids(name)) for name in ("<|bos|>", "<|end|>")]
     ends = copy.deepcopy(tiny_tokenizer)  # one that closes every text, as T5's
     ends.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A <|end|>", special_tokens=special)
     for tokenizer, text in ((tiny_tokenizer, "What is"), (tiny_tokenizer, "<|bos|>What is"), (ends, "What is")):
-        (row,) = ppo.questions(ppo.Args(allow_special=True), tokenizer, 100)(dict(prompt=text), Counter())
+        (row,) = ppo.questions(settings(allow_special=True), tokenizer, 100)(dict(prompt=text), Counter())
         assert row.prompt == tiny_tokenizer("What is").input_ids
 
 
@@ -658,7 +663,7 @@ def test_the_policy_is_asked_in_training_as_it_will_be_asked_by_generate(tiny_to
     thinks.chat_template = tiny_tokenizer.chat_template.replace("'<|assistant|>'", "'<|assistant|>' + 'think: '")
     for tokenizer in (tiny_tokenizer, thinks):
         for prompt in (PROMPTS["one turn"], PROMPTS["system"], PROMPTS["turns"]):
-            (row,) = ppo.questions(ppo.Args(), tokenizer, 100)(dict(prompt=prompt), Counter())
+            (row,) = ppo.questions(settings(), tokenizer, 100)(dict(prompt=prompt), Counter())
             assert row.prompt == tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
 
 
@@ -676,7 +681,7 @@ def test_judge_probabilities_are_those_of_the_whole_replies(talker):
     plain, texts = AutoModelForCausalLM.from_pretrained(talker).eval(), ["Is it safe?", "Rate the last answer, from 1 to 10: 12"]
     for options in ([str(i) for i in range(1, 11)], ["A", "B", "Right, up, right"]):  # of one token and of several
         assert len({len(tokenizer(option).input_ids) for option in options}) > 1
-        found = ppo.judge_probabilities(judge, tokenizer, texts, options, ppo.Args(tokens_per_forward=40), CPU)
+        found = ppo.judge_probabilities(judge, tokenizer, texts, options, settings(tokens_per_forward=40), CPU)
         direct = torch.tensor([[reply_logprob(plain, tokenizer, text, option) for option in options] for text in texts]).softmax(-1)
         torch.testing.assert_close(found, direct, rtol=0, atol=1e-5)
         torch.testing.assert_close(found.sum(-1), torch.ones(2))
@@ -695,7 +700,7 @@ def test_a_judge_that_replies_ten_does_not_mean_one(reply, score, talker):
         (-judge.token_logps(forwards, target)[0].sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert ppo.judge_scores(judge, tokenizer, {}, ppo.Args(), CPU, [row], ["No"]).item() == pytest.approx(score, abs=0.1)
+    assert ppo.judge_scores(judge, tokenizer, {}, settings(), CPU, [row], ["No"]).item() == pytest.approx(score, abs=0.1)
 
 
 RUBRIC = dict(question="Which is it?", options=dict(A="a refusal", B="an answer"), reward=dict(harmful=dict(A=1, B=-1), safe=dict(A=-2, B=0.5)))
@@ -704,9 +709,9 @@ RUBRIC = dict(question="Which is it?", options=dict(A="a refusal", B="an answer"
 def test_rubric_rewards_typed_prompts_only(talker):
     judge, tokenizer = load_policy(talker)
     rows = [ppo.Row(None, [], None, dict(prompt=user("Is it safe?"), kind=kind)) for kind in ("harmful", "safe", "", "other")]
-    scores = ppo.judge_scores(judge, tokenizer, RUBRIC, ppo.Args(), CPU, rows, ["No"] * 4)
+    scores = ppo.judge_scores(judge, tokenizer, RUBRIC, settings(), CPU, rows, ["No"] * 4)
     asked = "Is it safe?\nNo\n\nWhich is it?\nA. a refusal\nB. an answer"
-    a, b = ppo.judge_probabilities(judge, tokenizer, [asked], ["A", "B"], ppo.Args(), CPU)[0].tolist()
+    a, b = ppo.judge_probabilities(judge, tokenizer, [asked], ["A", "B"], settings(), CPU)[0].tolist()
     near(scores[:2], [a - b, -2 * a + 0.5 * b])
     assert scores[2:].isnan().all()
     total, named = ppo.total_reward(dict(judge=(3.0, lambda rows, texts: scores), rule=(1.0, lambda rows, texts: torch.ones(4))), rows, ["No"] * 4)
@@ -717,11 +722,11 @@ def test_rubric_rewards_typed_prompts_only(talker):
 def test_a_judge_without_rubric_gives_the_expected_score(talker):
     judge, tokenizer = load_policy(talker)
     rows = [ppo.Row(None, [], None, dict(prompt=prompt, kind="")) for prompt in PROMPTS.values()]
-    scores = ppo.judge_scores(judge, tokenizer, {}, ppo.Args(), CPU, rows, [" No"] * len(rows))
+    scores = ppo.judge_scores(judge, tokenizer, {}, settings(), CPU, rows, [" No"] * len(rows))
     talks = ["What is the best path? No", "What is the best path?\n No", "Is it safe?\n No"]
     talks += ["user: Hi\nassistant: Dear Ann\nuser: Up or right?\nassistant:  No", "user: Sum\nassistant: The sum is No"]
     asked = [f"{talk}\n\n{ppo.SCORE_QUESTION}" for talk in talks]
-    p = ppo.judge_probabilities(judge, tokenizer, asked, [str(i) for i in range(1, 11)], ppo.Args(), CPU)
+    p = ppo.judge_probabilities(judge, tokenizer, asked, [str(i) for i in range(1, 11)], settings(), CPU)
     near(scores, [sum((i + 1) * q for i, q in enumerate(row)) / 4.5 - 5.5 / 4.5 for row in p.tolist()], 1e-5)
 
 
@@ -755,7 +760,7 @@ def test_several_reward_models_add_up_with_their_weights(tiny_tokenizer, other_t
         make_reward_model(tmp_path / name, tokenizer, seed)
         for seed, (name, tokenizer) in enumerate([("a/rm", tiny_tokenizer), ("b/rm", other_tokenizer)])
     ]
-    args = ppo.Args(reward_model=tuple(folders), reward_weights=(2.0, -0.5), rule="rule.py:vowels", rule_weight=0.25)
+    args = settings(reward_model=tuple(folders), reward_weights=(2.0, -0.5), rule="rule.py:vowels", rule_weight=0.25)
     rows, texts = [ppo.Row([1], [[2]], None, dict(prompt=user(q), kind="")) for q in QUESTIONS], REPLIES
     total, named = ppo.total_reward(ppo.load_rewards(args, CPU, torch.float32), rows, texts)
     first, second = (ppo.reward_scores(*load_scorer(folder), {}, args, CPU, rows, texts) for folder in folders)
@@ -768,14 +773,14 @@ def test_a_reward_model_named_rule_is_not_lost(tiny_tokenizer, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("rule.py").write_text(VOWELS)
     folder = make_reward_model(tmp_path / "rule", tiny_tokenizer)
-    assert len(ppo.load_rewards(ppo.Args(reward_model=(folder,), rule="rule.py:vowels"), CPU, torch.float32)) == 2
+    assert len(ppo.load_rewards(settings(reward_model=(folder,), rule="rule.py:vowels"), CPU, torch.float32)) == 2
 
 
 def test_the_value_model_starts_from_the_reward_model_if_that_reads_the_same_tokens(talker, scorer, other_tokenizer, tiny_tokenizer, tmp_path):
     other = make_reward_model(tmp_path / "other", other_tokenizer)
-    assert ppo.value_start(ppo.Args(model=talker, reward_model=(scorer, other)), tiny_tokenizer) == scorer
-    assert ppo.value_start(ppo.Args(model=talker, reward_model=(other, scorer)), tiny_tokenizer) == talker
-    assert ppo.value_start(ppo.Args(model=talker, reward_model=()), tiny_tokenizer) == talker
+    assert ppo.value_start(settings(model=talker, reward_model=(scorer, other)), tiny_tokenizer) == scorer
+    assert ppo.value_start(settings(model=talker, reward_model=(other, scorer)), tiny_tokenizer) == talker
+    assert ppo.value_start(settings(model=talker, reward_model=()), tiny_tokenizer) == talker
 
 
 def test_the_value_model_starts_from_a_reward_model_that_was_given_a_pad_token(other_tokenizer, tmp_path):
@@ -786,7 +791,7 @@ def test_the_value_model_starts_from_a_reward_model_that_was_given_a_pad_token(o
     model, tokenizer, _ = reward_model.load_reward_model(str(tmp_path / "policy"), CPU, torch.float32)
     assert len(tokenizer) == len(bare) + 1
     reward_model.write_model(tmp_path / "rm", model, tokenizer, torch.float32)
-    assert ppo.value_start(ppo.Args(model=str(tmp_path / "policy"), reward_model=(str(tmp_path / "rm"),)), bare) == str(tmp_path / "rm")
+    assert ppo.value_start(settings(model=str(tmp_path / "policy"), reward_model=(str(tmp_path / "rm"),)), bare) == str(tmp_path / "rm")
 
 
 # ------------------------------------------------------------------------------------------------------------- whole runs, in here
@@ -799,7 +804,7 @@ def test_step_0_invariants(train):
     assert first["sampling/logp_difference"] < 1e-5 and first["objective/non_score_reward"] == pytest.approx(0, abs=1e-5)
 
 
-def test_bug23_step_0_invariants_with_temperature_and_nucleus(train):
+def test_step_0_invariants_with_temperature_and_nucleus(train):
     first, *_ = train(max_steps=1, ppo_epochs=1, temperature=0.7, top_p=0.9, num_generations=2)
     assert first["val/ratio"] == pytest.approx(1, abs=1e-5) and abs(first["objective/kl"]) < 1e-4 and first["sampling/logp_difference"] < 1e-5
 
@@ -862,7 +867,7 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(train, spy, mon
             torch.testing.assert_close(found[name], direct[name], rtol=0, atol=1e-4 * scale, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_bug04_the_memory_knob_changes_nothing(train):
+def test_the_memory_knob_changes_nothing(train):
     a, b = (train(num_minibatches=2, num_generations=2, tokens_per_forward=limit, output_dir=f"out{limit}") for limit in (20, 16384))
     assert_near(a, b)
     for sub in ("", "value"):
@@ -903,7 +908,7 @@ def hand_made(monkeypatch, answers):
     monkeypatch.setattr(ppo, "sample_answers", sample_answers)
 
 
-def test_bug21_a_clipped_answer_gets_its_penalty_once_and_every_stop_token_counts(train, spy, monkeypatch, talker, tmp_path):
+def test_a_clipped_answer_gets_its_penalty_once_and_every_stop_token_counts(train, spy, monkeypatch, talker, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(talker)
     tokenizer.eos_token = "<|endoftext|>"  # the template ends turns with <|end|>: two stop tokens
     AutoModelForCausalLM.from_pretrained(talker).save_pretrained(tmp_path / "two")
@@ -1156,7 +1161,7 @@ def resumed_equals(train, monkeypatch, where, **options):
     ],
     ids=lambda options: " ".join(options) or "plain",
 )
-def test_bug28_a_killed_run_resumed_is_the_uninterrupted_one(options, train, monkeypatch, scorer):
+def test_a_killed_run_resumed_is_the_uninterrupted_one(options, train, monkeypatch, scorer):
     write_rows("ptx.jsonl", [dict(text=text) for text in QUESTIONS])
     write_rows("many.jsonl", [dict(prompt=user(f"{q} {i} " * 3)) for i in range(2) for q in QUESTIONS])
     resumed_equals(train, monkeypatch, (ppo, "log", 5), reward_model=(scorer,), **options)
@@ -1172,11 +1177,11 @@ def test_bug28_a_killed_run_resumed_is_the_uninterrupted_one(options, train, mon
     + [("half finished", os, "replace", 8), ("finished, not said", ppo, "write_json", 2, False)],
     ids=lambda where: where[0],
 )
-def test_bug28_killed_at_an_awkward_moment(where, train, monkeypatch):
+def test_killed_at_an_awkward_moment(where, train, monkeypatch):
     resumed_equals(train, monkeypatch, where[1:])
 
 
-def test_bug28_stopping_beyond_max_kl_survives_a_kill(train, monkeypatch):
+def test_stopping_beyond_max_kl_survives_a_kill(train, monkeypatch):
     options = dict(max_kl=1e-4, learning_rate=1e-2, save_every=1, epochs=4, max_steps=0)
     a = train(**options, output_dir="whole")
     assert 1 < len(a) < 8
@@ -1352,7 +1357,7 @@ def test_chain_reports_what_it_does(chain):
     assert abs(lines[0]["objective/kl"]) < 1e-4 and {"rewards/rm/mean", "rewards/rule/mean", "loss/ptx", "eval_scores"} <= lines[-1].keys()
 
 
-def test_bug29_what_is_saved_loads_everywhere(chain):
+def test_what_is_saved_loads_everywhere(chain):
     out = chain / "runs/ppo"
     tokenizer, parent = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(chain / "runs/sft")
     assert (out / "chat_template.jinja").read_bytes() == (
@@ -1400,14 +1405,14 @@ def assert_same_run(folder, a, b):
         assert equal(weights(folder / a, sub), weights(folder / b, sub))
 
 
-def test_bug28_killed_and_resumed_on_the_command_line(chain):
+def test_killed_and_resumed_on_the_command_line(chain):
     assert kill_and_resume(chain, "runs/killed", (3, 6), seed=0) == 2
     assert_same_run(chain, "runs/ppo", "runs/killed")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_bug28_a_storm_of_kills(chain, seed):
+def test_a_storm_of_kills(chain, seed):
     out, rng = f"runs/storm{seed}", random.Random(seed)
     assert kill_and_resume(chain, out, sorted(rng.choices(range(8), k=6)), seed) >= 4
     assert_same_run(chain, "runs/ppo", out)
@@ -1429,7 +1434,7 @@ def test_two_ranks_are_one_process(chain, torchrun):
 
 
 @pytest.mark.slow
-def test_bug28_two_ranks_killed_and_resumed(chain, torchrun):
+def test_two_ranks_killed_and_resumed(chain, torchrun):
     torchrun("ppo", 2, *PPO, "--output-dir", "runs/two_whole", cwd=chain, env=dict(WATCH="two_whole"))
     assert torchrun("ppo", 2, *PPO, "--output-dir", "runs/two_killed", cwd=chain, env=dict(WATCH="two_killed", KILL="1"), check=False).returncode
     assert 2 <= len(metrics_of(chain / "runs/two_killed")) < 8 and (chain / "runs/two_killed/checkpoint-2").is_dir()
@@ -1455,9 +1460,16 @@ def test_bfloat16_runs_and_saves(train):
 
 
 def test_bad_input_on_the_command_line(run_script, tmp_path):
-    done = run_script("ppo", "--reward-model", "--output-dir", "out", cwd=tmp_path, check=False)
+    flags = "--model nowhere --dataset nowhere.jsonl --reward-model --output-dir out".split()
+    done = run_script("ppo", *flags, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
     assert [line.startswith("error: ") for line in done.stderr.strip().splitlines()] == [True]
+
+
+def test_model_and_dataset_are_required(run_script, tmp_path):
+    done = run_script("ppo", "--output-dir", "out", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert "--model" in done.stderr and "--dataset" in done.stderr and "--reward-model" not in done.stderr
 
 
 # --------------------------------------------------------------------------------------------------------------------- real data

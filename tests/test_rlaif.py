@@ -11,6 +11,7 @@ import re
 import shutil
 import threading
 from collections import Counter
+from dataclasses import MISSING, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,11 @@ sigmoid = lambda x: 1 / (1 + math.exp(-x))
 nan = math.nan
 
 
+def label_settings(**options):
+    """LabelArgs for functions that do not read --dataset."""
+    return rlaif.LabelArgs(**dict(dataset="") | options)
+
+
 def near(actual, expected, tolerance=1e-6):
     actual, expected = torch.as_tensor(actual, dtype=torch.float64), torch.as_tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, equal_nan=True)
@@ -40,7 +46,6 @@ def near(actual, expected, tolerance=1e-6):
 
 
 def test_the_two_letters_are_renormalised_and_the_two_orders_averaged():
-    """METHODS.md A5.6."""
     letters = f64(math.log(0.012), math.log(0.048))
     near(rlaif.preference(letters, f64(-40, 0)), (0.2 + 1) / 2), near(rlaif.preference(letters, letters.flip(0)), 0.2)
     near(rlaif.preference(f64(-0.4, -1.2), f64(-0.5, -1.0)), 0.533758)  # second: b as A, so that B is a
@@ -83,7 +88,7 @@ def test_the_tie_margin_is_around_a_half():
 
 
 def test_self_rewarding_means_choose_the_best_and_the_worst():
-    """METHODS.md A5.6: three judgements of four answers, read from what was written."""
+    """Three judgements of four answers, read from what was written."""
     judgements = dict(a=(3, 4, 4), b=(5, 4, 5), c=(2, 2, 1), d=(4, 4, 4))
     means = {k: sum(rlaif.points(f"Because. Score: {v}") for v in votes) / 3 for k, votes in judgements.items()}
     near(list(means.values()), [3.667, 4.667, 1.667, 4.0], 5e-4)
@@ -107,7 +112,7 @@ def test_negative_points_are_not_positive_ones():
 
 
 def test_distances_to_the_nearest_neighbour():
-    """METHODS.md A5.6, and brute force."""
+    """Worked numbers, and brute force."""
     four = f64((0, 0), (0, 0), (1, 0), (0, 2))
     near(rlaif.nearest(four), [0, 0, 1, 4])
     vectors = torch.randn(30, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -160,7 +165,7 @@ def test_wilsons_ends_solve_their_equation_and_halves_count():
 
 
 def test_the_hinge_of_a_rubric():
-    """METHODS.md A2.4: a > b > c, scores [1, 1.5, .2], features one-hot."""
+    """a > b > c, scores [1, 1.5, .2], features one-hot."""
     scores, features, weights = f64(1, 1.5, 0.2), torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64, requires_grad=True)
     better, worse = [0, 0, 1], [1, 2, 2]
     loss = lambda w: rlaif.rubric_hinge(w, scores[better], scores[worse], features[better], features[worse])
@@ -226,7 +231,7 @@ def test_requests_must_show_what_is_judged(tmp_path, capsys):
         ("compare", "{conversation}\n{principle}\nA. {a}\nB. {b}", False), ("compare", "{talk} A. {a} {principle}", False),
     ]:  # fmt: skip
         (tmp_path / "requests.json").write_text(json.dumps({name: text}))
-        load = lambda: rlaif.load_requests(rlaif.LabelArgs(requests=str(tmp_path / "requests.json")))
+        load = lambda: rlaif.load_requests(label_settings(requests=str(tmp_path / "requests.json")))
         if right:
             assert load()[name] == text
         else:
@@ -467,7 +472,7 @@ def ruled(monkeypatch):
 
 def judge_of(folder, **options):
     model, tokenizer = rlaif.load_frozen(AutoModelForCausalLM, folder, CPU, torch.float32, rlaif.token_logps)
-    args = rlaif.LabelArgs(**dict(judge=folder, min_mass=0.0) | options)
+    args = label_settings(**dict(judge=folder, min_mass=0.0) | options)
     return rlaif.local_judge(folder, model, tokenizer, args, CPU), args, model, tokenizer
 
 
@@ -577,7 +582,7 @@ def test_p_is_of_the_answer_that_came_first_in_the_pair():
     """Whichever comes first in the alphabet; the judge likes length only."""
     judge, heard, _ = fake(lambda text: (lambda p: (p, 1 - p))(sigmoid(len(ASKED.match(text)[2]) - len(ASKED.match(text)[3]))))
     for a, b in (("aaaa", "zz"), ("zz", "aaaa"), ("zzzz", "aa"), ("aa", "zzzz")):
-        (found,) = rlaif.compare_pairs(judge, SHORT, ["x"], rlaif.LabelArgs(), [("0", "Q", a, b)])
+        (found,) = rlaif.compare_pairs(judge, SHORT, ["x"], label_settings(), [("0", "Q", a, b)])
         near([found["first"], found["second"], *found["votes"]], [sigmoid(len(a) - len(b))] * 3, 1e-6)
     assert len(heard) == 8
 
@@ -586,12 +591,12 @@ def test_several_judgements_are_averaged_without_those_that_gave_no_letter():
     chances = dict(one=(0.9, 0.1), two=(0.6, 0.4), none=(nan, nan))
     judge, *_ = fake(lambda text: chances[ASKED.match(text)[4]])
     for principles in (["one"], ["two"], ["none"]):
-        (found,) = rlaif.compare_pairs(judge, SHORT, principles, rlaif.LabelArgs(judgements=3), [("0", "Q", "a", "b")])
+        (found,) = rlaif.compare_pairs(judge, SHORT, principles, label_settings(judgements=3), [("0", "Q", "a", "b")])
         p = chances[principles[0]][0]
         near([found["first"], found["second"], *found["votes"]], [p, 1 - p, *[(p + 1 - p) / 2] * 3], 1e-6)
     drawn = [random.Random(f"0-4-{j}").choice(list(chances)) for j in range(9)]
     assert set(drawn) == set(chances)
-    (found,) = rlaif.compare_pairs(judge, SHORT, list(chances), rlaif.LabelArgs(judgements=9), [("4", "Q", "a", "b")])
+    (found,) = rlaif.compare_pairs(judge, SHORT, list(chances), label_settings(judgements=9), [("4", "Q", "a", "b")])
     known = [chances[name][0] for name in drawn if name != "none"]
     near([found["first"], found["second"]], [sum(known) / len(known), 1 - sum(known) / len(known)], 1e-6)
     assert [math.isnan(v) for v in found["votes"]] == [name == "none" for name in drawn]
@@ -599,7 +604,7 @@ def test_several_judgements_are_averaged_without_those_that_gave_no_letter():
 
 def drawn_principles(pairs, principles, **options) -> list:
     judge, heard, _ = fake(lambda text: (0.5, 0.5))
-    rlaif.compare_pairs(judge, SHORT, principles, rlaif.LabelArgs(**options), pairs)
+    rlaif.compare_pairs(judge, SHORT, principles, label_settings(**options), pairs)
     return [ASKED.match(text)[4] for text in heard]
 
 
@@ -625,7 +630,7 @@ def test_a_row_knows_the_principles_it_was_labelled_by(ai, ruled):
 
 def test_reasoning_comes_between_the_question_and_the_letter():
     judge, heard, wrote = fake(lambda text: (0.7, 0.3), lambda text, key: f"because of {key}")
-    rlaif.compare_pairs(judge, SHORT, ["is safe"], rlaif.LabelArgs(reasoning=True), [("3", "Q", "a", "b")])
+    rlaif.compare_pairs(judge, SHORT, ["is safe"], label_settings(reasoning=True), [("3", "Q", "a", "b")])
     assert [t for *_, t in wrote] == [0.0, 0.0] and [talk[0]["content"] for talk, *_ in wrote] == [
         "Q|A: a|B: b|why is safe?",
         "Q|A: b|B: a|why is safe?",
@@ -633,7 +638,7 @@ def test_reasoning_comes_between_the_question_and_the_letter():
     keys = [key for _, key, _ in wrote]
     assert len(set(keys)) == 2 and heard == [talk(w[0]["content"], f"because of {key}", "So is safe?") for w, key, _ in wrote]
     wrote.clear()
-    rlaif.compare_pairs(judge, SHORT, ["is safe"], rlaif.LabelArgs(reasoning=True, judgements=2), [("3", "Q", "a", "b"), ("4", "Q", "a", "b")])
+    rlaif.compare_pairs(judge, SHORT, ["is safe"], label_settings(reasoning=True, judgements=2), [("3", "Q", "a", "b"), ("4", "Q", "a", "b")])
     assert {t for *_, t in wrote} == {1.0} and len({key for _, key, _ in wrote}) == 8
 
 
@@ -672,10 +677,10 @@ def test_label_gives_soft_preferences_in_the_order_of_the_judge(ai, ruled, tiny_
     for row, (i, *_) in zip(rows, expected):
         assert row["kind"] == "ab"[i % 2] and row["prompt"] == talk(QUESTIONS[i]) and row["judge"] and set(row) >= {*pair(0), "probability", "judge"}
     # what the other scripts make of them
-    soft = loaded(reward_model, done.out / "pairs.jsonl", reward_model.rankings(reward_model.Args(), tiny_tokenizer, 512, {}))
+    soft = loaded(reward_model, done.out / "pairs.jsonl", reward_model.rankings(reward_model.Args(model="", dataset=""), tiny_tokenizer, 512, {}))
     near([row.extra["pairs"][0][2] for row in soft], [p for *_, p in expected], 1e-6)
     assert all(row.extra["soft"] and row.extra["pairs"][0][:2] == (0, 1) for row in soft)
-    hard = loaded(dpo, done.out / "pairs.jsonl", dpo.preferences(dpo.Args(), tiny_tokenizer, 512))
+    hard = loaded(dpo, done.out / "pairs.jsonl", dpo.preferences(dpo.Args(model="", dataset=""), tiny_tokenizer, 512))
     assert [tiny_tokenizer.decode(row.responses[row.extra["pairs"][0][0]]) for row in hard] == [f"{a}<|end|>" for _, a, *_ in expected]
 
 
@@ -724,7 +729,7 @@ def test_consistency_is_the_share_of_two_judgements_that_agree():
 
 
 @pytest.mark.parametrize("letter", "AB")
-def test_peers_a_judge_of_places_yields_ties_only_and_exit_code_2(letter, ai, ruled, capsys):
+def test_a_judge_of_places_yields_ties_only_and_exit_code_2(letter, ai, ruled, capsys):
     ruled(lambda *_: 0.99 if letter == "A" else 0.01)
     for orders in ("agree", "average"):
         assert "no row is left" in sentence(lambda: ai("label", orders=orders, overwrite=True), capsys)
@@ -793,7 +798,7 @@ def test_labels_are_those_of_the_judge_asked_by_hand(ai, talker):
 
 
 def test_reasoning_clamps_the_probability_to_two_fifths_and_three_fifths(ai, monkeypatch):
-    """METHODS.md A5.6: five judgements of mean .784 become .6; .2 becomes .4."""
+    """Five judgements of mean .784 become .6; .2 becomes .4."""
     chances = iter([0.99, 0.97, 0.02, 0.95, 0.99] + [0.2] * 5)
     by_key = {}
 
@@ -837,9 +842,9 @@ def test_label_ranks_more_than_two_answers(ai, ruled, tiny_tokenizer):
         assert found["completions"] == answers and set(found) >= {"judge", "id", "kind"}
         near(found["scores"], scores)
     assert done.report["comparisons"] == sum(math.comb(len(row["completions"]), 2) for row in given) and not (done.out / "pairs.jsonl").exists()
-    ranks = loaded(reward_model, done.out / "rankings.jsonl", reward_model.rankings(reward_model.Args(), tiny_tokenizer, 512, {}))
+    ranks = loaded(reward_model, done.out / "rankings.jsonl", reward_model.rankings(reward_model.Args(model="", dataset=""), tiny_tokenizer, 512, {}))
     assert [len(row.responses) for row in ranks] == [len(row["completions"]) for row in given]
-    pairs = loaded(dpo, done.out / "rankings.jsonl", dpo.preferences(dpo.Args(), tiny_tokenizer, 512))
+    pairs = loaded(dpo, done.out / "rankings.jsonl", dpo.preferences(dpo.Args(model="", dataset=""), tiny_tokenizer, 512))
     assert all(len(row.extra["pairs"]) > 2 for row in pairs)
 
 
@@ -859,7 +864,7 @@ def test_label_samples_answers_of_the_policy(ai, ruled, talker, tiny_tokenizer):
     ruled()
     done = ai("label", dataset="prompts.jsonl", model=talker, k=4, max_new_tokens=8, temperature=1.5)
     policy, tokenizer = rlaif.load_frozen(AutoModelForCausalLM, talker, CPU, torch.float32, rlaif.token_logps)
-    args = rlaif.LabelArgs(max_new_tokens=8, temperature=1.5)
+    args = label_settings(max_new_tokens=8, temperature=1.5)
     items = [dict(number=i, prompt=talk(q)) for i, q in enumerate(QUESTIONS)]
     sampled, rows = rlaif.policy_answers(policy, tokenizer, items, 4, args), {row["id"]: row for row in done.rows("rankings.jsonl")}
     assert done.report["cut_off"] == sum(not ended for texts in sampled for _, ended in texts) > 0
@@ -870,7 +875,7 @@ def test_label_samples_answers_of_the_policy(ai, ruled, talker, tiny_tokenizer):
             assert [c[0]["content"] for c in rows[i]["completions"]] == whole  # none cut off, none twice
             near(rows[i]["scores"], [sum(sum(fair_p(a, b)) / 2 for b in whole if a != b) / (len(whole) - 1) for a in whole])
     assert len(rows) > 2 and any(len(row["completions"]) < 4 for row in rows.values())
-    loaded(reward_model, done.out / "rankings.jsonl", reward_model.rankings(reward_model.Args(), tiny_tokenizer, 512, {}))
+    loaded(reward_model, done.out / "rankings.jsonl", reward_model.rankings(reward_model.Args(model="", dataset=""), tiny_tokenizer, 512, {}))
     options = dict(dataset="prompts.jsonl", model=talker, max_new_tokens=32, orders="average")
     two = ai("label", **options, output_dir="two").rows("pairs.jsonl")
     assert two and all(row["chosen"] != row["rejected"] and 0.5 < row["probability"] <= 1 and row["policy"] == talker for row in two)
@@ -1006,7 +1011,7 @@ def best_of_n_by_hand(ai, done, score):
     """The four files against what they must be, answers being those of rankings.jsonl and of the policy."""
     policy, tokenizer = rlaif.load_frozen(AutoModelForCausalLM, ai.usual_of["best-of-n"]["model"], CPU, torch.float32, rlaif.token_logps)
     items = [dict(number=i, prompt=talk(q)) for i, q in enumerate(QUESTIONS)]
-    sampled = rlaif.policy_answers(policy, tokenizer, items, 4, rlaif.BestOfNArgs(max_new_tokens=8))
+    sampled = rlaif.policy_answers(policy, tokenizer, items, 4, rlaif.BestOfNArgs(model="", dataset="", max_new_tokens=8))
     files = {name: {row["id"]: row for row in done.rows(f"{name}.jsonl")} for name in ("sft", "pairs", "rankings", "prompts")}
     low, high, content = [], [], lambda x: x[0]["content"]
     for i, texts in enumerate(sampled):
@@ -1040,9 +1045,9 @@ def test_best_of_n_by_a_reward_model(ai, scorer, tiny_tokenizer):
     files = best_of_n_by_hand(ai, done, lambda i, text: reward_by_hand(scorer, QUESTIONS[i], text))
     assert all(row["scored_by"] == scorer for row in files["sft"].values())
     loaded(sft, done.out / "sft.jsonl", sft.demonstrations(tiny_tokenizer, 512, False, False))
-    margins = loaded(reward_model, done.out / "pairs.jsonl", reward_model.rankings(reward_model.Args(use_margin=True), tiny_tokenizer, 512, {}))
+    margins = loaded(reward_model, done.out / "pairs.jsonl", reward_model.rankings(reward_model.Args(model="", dataset="", use_margin=True), tiny_tokenizer, 512, {}))
     near([row.extra["pairs"][0][3] for row in margins], [row["score_chosen"] - row["score_rejected"] for row in files["pairs"].values()])
-    loaded(dpo, done.out / "rankings.jsonl", dpo.preferences(dpo.Args(), tiny_tokenizer, 512))
+    loaded(dpo, done.out / "rankings.jsonl", dpo.preferences(dpo.Args(model="", dataset=""), tiny_tokenizer, 512))
     # two reward models add up; a spread too small leaves a prompt out
     twice = ai("best-of-n", reward_model=(scorer, scorer), output_dir="twice")
     near([row["score"] for row in twice.rows("sft.jsonl")], [2 * row["score"] for row in files["sft"].values()], 1e-4)
@@ -1186,9 +1191,9 @@ def test_synthesise_drops_near_repeats_by_mean_hidden_states(ai, talker):
 
 
 def test_synthesise_runs_with_what_stands_in_its_defaults():
-    rlaif.check_numbers(rlaif.SynthesiseArgs())
     for arguments in CLASSES.values():
-        rlaif.check_numbers(arguments())
+        required = {field.name: "" for field in fields(arguments) if field.default is MISSING}
+        rlaif.check_numbers(arguments(**required))
 
 
 # -------------------------------------------------------------------------------------------------------------- compare and audit
@@ -1315,7 +1320,7 @@ RUNS = {
 
 @pytest.mark.parametrize("command", RUNS)
 @pytest.mark.parametrize("torn", [False, True])
-def test_bug28_a_killed_run_resumed_is_the_uninterrupted_one(command, torn, ai, monkeypatch, talker, stranger, capsys):
+def test_a_killed_run_resumed_is_the_uninterrupted_one(command, torn, ai, monkeypatch, talker, stranger, capsys):
     """Killed before its third batch; if torn, in the middle of writing the last row of the second."""
     options = {k: dict(TALKER=talker, STRANGER=stranger).get(v, v) for k, v in RUNS[command].items()} | dict(batch_size=2)
     whole = ai(command, output_dir="whole", **options)
@@ -1334,7 +1339,7 @@ def test_bug28_a_killed_run_resumed_is_the_uninterrupted_one(command, torn, ai, 
     assert steady(again.report) == steady(whole.report) and not (again.out / "rows.part").exists() and not list(again.out.glob("*.new"))
 
 
-def test_bug28_killed_while_the_judge_is_asked(ai, monkeypatch, ruled):
+def test_killed_while_the_judge_is_asked(ai, monkeypatch, ruled):
     ruled()
     whole = ai("label", output_dir="whole", batch_size=1)
     killed(monkeypatch, "judge_logps", 4, lambda: ai("label", batch_size=1))
@@ -1368,14 +1373,14 @@ def test_ctrl_c_says_how_to_go_on(ai, monkeypatch, ruled, capsys):
     assert ai("label", batch_size=2, resume=True).report["rows"] == 6
 
 
-def test_bug28_killed_after_the_last_row(ai, monkeypatch, ruled):
+def test_killed_after_the_last_row(ai, monkeypatch, ruled):
     heard = ruled()
     killed(monkeypatch, "complete", 1, lambda: ai("label"))
     heard.clear()
     assert ai("label", resume=True).report["rows"] == 6 and not heard
 
 
-def test_bug28_a_finished_run_is_left_as_it_is(ai, ruled, capsys):
+def test_a_finished_run_is_left_as_it_is(ai, ruled, capsys):
     heard = ruled()
     ai("label")
     before = snapshot("out")
@@ -1386,7 +1391,7 @@ def test_bug28_a_finished_run_is_left_as_it_is(ai, ruled, capsys):
 
 
 @pytest.mark.parametrize("change", [dict(seed=1), dict(orders="average"), dict(tie_margin=0.1), dict(dataset="other.jsonl"), dict(judgements=2)])
-def test_bug28_resuming_with_other_arguments_names_the_difference(change, ai, ruled, monkeypatch, capsys):
+def test_resuming_with_other_arguments_names_the_difference(change, ai, ruled, monkeypatch, capsys):
     ruled()
     shutil.copy("pairs.jsonl", "other.jsonl")
     killed(monkeypatch, "keep", 2, lambda: ai("label", batch_size=2))
@@ -1395,7 +1400,7 @@ def test_bug28_resuming_with_other_arguments_names_the_difference(change, ai, ru
     assert "holds another run" in said and f"{next(iter(change))} was " in said and snapshot("out") == before
 
 
-def test_bug28_resuming_with_other_data_is_refused(ai, ruled, monkeypatch, capsys):
+def test_resuming_with_other_data_is_refused(ai, ruled, monkeypatch, capsys):
     ruled()
     killed(monkeypatch, "keep", 2, lambda: ai("label", batch_size=2))
     jsonl(Path("pairs.jsonl"), [pair(i, id="new") for i in range(len(QUESTIONS))])
@@ -1405,7 +1410,7 @@ def test_bug28_resuming_with_other_data_is_refused(ai, ruled, monkeypatch, capsy
     assert "content of requests" in sentence(lambda: ai("label", batch_size=2, resume=True), capsys)
 
 
-def test_bug28_what_does_not_change_the_result_may_change(ai, ruled, monkeypatch):
+def test_what_does_not_change_the_result_may_change(ai, ruled, monkeypatch):
     ruled()
     killed(monkeypatch, "keep", 2, lambda: ai("label", batch_size=2))
     assert ai("label", batch_size=2, resume=True, tokens_per_forward=100, sample_tokens=100).report["rows"] == 6
@@ -1858,9 +1863,28 @@ def test_on_the_command_line(run_script, talker, tmp_path):
 
 
 def test_bad_input_on_the_command_line(run_script, tmp_path):
-    done = run_script("rlaif", "best-of-n", "--output-dir", "out", cwd=tmp_path, check=False)
+    flags = "--model nowhere --dataset nowhere.jsonl --output-dir out".split()
+    done = run_script("rlaif", "best-of-n", *flags, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
     assert [line.startswith("error: ") for line in done.stderr.strip().splitlines()] == [True]
+
+
+REQUIRED = {  # of each subcommand; the policies of compare are positional
+    "label": {"--dataset"},
+    "revise": {"--model", "--dataset"},
+    "best-of-n": {"--model", "--dataset"},
+    "synthesise": {"--model"},
+    "compare": {"STR", "--dataset"},
+    "weigh": {"--dataset"},
+    "audit": {"--dataset"},
+}
+
+
+@pytest.mark.parametrize("command", CLASSES)
+def test_model_and_dataset_are_required(command, run_script, tmp_path):
+    done = run_script("rlaif", command, "--output-dir", "out", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert set(re.findall(r"^\W*(--[\w-]+|STR)", done.stderr, re.MULTILINE)) == REQUIRED[command]
 
 
 # --------------------------------------------------------------------------------------------------------------------- real data
