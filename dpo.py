@@ -142,6 +142,7 @@ from functools import lru_cache, partial
 from itertools import accumulate, groupby
 from pathlib import Path
 
+import datasets
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -270,7 +271,7 @@ def main(args: Args):
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, num_tokens=state["num_tokens"])
         metrics |= dict(tokens_per_second=tokens / (time.time() - clock))
         if held_out and is_due(args.eval_every, step + 1, steps):
-            metrics |= evaluate(partial(dpo_batch, args), policy, held_out, args, device)
+            metrics |= evaluate(partial(dpo_batch, args), policy, held_out, len(held_out), args, device)
             show_answers(policy, tokenizer, held_out)
         log_metrics(args, out, metrics | dict(seconds=state["seconds"], peak_memory_mb=peak_memory(device)), bar)
         if should_save(args, step + 1, steps, device):
@@ -385,10 +386,10 @@ def keep_mask(x, share: float, largest: bool, generator):
 # ---- preferences: pairs and rankings of answers
 
 
-def preference_rows(tokenizer, max_length: int, row: dict, notes: Counter, label_ties: bool = False) -> list:
+def preference_rows(tokenizer, max_length: int, row: dict, notes: Counter, rewards_of=None) -> list:
     """One Row: a prompt, its K answers, their scores, and all pairs (better, worse) of them.
 
-    label_ties: answers of equal scores form a pair too, for losses that read the scores themselves."""
+    rewards_of(row): scores in place of the labels; given that, two answers of equal scores form a pair too."""
     if row.get("completions") is not None:
         prompt, responses, scores = (
             as_prompt(row),
@@ -399,6 +400,7 @@ def preference_rows(tokenizer, max_length: int, row: dict, notes: Counter, label
             raise ValueError(f"{len(responses)} completions need as many scores, none missing; they are {scores}")
     else:
         (prompt, responses), scores = as_pair(row), [1.0, 0.0]
+    scores = rewards_of(row) if rewards_of else scores
     filled = [i for i, response in enumerate(responses) if has_content(response)]
     notes["answers dropped: empty"] += len(responses) - len(filled)
     if len(filled) < 2:
@@ -413,8 +415,8 @@ def preference_rows(tokenizer, max_length: int, row: dict, notes: Counter, label
     pairs = []
     for i in range(len(answers)):
         for j in range(len(answers)):
-            is_better = scores[i] > scores[j] or label_ties and scores[i] == scores[j] and i < j
-            if is_better and responses[i] != responses[j]:
+            is_tied_pair = rewards_of is not None and scores[i] == scores[j] and i < j
+            if (scores[i] > scores[j] or is_tied_pair) and responses[i] != responses[j]:
                 pairs.append((i, j))
     if not pairs:
         raise Drop("nothing to compare: answers tied, identical, or cut before they differ")
@@ -432,7 +434,7 @@ def pair_indices(rows: list, device) -> tuple:
         chosen += [first + i for i, _ in pairs]
         rejected += [first + j for _, j in pairs]
         share += [1 / len(pairs)] * len(pairs)
-        best.append(first + max((i for i, _ in pairs), key=lambda i: scores[i]))
+        best.append(first + scores.index(max(scores)))
         first += len(row.responses)
     return tuple(torch.tensor(column, device=device) for column in (chosen, rejected, share, best))
 
@@ -440,9 +442,8 @@ def pair_indices(rows: list, device) -> tuple:
 # ---- reference: the frozen model that log-probabilities are compared with
 
 
-@torch.no_grad()
 def reference_logps(policy, rows: list, sums_of, tokenizer, args, device, dtype) -> torch.Tensor:
-    """sums_of(log-probabilities, rows) of the reference for the answers of all rows, in their order [R], the same on every rank.
+    """sums_of(log-probabilities, rows) under the reference, for the answers of all rows in order [R], the same on every rank.
 
     The reference is the policy as it is now, or --reference, which is freed again."""
     model = policy
@@ -452,14 +453,8 @@ def reference_logps(policy, rows: list, sums_of, tokenizer, args, device, dtype)
                 f"--reference {args.reference}: its tokenizer differs from that of --model, so that they cannot be compared"
             )
         model = load_model(AutoModelForCausalLM, args.reference, tokenizer, args, device, dtype, token_logps)
-    counts = [len(row.responses) for row in rows]
-    first = {id(row): sum_before for row, sum_before in zip(rows, accumulate([0, *counts]))}
-    sums = torch.zeros(sum(counts), device=device)
-    for group, weight, inputs, target in forwards(rows, args, model, device):
-        logps, *_ = model.token_logps(**inputs, target=target)
-        for row, values in zip(group, sums_of(logps, group).split([len(row.responses) for row in group])):
-            sums[first[id(row)] : first[id(row)] + len(values)] += weight * values
-    return over_ranks(sums).cpu()
+    values_of = lambda group, inputs, target: sums_of(model.token_logps(**inputs, target=target)[0], group)
+    return response_values(values_of, model, rows, args, device)
 
 
 def set_reference_logps(rows: list, ref_logps):
@@ -536,12 +531,12 @@ def response_sums(values, rows: list):
 
 
 @torch.no_grad()
-def evaluate(batch_loss, policy, rows: list, args, device) -> dict:
-    """What batch_loss(rows, logps, entropy, is_argmax) logs, as means over held-out rows under the names eval_*."""
+def evaluate(batch_loss, policy, rows: list, total: int, args, device) -> dict:
+    """What batch_loss(rows, logps, entropy, is_argmax) logs for held-out rows, divided by their total, under the names eval_*."""
     policy.eval()
     sums = {}
     for group, weight, inputs, target in forwards(rows, args, policy, device):
-        add_scalars(sums, batch_loss(group, *policy.token_logps(**inputs, target=target)), weight / len(rows))
+        add_scalars(sums, batch_loss(group, *policy.token_logps(**inputs, target=target)), weight / total)
     policy.train()
     return {f"eval_{name}": value for name, value in sum_over_ranks(sums).items()}
 
@@ -654,12 +649,13 @@ def has_content(response) -> bool:
 
 
 def as_prompt(row: dict):
-    """A row's prompt, text or messages: prompt, question, or instruction with its input, after a system text if the row has one."""
+    """A row's prompt, text or messages: prompt, question, or instruction with its input; after the system text, if the row has one."""
     prompt = row.get("prompt")
     if prompt is None and row.get("question"):
         prompt = as_messages(row["question"], "user")
     elif prompt is None and row.get("instruction"):
-        prompt = as_messages("\n\n".join(filter(None, [row["instruction"], row.get("input")])), "user")
+        material = row.get("input") or row.get("context")
+        prompt = as_messages("\n\n".join(filter(None, [row["instruction"], material])), "user")
     return with_system(row, as_messages(prompt, "user")) if prompt and row.get("system") else prompt
 
 
@@ -789,6 +785,11 @@ def template_options(row: dict) -> dict:
     return options
 
 
+def without_end(tokenizer, messages: list) -> list:
+    """Messages less the end-of-sequence token that their texts may end with already."""
+    return [message | dict(content=message["content"].removesuffix(tokenizer.eos_token)) for message in messages]
+
+
 def refuse_special(tokenizer, *values):
     """Drops a row that holds a special token in any of its texts: data must not be able to end a turn or to begin one."""
     text = json.dumps(values, ensure_ascii=False, default=str)
@@ -803,7 +804,7 @@ def encode(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tup
     chat_template_kwargs. Raises Drop."""
     eos, options = tokenizer.eos_token, template_options(row)
     is_text = isinstance(prompt, str) and all(isinstance(r, str) for r in responses)
-    replies = [[m | dict(content=m["content"].removesuffix(eos)) for m in as_messages(r)] for r in responses]
+    replies = [without_end(tokenizer, as_messages(response)) for response in responses]
     refuse_special(tokenizer, prompt, replies, options)
     if not prompt:
         raise Drop("empty prompt")
@@ -905,9 +906,12 @@ def encode_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tup
     return ids, start
 
 
-def prepare(option: str, name: str, split: str, tokenizer, encode_row) -> list:
-    """All rows that encode_row(row, notes) makes of a data set, with a report: kept, dropped and why, lengths, an example."""
+def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_columns=None) -> list:
+    """All rows that encode_row(row, notes) makes of a data set, with a report: kept, dropped and why, lengths, an example.
+
+    add_columns(option, data): the data set with columns that encode_row reads beside its own."""
     data, rows, notes = load_rows(option, name, split), [], Counter()
+    data = add_columns(option, data) if add_columns else data
     for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or len(data) < 5000)):
         try:
             rows += encode_row(row, notes)
@@ -936,11 +940,11 @@ def prepare(option: str, name: str, split: str, tokenizer, encode_row) -> list:
     return rows
 
 
-def prepare_split(args, tokenizer, encode_row, by_prompt: bool = True) -> tuple:
-    """Rows to train on, and held-out rows: from --eval-dataset, or a share of --dataset (of its prompts, or, if not by_prompt, of its rows)."""
-    rows = prepare("--dataset", args.dataset, "train", tokenizer, encode_row)
+def prepare_split(args, tokenizer, encode_row, by_prompt: bool = True, add_columns=None) -> tuple:
+    """Rows to train on, and held-out rows: from --eval-dataset, or a share of --dataset (of its prompts, or, if not by_prompt, its rows)."""
+    rows = prepare("--dataset", args.dataset, "train", tokenizer, encode_row, add_columns)
     if args.eval_dataset:
-        return rows, prepare("--eval-dataset", args.eval_dataset, "test", tokenizer, encode_row)
+        return rows, prepare("--eval-dataset", args.eval_dataset, "test", tokenizer, encode_row, add_columns)
     keys = [tuple(row.prompt) if by_prompt else i for i, row in enumerate(rows)]
     every = list(dict.fromkeys(keys))
     count = min(len(every) - 1, round(args.eval_fraction * len(every)))
@@ -1121,6 +1125,20 @@ def forwards(rows: list, args, model, device):
         yield group, weight, *layout(group, device)
 
 
+@torch.no_grad()
+def response_values(values_of, model, rows: list, args, device) -> torch.Tensor:
+    """values_of(rows, inputs, target), a number for each response, for the responses of all rows in order [R], the same on every rank."""
+    counts = [len(row.responses) for row in rows]
+    first = {id(row): count for row, count in zip(rows, accumulate([0, *counts]))}
+    values = torch.zeros(sum(counts), device=device)
+    model.eval()
+    for group, weight, inputs, target in forwards(rows, args, model, device):
+        indices = [first[id(row)] + i for row in group for i in range(len(row.responses))]
+        values[torch.tensor(indices, device=device)] += weight * values_of(group, inputs, target)
+    model.train()
+    return over_ranks(values).cpu()
+
+
 # ---- models: loading, sharding, checking, one optimiser step
 
 CHAT_TEMPLATE = (  # for tokenizers that come without one; the end-of-sequence token ends every turn
@@ -1190,8 +1208,8 @@ def fit_length(args, name: str) -> int:
     return min(args.max_length, positions)
 
 
-def load_model(auto, name: str, tokenizer, args, device, dtype, *methods, dropout: bool = False, **options):
-    """A checkpoint with float32 weights, made ready by `prepare_model`."""
+def read_model(auto, name: str, tokenizer, **options):
+    """A checkpoint with float32 weights; model.stored_dtype is the dtype in which they were stored."""
     with user_input(f"{name}: no model can be loaded from it"):
         options |= dict(
             attn_implementation="eager", dtype=torch.float32, use_safetensors=True
@@ -1206,6 +1224,12 @@ def load_model(auto, name: str, tokenizer, args, device, dtype, *methods, dropou
         if model.base_model is model:
             raise ValueError(f"{type(model).__name__} does not name its base model, which this script needs")
         model.stored_dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
+    return model
+
+
+def load_model(auto, name: str, tokenizer, args, device, dtype, *methods, dropout: bool = False, **options):
+    """`read_model` and `prepare_model` in one."""
+    model = read_model(auto, name, tokenizer, **options)
     return prepare_model(model, name, args, device, dtype, *methods, dropout=dropout)
 
 
@@ -1334,7 +1358,12 @@ def take_step(model, optimizer, args, step: int, steps: int) -> tuple:
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 RECEIVED = []  # the signals that asked this process to stop
 RUN_DATE = [datetime.now()]  # what chat templates write as the date: that of the run's start, also after --resume
-transformers.utils.logging.disable_progress_bar()
+for library in (
+    transformers.utils.logging,
+    datasets.utils.logging,
+):  # their bars and warnings would break up the script's own lines
+    library.disable_progress_bar()
+    library.set_verbosity_error()
 
 
 def print0(*text):

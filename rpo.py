@@ -1,50 +1,46 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
+# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17,<5.40", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
 # ///
 """Reward-aware preference optimisation: learn from preferences how much better an answer is, not only which.
 
-    loss(pi) = E D[ beta * h || eta * g ],   h = log( pi(y_1|x) / ref(y_1|x) ) - log( pi(y_2|x) / ref(y_2|x) ),   g = r(x, y_1) - r(x, y_2)
-    D[a||b] = s(b) log( s(b) / s(a) ) + (1 - s(b)) log( (1 - s(b)) / (1 - s(a)) ),  s the logistic function
-    RPO (Nemotron-4 340B, arXiv 2406.11704, section 3.3.2). Least at beta h = eta g: where DPO drives h up without bound, here a near tie
-    stays near. That optimum is KL-regularised RL's on the reward r with the KL coefficient beta / eta.
+    loss(pi) = E D[ beta h || eta g ],    D[a||b] = KL( Bernoulli(s(b)) || Bernoulli(s(a)) ),  s the logistic function
+    h = log pi(y_1|x)/ref(y_1|x) - log pi(y_2|x)/ref(y_2|x),    g = r(x, y_1) - r(x, y_2)
 
-Departures and options
-  1. --distance: backward-kl, KL[ s(eta g) || s(beta h) ], the paper's D; forward-kl, KL[ s(beta h) || s(eta g) ]; squared,
-     (beta h - eta g)^2, whose gradient over all pairs of K answers sampled from pi itself is, up to a factor, that of REINFORCE
-     leave-one-out on r - (beta / eta) log( pi / ref ) (RPO as a framework, Sun et al. 2025, arXiv 2502.00203).
-  2. g comes from --reward-model, which scores all answers before training, or from the data: columns scores, score_chosen and
-     score_rejected (or chosen_reward and rejected_reward), or margin; it decides which answer is the better one, whatever its column.
-     The answers of a prompt give all their pairs, ties too (g = 0); each prompt counts once. A reward model reads answers uncut.
-  3. --nll-coef c: adds c times the best answer's negative log-likelihood (the paper: 1e-5, on the sum: --nll-sum).
-  4. The paper goes three rounds, each from and against the last one's checkpoint: run this again with --model set to the last
-     --output-dir, and with fresh answers; --reference follows --model.
-  5. AdamW; the reference's log-probabilities are computed once, so that one model is in memory while training. --max-length cuts
-     answers, counted.
-  Another method goes by this name: DPO with a likelihood term (Pang et al. 2024, arXiv 2404.19733), which is dpo.py --nll-coef.
-  Online RPO is rounds of sampling (rlaif.py best-of-n) and this.
+RPO, Nemotron-4 340B, arXiv 2406.11704, section 3.3.2. The loss is least at beta h = eta g: where DPO drives h up without bound, here a
+near tie stays near. That optimum is the one of KL-regularised RL on the reward r with the KL coefficient beta / eta.
 
-Reads prompt + chosen + rejected, chosen + rejected with the prompt inside (text or messages, HH-RLHF too), or prompt + completions +
-scores. Writes a plain Hugging Face directory, args.json, metrics.jsonl and curves.png to --output-dir.
+Departures from the paper
+  1. AdamW with a cosine schedule. The reference's log-probabilities are computed once, so that one model is in memory while training.
+  2. g comes from --reward-model, which scores all answers, uncut, before training; or from the data: scores, score_chosen and
+     score_rejected (or chosen_reward and rejected_reward), or margin. It decides which answer is better, whatever its column.
+  3. K answers of a prompt give all their pairs, ties too (g = 0); each prompt counts once.
+  4. The paper trains three rounds, each from and against the last one's checkpoint: run this script again with --model set to the last
+     --output-dir and with fresh answers; --reference follows --model.
 
-  python rpo.py --learning-rate 1e-4 --max-new-tokens 24                                                           the grid world
-  python rpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --reward-model runs/rm           one GPU
-  torchrun --nproc-per-node 8 rpo.py --model Qwen/Qwen3-8B --gradient-checkpointing --dataset ... --reward-model runs/rm  many
+Options
+  5. --distance forward-kl: the KL the other way round; squared: (beta h - eta g)^2, whose gradient over all pairs of K answers sampled
+     from pi is, up to a factor, that of REINFORCE leave-one-out on r - (beta / eta) log(pi/ref) (Sun et al. 2025, arXiv 2502.00203).
+  6. --nll-coef: adds the mean negative log-likelihood of the best answer (the paper adds 1e-5 of its sum).
 
-  Metric               at step 1      then           if not
-  loss                 D[0 || eta g]  falls          flat: raise --learning-rate; large: --eta times g is large, see target_gap; with
-                                                     --nll-coef it has that term too, and preference_loss is without it
-  target_gap           eta g          -              beyond 5 or so: its sign is all that counts, as in DPO: lower --eta
-  gap_error            |eta g|        falls          (it is |beta h - eta g|) flat while the loss falls: a few large gaps take it all
-  rewards/accuracies   0 (all tied)   0.6 to 0.9     0.5: rewards are noise, or --learning-rate is too low (pairs with g = 0 count as wrong;
-                                                     at step 1 in bfloat16 rounding breaks ties)
-  rewards/margins      0              to target_gap  beyond it: overfitted; fewer epochs
-  logps/chosen         -              falls a little if samples get worse, raise --beta or --nll-coef
-  nll_loss             -              near level     rises much: the same
-  entropy              -              near level     to 0: the policy collapses; raise --beta
-  grad_norm            -              -              spikes, above all with --distance squared: lower --eta or --learning-rate
+Another method has the same name: DPO with a likelihood term (Pang et al. 2024, arXiv 2404.19733), which is dpo.py --nll-coef.
+
+Reads prompt + chosen + rejected, or chosen + rejected that both contain the prompt (text or messages; HH-RLHF too), or prompt +
+completions + scores. Writes a Hugging Face directory, args.json, metrics.jsonl and curves.png to --output-dir.
+
+  python rpo.py --model runs/sft --dataset data/grid/rankings.jsonl --learning-rate 1e-4                                 the grid world
+  python rpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --reward-model runs/reward_model       one GPU
+  torchrun --nproc-per-node 8 rpo.py --model Qwen/Qwen3-8B --dataset DATASET --reward-model runs/reward_model            many GPUs
+
+Metric               at step 1      then            if not
+preference_loss      D[0 || eta g]  falls           flat: raise --learning-rate; large: eta g is large, see target_gap
+target_gap           eta g          -               beyond 5 or so only its sign counts, as in DPO: lower --eta
+gap_error            |eta g|        falls           |beta h - eta g|; flat while the loss falls: a few large gaps dominate
+rewards/accuracies   0 (all tied)   0.6 to 0.9      0.5: the rewards are noise, or --learning-rate is too low (ties count as wrong)
+logps/chosen         -              falls a little  if samples get worse, raise --beta or --nll-coef
 """
 
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
@@ -54,50 +50,43 @@ import tyro
 
 @dataclass
 class Args:
+    model: str
+    """checkpoint to start from: hub id or directory"""
+    dataset: str
+    """hub id (name, name:config, name:config:split or name::split), .jsonl/.json/.parquet file (also .gz), or directory"""
+    output_dir: str = "runs/rpo"
+    """where the checkpoint, metrics and curves go"""
     # --- method
     distance: Literal["backward-kl", "forward-kl", "squared"] = "backward-kl"
     """D: Bernoulli KL with the target first (the paper) or the policy first, or the squared difference"""
     beta: float = 0.1
     """strength of the pull to the reference (paper: tuned between 0.001 and 1; its code: 0.2)"""
     eta: float = 1.0
-    """scale of the rewards (paper: 1); the metric target_gap, eta g, does best around 1 to 3: a reward model of wider scores wants less"""
+    """scale of the rewards (paper: 1); choose it so that the metric target_gap, eta g, is around 1 to 3"""
     nll_coef: float = 0.0
-    """weight of the best answer's negative log-likelihood (paper: 1e-5, with --nll-sum)"""
-    nll_sum: bool = False
-    """sum that likelihood over the answer's tokens, instead of the mean (also as logged)"""
+    """weight of the best answer's negative log-likelihood"""
     reward_model: str = ""
     """reward model that scores the answers: hub id or directory (empty: the data set's own scores)"""
-    # --- model
-    model: str = "runs/sft"
-    """checkpoint to start from: hub id or directory"""
     reference: str = ""
-    """what h is measured from (empty: --model)"""
+    """the model that h is measured from (empty: --model)"""
     # --- data
-    dataset: str = "data/grid/rankings.jsonl"
-    """hub id (name or name:config), .jsonl/.json/.parquet file (also .gz), or saved directory"""
-    dataset_split: str = "train"
-    """split, for hub data sets and saved directories"""
     eval_dataset: str = ""
-    """held-out data set; empty: a part of --dataset"""
-    eval_split: str = "test"
-    """split of --eval-dataset, for hub data sets and saved directories"""
+    """held-out pairs, by default split test of a hub data set (empty: a share of --dataset, --eval-fraction)"""
     eval_fraction: float = 0.05
-    """share of --dataset held out when there is no --eval-dataset (0: no evaluation)"""
+    """share of the prompts of --dataset that is held out (0: no evaluation)"""
     max_length: int = 1024
-    """tokens of prompt and answer; longer answers are cut, longer prompts dropped"""
-    allow_special: bool = False
-    """keep rows whose text contains one of the tokenizer's special tokens (else dropped: a user must not be able to end a turn)"""
+    """tokens of prompt and answer: longer answers are cut, longer prompts dropped"""
     # --- optimisation
     epochs: int = 1
     """passes over the data"""
     max_steps: int = 0
     """stop after this many optimiser steps (0: only by epochs)"""
     batch_size: int = 64
-    """pairs (or rankings) per optimiser step, over all ranks (its code's authors found 256 and 512 best)"""
+    """prompts per optimiser step, over all ranks"""
     tokens_per_forward: int = 16384
-    """memory knob: tokens per forward pass and rank (a longer row goes alone); changes the result by rounding only"""
+    """memory knob: tokens per forward pass and rank; changes the result by rounding only"""
     learning_rate: float = 3e-7
-    """peak of AdamW's learning rate (paper: 3e-7 for 340 B; small models want more)"""
+    """peak (paper: 3e-7; small models want more)"""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """after the warm-up: cosine to a tenth, linear to 0, or constant"""
     warmup_ratio: float = 0.1
@@ -111,52 +100,43 @@ class Args:
     gradient_checkpointing: bool = False
     """recompute each layer's activations in the backward pass: less memory, a third more time"""
     # --- run
-    output_dir: str = "runs/rpo"
-    """where checkpoint, metrics and curves go"""
     seed: int = 0
-    """of what is held out, of data order"""
+    """of the held-out rows and the data order"""
     eval_every: int = 0
     """optimiser steps between evaluations (0: at the end only)"""
-    show: int = 3
-    """held-out prompts whose likeliest answers are printed at each evaluation"""
-    max_new_tokens: int = 128
-    """tokens of such an answer"""
     save_every: int = 0
-    """optimiser steps between resumable checkpoints, checkpoint-N/, all of which are kept (0: none)"""
+    """optimiser steps between resumable checkpoints, checkpoint-N/ (0: none)"""
     resume: bool = False
-    """continue from the last checkpoint in --output-dir; a finished run of the same arguments is left as it is"""
+    """continue from the last checkpoint in --output-dir; a finished run is left as it is"""
     overwrite: bool = False
-    """replace what is in --output-dir"""
+    """replace what a run wrote in --output-dir"""
     track: bool = False
-    """also log to Weights & Biases (WANDB_MODE=offline needs no account)"""
-    wandb_project: str = "rpo"
-    """project of --track"""
-    run_name: str = ""
-    """name of the run of --track (empty: the output directory)"""
+    """also log to Weights & Biases (set WANDB_PROJECT, WANDB_NAME)"""
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("\ninterrupted before training"))
 
-import gc
+import contextlib
 import glob
-import gzip
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
-import signal
+import tempfile
 import time
 import types
 from collections import Counter
-from contextlib import contextmanager
-from datetime import timedelta
-from functools import lru_cache
-from itertools import groupby
+from datetime import datetime, timedelta
+from functools import lru_cache, partial
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import datasets
@@ -165,41 +145,33 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from jinja2 import TemplateError
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-for library in (transformers.utils.logging, datasets.utils.logging):  # their bars and warnings would break up our own lines
-    library.disable_progress_bar()
-    library.set_verbosity_error()
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-STOP = dict(signal=0, agreed=False)  # the signal that asked this process to stop; whether all ranks know
-
-# ---------------------------------------------------------------------------------------------------------------- the method
-
-LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "nll_loss")
-LOGGED += ("preference_loss", "target_gap", "gap_error", "entropy", "mean_token_accuracy")
-
-
-def implicit_gap(logps, ref_logps, better, worse):
-    """h: how much more than the reference the policy prefers one answer to the other. logps, ref_logps [R]: of all answers; better,
-    worse [P]: places of each pair's two among them. Returns [P]."""
-    log_ratios = logps - ref_logps  # log pi/ref, [R]
-    return log_ratios[better] - log_ratios[worse]
+# ------------------------------------------------------------------------------------------------------------ the method
 
 
 def bernoulli_kl(p, q):
-    """KL[ s(p) || s(q) ] between two coins given by their logits. Any shape."""
-    return torch.sigmoid(p) * (F.logsigmoid(p) - F.logsigmoid(q)) + torch.sigmoid(-p) * (F.logsigmoid(-p) - F.logsigmoid(-q))
+    """KL between Bernoulli(s(p)) and Bernoulli(s(q)), given by their logits. Any shape."""
+    return torch.sigmoid(p) * (F.logsigmoid(p) - F.logsigmoid(q)) + torch.sigmoid(-p) * (
+        F.logsigmoid(-p) - F.logsigmoid(-q)
+    )
 
 
 def rpo_loss(h, g, beta: float, eta: float, distance: str = "backward-kl"):
-    """RPO (Nemotron-4, 3.3.2): how far the implicit reward gap beta h is from the given one, eta g. h, g [P]; returns [P]."""
+    """RPO (Nemotron-4, 3.3.2): the distance of the implicit reward gap beta h from the given one, eta g. h, g [P]; returns [P]."""
     if distance == "backward-kl":
-        return bernoulli_kl(eta * g, beta * h)  # gradient of h: beta (s(beta h) - s(eta g))
+        return bernoulli_kl(eta * g, beta * h)  # gradient with respect to h: beta (s(beta h) - s(eta g))
     if distance == "forward-kl":
         return bernoulli_kl(beta * h, eta * g)
     if distance == "squared":
@@ -207,106 +179,426 @@ def rpo_loss(h, g, beta: float, eta: float, distance: str = "backward-kl"):
     raise ValueError(f"distance must be backward-kl, forward-kl or squared, it is {distance}")
 
 
-def rpo_terms(args, rows: list, logps, entropy, top):
-    """The loss of a batch, summed over its rows, and the sums of what is LOGGED. logps, entropy, top [N]: of all trained tokens in order."""
-    better, worse, share, best = pairings(rows, logps.device)
-    sums, ref_sums = response_sums(logps, rows), torch.cat([row.extra["ref_logps"] for row in rows]).to(logps.device)  # [R]
-    given = torch.tensor([score for row in rows for score in row.extra["scores"]], device=logps.device)  # r, [R]
-    h, g = implicit_gap(sums, ref_sums, better, worse), given[better] - given[worse]  # [P]
+def rpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
+    """The loss of B prompts and the metrics beside it, each a sum over the prompts.
+
+    logps, entropy, is_argmax: of every trained token [N], as token_logps returns them. R answers form P pairs."""
+    chosen, rejected, share, best = pair_indices(rows, logps.device)
+    policy_logps = response_sums(logps, rows)  # log pi(y|x), [R]
+    ref_logps = torch.cat([row.extra["ref_logps"] for row in rows]).to(logps.device)  # log ref(y|x), [R]
+    log_ratios = policy_logps - ref_logps
+    r = torch.tensor([score for row in rows for score in row.extra["scores"]], device=logps.device)  # [R]
+    h, g = log_ratios[chosen] - log_ratios[rejected], r[chosen] - r[rejected]  # [P]
     losses = rpo_loss(h, g, args.beta, args.eta, args.distance)
     lengths = response_sums(torch.ones_like(logps), rows)
-    nll = -sums[best]  # [B]
-    nll = nll if args.nll_sum else nll / lengths[best]
-    loss = (losses * share).sum() + args.nll_coef * nll.sum()
-    with torch.no_grad():
-        rewards, target = args.beta * (sums - ref_sums), args.eta * g  # implicit rewards, [R]
-        chosen, rejected = rewards[better], rewards[worse]
-        by_pair = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected, "preference_loss": losses}
-        by_pair |= {"rewards/accuracies": ((chosen > rejected) & (g > 0)).float(), "logps/chosen": sums[better], "logps/rejected": sums[worse]}
-        by_pair |= {"target_gap": target, "gap_error": (chosen - rejected - target).abs()}
-        by_pair |= {name: (response_sums(x, rows) / lengths)[better] for name, x in (("entropy", entropy), ("mean_token_accuracy", top.float()))}
-        seen = dict(loss=loss, nll_loss=nll.sum()) | {name: (x * share).sum() for name, x in by_pair.items()}
-    return loss, torch.stack([seen[name] for name in LOGGED]).detach()
+    nll = -(policy_logps / lengths)[best]  # [B]
+
+    rewards = args.beta * log_ratios.detach()  # the implicit rewards
+    per_pair = {
+        "preference_loss": losses,
+        "rewards/chosen": rewards[chosen],
+        "rewards/rejected": rewards[rejected],
+        "rewards/accuracies": ((rewards[chosen] > rewards[rejected]) & (g > 0)).float(),
+        "rewards/margins": rewards[chosen] - rewards[rejected],
+        "target_gap": args.eta * g,
+        "gap_error": (args.beta * h - args.eta * g).abs(),
+        "logps/chosen": policy_logps[chosen],
+        "logps/rejected": policy_logps[rejected],
+        "entropy": (response_sums(entropy, rows) / lengths)[chosen],
+        "mean_token_accuracy": (response_sums(is_argmax.float(), rows) / lengths)[chosen],
+    }
+    logged = {
+        name: (values * share).sum() for name, values in per_pair.items()
+    }  # the pairs of a prompt share its weight of 1
+    logged["nll_loss"] = nll.sum()
+    logged["loss"] = logged["preference_loss"] + args.nll_coef * logged["nll_loss"]
+    return logged
 
 
-# ---------------------------------------------------------------------------------------------------------------------- data
+def main(args: Args):
+    # 0. options, ranks, the output directory
+    check_numbers(args, above_zero=("beta",))
+    device, dtype = setup_distributed(args)
+    out, last, signature = open_run(
+        args, args.model, args.reference, args.reward_model, args.dataset, args.eval_dataset
+    )
+    source, started = str(last or args.model), time.time()
 
-CHAT_TEMPLATE = (  # for tokenizers that come without one; the end-of-sequence token ends every turn
-    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
+    # 1. rows: a prompt, its answers and their rewards r, and all pairs of them
+    tokenizer = load_tokenizer(source)
+    encode_row = partial(preference_rows, tokenizer, fit_length(args, source), rewards_of=rewards_of)
+    score = partial(add_scores, args, device, dtype) if args.reward_model else None
+    rows, held_out = prepare_split(args, tokenizer, encode_row, add_columns=score)
+    steps_per_epoch = math.ceil(len(rows) / args.batch_size)
+    steps = min(steps_per_epoch * args.epochs, args.max_steps or sys.maxsize)
+
+    # 2. the policy, its optimiser, and the state of an interrupted run
+    policy = load_model(AutoModelForCausalLM, source, tokenizer, args, device, dtype, token_logps)
+    optimizer = make_optimizer(policy, args)
+    models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
+    if last:
+        state = load_checkpoint(last, models, optimizers)
+    else:  # log ref(y|x); the reference is the policy before its first step, unless another model is named
+        clear_run(args, out, signature)
+        ref_logps = reference_logps(policy, rows + held_out, response_sums, tokenizer, args, device, dtype)
+        state = dict(step=0, num_tokens=0, seconds=0.0, ref_logps=ref_logps)
+    set_reference_logps(rows + held_out, state["ref_logps"])
+    started -= state["seconds"]
+    announce(policy, args, f"{steps} steps of {args.batch_size} prompts", device, dtype)
+
+    # 3. for each batch of prompts
+    catch_signals()
+    for step in (bar := progress("rpo", state["step"], steps)):
+        batch, sums, clock = batch_rows(rows, args, step), {}, time.time()
+        for group, weight, inputs, target in forwards(batch, args, policy, device):
+            # 4. log pi of every token of the answers, and the loss, averaged over the step's prompts
+            logged = rpo_batch(args, group, *policy.token_logps(**inputs, target=target))
+            (logged["loss"] * weight * WORLD / len(batch)).backward()  # FSDP averages the gradients over the ranks
+            add_scalars(sums, logged, weight / len(batch))
+        # 5. one step of the optimiser
+        grad_norm, learning_rate = take_step(policy, optimizer, args, step, steps)
+        # 6. metrics, evaluation, checkpoint
+        metrics = dict(step=step + 1, epoch=(step + 1) / steps_per_epoch) | sum_over_ranks(sums)
+        if step == 0 and not args.reference:
+            check_first_loss(args, batch, metrics["preference_loss"], dtype)
+        tokens = sum(map(count_tokens, batch))
+        state |= dict(step=step + 1, num_tokens=state["num_tokens"] + tokens, seconds=time.time() - started)
+        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, num_tokens=state["num_tokens"])
+        metrics |= dict(tokens_per_second=tokens / (time.time() - clock))
+        if held_out and is_due(args.eval_every, step + 1, steps):
+            metrics |= evaluate(partial(rpo_batch, args), policy, held_out, len(held_out), args, device)
+            show_answers(policy, tokenizer, held_out)
+        log_metrics(args, out, metrics | dict(seconds=state["seconds"], peak_memory_mb=peak_memory(device)), bar)
+        if should_save(args, step + 1, steps, device):
+            save_checkpoint(args, out / f"checkpoint-{step + 1}", models, optimizers, state)
+
+    # 7. a checkpoint that any library loads
+    finish_run(out, models, ["loss", "gap_error", "rewards/margins", "logps/chosen", "logps/rejected"])
+
+
+# ------------------------------------------------------------------------------------------------------------ rpo.py alone
+
+
+def check_first_loss(args, batch: list, loss: float, dtype):
+    """Before the first update h is 0: the loss is the mean of D[0 || eta g]."""
+    theory = 0.0
+    for row in batch:
+        g = torch.tensor([row.extra["scores"][i] - row.extra["scores"][j] for i, j in row.extra["pairs"]])
+        theory += rpo_loss(0 * g, g, args.beta, args.eta, args.distance).mean().item() / len(batch)
+    check_first_step("the preference loss", loss, theory, dtype, scale=max(1, theory, args.beta / 0.1))
+
+
+def rewards_of(row: dict) -> list:
+    """The rewards of a row's answers: a reward model's, a ranking's scores, the columns of a pair, or its margin. Raises Drop."""
+    if MODEL_SCORES in row:
+        rewards = row[MODEL_SCORES]
+        if rewards is None:
+            raise Drop("too long for the reward model, or refused by its chat template")
+        return rewards
+    if row.get("completions") is not None:
+        rewards = row.get("scores") or [None]
+    else:
+        rewards = [
+            row.get("score_chosen", row.get("chosen_reward")),
+            row.get("score_rejected", row.get("rejected_reward")),
+        ]
+        if None in rewards:
+            rewards = [row.get("margin"), 0.0]
+    if any(reward is None or not math.isfinite(reward) for reward in rewards):
+        raise Drop("not said by how much an answer is better; give --reward-model, or score_chosen and score_rejected")
+    return rewards
+
+
+MODEL_SCORES = "scores of --reward-model"  # the column that `add_scores` adds
+
+
+def add_scores(args, device, dtype, option: str, data: Dataset) -> Dataset:
+    """The data set with the reward model's scores of every row's answers, read whole; None for a row that it cannot read."""
+    if not is_reward_model(args.reward_model):
+        fail(
+            f"--reward-model {args.reward_model}: is no sequence classifier with one label; make one with reward_model.py"
+        )
+    tokenizer = load_tokenizer(args.reward_model)
+    auto = AutoModelForSequenceClassification
+    model = load_model(auto, args.reward_model, tokenizer, args, device, dtype, response_scores, num_labels=1)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    rows, numbers, scores = [], [], [None] * len(data)
+    for number, row in enumerate(data):
+        try:
+            ranking = row.get("completions") is not None
+            prompt, responses = (as_prompt(row), row["completions"]) if ranking else as_pair(row)
+            encoded = Row(*encode(tokenizer, prompt, responses, row, Counter()), {})
+        except (Drop, TypeError, ValueError, KeyError, AttributeError, IndexError):
+            continue  # `prepare` will report what is wrong with the row itself
+        if len(encoded.prompt) + max(map(len, encoded.responses)) <= positions:
+            rows.append(encoded)
+            numbers.append(number)
+    print0(f"--reward-model {args.reward_model}: scores the answers of {len(rows)} of the {len(data)} rows of {option}")
+    for number, values in zip(numbers, score_rows(model, rows, args, device)):
+        scores[number] = values.tolist()
+    return data.add_column(MODEL_SCORES, scores)
+
+
+# ==================================== below this line, every block stands word for word in all scripts that have it ====
+# ---- preferences: pairs and rankings of answers
+
+
+def preference_rows(tokenizer, max_length: int, row: dict, notes: Counter, rewards_of=None) -> list:
+    """One Row: a prompt, its K answers, their scores, and all pairs (better, worse) of them.
+
+    rewards_of(row): scores in place of the labels; given that, two answers of equal scores form a pair too."""
+    if row.get("completions") is not None:
+        prompt, responses, scores = (
+            as_prompt(row),
+            row["completions"],
+            row.get("scores") or [0.0] * len(row["completions"]),
+        )
+        if len(responses) != len(scores) or any(s is None or math.isnan(s) for s in scores):
+            raise ValueError(f"{len(responses)} completions need as many scores, none missing; they are {scores}")
+    else:
+        (prompt, responses), scores = as_pair(row), [1.0, 0.0]
+    scores = rewards_of(row) if rewards_of else scores
+    filled = [i for i, response in enumerate(responses) if has_content(response)]
+    notes["answers dropped: empty"] += len(responses) - len(filled)
+    if len(filled) < 2:
+        raise Drop("nothing to compare: fewer than two answers")
+    prompt, responses, trained = encode(tokenizer, prompt, [responses[i] for i in filled], row, notes)
+    room = max_length - len(prompt)
+    if room < 1:
+        raise Drop("prompt beyond --max-length")
+    notes["answers cut at --max-length"] += sum(len(r) > room for r in responses)
+    answers = [(r[:room], t[:room], float(scores[i])) for i, r, t in zip(filled, responses, trained) if any(t[:room])]
+    responses, trained, scores = ([answer[column] for answer in answers] for column in range(3))
+    pairs = []
+    for i in range(len(answers)):
+        for j in range(len(answers)):
+            is_tied_pair = rewards_of is not None and scores[i] == scores[j] and i < j
+            if (scores[i] > scores[j] or is_tied_pair) and responses[i] != responses[j]:
+                pairs.append((i, j))
+    if not pairs:
+        raise Drop("nothing to compare: answers tied, identical, or cut before they differ")
+    notes["pairs"] += len(pairs)
+    return [Row(prompt, responses, trained, dict(pairs=pairs, scores=scores))]
+
+
+def pair_indices(rows: list, device) -> tuple:
+    """Which of a batch's R answers form its P pairs.
+
+    Returns chosen [P] and rejected [P]; share [P], each pair's part of its prompt; best [B], the best answer of each prompt."""
+    chosen, rejected, share, best, first = [], [], [], [], 0
+    for row in rows:
+        pairs, scores = row.extra["pairs"], row.extra["scores"]
+        chosen += [first + i for i, _ in pairs]
+        rejected += [first + j for _, j in pairs]
+        share += [1 / len(pairs)] * len(pairs)
+        best.append(first + scores.index(max(scores)))
+        first += len(row.responses)
+    return tuple(torch.tensor(column, device=device) for column in (chosen, rejected, share, best))
+
+
+# ---- reference: the frozen model that log-probabilities are compared with
+
+
+def reference_logps(policy, rows: list, sums_of, tokenizer, args, device, dtype) -> torch.Tensor:
+    """sums_of(log-probabilities, rows) under the reference, for the answers of all rows in order [R], the same on every rank.
+
+    The reference is the policy as it is now, or --reference, which is freed again."""
+    model = policy
+    if args.reference:
+        if load_tokenizer(args.reference).get_vocab() != tokenizer.get_vocab():
+            fail(
+                f"--reference {args.reference}: its tokenizer differs from that of --model, so that they cannot be compared"
+            )
+        model = load_model(AutoModelForCausalLM, args.reference, tokenizer, args, device, dtype, token_logps)
+    values_of = lambda group, inputs, target: sums_of(model.token_logps(**inputs, target=target)[0], group)
+    return response_values(values_of, model, rows, args, device)
+
+
+def set_reference_logps(rows: list, ref_logps):
+    """Gives each row its part of what `reference_logps` returned."""
+    for row, values in zip(rows, ref_logps.split([len(row.responses) for row in rows])):
+        row.extra["ref_logps"] = values
+
+
+# ---- scores: what a reward model gives to answers
+
+
+def response_scores(self, inputs, last, source=None):
+    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0. A method of the model.
+
+    inputs, last: as `pack` and `pad` return them."""
+    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[last]  # [R, d]
+    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
+
+
+def score_rows(model, rows: list, args, device) -> list:
+    """The scores of every row's responses, a list of tensors [K], the same on every rank."""
+    scores = response_values(lambda group, inputs, target: model.response_scores(**inputs), model, rows, args, device)
+    return list(scores.split([len(row.responses) for row in rows]))
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether a checkpoint has a trained head with one score."""
+    with user_input(f"{name}: no configuration can be loaded from it"):
+        config = AutoConfig.from_pretrained(name)
+    return "SequenceClassification" in "".join(config.architectures or []) and config.num_labels == 1
+
+
+# ---- log-probabilities: of the answers' tokens, without the logits of a whole batch in memory
+
+
+class TargetLogps(torch.autograd.Function):
+    """log pi(target), the distribution's entropy, and whether the target is the likeliest token; each [N].
+
+    hidden [N, d], head [V, d], bias [V] or None. Only the logits of one chunk of tokens are in memory at a time; the backward pass
+    computes them again, with d log pi(y) / d logits = 1[y] - pi. The head's gradient is summed over the chunks in float32."""
+
+    @staticmethod
+    def logits(hidden, head, bias, scale, cap):
+        logits = F.linear(hidden, head, bias).float().mul_(scale)
+        return cap * torch.tanh(logits / cap) if cap else logits  # Gemma 2's soft cap
+
+    @staticmethod
+    def forward(ctx, hidden, head, bias, target, scale: float, cap: float | None):
+        ctx.save_for_backward(hidden, head, bias, target)
+        ctx.scale, ctx.cap, ctx.chunk, parts = scale, cap, max(256, 2**23 // len(head)), []
+        for h, t in zip(hidden.split(ctx.chunk), target.split(ctx.chunk)):
+            logps = TargetLogps.logits(h, head, bias, scale, cap).log_softmax(-1)  # [n, V]
+            logp = logps.gather(-1, t[:, None])[:, 0]
+            entropy = -(logps.exp() * logps).sum(-1)
+            parts.append((logp, entropy, logp == logps.amax(-1)))  # amax is several times faster than argmax
+        logp, entropy, is_argmax = map(torch.cat, zip(*parts))
+        ctx.mark_non_differentiable(entropy, is_argmax)
+        return logp, entropy, is_argmax
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        hidden, head, bias, target = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for h, t, g, out in zip(*(x.split(ctx.chunk) for x in (hidden, target, grad, d_hidden))):
+            logits = TargetLogps.logits(h, head, bias, ctx.scale, ctx.cap)
+            d = logits.softmax(-1).mul_(-g[:, None])
+            d[torch.arange(len(t), device=t.device), t] += g
+            if ctx.cap:
+                d = d * (1 - (logits / ctx.cap).square())  # the derivative of the soft cap
+            d = d.mul_(ctx.scale).to(head.dtype)
+            out.copy_(d @ head)
+            if d_head is not None:
+                d_head += d.T @ h
+            if d_bias is not None:
+                d_bias += d.sum(0)
+        d_head, d_bias = (x if x is None else x.to(head.dtype) for x in (d_head, d_bias))
+        return d_hidden, d_head, d_bias, None, None, None
+
+
+def token_logps(self, inputs, source, target, last=None):
+    """Log-probability of each trained token, the entropy of its distribution, whether it is the likeliest; each [N]. A method of the model.
+
+    inputs, source, target: as `pack` and `pad` return them."""
+    hidden, config = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source], self.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (
+        getattr(config, "logits_scaling", None) or 1
+    )  # Cohere, Granite
+    head, cap = self.get_output_embeddings(), getattr(config, "final_logit_softcapping", None)
+    return TargetLogps.apply(hidden, head.weight, head.bias, target, scale, cap)
+
+
+def response_sums(values, rows: list):
+    """Sums of per-token values [N] over each response's trained tokens [R]."""
+    lengths = torch.tensor([sum(trained) for row in rows for trained in row.trained], device=values.device)
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+
+
+@torch.no_grad()
+def evaluate(batch_loss, policy, rows: list, total: int, args, device) -> dict:
+    """What batch_loss(rows, logps, entropy, is_argmax) logs for held-out rows, divided by their total, under the names eval_*."""
+    policy.eval()
+    sums = {}
+    for group, weight, inputs, target in forwards(rows, args, policy, device):
+        add_scalars(sums, batch_loss(group, *policy.token_logps(**inputs, target=target)), weight / total)
+    policy.train()
+    return {f"eval_{name}": value for name, value in sum_over_ranks(sums).items()}
+
+
+@torch.no_grad()
+def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: int = 128):
+    """Prints the policy's likeliest answers to a few prompts. All ranks take part, since the weights may be spread over them."""
+    policy.eval()
+    stops, positions = (
+        stop_tokens(tokenizer),
+        getattr(policy.config.get_text_config(), "max_position_embeddings", 2**20),
+    )
+    for row in rows[:count]:
+        ids = torch.tensor([row.prompt], device=next(policy.parameters()).device)
+        room = max(1, min(max_new_tokens, positions - len(row.prompt)))
+        options = dict(do_sample=False, max_new_tokens=room, eos_token_id=stops, pad_token_id=stops[0])
+        answer = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[
+            0, len(row.prompt) :
+        ].tolist()
+        ending = "" if answer[-1] in stops else " (cut off)"
+        if RANK == 0:
+            prompt, answer = tokenizer.decode(row.prompt)[-200:], tokenizer.decode(answer)[:300]
+            tqdm.write(f"  {prompt!r}\n    -> {answer!r}{ending}")
+    policy.train()
+
+
+# ---- data: rows of published formats to token ids
 
 
 class Row(NamedTuple):
-    """A prompt and its K responses, as ids. trained: one bool per response token, or None for all; extra: what else is known of it."""
+    """A prompt and its K responses, as ids. trained: one bool per response token; extra: what else is known of the row."""
 
     prompt: list
     responses: list
-    trained: list | None = None
-    extra: dict | None = None
+    trained: list
+    extra: dict
 
 
-def refuse(message: str):
-    """Bad input ends here: one sentence, exit code 2."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # the first rank mostly says the same, and then torchrun stops the others before they do
-    print(f"error: {message}", file=sys.stderr, flush=True)
+class Drop(Exception):
+    """A row that cannot be used. The message is the reason, under which the row is counted."""
+
+
+def fail(message: str):
+    """Ends the program on bad input: one sentence, exit code 2."""
+    if RANK > 0:
+        time.sleep(5)  # the first rank mostly says the same; torchrun stops the others before they repeat it
+    print(f"\nerror: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def reason(e: Exception) -> str:
-    """The first line of what an exception says."""
-    return (str(e.__cause__ or e).splitlines() or [type(e).__name__])[0][:200]
-
-
-def say(*text):
-    """Print on the first rank."""
-    if RANK == 0:
-        print(*text, flush=True)
-
-
-def check_json(path: Path):
-    """Raises ValueError where the reader of JSON would notice too late, or crash: bytes that are no text, and what is no list of objects."""
-    begun = False
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode().strip()
-            except UnicodeDecodeError:
-                raise ValueError(f"line {number} is not UTF-8") from None
-            if not begun and text and text[0] not in "{[":
-                raise ValueError(f"it begins with {text[:20]!r}, not with {{ or [")
-            begun = begun or bool(text)
-
-
-def load_rows(option: str, name: str, split: str = "train") -> Dataset:
-    """A data set from a file, a saved directory, or the hub (name or name:config)."""
-    path, (hub, *config) = Path(name), name.split(":")
+@contextlib.contextmanager
+def user_input(what: str):
+    """Reports what a library raises while it reads or writes something that the user named as an error of that, in one sentence."""
     try:
-        if path.is_dir():
-            data = load_from_disk(name)
-            data = data[split] if isinstance(data, DatasetDict) else data
-        elif path.is_file() and path.stat().st_size == 0:
-            refuse(f"{option} {name}: is an empty file; make it again, or correct the path")
-        elif path.is_file() and ".parquet" in path.suffixes:
-            data = load_dataset("parquet", data_files=glob.escape(name), split="train")
-        elif path.is_file():
-            check_json(path)
-            data = load_dataset("json", data_files=glob.escape(name), split="train")
-        elif path.suffix in (".jsonl", ".json", ".parquet", ".gz"):
-            refuse(f"{option} {name}: there is no such file; make it first (python gridworld.py data writes data/grid) or correct the path")
+        yield
+    except Exception as e:
+        fail(f"{what} ({type(e).__name__}: {' '.join(str(e.__cause__ or e).split())[:300]})")
+
+
+def load_rows(option: str, name: str, default_split: str) -> Dataset:
+    """A data set from a file, a directory (written by save_to_disk, or as downloaded from the hub), or the hub; see --dataset."""
+    source, config, split = (*name.split(":", 2), "", "")[:3]
+    path = Path(source)
+    with user_input(f"{option} {name}: cannot be read as a data set"):
+        if path.suffix in (".json", ".jsonl", ".parquet", ".gz") and not path.is_dir():
+            if not path.is_file() or not path.stat().st_size:
+                raise FileNotFoundError("the file does not exist" if not path.is_file() else "the file is empty")
+            kind = "parquet" if ".parquet" in path.suffixes else "json"
+            options = dict(encoding="utf-8-sig") if kind == "json" else {}  # also drops a byte-order mark
+            data = load_dataset(kind, data_files=glob.escape(source), split=split or "train", **options)
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            data = load_from_disk(source)
+            if isinstance(data, DatasetDict):
+                data = data[split or default_split]
+            elif split:
+                raise ValueError(f"it was saved without splits, so there is no {split}")
         else:
-            data = load_dataset(hub, *config, split=split)
-    except Exception as e:  # whatever the readers raise, the user needs to know which file it was
-        refuse(f"{option} {name}: cannot be read as a data set ({type(e).__name__}: {reason(e)})")
-    if len(data) == 0:
-        refuse(f"{option} {name}: has no rows")
+            data = load_dataset(source, config or None, split=split or default_split)
+        if not len(data):
+            raise ValueError("it has no rows")
     return data
-
-
-def shared(a, b) -> int:
-    """Length of the longest common prefix of two sequences."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def without_none(value):
@@ -320,1188 +612,1114 @@ def as_messages(value, role: str = "assistant") -> list:
     """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of one turn."""
     if isinstance(value, str):
         return [dict(role=role, content=value)]
-    names = dict(human="user", gpt="assistant")
-    messages = []
-    for turn in value:
-        turn = without_none(turn)
+    names, messages = dict(human="user", gpt="assistant"), []
+    for turn in without_none(value):
         if "from" in turn:
-            turn = dict(role=names.get(turn["from"], turn["from"]), content=turn["value"])
-        turn.setdefault("content", "" if "tool_calls" in turn else None)
-        if not isinstance(turn["content"], str) or not isinstance(turn.get("role"), str):
+            turn = turn | dict(role=names.get(turn["from"], turn["from"]), content=turn["value"])
+        if "tool_calls" in turn:
+            turn.setdefault("content", "")
+        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
             raise ValueError(f"a message needs a role and a text content, this one is {str(turn)[:80]}")
-        messages.append(turn)
+        messages.append({k: v for k, v in turn.items() if k not in ("from", "value")})
     return messages
 
 
+def has_content(response) -> bool:
+    """Whether a response, text or messages, says anything."""
+    return any(m["content"].strip() or "tool_calls" in m for m in as_messages(response))
+
+
+def as_prompt(row: dict):
+    """A row's prompt, text or messages: prompt, question, or instruction with its input; after the system text, if the row has one."""
+    prompt = row.get("prompt")
+    if prompt is None and row.get("question"):
+        prompt = as_messages(row["question"], "user")
+    elif prompt is None and row.get("instruction"):
+        material = row.get("input") or row.get("context")
+        prompt = as_messages("\n\n".join(filter(None, [row["instruction"], material])), "user")
+    return with_system(row, as_messages(prompt, "user")) if prompt and row.get("system") else prompt
+
+
+def with_system(row: dict, messages: list) -> list:
+    """Messages after the row's column `system`, if it has one that they do not begin with."""
+    if not row.get("system") or messages and messages[0]["role"] == "system":
+        return messages
+    return as_messages(row["system"], "system") + messages
+
+
+def as_pair(row: dict):
+    """(prompt, [chosen, rejected]) of any published layout: the prompt apart, inside both, or given twice; text or messages."""
+    prompt, chosen, rejected = as_prompt(row), row["chosen"], row["rejected"]
+    if isinstance(chosen, list) and not isinstance(prompt, list):  # a prompt in words is their first turn, or not there
+        chosen, rejected = as_messages(chosen), as_messages(rejected)
+        if not chosen or not rejected or chosen[0]["role"] == "assistant":
+            return as_messages(prompt or [], "user"), [chosen, rejected]
+        n = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        while (
+            n and chosen[n - 1]["role"] == "assistant"
+        ):  # they part at a user's turn: the answer before it belongs to both
+            n -= 1
+        return chosen[:n], [chosen[n:], rejected[n:]]
+    if prompt and isinstance(prompt, list):
+        prompt, talks = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
+        if all(
+            talk[: len(prompt)] == prompt and len(talk) > len(prompt) for talk in talks
+        ):  # the prompt is given twice
+            talks = [talk[len(prompt) :] for talk in talks]
+        return prompt, talks
+    if prompt:
+        return prompt, [chosen, rejected]
+    speaker = "\n\nAssistant:"  # HH-RLHF
+    if speaker not in chosen:
+        raise ValueError(
+            "chosen and rejected in words need a column prompt, question or instruction, or turns as in HH-RLHF"
+        )
+    turn = chosen.rfind(speaker, 0, shared_prefix(chosen, rejected))
+    if turn < 0:
+        raise Drop("chosen and rejected share no prompt")
+    n = turn + len(speaker)
+    return chosen[:n], [chosen[n:], rejected[n:]]
+
+
+def shared_prefix(a, b) -> int:
+    """Length of the longest common prefix of two sequences."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+@lru_cache
 def special_tokens(tokenizer) -> dict:
-    """Id and text of every special token."""
-    return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    """Id and text of every special token; `all_special_ids` has the named ones only."""
+    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def has_special(special, values) -> bool:
-    """Whether a special token stands in any text of these values, however nested: in a role, say, or in what a tool is told."""
-    if isinstance(values, str):
-        return any(token in values for token in special)
-    parts = values.items() if isinstance(values, dict) else values if isinstance(values, (list, tuple)) else ()
-    return any(has_special(special, part) for part in parts)
+def render_text(tokenizer, messages: list, answer_next: bool = False, **options) -> str:
+    """A conversation under the chat template, with the generation prompt if answer_next. Raises Drop."""
+    options["add_generation_prompt"], template = answer_next, tokenizer.chat_template
+    if (
+        isinstance(template, str) and "strftime_now" in template
+    ):  # a run keeps the date of its start, also when it is resumed
+        today = lambda match: repr(RUN_DATE[0].strftime(match[2]))
+        options["chat_template"] = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", today, template)
+    texts = [call["arguments"] for call in tool_calls(messages) if isinstance(call.get("arguments"), str)]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        if not any(json.dumps(arguments) in text for arguments in texts):
+            return text
+    except Exception as e:
+        if not texts:
+            raise Drop(f"refused by the chat template ({' '.join(str(e).split())[:60]})") from e
+    messages = json.loads(json.dumps(messages))  # the template wants objects for the arguments that are JSON text
+    try:
+        for call in tool_calls(messages):
+            call["arguments"] = (
+                json.loads(call["arguments"]) if isinstance(call["arguments"], str) else call["arguments"]
+            )
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as e:
+        raise Drop(f"refused by the chat template ({' '.join(str(e).split())[:60]})") from e
+
+
+def tool_calls(messages: list) -> list:
+    """The calls (name, arguments) of all messages."""
+    return [call.get("function", call) for message in messages for call in message.get("tool_calls", ())]
 
 
 def render(tokenizer, messages: list, answer_next: bool = False, **options) -> list:
-    """Ids of a conversation under the chat template, up to where the assistant is to speak if answer_next."""
-    if answer_next and messages and messages[-1]["role"] == "assistant":  # an answer already begun
-        return tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False, **options)
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=answer_next, return_dict=False, **options)
+    """Ids of `render_text`."""
+    return text_ids(tokenizer, render_text(tokenizer, messages, answer_next, **options))
+
+
+def text_ids(tokenizer, text: str) -> list:
+    """Ids of a text that holds its special tokens already."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@lru_cache
+def turn_end(tokenizer) -> tuple:
+    """The token that ends an assistant's turn, and how many tokens the template writes after it: the first special token after the
+    content, found by rendering two answers; where the template marks no end, the end-of-sequence token and -1."""
+    user, special = [dict(role="user", content="a")], special_tokens(tokenizer)
+    one, other = (render(tokenizer, user + as_messages(answer)) for answer in ("b", "c"))
+    tail = one[len(one) - shared_prefix(one[::-1], other[::-1]) :]
+    ends = [(token, len(tail) - i - 1) for i, token in enumerate(tail) if token in special]
+    return ends[0] if ends else (tokenizer.eos_token_id, -1)
 
 
 def stop_tokens(tokenizer) -> list:
-    """Ids that end an answer: the end-of-sequence token, and what the chat template puts at the end of an assistant's turn."""
-    ids = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
-    special = special_tokens(tokenizer)
-    while ids[-1] not in special and not tokenizer.decode(ids[-1]).strip():  # the line break after the end-of-turn token
-        ids.pop()
-    return sorted({tokenizer.eos_token_id} | (set(ids[-1:]) & set(special)))
+    """Ids that end an answer: the end of an assistant's turn, and the end-of-sequence token."""
+    return sorted({turn_end(tokenizer)[0], tokenizer.eos_token_id})
 
 
-def end_turn(tokenizer, ids: list, stops: list) -> list:
-    """An answer's ids up to its end-of-turn token, and no further; where the template marks no end of turn, the end-of-sequence token."""
-    end = len(ids)
-    while end and ids[end - 1] not in stops and not tokenizer.decode(ids[end - 1]).strip():
-        end -= 1
-    if not end or ids[end - 1] not in stops:
-        return ids + [tokenizer.eos_token_id]
-    while end > 1 and ids[end - 2] == ids[end - 1]:  # a tokenizer that adds a second end-of-sequence token of its own
-        end -= 1
-    return ids[:end]
+def template_options(row: dict) -> dict:
+    """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
+    reserved = (
+        "chat_template",
+        "tokenize",
+        "return_dict",
+        "return_tensors",
+        "add_generation_prompt",
+        "continue_final_message",
+    )
+    options = {k: v for k, v in without_none(row.get("chat_template_kwargs") or {}).items() if k not in reserved}
+    if row.get("tools"):
+        options["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else without_none(row["tools"])
+    return options
 
 
-def encode(tokenizer, prompt, responses: list, stops: list, **options):
-    """Ids of the prompt and of each response, tokenised together; the boundary is their longest common token prefix.
+def without_end(tokenizer, messages: list) -> list:
+    """Messages less the end-of-sequence token that their texts may end with already."""
+    return [message | dict(content=message["content"].removesuffix(tokenizer.eos_token)) for message in messages]
 
-    prompt: text or messages; responses: texts or messages. Returns (prompt ids, [response ids, ...]), every response with its end."""
-    if isinstance(prompt, str):
-        bos, eos = tokenizer.bos_token, tokenizer.eos_token
-        ids = lambda text: tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids  # one BOS, never two
-        head, whole = ids(prompt), [ids(prompt + r.removesuffix(eos) + eos) for r in responses]
+
+def refuse_special(tokenizer, *values):
+    """Drops a row that holds a special token in any of its texts: data must not be able to end a turn or to begin one."""
+    text = json.dumps(values, ensure_ascii=False, default=str)
+    if any(token in text for token in special_tokens(tokenizer).values()):
+        raise Drop("special token in the text; write a conversation as messages")
+
+
+def encode(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tuple:
+    """A prompt and its responses (text or messages), tokenised together; their boundary is the longest prefix that all share.
+
+    Returns prompt ids, response ids, and for each response token whether the assistant says it. row may hold tools and
+    chat_template_kwargs. Raises Drop."""
+    eos, options = tokenizer.eos_token, template_options(row)
+    is_text = isinstance(prompt, str) and all(isinstance(r, str) for r in responses)
+    replies = [without_end(tokenizer, as_messages(response)) for response in responses]
+    refuse_special(tokenizer, prompt, replies, options)
+    if not prompt:
+        raise Drop("empty prompt")
+    if is_text:
+        head, *wholes = (
+            plain_ids(tokenizer, text) for text in (prompt, *(prompt + r[0]["content"] + eos for r in replies))
+        )
+        trained = [[True] * len(whole) for whole in wholes]
     else:
-        answers = [as_messages(r) for r in responses]
-        head = render(tokenizer, prompt, answer_next=True, **options)
-        if prompt[-1]["role"] == "assistant":  # the responses continue an answer already begun
-            begun, prompt = prompt[-1], prompt[:-1]
-            answers = [[dict(begun, content=begun["content"] + a[0]["content"]), *a[1:]] for a in answers]
-        whole = [render(tokenizer, prompt + a, **options) for a in answers]
-    whole = [end_turn(tokenizer, w, stops) for w in whole]
-    n = min(shared(head, w) for w in whole)
-    return whole[0][:n], [w[n:] for w in whole]
+        prompt = as_messages(prompt, "user")
+        turns = [encode_turns(tokenizer, prompt + reply, len(prompt), options, notes) for reply in replies]
+        if any(len(rows) > 1 for rows in turns):
+            raise Drop("the chat template rewrites earlier turns")
+        if not all(turns):
+            raise Drop("no assistant turn to train on")
+        wholes, trained = zip(*(rows[0] for rows in turns))
+        head = prompt_ids(tokenizer, prompt, options)
+    n = min(shared_prefix(head, whole) for whole in wholes)
+    if not n:
+        raise Drop("prompt and response share no token boundary")
+    for reply, marks in zip(replies, trained):
+        if reply[0]["role"] == "assistant" and True in marks:  # tokens that only other responses share with the prompt
+            marks[n : marks.index(True)] = [True] * (marks.index(True) - n)
+    return wholes[0][:n], [whole[n:] for whole in wholes], [marks[n:] for marks in trained]
 
 
-def encode_turns(tokenizer, messages: list, first: int, stops: list, **options) -> list:
-    """A conversation with every assistant turn from message `first` on to be trained, its end-of-turn token included.
+def plain_ids(tokenizer, text: str) -> list:
+    """Ids of a text without a chat template, with the special tokens that the tokenizer adds, but at most one end."""
+    ids = tokenizer(text).input_ids
+    while ids[-2:] == [tokenizer.eos_token_id] * 2:
+        ids.pop()
+    return ids
 
-    The turns are found by rendering prefixes, so that any chat template will do. Returns [(ids, trained)], trained one bool per id: one
-    pair for the whole conversation, or, where the template rewrites earlier turns (drops their thinking, say), one for each turn."""
+
+def prompt_ids(tokenizer, prompt: list, options: dict) -> list:
+    """Ids of messages up to where the assistant is to speak, or to continue if the last message is an answer that it has begun."""
+    if prompt[-1]["role"] == "assistant":
+        return text_ids(tokenizer, begun_text(tokenizer, prompt, options))
+    return render(tokenizer, prompt, True, **options)
+
+
+def begun_text(tokenizer, messages: list, options: dict) -> str:
+    """The text of a conversation whose last message is the beginning of an answer.
+
+    A template that writes something before the answer (an empty thinking block, say) would put it between prompt and beginning, where
+    generation never has it; then the beginning follows the generation prompt directly."""
+    text, begun = render_text(tokenizer, messages, continue_final_message=True, **options), messages[-1]["content"]
+    opening = render_text(tokenizer, messages[:-1], True, **options)
+    has_generation_prompt = opening != render_text(tokenizer, messages[:-1], **options)
+    written = text[len(opening) : text.rfind(begun.strip())] if text.startswith(opening) else "?"
+    if not has_generation_prompt or not written.strip():
+        return text
+    overlap = max(n for n in range(len(begun) + 1) if opening.endswith(begun[:n]))  # both may open the thinking block
+    return opening + begun[overlap:]
+
+
+def encode_turns(tokenizer, messages: list, first: int, options: dict, notes: Counter) -> list:
+    """A conversation with the assistant's turns from message `first` on to be trained, each with its end-of-turn token.
+
+    Returns [(ids, trained)], trained one bool per id: one pair for the whole conversation, or one for each turn if the template
+    rewrites earlier turns (drops their thinking, say). Raises Drop where generation would never see what training sees."""
     turns = []
-    for i in range(max(first, 1), len(messages)):  # an opening assistant turn answers nothing
-        if messages[i]["role"] == "assistant":
-            head = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False, **options)
-            ids = end_turn(tokenizer, render(tokenizer, messages[: i + 1], **options), stops)
-            turns.append((ids, shared(head, ids)))
+    for i in range(max(first, 1), len(messages)):  # an assistant's turn that opens the conversation answers nothing
+        if messages[i]["role"] == "assistant" and messages[i].get("weight") != 0:
+            continues = i == first and messages[i - 1]["role"] == "assistant"
+            turns.append((continue_turn if continues else encode_turn)(tokenizer, messages[: i + 1], options, notes))
     if turns and all(turns[-1][0][: len(ids)] == ids for ids, _ in turns):
         whole = turns[-1][0]
         return [(whole, [any(start <= t < len(ids) for ids, start in turns) for t in range(len(whole))])]
     return [(ids, [t >= start for t in range(len(ids))]) for ids, start in turns]
 
 
-def as_pair(prompt, chosen, rejected):
-    """(prompt, [chosen, rejected]) from any published layout: the prompt apart, or inside both; text or messages."""
-    if isinstance(chosen, list) and (not isinstance(prompt, list) or not prompt):  # a prompt in words is inside the messages, or their first turn
-        chosen, rejected = as_messages(chosen), as_messages(rejected)
-        if not chosen or not rejected or chosen[0]["role"] == "assistant":
-            return as_messages(prompt, "user") if prompt else [], [chosen, rejected]
-        n = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
-            n -= 1
-        return chosen[:n], [chosen[n:], rejected[n:]]
-    if prompt and isinstance(prompt, list):
-        prompt, whole = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
-        if all(talk[: len(prompt)] == prompt and len(talk) > len(prompt) for talk in whole):  # the prompt is given apart and again in both
-            return prompt, [talk[len(prompt) :] for talk in whole]
-        return prompt, [chosen, rejected]
-    if prompt:
-        return prompt, [chosen, rejected]
-    n = shared(chosen, rejected)
-    speaker = chosen.rfind("\n\nAssistant:", 0, n)  # HH-RLHF: back to the last turn that both share; else to the last whole word
-    n = speaker + len("\n\nAssistant:") if speaker >= 0 else max(0, chosen.rfind(" ", 0, min(n, len(chosen) - 1, len(rejected) - 1) + 1))
-    return chosen[:n], [chosen[n:], rejected[n:]]
+def continue_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
+    """`encode_turn` where the last message continues an answer that the message before it has begun."""
+    head = begun_text(tokenizer, messages[:-1], options)
+    ids = text_ids(tokenizer, head + messages[-1]["content"]) + [turn_end(tokenizer)[0]]
+    return ids, shared_prefix(text_ids(tokenizer, head), ids)
 
 
-def check_pairs(name: str, data: Dataset):
-    """Refuse a data set that holds neither pairs nor rankings."""
-    columns = set(data.column_names)
-    if not ({"prompt", "completions", "scores"} <= columns or {"chosen", "rejected"} <= columns):
-        refuse(f"{name}: needs columns chosen and rejected, or prompt, completions and scores; it has {', '.join(data.column_names)}")
+def encode_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
+    """Ids of a conversation up to the end of its last turn, the assistant's, and where that turn begins. Raises Drop."""
+    prompt, turn, (end, after) = messages[:-1], messages[-1], turn_end(tokenizer)
+    text, opening = render_text(tokenizer, messages, **options), render_text(tokenizer, prompt, **options).rstrip()
+    while token := next((t for t in special_tokens(tokenizer).values() if opening.endswith(t)), ""):
+        opening = opening.removesuffix(token).rstrip()
+    if not text.startswith(opening):
+        raise Drop("the chat template changes the prompt once a reply follows")
+    squeezed = "".join(text.split())  # templates may move white space
+    if "".join(turn["content"].split()) not in squeezed:
+        raise Drop("the chat template leaves out part of the reply")
+    if "".join(turn.get("reasoning_content", "").split()) not in squeezed:
+        notes["replies whose reasoning_content the chat template leaves out"] += 1
+    ids, head = text_ids(tokenizer, text), render(tokenizer, prompt, True, **options)
+    ids = ids + [end] if after < 0 else ids[: len(ids) - after]
+    start = shared_prefix(head, ids)
+    if len(ids) - start < 2:
+        raise Drop("the reply is empty but for its end-of-turn token")
+    notes["replies that do not begin where the generation prompt ends"] += start < len(head)
+    return ids, start
 
 
-def report(option: str, tokenizer, rows: list, total: int, notes: Counter):
-    """Print how many rows were kept, what was dropped and why, lengths, and one example whose trained tokens stand in double brackets."""
-    prompts, answers = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
-    quantiles = lambda values: "/".join(str(sorted(values)[int(q * (len(values) - 1))]) for q in (0.5, 0.95, 1))
-    say(f"{option}: {len(rows)} rows from {total}; " + (", ".join(f"{n} {why}" for why, n in notes.items() if n) or "none dropped, none cut"))
-    say(f"  tokens (median/95%/most): prompt {quantiles(prompts)}, response {quantiles(answers)}")
-    shown, marks = tokenizer.decode(rows[0].prompt)[-200:], rows[0].trained[0] if rows[0].trained else [True] * len(rows[0].responses[0])
-    for mark, part in groupby(zip(marks, rows[0].responses[0]), key=lambda pair: pair[0]):
-        text = tokenizer.decode([token for _, token in part])
-        shown += f"[[{text[:300]}]]" if mark else text[:100]
-    say("  example: " + shown.replace("\n", "\n  | "))
+def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_columns=None) -> list:
+    """All rows that encode_row(row, notes) makes of a data set, with a report: kept, dropped and why, lengths, an example.
 
-
-class Drop(Exception):
-    """A row that cannot be used; the message is the reason, under which it is counted."""
-
-
-def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
-    """Rows for training, with a report of what they are. encode_row(row, notes) turns a row of data into a list of them."""
-    rows, notes = [], Counter()
+    add_columns(option, data): the data set with columns that encode_row reads beside its own."""
+    data, rows, notes = load_rows(option, name, split), [], Counter()
+    data = add_columns(option, data) if add_columns else data
     for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or len(data) < 5000)):
         try:
             rows += encode_row(row, notes)
         except Drop as drop:
             notes[f"dropped: {drop}"] += 1
-        except TemplateError as e:
-            notes[f"dropped: refused by the chat template ({str(e)[:60]})"] += 1
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
-            refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {reason(e)}); see 'Reads' at the top of this script")
+            what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            columns = ", ".join(data.column_names)
+            fail(
+                f"{option} {name}, row {number}: not in a known format ({what}); its columns are {columns}; see 'Reads' in --help"
+            )
+    counts = ", ".join(f"{n} {note}" for note, n in notes.items() if n) or "none dropped, none cut"
     if not rows:
-        why = ", ".join(f"{n} {note}" for note, n in notes.items() if n)
-        refuse(f"{option}: none of its {len(data)} rows can be used ({why}); its columns are {', '.join(data.column_names)}; see 'Reads' at the top")
-    report(option, tokenizer, rows, len(data), notes)
+        fail(
+            f"{option} {name}: none of its {len(data)} rows can be used ({counts}); its columns are {', '.join(data.column_names)}"
+        )
+    print0(f"{option} {name}: {len(rows)} rows from {len(data)}; {counts}")
+    prompts, responses = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
+    quantiles = ["/".join(str(sorted(x)[int(q * (len(x) - 1))]) for q in (0.5, 0.95, 1)) for x in (prompts, responses)]
+    print0("  tokens (median/95%/most): prompt {}, response {}".format(*quantiles))
+    shown = tokenizer.decode(rows[0].prompt)[-200:]
+    for is_trained, part in groupby(zip(rows[0].trained[0], rows[0].responses[0]), key=lambda pair: pair[0]):
+        text = tokenizer.decode([token for _, token in part])
+        shown += f"[[{text[:300]}]]" if is_trained else text[:100]
+    print0("  example, [[trained]]: " + shown.replace("\n", "\n  | "))
     return rows
 
 
-def template_options(row: dict) -> dict:
-    """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
-    tools = row.get("tools")
-    ours = ("chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt", "continue_final_message")  # no row's business
-    options = {k: v for k, v in without_none(row.get("chat_template_kwargs") or {}).items() if k not in ours}
-    return options | (dict(tools=json.loads(tools) if isinstance(tools, str) else without_none(tools)) if tools else {})
+def prepare_split(args, tokenizer, encode_row, by_prompt: bool = True, add_columns=None) -> tuple:
+    """Rows to train on, and held-out rows: from --eval-dataset, or a share of --dataset (of its prompts, or, if not by_prompt, its rows)."""
+    rows = prepare("--dataset", args.dataset, "train", tokenizer, encode_row, add_columns)
+    if args.eval_dataset:
+        return rows, prepare("--eval-dataset", args.eval_dataset, "test", tokenizer, encode_row, add_columns)
+    keys = [tuple(row.prompt) if by_prompt else i for i, row in enumerate(rows)]
+    every = list(dict.fromkeys(keys))
+    count = min(len(every) - 1, round(args.eval_fraction * len(every)))
+    held = set(random.Random(args.seed).sample(every, count))
+    print0(f"  held out: {count} of {len(every)} {'prompts' if by_prompt else 'rows'}")
+    return [row for row, key in zip(rows, keys) if key not in held], [
+        row for row, key in zip(rows, keys) if key in held
+    ]
 
 
-def as_answers(row: dict):
-    """(prompt, responses, scores) of a ranking, or of a pair, whose scores are 1 and 0."""
-    if row.get("completions") is None:
-        return *as_pair(row.get("prompt"), row["chosen"], row["rejected"]), [1.0, 0.0]
-    prompt, responses, scores = row["prompt"], row["completions"], row.get("scores")
-    scores = [0.0] * len(responses) if scores is None else scores  # without scores all are tied
-    if len(responses) != len(scores) or any(s is None or math.isnan(s) for s in scores):
-        raise ValueError(f"{len(responses)} completions need as many scores, none missing; they are {scores}")
-    return as_messages(prompt) if isinstance(prompt, list) else prompt, responses, scores
+# ---- rows: a prompt and its K responses lie end to end, the prompt computed once, nothing padded
 
 
-def preferences(args, tokenizer, max_length: int, rewards=None):
-    """The encode_row of preference optimisation: a prompt, its K answers, and all pairs (better, worse) of them.
-
-    rewards(row, scores) -> the answers' scores in place of the labels; given that, ties are pairs too."""
-    stops, special = stop_tokens(tokenizer), special_tokens(tokenizer).values()
-
-    def encode_row(row, notes):
-        prompt, responses, scores = as_answers(row)
-        scores = rewards(row, scores) if rewards else scores
-        if not prompt:
-            raise Drop("empty prompt")
-        said = [m | dict(content=m["content"].removesuffix(tokenizer.eos_token)) for r in responses for m in as_messages(r)]
-        if not args.allow_special and has_special(special, [prompt, said, template_options(row)]):
-            raise Drop("special token in the text (--allow-special keeps it)")
-        some = [i for i, r in enumerate(responses) if any(m["content"].strip() or "tool_calls" in m for m in as_messages(r))]
-        notes["answers dropped: empty"] += len(responses) - len(some)
-        if len(some) < 2:
-            raise Drop("nothing to compare: fewer than two answers")
-        responses, scores = [responses[i] for i in some], [float(scores[i]) for i in some]
-        prompt_ids, ids = encode(tokenizer, prompt, responses, stops, **template_options(row))
-        room = max_length - len(prompt_ids)
-        if not prompt_ids or room < 1:
-            raise Drop("prompt beyond --max-length" if prompt_ids else "prompt and answers share no token boundary")
-        trained = [[True] * len(r) for r in ids]
-        for i, r in enumerate(responses):  # of an answer of several turns, only the assistant's are trained
-            if isinstance(r, list) and len(r) > 1:
-                whole, marks = encode_turns(tokenizer, prompt + as_messages(r), len(prompt), stops, **template_options(row))[-1]
-                if whole != prompt_ids + ids[i]:
-                    raise Drop("an answer of several turns that goes on from one begun, or under a chat template that rewrites the earlier ones")
-                trained[i] = marks[len(prompt_ids) :]
-        notes["answers cut at --max-length"] += sum(len(r) > room for r in ids)
-        ids, trained = [r[:room] for r in ids], [t[:room] for t in trained]
-        some = [i for i, t in enumerate(trained) if any(t)]  # an answer of several turns may be cut before its first of the assistant's
-        ids, trained, scores = ([x[i] for i in some] for x in (ids, trained, scores))
-        places = [(i, j) for i in range(len(ids)) for j in range(len(ids)) if ids[i] != ids[j]]
-        pairs = [(i, j) for i, j in places if scores[i] > scores[j] or rewards and scores[i] == scores[j] and i < j]
-        if not pairs:
-            raise Drop("nothing to compare: answers tied, identical, or cut before they differ")
-        notes["pairs"] += len(pairs)
-        return [Row(prompt_ids, ids, trained, dict(pairs=pairs, scores=scores))]
-
-    return encode_row
+def count_tokens(row: Row, packs: bool = True) -> int:
+    """Tokens that a forward pass computes for a row: packed, its prompt counts once; padded, once for each response."""
+    return (1 if packs else len(row.responses)) * len(row.prompt) + sum(map(len, row.responses))
 
 
-# --------------------------------------------------------------------------------------------------------------------- model
+def segment_lengths(row: Row) -> tuple:
+    """(length of the first segment, lengths of those that see it): the prompt and its responses; a single response is one with its prompt."""
+    lengths = [len(response) for response in row.responses]
+    return (len(row.prompt) + lengths[0], ()) if len(lengths) == 1 else (len(row.prompt), tuple(lengths))
 
 
-def rows_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, sliding_window=None, rows=None, softcap=None, **kwargs):
-    """Attention over rows laid end to end: a response sees its own prompt and itself. q, k, v [1, H, T, D]."""
-    if softcap is not None:
-        raise NotImplementedError("soft-capped attention scores (Gemma 2) need the model's own attention")
-    if rows is None:  # sampling: the ordinary path
+def pack(rows: list, device) -> tuple:
+    """Rows end to end in one sequence. Returns (dict(inputs, source, last), target).
+
+    inputs: of the model; source [N]: positions that predict the trained tokens; last [R]: position of each response's last token;
+    target [N]: the trained tokens. inputs["rows"] is for `rows_attention`: the segments' lengths and, for FlashAttention, the keys
+    that each segment sees."""
+    ids, positions, source, last, target, keys, q_lengths, k_lengths = [], [], [], [], [], [], [], []
+    for row in rows:
+        start, length, (first, others) = len(ids), len(row.prompt), segment_lengths(row)
+        ids += row.prompt
+        positions += range(length)
+        keys += range(start, start + first)
+        for response, trained in zip(row.responses, row.trained):
+            begin = len(ids)
+            ids += response
+            positions += range(length, length + len(response))
+            predictors = [
+                start + length - 1,
+                *range(begin, len(ids) - 1),
+            ]  # the prompt's last token predicts the first of each
+            source += [predictor for predictor, keep in zip(predictors, trained) if keep]
+            target += [token for token, keep in zip(response, trained) if keep]
+            last.append(len(ids) - 1)
+            keys += [*range(start, start + length), *range(begin, len(ids))] if others else []
+        q_lengths += [first, *others]
+        k_lengths += [first, *(first + other for other in others)]
+    tensor = partial(torch.tensor, device=device)
+    flash = dict(max_q=max(q_lengths), max_k=max(k_lengths), keys=tensor(keys))
+    flash["cu_q"], flash["cu_k"] = (tensor([0, *x]).cumsum(0, dtype=torch.int32) for x in (q_lengths, k_lengths))
+    attention = dict(segments=[segment_lengths(row) for row in rows], **flash)
+    inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(positions)[None], rows=attention, use_cache=False)
+    return dict(inputs=inputs, source=tensor(source), last=tensor(last)), tensor(target)
+
+
+def pad(rows: list, device) -> tuple:
+    """`pack` for a model whose attention cannot follow packed rows: each response with its prompt, padded on the right."""
+    pairs = [(row.prompt, response, trained) for row in rows for response, trained in zip(row.responses, row.trained)]
+    width, ids, mask, source, last, target = max(len(p) + len(r) for p, r, _ in pairs), [], [], [], [], []
+    for i, (prompt, response, trained) in enumerate(pairs):
+        length, first = len(prompt) + len(response), i * width + len(prompt)
+        ids.append(prompt + response + [0] * (width - length))
+        mask.append([1] * length + [0] * (width - length))
+        source += [first + j - 1 for j, keep in enumerate(trained) if keep]
+        target += [token for token, keep in zip(response, trained) if keep]
+        last.append(i * width + length - 1)
+    tensor = partial(torch.tensor, device=device)
+    inputs = dict(input_ids=tensor(ids), attention_mask=tensor(mask), use_cache=False)
+    return dict(inputs=inputs, source=tensor(source), last=tensor(last)), tensor(target)
+
+
+def rows_attention(
+    module,
+    q,
+    k,
+    v,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    sliding_window=None,
+    rows=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
+    """Attention over packed rows: a response sees its own prompt and itself. q [1, H, T, D]; k, v [1, G, T, D].
+
+    softcap: of Gemma 2's scores; s_aux [H]: GPT-OSS's sinks, a score beside those of the keys."""
+    if rows is None:  # generation: not packed
         return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
     options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    flash = q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1] and q.shape[-1] in range(8, 257, 8) and not dropout
-    if flash:  # FlashAttention over segments: its causal mask is aligned to the last key, as a response needs it
-        from torch.nn.attention.varlen import varlen_attn
+    is_plain = softcap is None and s_aux is None
+    if (
+        is_plain
+        and q.is_cuda
+        and v.dtype != torch.float32
+        and q.shape[-1] == v.shape[-1]
+        and q.shape[-1] in range(8, 257, 8)
+        and not dropout
+    ):
+        from torch.nn.attention.varlen import (
+            varlen_attn,
+        )  # FlashAttention; its causal mask is aligned to a segment's last key
 
         if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
             options.pop("enable_gqa")  # torch 2.11 groups heads without being asked
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
-        k, v, window = k[rows["index"]], v[rows["index"]], (sliding_window - 1 if sliding_window else -1, 0)
-        return varlen_attn(q, k, v, rows["cu_q"], rows["cu_k"], rows["max_q"], rows["max_k"], window_size=window, **options)[None], None
+        k, v, lengths = k[rows["keys"]], v[rows["keys"]], [rows[name] for name in ("cu_q", "cu_k", "max_q", "max_k")]
+        window = (sliding_window - 1 if sliding_window else -1, 0)
+        return varlen_attn(q, k, v, *lengths, window_size=window, **options)[None], None
 
-    def attend(q, k, v):  # [n, H, Q, D], [n, H, K, D]: the queries are the last Q of the K positions
+    def attend(q, k, v):  # [n, H, Q, D], [n, G, K, D]: the queries are the last Q of K positions
         Q, K = q.shape[2], k.shape[2]
-        if Q == K and not (sliding_window and sliding_window < K):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, **options)
-        i, j = torch.arange(K - Q, K, device=q.device)[:, None], torch.arange(K, device=q.device)
-        seen = (j <= i) & (j > i - (sliding_window or K))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, **options)
+        j = torch.arange(K, device=q.device)
+        i = j[K - Q :, None]
+        visible = (j <= i) & (j > i - (sliding_window or K))
+        if is_plain:
+            causal = Q == K and (sliding_window or K) >= K
+            return F.scaled_dot_product_attention(q, k, v, None if causal else visible, dropout, causal, **options)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = q @ k.transpose(2, 3) * scaling
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        scores = scores.masked_fill(~visible, -math.inf)
+        if s_aux is not None:
+            scores = torch.cat([scores, s_aux.to(scores.dtype)[:, None, None].expand(len(q), -1, Q, 1)], -1)
+        return F.dropout(scores.softmax(-1), dropout)[..., :K] @ v
 
-    groups, out = [(form, len(list(same))) for form, same in groupby(rows["layout"])], []  # neighbours of equal shape are one batch
-    sizes = [n * (P + sum(R)) for (P, R), n in groups]
-    for ((P, R), n), *qkv in zip(groups, *(x[0].split(sizes, 1) for x in (q, k, v))):
-        (q0, *qs), (k0, *ks), (v0, *vs) = (x.unflatten(1, (n, -1)).transpose(0, 1).split([P, *R], 2) for x in qkv)
-        parts = [attend(q0, k0, v0), *(attend(q, torch.cat([k0, k], 2), torch.cat([v0, v], 2)) for q, k, v in zip(qs, ks, vs))]
-        out.append(torch.cat(parts, 2).transpose(0, 1).flatten(1, 2))
+    groups = [
+        (lengths, len(list(same))) for lengths, same in groupby(rows["segments"])
+    ]  # neighbours of equal lengths are one batch
+    parts = [x[0].split([n * (first + sum(others)) for (first, others), n in groups], 1) for x in (q, k, v)]
+    out = []
+    for ((first, others), n), *qkv in zip(groups, *parts):
+        (q0, *qs), (k0, *ks), (v0, *vs) = (
+            x.unflatten(1, (n, -1)).transpose(0, 1).split([first, *others], 2) for x in qkv
+        )
+        segments = [attend(q0, k0, v0)]
+        for q1, k1, v1 in zip(qs, ks, vs):
+            segments.append(attend(q1, torch.cat([k0, k1], 2), torch.cat([v0, v1], 2)))
+        out.append(torch.cat(segments, 2).transpose(0, 1).flatten(1, 2))  # [H, n (P + R1 + ...), D]
     return torch.cat(out, 1).transpose(0, 1)[None], None  # [1, T, H, D]
 
 
 def rows_mask(*args, attention_mask=None, **kwargs):
-    """No mask where rows are given; elsewhere the ordinary one, from the attention_mask, without which a sliding window would be lost."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False})
+    """No mask for packed rows. Elsewhere the ordinary one, made whole, since it alone holds a sliding window."""
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False})
 
 
-AttentionInterface.register("rows", rows_attention)
-AttentionMaskInterface.register("rows", rows_mask)
+AttentionInterface.register("packed_rows", rows_attention)
+AttentionMaskInterface.register("packed_rows", rows_mask)
 
 
-def shape(row: Row) -> tuple:
-    """(prompt length, response lengths); a single response is one piece with its prompt, since nothing is shared."""
-    prompt, responses = len(row.prompt), tuple(map(len, row.responses))
-    return (prompt + responses[0], ()) if len(responses) == 1 else (prompt, responses)
+def forwards(rows: list, args, model, device):
+    """This rank's rows in forward passes of at most --tokens-per-forward tokens: yields (rows, weight, inputs, target), the last two from
+    `pack` or `pad`.
+
+    All ranks make equally many, as FSDP needs; a rank that has run out repeats a row with weight 0."""
+    groups, total = [], math.inf
+    for row in sorted(rows[RANK::WORLD], key=segment_lengths):
+        cost = count_tokens(row, model.packs)
+        if total + cost > args.tokens_per_forward:
+            groups.append([])
+            total = 0
+        groups[-1].append(row)
+        total += cost
+    most = len(groups)
+    if WORLD > 1:
+        most = int(over_ranks(torch.tensor(most, device=device), dist.ReduceOp.MAX))
+    layout = pack if model.packs else pad
+    for i in range(most):
+        group, weight = (groups[i], 1.0) if i < len(groups) else (rows[:1], 0.0)
+        yield group, weight, *layout(group, device)
 
 
-def pack(rows: list, device, together: bool = True):
-    """Rows end to end in one sequence, nothing padded; or, if not together, one sequence for each response.
-
-    Returns forwards, a list of (model inputs, positions that predict the trained tokens, positions of the responses' last tokens),
-    and the trained tokens in order [N]."""
-    if not together:
-        forwards, targets = [], []
-        for row in rows:
-            for i, response in enumerate(row.responses):
-                (forward,), target = pack([Row(row.prompt, [response], row.trained and [row.trained[i]])], device)
-                inputs, *at = forward
-                inputs = {k: v for k, v in inputs.items() if k != "rows"} | dict(attention_mask=torch.ones_like(inputs["input_ids"]))
-                forwards.append((inputs, *at))
-                targets.append(target)
-        return forwards, torch.cat(targets)
-    ids, position, source, last, target, layout, index, q_lens, k_lens = [], [], [], [], [], [], [], [], []
-    for row in rows:
-        start, end, (head, tails) = len(ids), len(ids) + len(row.prompt), shape(row)
-        ids += row.prompt
-        position += range(end - start)
-        index += range(start, start + head)  # the keys of each segment, prompt or response, one after the other
-        for i, response in enumerate(row.responses):
-            t = len(ids)
-            ids += response
-            position += range(end - start, end - start + len(response))
-            before = [end - 1, *range(t, t + len(response) - 1)]  # the prompt's last token predicts every response's first
-            keep = row.trained[i] if row.trained else [True] * len(response)
-            source += [s for s, k in zip(before, keep) if k]
-            target += [token for token, k in zip(response, keep) if k]
-            last.append(len(ids) - 1)
-            index += [*range(start, end), *range(t, t + len(response))] if tails else []
-        layout.append((head, tails))
-        q_lens += [head, *tails]
-        k_lens += [head, *(head + r for r in tails)]
-    tensor = lambda x: torch.tensor(x, device=device)
-    cumulative = lambda x: tensor([0, *x]).cumsum(0, dtype=torch.int32)
-    plan = dict(layout=layout, index=tensor(index), cu_q=cumulative(q_lens), cu_k=cumulative(k_lens), max_q=max(q_lens), max_k=max(k_lens))
-    inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(position)[None], rows=plan, use_cache=False)
-    return [(inputs, tensor(source), tensor(last))], tensor(target)
+@torch.no_grad()
+def response_values(values_of, model, rows: list, args, device) -> torch.Tensor:
+    """values_of(rows, inputs, target), a number for each response, for the responses of all rows in order [R], the same on every rank."""
+    counts = [len(row.responses) for row in rows]
+    first = {id(row): count for row, count in zip(rows, accumulate([0, *counts]))}
+    values = torch.zeros(sum(counts), device=device)
+    model.eval()
+    for group, weight, inputs, target in forwards(rows, args, model, device):
+        indices = [first[id(row)] + i for row in group for i in range(len(row.responses))]
+        values[torch.tensor(indices, device=device)] += weight * values_of(group, inputs, target)
+    model.train()
+    return over_ranks(values).cpu()
 
 
-class TargetLogps(torch.autograd.Function):
-    """The log-probability of each target token, the entropy of its distribution, and whether the token is the likeliest; each [N].
+# ---- models: loading, sharding, checking, one optimiser step
 
-    hidden [N, d], head [V, d], bias [V] or None, target [N]; adjust(logits, at): what follows the output layer, for the tokens of slice at.
-    Of the logits [N, V] no more than a chunk of tokens ever stands in memory; the backward pass computes it again, with
-    d log pi(y) / d logits = 1[y] - pi. The gradient of the head is summed over chunks in float32."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, bias, target, adjust):
-        size = max(256, 2**23 // len(head))  # tokens of a chunk: 32 MB of logits; at least 256, as each adds a whole [V, d] to the head's gradient
-        ctx.save_for_backward(hidden, head, bias, target)
-        ctx.chunks, ctx.adjust, parts = [slice(i, i + size) for i in range(0, len(target), size)], adjust, []
-        for at in ctx.chunks:
-            logits = adjust(F.linear(hidden[at], head, bias).float(), at)  # [n, V]
-            logps = logits.log_softmax(-1)
-            logp = logps.gather(-1, target[at, None])[:, 0]
-            top = logp == logps.amax(-1)  # amax is several times faster than argmax
-            parts.append((logp, -torch.exp(logps, out=logits).mul_(logps).sum(-1), top))  # in the room of the logits
-        logp, entropy, top = (torch.cat(x) for x in zip(*parts))
-        ctx.mark_non_differentiable(entropy, top)
-        return logp, entropy, top
-
-    @staticmethod
-    def backward(ctx, g, *_):
-        hidden, head, bias, target = ctx.saved_tensors
-        d_hidden, wanted = torch.empty_like(hidden), zip((head, bias), ctx.needs_input_grad[1:3])  # the head may be frozen
-        d_head, d_bias = (torch.zeros_like(w, dtype=torch.float32) if needed else None for w, needed in wanted)
-        for at in ctx.chunks:
-            raw = F.linear(hidden[at], head, bias).float().requires_grad_()
-            with torch.enable_grad():  # through what adjust does
-                logits = ctx.adjust(raw, at)
-            d = logits.detach().softmax(-1).mul_(-g[at, None])
-            d[torch.arange(len(d), device=d.device), target[at]] += g[at]
-            (d,) = torch.autograd.grad(logits, raw, d)
-            d = d.to(head.dtype)  # [n, V]
-            d_hidden[at] = d @ head
-            if d_head is not None:
-                d_head += d.T @ hidden[at]
-            if d_bias is not None:
-                d_bias += d.sum(0)
-        return d_hidden, *(x if x is None else x.to(head.dtype) for x in (d_head, d_bias)), None, None
-
-
-def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
-    """Log-probability of each target token, the distribution's entropy, and whether the token is the likeliest; each [N].
-
-    kept: for each token the ids that nucleus sampling kept, a tensor each; the distribution is renormalised over them."""
-    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards])  # [N, d]
-    head, config = self.get_output_embeddings(), self.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-
-    def adjust(logits, at):
-        logits = logits if scale == 1 else logits * scale
-        logits = cap * torch.tanh(logits / cap) if cap else logits
-        logits = logits if temperature == 1 else logits / temperature
-        if kept is not None:
-            count = torch.tensor([len(k) for k in kept[at]], device=logits.device)
-            allowed = torch.zeros_like(logits, dtype=torch.bool)
-            allowed[torch.arange(len(count), device=logits.device).repeat_interleave(count), torch.cat(kept[at])] = True
-            logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)  # finite, so that p log p is 0 there
-        return logits
-
-    return TargetLogps.apply(hidden, head.weight, head.bias, target, adjust)
-
-
-def response_sums(values, rows: list):
-    """Sums of per-token values [N] over each response's trained tokens [R]."""
-    return torch.stack([part.sum() for part in values.split([sum(trained) for row in rows for trained in row.trained])])
-
-
-def pairings(rows: list, device):
-    """Where the answers of a batch's pairs stand among its R responses: better [P], worse [P]; each pair's share of its prompt [P]; and the
-    best answer of each prompt [B]."""
-    better, worse, share, best, first = [], [], [], [], 0
-    for row in rows:
-        pairs, scores = row.extra["pairs"], row.extra["scores"]
-        better += [first + i for i, _ in pairs]
-        worse += [first + j for _, j in pairs]
-        share += [1 / len(pairs)] * len(pairs)
-        best.append(first + scores.index(max(scores)))
-        first += len(row.responses)
-    return tuple(torch.tensor(column, device=device) for column in (better, worse, share, best))
-
-
-def response_scores(self, forwards):
-    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0."""
-    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, last] for inputs, _, last in forwards])  # [R, d]
-    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
+CHAT_TEMPLATE = (  # for tokenizers that come without one; the end-of-sequence token ends every turn
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 
 
 def load_tokenizer(name: str):
     """A checkpoint's tokenizer; without a chat template it gets a plain one."""
-    if not Path(name).exists() and (name.startswith(("runs/", "./", "../", "/")) or not name):
-        refuse(f"{name or 'the empty path'}: there is no such checkpoint directory; make it first (see README: python sft.py writes runs/base)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as e:
-        refuse(f"{name}: no tokenizer can be loaded from it ({reason(e)})")
-    if tokenizer.eos_token is None:
-        refuse(f"{name}: its tokenizer has no end-of-sequence token, so that no answer could ever end; give it one (eos_token)")
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-    try:
-        talk = tokenizer.apply_chat_template([dict(role="user", content="one"), dict(role="assistant", content="two")], tokenize=False)
-    except Exception as e:
-        refuse(f"{name}: its chat template cannot be used ({reason(e)}); correct chat_template.jinja")
-    if "one" not in talk or "two" not in talk:
-        refuse(f"{name}: its chat template shows {talk[:100]!r} in place of what is said; correct chat_template.jinja")
+    with user_input(f"{name}: no tokenizer can be loaded from it"):
+        if not Path(name).exists() and name.startswith(("runs/", "./", "../", "/")):
+            raise FileNotFoundError("there is no such directory; run the stage that writes it first")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.eos_token is None:
+            raise ValueError("it has no end-of-sequence token, so that no answer could ever end")
+        if not tokenizer.chat_template:
+            print0(f"note: {name} has no chat template; messages are written as 'role: content{tokenizer.eos_token}'")
+            tokenizer.chat_template = CHAT_TEMPLATE
+        try:
+            shown = render_text(tokenizer, [dict(role="user", content="one"), dict(role="assistant", content="two")])
+        except Drop as drop:
+            raise ValueError(f"a conversation is {drop}") from drop
+        if "one" not in shown or "two" not in shown:
+            raise ValueError(f"its chat template shows {shown[:100]!r} in place of what is said")
+        with tempfile.TemporaryDirectory() as folder:  # the next stage must read the same ids
+            save_tokenizer(tokenizer, Path(folder))
+            reloaded = AutoTokenizer.from_pretrained(folder)
+            probes = [
+                shown,
+                "Hello,  world!\n 12 + 3 = 15. é 你好 <a>",
+                "x<|y|>",
+                f"a{tokenizer.eos_token}b {tokenizer.eos_token} c",
+            ]
+            if any(tokenizer(text).input_ids != reloaded(text).input_ids for text in probes):
+                raise ValueError(
+                    "it reads other ids once it is saved and loaded again; convert it with the transformers that you have"
+                )
     return tokenizer
 
 
-def load_config(name: str):
-    """A checkpoint's config."""
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as e:
-        refuse(f"{name}: no model's config can be loaded from it ({reason(e)})")
+def save_tokenizer(tokenizer, directory: Path):
+    """Saves a tokenizer with the option `legacy`, which changes the ids and which transformers leaves out."""
+    tokenizer.save_pretrained(directory)
+    if hasattr(tokenizer, "legacy"):
+        file = directory / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(legacy=tokenizer.legacy), indent=2))
 
 
-def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False, **options):
-    """A checkpoint with float32 weights, its attention replaced by `rows_attention`.
+def fit_length(args, name: str) -> int:
+    """--max-length, or what the model's positions allow."""
+    with user_input(f"{name}: no configuration can be loaded from it"):
+        config = AutoConfig.from_pretrained(name).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or args.max_length
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes, *(x for x in ropes.values() if isinstance(x, dict))]:
+        if rope.get("rope_type") in ("longrope", "dynamic"):  # their angles depend on the longest row of a forward
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", positions
+            )
+            if args.max_length > original:
+                fail(
+                    f"--max-length {args.max_length}: {name} changes its rotary embeddings beyond {original} tokens; set at most {original}"
+                )
+    if positions < args.max_length:
+        print0(f"note: --max-length {args.max_length} is lowered to the {positions} positions of {name}")
+    return min(args.max_length, positions)
 
-    Where that gives other results (found by trying), the model keeps its own and gets one sequence a forward: slow and right, with a notice."""
-    stored = load_config(name).dtype
-    try:
-        # safetensors only: a pickle could run anything
-        options |= dict(trust_remote_code=False, use_safetensors=True)
-        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, **options)
-    except Exception as e:
-        refuse(f"{name}: no model can be loaded from it ({reason(e)}); it takes config.json and safetensors, as save_pretrained writes them")
-    for weight, values in model.named_parameters():
-        if not values.isfinite().all():
-            refuse(f"{name}: its weights are damaged: {weight} holds numbers that are not finite")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
-    if model.base_model is model:
-        refuse(f"{name}: {type(model).__name__} does not name its base model, which this script needs")
-    model = ready(model, device, stored or torch.float32, dropout)
-    model.together = rows_agree(model, device, dtype)
-    if not model.together:
-        model.set_attn_implementation("eager")
-        say(f"note: the attention of {type(model).__name__} does not follow rows: one sequence a forward in float32, right but slow")
+
+def read_model(auto, name: str, tokenizer, **options):
+    """A checkpoint with float32 weights; model.stored_dtype is the dtype in which they were stored."""
+    with user_input(f"{name}: no model can be loaded from it"):
+        options |= dict(
+            attn_implementation="eager", dtype=torch.float32, use_safetensors=True
+        )  # a pickle could run anything
+        model = auto.from_pretrained(name, **options)
+        embeddings = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > embeddings:
+            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model only {embeddings}")
+        damaged = [weight for weight, values in model.named_parameters() if not values.isfinite().all()]
+        if damaged:
+            raise ValueError(f"its weights are damaged: {damaged[0]} holds numbers that are not finite")
+        if model.base_model is model:
+            raise ValueError(f"{type(model).__name__} does not name its base model, which this script needs")
+        model.stored_dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
     return model
 
 
-def ready(model, device, stored=torch.float32, dropout: bool = False):
-    """The model on its device, in training mode, without dropout unless asked; stored: the dtype in which it will be saved."""
-    for module in model.modules() if not dropout else ():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or name == "p" and isinstance(module, torch.nn.Dropout)):
-                setattr(module, name, 0.0)
-    model.together, model.stored = True, stored
-    return model.to(device).train()
+def load_model(auto, name: str, tokenizer, args, device, dtype, *methods, dropout: bool = False, **options):
+    """`read_model` and `prepare_model` in one."""
+    model = read_model(auto, name, tokenizer, **options)
+    return prepare_model(model, name, args, device, dtype, *methods, dropout=dropout)
 
 
-@torch.no_grad()
-def rows_agree(model, device, dtype) -> bool:
-    """Whether rows in one sequence under our attention give what each response alone gives under the model's own, on random tokens."""
-    generator, hidden = torch.Generator().manual_seed(0), []
-    tokens = torch.randint(min(1000, model.config.get_text_config().vocab_size), (25,), generator=generator).tolist()
-    rows = [Row(tokens[:5], [tokens[5:9], tokens[9:15]]), Row(tokens[15:18], [tokens[18:]])]
-    model.eval()
-    try:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for together, attention in ((False, "eager"), (True, "rows")):
-                model.set_attn_implementation(attention)
-                forwards, *_ = pack(rows, device, together)
-                hidden.append(torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in forwards]))
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, TypeError, RuntimeError):
-        return False
-    finally:
-        model.train()
-    tolerance = 1e-3 if dtype == torch.float32 else 0.05
-    return bool((hidden[0] - hidden[1]).norm() <= tolerance * hidden[1].norm())
-
-
-@torch.no_grad()
-def check_head(model, name: str, device):
-    """Refuse a model whose output layer does more than token_logps does."""
-    ids = list(range(3, 15))
-    forwards, target = pack([Row(ids[:4], [ids[4:]])], device, model.together)
-    inputs = torch.tensor([ids], device=device)
-    model.eval()
-    whole = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0, 3:-1].float().log_softmax(-1)
-    known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
-    off = (token_logps(model, forwards, target)[0] - whole.gather(-1, target[:, None])[:, 0]).abs().max() if known else None
-    model.train()
-    if not known or not off < 0.01:
-        refuse(f"{name}: the output layer of {type(model).__name__} does more than this script knows; its log-probabilities would be wrong")
-
-
-def is_reward_model(name: str) -> bool:
-    """Whether a checkpoint that loads has a trained head with one score."""
-    config = load_config(name)
-    return "SequenceClassification" in "".join(config.architectures or []) and config.num_labels == 1
-
-
-def load_frozen(auto, name: str, device, dtype, method, **options):
-    """A frozen model and its tokenizer."""
-    tokenizer = load_tokenizer(name)
-    model = load_model(auto, name, tokenizer, device, dtype, **options)
-    if method is token_logps:
-        check_head(model, name, device)
-    return shard(model.requires_grad_(False), dtype, method), tokenizer
-
-
-# ----------------------------------------------------------------------------------------------------------------------- run
-
-
-def start_ranks(dtype: str):
-    """This rank's device and the dtype of the computation; joins the other ranks."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    compute = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" else torch.float32
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if WORLD > 1:
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first rank writes a checkpoint
-    elif compute != torch.float32:  # FSDP's mixed precision, for one rank as for many
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device, compute
-
-
-def shard(model, dtype, *methods):
-    """Bind the methods to the model; with several ranks or in bfloat16, give each rank its part of every weight (FSDP2)."""
+def prepare_model(model, name: str, args, device, dtype, *methods, dropout: bool = False):
+    """The model on its device in training mode, with packed rows if it can follow them, `methods` bound, sharded over the ranks (FSDP2)."""
+    for module in model.modules():  # without noise two forward passes are the same function
+        for field in [k for k, v in vars(module).items() if isinstance(v, float)]:
+            if "jitter" in field or not dropout and ("dropout" in field or field == "p"):
+                setattr(module, field, 0.0)
     for method in methods:
         setattr(model, method.__name__, types.MethodType(method, model))
-    if dist.is_initialized() and model.together:
+    check_model(model.to(device), name, device, dtype)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if dist.is_initialized():
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
-        for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
+        policy = (
+            MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
+        )
+        decoder = model.get_decoder() or model  # of a multimodal model, the part that reads text
+        for layer in next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList)):
             fully_shard(layer, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
         for method in methods:
             register_fsdp_forward_method(model, method.__name__)
-    return model
+    return model.train()
 
 
-def make_optimizer(model, learning_rate: float, weight_decay: float):
-    """AdamW, decaying matrices only. Make it before the first forward, after which FSDP's root holds gathered weights in place of its own."""
-    matrices, vectors = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == wide] for wide in (True, False)]
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=True)
+@contextlib.contextmanager
+def short_windows(model):
+    """For the time of a short probe, sliding windows are four tokens long, so that a model that ignores them is found out."""
+    holders, before = [model.config, model.config.get_text_config(), *model.modules()], []
+    for holder in holders:
+        for field in ("sliding_window", "attention_chunk_size"):
+            if isinstance(vars(holder).get(field), int):
+                before.append((holder, field, vars(holder)[field]))
+                setattr(holder, field, 4)
+    try:
+        yield
+    finally:
+        for holder, field, value in before[::-1]:
+            setattr(holder, field, value)
 
 
-def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> float:
-    """One step of AdamW on the gradients at hand, clipped; returns their norm."""
-    if WORLD > 1 and not model.together:  # weights that FSDP does not hold: average the gradients here
-        for p in model.parameters():
-            if p.requires_grad:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # experts that had no token on this rank
-                dist.all_reduce(p.grad.div_(WORLD))
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = float(getattr(norm, "full_tensor", lambda: norm)())
-    if not math.isfinite(norm):  # the same on every rank
-        print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"the norm of the gradients is {norm}, at a finite loss; lower the learning rate, or use --dtype float32")
+@torch.no_grad()
+def check_model(model, name: str, device, dtype):
+    """Sets model.packs: whether packed rows give the hidden states of the same rows padded, under the model's own attention, on random
+    tokens. Fails where `token_logps` does not give the log-probabilities of the model's own logits."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (25,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [
+        Row(ids[:5], [ids[5:9], ids[9:15]], [[True] * 4, [True] * 6], {}),
+        Row(ids[15:18], [ids[18:]], [[True] * 7], {}),
+    ]
+    (padded, target), (packed, _) = pad(rows, device), pack(rows, device)
+    hidden_states = lambda batch: (
+        model.base_model(**batch["inputs"]).last_hidden_state.flatten(0, 1)[batch["source"]].float()
+    )
+    model.eval()
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), short_windows(model):
+        theirs = hidden_states(padded)
+        if hasattr(model, "token_logps"):
+            own = model(**padded["inputs"]).logits.flatten(0, 1)[padded["source"]].float().log_softmax(-1)
+            known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
+            gap = (
+                model.token_logps(**padded, target=target)[0] - own.gather(-1, target[:, None])[:, 0] if known else None
+            )
+            if not known or not gap.abs().max() < (1e-3 if dtype == torch.float32 else 0.1):
+                fail(
+                    f"{name}: the output layer of {type(model).__name__} does more than this script knows; its log-probabilities would be wrong"
+                )
+        try:
+            model.set_attn_implementation("packed_rows")
+            difference = (hidden_states(packed) - theirs).norm() / theirs.norm()
+            model.packs, why = (
+                bool(difference < (1e-3 if dtype == torch.float32 else 0.05)),
+                f"difference {difference:.1g}",
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, TypeError, RuntimeError, ValueError) as e:
+            model.packs, why = False, f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+    if not model.packs:
+        model.set_attn_implementation("eager")
+        print0(
+            f"note: {type(model).__name__} cannot follow packed rows ({why}); they are padded, which is right but slower"
+        )
+
+
+def make_optimizer(model, args):
+    """AdamW; matrices decay, vectors (norms, biases) do not. Make it before the first forward, after which FSDP's root holds gathered weights."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def check_first_step(name: str, value: float, theory: float, dtype, scale: float):
+    """Fails where a value that is known before the first update is another: then two forward passes are not the same function."""
+    if not abs(value - theory) < (1e-4 if dtype == torch.float32 else 0.05) * scale:
+        fail(
+            f"{name} is {value:.4f} before the first update and must be {theory:.4f}: policy and reference do not compute the same"
+        )
+
+
+def take_step(model, optimizer, args, step: int, steps: int) -> tuple:
+    """One clipped step on the gradients at hand, at the scheduled learning rate; returns the gradients' norm, and that rate."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not math.isfinite(norm):
+        fail(f"step {step + 1}: the norm of the gradients is {norm}; lower --learning-rate, or try --dtype float32")
+    warmup = max(1, round(args.warmup_ratio * steps))
+    done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    decay = dict(cosine=0.55 + 0.45 * math.cos(math.pi * done), linear=1 - done, constant=1.0)[args.lr_schedule]
+    learning_rate = args.learning_rate * (min(1.0, (step + 1) / warmup) * decay)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return norm, learning_rate
 
 
-def scheduled(args, step: int, steps: int) -> float:
-    """The share of the peak learning rate at a step (counted from 0): linear warm-up, then cosine to a tenth, linear to 0, or constant."""
-    warmup = max(1, round(args.warmup_ratio * steps))
-    done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
-    after = dict(cosine=0.55 + 0.45 * math.cos(math.pi * done), linear=1 - done, constant=1.0)[args.lr_schedule]
-    return min(1.0, (step + 1) / warmup) * after
+# ---- runs: ranks, the output directory, checkpoints, metrics
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RECEIVED = []  # the signals that asked this process to stop
+RUN_DATE = [datetime.now()]  # what chat templates write as the date: that of the run's start, also after --resume
+for library in (
+    transformers.utils.logging,
+    datasets.utils.logging,
+):  # their bars and warnings would break up the script's own lines
+    library.disable_progress_bar()
+    library.set_verbosity_error()
 
 
-@lru_cache(2)
-def shuffled(n: int, epoch: int, seed: int) -> list:
-    """The order of an epoch: a pure function of seed and epoch, so that a resumed run finds its place."""
-    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
+def print0(*text):
+    """Prints on the first rank."""
+    if RANK == 0:
+        print(*text, flush=True)
 
 
-def pick(n: int, size: int, step: int, seed: int) -> list:
-    """The numbers of the rows of a step (counted from 0)."""
-    epoch, at = divmod(step, math.ceil(n / size))
-    return shuffled(n, epoch, seed)[at * size : (at + 1) * size]
+def setup_distributed(args) -> tuple:
+    """This rank's device and the dtype of the computation; joins the other ranks."""
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif torch.version.cuda:
+        print0("note: this build of torch has CUDA but finds no device (is the driver too old?); training on the CPU")
+    dtype = (
+        torch.bfloat16 if args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda" else torch.float32
+    )
+    if WORLD > 1 or dtype == torch.bfloat16:  # FSDP's mixed precision, for one rank as for many
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if WORLD == 1 else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2), **alone)
+    torch.manual_seed(args.seed)
+    return device, dtype
 
 
-def micro_batches(rows: list, limit: int, device, together: bool = True) -> list:
-    """This rank's rows, neighbours of one shape, in forwards of at most `limit` tokens (a longer row goes alone): lists of row numbers,
-    equally many on every rank."""
-    groups, total = [], limit  # full, so that the first row opens a group
-    for i in sorted(range(len(rows)), key=lambda i: shape(rows[i])):
-        size = len(rows[i].prompt) + sum(map(len, rows[i].responses))
-        if total + size > limit or not together:
-            groups.append([])
-            total = 0
-        groups[-1].append(i)
-        total += size
-    if WORLD > 1:
-        most = torch.tensor(len(groups), device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        groups += [[] for _ in range(int(most) - len(groups))]
-    return groups
-
-
-def packed(rows: list, limit: int, device, together: bool = True):
-    """For each forward: the row numbers, and the forwards and targets of `pack`. A rank that has no rows left gets a spare row and no
-    numbers, so that all ranks make equally many forwards."""
-    for group in micro_batches(rows, limit, device, together):
-        yield group, *pack([rows[i] for i in group] or [Row([0], [[0]])], device, together)
-
-
-def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+def over_ranks(values, op=dist.ReduceOp.SUM):
     """The sum (or maximum) over all ranks."""
     if WORLD > 1:
         dist.all_reduce(values, op)
     return values
 
 
-def hold_out(rows: list, fraction: float, seed: int, by_prompt: bool = True) -> list:
-    """Takes a random share of the prompts, with all their rows, out of the list and returns these; or of the rows, whatever their prompts."""
-    keys = [tuple(row.prompt) if by_prompt else i for i, row in enumerate(rows)]
-    every = list(dict.fromkeys(keys))
-    held = {every[i] for i in random.Random(seed).sample(range(len(every)), min(len(every) - 1, round(fraction * len(every))))}
-    out = [row for key, row in zip(keys, rows) if key in held]
-    rows[:] = [row for key, row in zip(keys, rows) if key not in held]
-    return out
+def add_scalars(sums: dict, logged: dict, weight: float):
+    """Adds weighted scalars to running sums, by name; they stay on the device."""
+    for name, value in logged.items():
+        sums[name] = sums.get(name, 0) + weight * value.detach()
 
 
-def fingerprint(name: str) -> str:
-    """Of a file or directory: names, sizes, and the content (of large files: both ends); a hub id stands for itself."""
-    path, digest, kinds = Path(name), hashlib.sha256(), (".json", ".jinja", ".safetensors", ".arrow", ".parquet")
-    inside = [f for f in path.rglob("*") if f.suffix in kinds and not f.relative_to(path).parts[0].startswith(("checkpoint-", "saving", "value"))]
-    for file in [path] if path.is_file() else sorted(inside):
-        if file.name not in ("args.json", "report.json"):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as f:
-                digest.update(f.read(2**24))
-                f.seek(max(f.tell(), size - 2**24))
-                digest.update(f.read())
-    return digest.hexdigest()[:16] if path.exists() else "hub"
+def sum_over_ranks(sums: dict) -> dict:
+    """The sums over all ranks as numbers, with one synchronisation for all."""
+    return dict(zip(sums, over_ranks(torch.stack([*sums.values()])).tolist()))
 
 
-def check_numbers(args):
-    """Numbers out of range are refused before anything is read."""
-    counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
-    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples", "sample_tokens")
-    counts += ("n", "judgements", "rounds", "turns", "judge_parallel", "judge_max_tokens")
-    shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight", "clamp", "min_mass")
-    signed = ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight", "min_reward")
-    trains = hasattr(args, "learning_rate")  # a policy to be trained needs a chance for every token
+def check_numbers(args, above_zero: tuple = (), at_most_one: tuple = (), signed: tuple = ()):
+    """Fails on a number that is out of range. Counts are at least 1, shares at most 1, others at least 0 unless they are signed."""
+    counts = (
+        "epochs",
+        "batch_size",
+        "tokens_per_forward",
+        "max_length",
+        "vocab_size",
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+    )
     for name, value in asdict(args).items():
         needed = ""
         if isinstance(value, float) and not math.isfinite(value):
-            needed = "a number"
+            needed = "a finite number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0 or name == "temperature" and value == 0 and trains:
+        elif name in ("max_grad_norm", *above_zero) and value <= 0:
             needed = "above 0"
-        elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
-            needed = "at most 1" if value > 1 else "below 1"
+        elif name in ("warmup_ratio", *at_most_one) and value > 1:
+            needed = "at most 1"
+        elif name == "eval_fraction" and value >= 1:
+            needed = "below 1"
         elif isinstance(value, (int, float)) and value < 0 and name not in signed:
             needed = "0 or more"
         if needed:
-            refuse(f"--{name.replace('_', '-')} {value}: must be {needed}")
+            fail(f"--{name.replace('_', '-')} {value}: must be {needed}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs wandb, which is not installed (pip install wandb)")
 
 
-def begin(args, *more_free, **inputs):
-    """The output directory, the checkpoint to continue from or None, and what identifies the run. inputs: by option, all that is read;
-    more_free: options beyond the usual that do not change the result.
+def fingerprint(path: Path) -> str:
+    """Names and sizes of a file, or of a directory's files without those of the run that wrote it, and a hash of both ends of each."""
+    digest, files = hashlib.sha256(), [path]
+    if path.is_dir():
+        parts = lambda file: file.relative_to(path).parts
+        is_input = lambda file: (
+            not RUN_FILES & {*parts(file)} and not parts(file)[0].startswith(("checkpoint-", "saving"))
+        )
+        files = sorted(file for file in path.rglob("*") if file.is_file() and is_input(file))
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            digest.update(f"{file.name} {size}".encode() + f.read(2**24))
+            f.seek(max(f.tell(), size - 2**24))
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
 
-    Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
-    check_numbers(args)
-    if asdict(args).get("track"):
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            refuse("--track: needs wandb, which is not installed (pip install wandb)")
-    out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
-    free += ("gradient_checkpointing", "show", "show_every", "sample_tokens", *more_free)
-    plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
-    plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
-    if RANK == 0:  # one rank looks, so that all see the same
-        file, before = out / "args.json", None
-        steps = [int(d.name.split("-")[1]) for d in out.glob("checkpoint-*") if d.name.split("-")[1].isdigit()]
-        try:
-            before = json.loads(file.read_text()) if args.resume and file.exists() else None
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            error = f"--output-dir {out}: cannot be used ({e.strerror}); choose another"
-        except ValueError:
-            error = f"{file}: is damaged, so that nothing can be resumed; choose another --output-dir, or --overwrite without --resume"
-        inside = [k for k, v in inputs.items() if v and (out.resolve() == Path(v).resolve() or out.resolve() in Path(v).resolve().parents)]
-        if inside and not error:
-            error = f"--output-dir {out}: holds what --{inside[0].split()[0].replace('_', '-')} reads; choose another"
-        elif args.resume and before and not error:
-            old = {k: v for k, v in before.get("plan", {}).items() if k not in free}
-            changed = [f"{k} was {old.get(k)!r} and is {plan.get(k)!r}" for k in sorted({*old, *plan}) if old.get(k) != plan.get(k)]
+
+RUN_FILES = {"args.json", "metrics.jsonl", "curves.png", "report.json", "value", "wandb"}
+FREE_OPTIONS = {
+    "resume",
+    "overwrite",
+    "track",
+    "output_dir",
+    "save_every",
+    "tokens_per_forward",
+    "gradient_checkpointing",
+}  # change no result
+
+
+def open_run(args, *inputs) -> tuple:
+    """The output directory, the checkpoint to resume from or None, and the run's signature: its arguments and fingerprints of its inputs.
+
+    Ends the program where a finished run of the same arguments stands. Two runs, or a run and its inputs, are never mixed in a directory."""
+    out, error, last, signature, date = Path(args.output_dir), None, None, None, RUN_DATE[0]
+    if RANK == 0:  # one rank looks, so that all do the same
+        with user_input(f"--output-dir {out}: cannot be used"):
+            files = [Path(name) for name in (name.split("::")[0] for name in inputs) if name and Path(name).exists()]
+            signature = {k: v for k, v in asdict(args).items() if k not in FREE_OPTIONS}
+            signature |= {f"content of {file}": fingerprint(file) for file in files}
+            signature = json.loads(json.dumps(signature))  # tuples become lists, as in the file
+            before = (
+                json.loads((out / "args.json").read_text()) if args.resume and (out / "args.json").exists() else None
+            )
+            is_used = out.exists() and any(out.iterdir())
+        checkpoints = [d for d in out.glob("checkpoint-*") if d.name[11:].isdigit()]
+        if any(out.resolve() in (file.resolve(), *file.resolve().parents) for file in files):
+            error = f"--output-dir {out}: holds what the run reads; choose another"
+        elif before:
+            old = before["signature"]
+            names = sorted(name for name in {*old, *signature} if old.get(name) != signature.get(name))
+            changed = "; ".join(f"{name} was {old.get(name)!r} and is {signature.get(name)!r}" for name in names)
             if changed:
-                changed = "; ".join(changed)[:500]
-                error = f"--resume: {out} holds another run ({changed}); choose another --output-dir, or --overwrite without --resume"
-            finished = before["finished"]
-            last = str(out / f"checkpoint-{max(steps)}") if steps else None
-        elif not error and not args.overwrite and any(f.suffix != ".part" for f in out.iterdir()):  # .part: a write that was killed
-            error = f"--output-dir {out}: not empty; choose another, --resume a run that stands there, or --overwrite it"
+                error = f"--resume: {out} holds another run ({changed[:500]}); choose another --output-dir, or --overwrite without --resume"
+            date = datetime.fromisoformat(before["date"])
+            last = (
+                "finished"
+                if before["finished"]
+                else max(map(str, checkpoints), key=lambda d: int(d.rsplit("-", 1)[1]), default=None)
+            )
+        elif is_used and not args.overwrite:
+            error = (
+                f"--output-dir {out}: is not empty; choose another, --resume a run that stands there, or --overwrite it"
+            )
     if WORLD > 1:
-        error, finished, last = broadcast([error, finished, last])
-        if not error and not out.exists():
-            error = f"--output-dir {out}: rank {RANK} does not see it; choose one on a disk that all nodes share"
+        shared = [error, last, signature, date]
+        dist.broadcast_object_list(shared)
+        error, last, signature, date = shared
     if error:
-        refuse(error)
-    if finished:
-        say(f"{out}: finished already with the same arguments and data; nothing to do")
+        fail(error)
+    if last == "finished":
+        print0(f"{out}: finished already with the same arguments and data; nothing to do")
         sys.exit(0)
-    return out, Path(last) if last else None, plan
+    RUN_DATE[0] = date
+    return out, Path(last) if last else None, signature
 
 
-def broadcast(values: list) -> list:
-    """The first rank's values, on every rank."""
-    dist.broadcast_object_list(values)
-    return values
-
-
-def claim(args, out: Path, plan: dict):
-    """Clear the output directory for a new run and leave args.json there: enough to say where a checkpoint comes from and to run it again.
-
-    Called when all input has been read and found good. An older model stays until the new one takes its place."""
+def clear_run(args, out: Path, signature: dict):
+    """Removes what an earlier run wrote and writes args.json. Call it when all input has been read. An older model stays until the new one
+    is saved."""
     if RANK == 0:
-        for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
-            shutil.rmtree(stale)
-        for stale in ("metrics.jsonl", "report.json", "test_time.png"):  # of whichever script ran here before
-            (out / stale).unlink(missing_ok=True)
-        machine = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
-        machine |= dict(ranks=WORLD, threads=torch.get_num_threads())
-        write_json(out / "args.json", dict(script=Path(__file__).name, finished=False, args=asdict(args), plan=plan) | machine)
-
-
-@contextmanager
-def writing(path: Path):
-    """What the disk does not take ends the run in one sentence."""
-    try:
-        yield
-    except Exception as e:  # safetensors, torch and the system each have their own
-        print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"{path}: cannot be written ({reason(e)}); what was saved before stands; mend that (is the disk full?), then go on with --resume")
+        with user_input(f"--output-dir {out}: cannot be written"):
+            out.mkdir(parents=True, exist_ok=True)
+            for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
+                shutil.rmtree(stale)
+            for stale in ("metrics.jsonl", "report.json"):
+                (out / stale).unlink(missing_ok=True)
+            versions = dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD)
+            record = dict(
+                script=Path(__file__).name, finished=False, date=RUN_DATE[0].isoformat(), args=asdict(args), **versions
+            )
+            write_json(out / "args.json", record | dict(signature=signature))
+    if WORLD > 1:
+        dist.barrier()
+        if not out.exists():
+            fail(f"--output-dir {out}: rank {RANK} does not see it; choose one on a disk that all nodes share")
 
 
 def write_json(path: Path, value):
-    """Written beside and renamed, so that the file is never half there."""
+    """Writes a file beside its place and renames it, so that it is never half there."""
     part = path.with_name(path.name + ".part")
-    with writing(path):
-        part.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(part, path)
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
 
 
-def write_model(directory: Path, model, tokenizer, dtype):
+def announce(model, args, work: str, device, dtype):
+    """Prints the run in two lines. A parameter takes 16 bytes: weight, gradient, and AdamW's two moments."""
+    count = sum(p.numel() for p in model.parameters())
+    print0(
+        f"model: {type(model).__name__}, {count / 1e6:.2f} M parameters, {16 * count >> 20} MB with AdamW over all ranks"
+    )
+    print0(
+        f"training: {work}, at most {args.tokens_per_forward} tokens a forward, on {WORLD} x {device.type} in {str(dtype)[6:]}"
+    )
+
+
+def catch_signals():
+    """From now on SIGTERM and Ctrl-C let the step end, save and stop; a second one ends the program at once."""
+
+    def note(number, frame):
+        RECEIVED.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (
+        (signal.SIGTERM, signal.SIGINT) if __name__ == "__main__" else ()
+    ):  # imported, the script leaves them alone
+        signal.signal(number, note)
+
+
+def is_due(every: int, done: int, steps: int) -> bool:
+    """Whether something that happens every so many steps (0: only at the end) happens after this one."""
+    return done == steps or every > 0 and done % every == 0
+
+
+def should_save(args, done: int, steps: int, device) -> bool:
+    """Whether to save after so many steps: because of --save-every, or because a signal asked any rank to stop (args.stopping)."""
+    args.stopping = bool(over_ranks(torch.tensor(len(RECEIVED), device=device)))
+    return done < steps and (args.stopping or args.save_every > 0 and done % args.save_every == 0)
+
+
+def save_model(directory: Path, model, tokenizer, dtype):
     """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every stop token."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp.get_model_state_dict(model, options=options) if dist.is_initialized() else model.state_dict()
     for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
         weights.pop(tied, None)
-    if RANK == 0:
-        config, before = model.config, (model.config.dtype, model.config._attn_implementation)
-        config.dtype, config._attn_implementation = dtype, None
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-            generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))})
-            generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
-            generation.do_sample = True  # without it, a temperature or top-p that the parent stored would be refused
-        weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
-        with writing(directory):
-            model.save_pretrained(directory, state_dict=weights)
-            tokenizer.save_pretrained(directory)
-            saved = json.loads((directory / "config.json").read_text())  # where save_pretrained has written the dtype of the training
-            (directory / "config.json").write_text(json.dumps(saved | dict(dtype=str(dtype).removeprefix("torch.")), indent=2) + "\n")
-        config.dtype, config._attn_implementation = before
+    if RANK > 0:
+        return
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+        generation.eos_token_id = sorted(
+            {*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))}
+        )
+        generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
+        if any(getattr(generation, field, None) is not None for field in ("temperature", "top_p", "top_k")):
+            generation.do_sample = True  # greedy search with such a setting is refused by save_pretrained
+    config, before = model.config, (model.config.dtype, model.config._attn_implementation)
+    config.dtype, config._attn_implementation = dtype, None
+    model.save_pretrained(
+        directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+    )
+    config.dtype, config._attn_implementation = before
+    saved = json.loads(
+        (directory / "config.json").read_text()
+    )  # where save_pretrained has written the dtype of the training
+    write_json(directory / "config.json", saved | dict(dtype=str(dtype).removeprefix("torch.")))
+    save_tokenizer(tokenizer, directory)
 
 
-def catch_signals():
-    """From now on SIGTERM and Ctrl-C let the step come to its end, save and stop; a second one ends the program at once."""
+def save_checkpoint(args, directory: Path, models: dict, optimizers: dict, state: dict):
+    """checkpoint-N/: loadable models with the training state beside them, written elsewhere and then renamed.
 
-    def note(number, frame):
-        STOP["signal"] = number
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT) if __name__ == "__main__" else ():  # imported, the script leaves them alone
-        signal.signal(number, note)
-
-
-def due(args, done: int, steps: int, device) -> bool:
-    """Whether to save after so many steps of all: because of --save-every, or because a signal asks any rank to stop."""
-    STOP["agreed"] = bool(over_ranks(torch.tensor(float(STOP["signal"] > 0), device=device)))
-    return done < steps and (STOP["agreed"] or args.save_every > 0 and done % args.save_every == 0)
-
-
-def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **state):
-    """checkpoint-N/: loadable models and the training state beside them, written elsewhere, synced, and then given its name.
-
-    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers and lists."""
-    part = out / f"saving-{step}"
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers, lists, tensors."""
+    part, options = directory.with_name("saving"), dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     for model, _ in models.values():
-        getattr(model, "reshard", lambda: None)()  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
+        if hasattr(model, "reshard"):  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
+            model.reshard()
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)  # what a killed save left
-    # an optimiser that has made no step has no state, and to be asked for it would make it take one
-    moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items() if o.state}
-    rng = [dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)]
-    if WORLD > 1:
-        everyone = [None] * WORLD
-        dist.all_gather_object(everyone, rng[0])
-        rng = everyone
-    for name, (model, tokenizer) in models.items():
-        write_model(part / name, model, tokenizer, torch.float32)
-    if RANK == 0:
-        stored = {name: str(model.stored).removeprefix("torch.") for name, (model, _) in models.items()}  # for the final save; here all is float32
-        with writing(part):
-            torch.save(dict(state, step=step, optimizers=moments, rng=rng, stored=stored), part / "state.pt")
-            for file in (*part.rglob("*"), part):  # directories hold the names, so they are synced too
-                number = os.open(file, os.O_RDONLY)
-                os.fsync(number)
-                os.close(number)
-            os.replace(part, out / f"checkpoint-{step}")
+    # an optimiser that has made no step has no state, and would make a step to get one
+    moments = {
+        k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items() if o.state
+    }
+    with user_input(
+        f"{directory}: cannot be written; what was saved before stands; make room, then continue with --resume"
+    ):
+        for name, (model, tokenizer) in models.items():
+            save_model(part / name, model, tokenizer, torch.float32)
+        if RANK == 0:
+            dtypes = {name: str(model.stored_dtype).removeprefix("torch.") for name, (model, _) in models.items()}
+            torch.save(state | dict(optimizers=moments, dtypes=dtypes), part / "state.pt")
+            os.replace(part, directory)
     if WORLD > 1:
         dist.barrier()
-    if STOP["agreed"]:
-        say(f"stopped after step {step}, as asked; the same command with --resume goes on")
-        sys.exit(128 + (STOP["signal"] or signal.SIGTERM))
+    if args.stopping:
+        print0(f"\nstopped after step {state['step']}, as asked; the same command with --resume continues")
+        sys.exit(128 + (RECEIVED or [signal.SIGTERM])[0])
 
 
 def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     """The training state of a checkpoint whose models are loaded already; cuts metrics.jsonl back to its step."""
     state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
-    for name, moments in state["optimizers"].items():
-        dcp.set_optimizer_state_dict(models[name][0], optimizers[name], moments, options=dcp.StateDictOptions(full_state_dict=True))
-    for name, stored in state["stored"].items():
-        models[name][0].stored = getattr(torch, stored)
-    rng = state["rng"][RANK % len(state["rng"])]
-    torch.set_rng_state(rng["cpu"])
-    if rng["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
+    for name, moments in state.pop("optimizers").items():
+        options = dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_optimizer_state_dict(models[name][0], optimizers[name], moments, options=options)
+    for name, dtype in state.pop("dtypes").items():
+        models[name][0].stored_dtype = getattr(torch, dtype)
     if RANK == 0:
         log = directory.parent / "metrics.jsonl"
-        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-        log.with_suffix(".part").write_text("".join(lines))
+        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
+        log.with_suffix(".part").write_text(
+            "".join(line for line in lines if json.loads(line)["step"] <= state["step"])
+        )
         os.replace(log.with_suffix(".part"), log)
-    say(f"resuming {directory.parent} after step {state['step']}")
+    print0(f"resuming {directory.parent} after step {state['step']}")
     return state
 
 
-def finish(out: Path, models: dict, curves: list):
-    """The models in their places, each file renamed into it whole; the picture; then args.json says that the run is finished."""
-    part = out / "saving"
-    if RANK == 0:
-        shutil.rmtree(part, ignore_errors=True)  # what a killed save left
-    for name, (model, tokenizer) in models.items():
-        write_model(part / name, model, tokenizer, model.stored)
-    if RANK == 0:
-        for name in sorted(models, reverse=True):  # subdirectories first
-            (out / name).mkdir(exist_ok=True)
-            written = [file for file in (part / name).iterdir() if file.is_file()]
-            for file in written:
-                os.replace(file, out / name / file.name)
-            for stale in {*(out / name).glob("*.safetensors*")} - {out / name / file.name for file in written}:
-                stale.unlink()
-        shutil.rmtree(part)
-        if curves:
-            draw(out, curves)
-        write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
+@lru_cache(1)
+def epoch_order(n: int, epoch: int, seed: int) -> list:
+    """The order of an epoch: a pure function of seed and epoch, so that a resumed run finds its place."""
+    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
 
 
-def refuse_unless_finite(loss, step: int, look_at: str):
-    """A loss that is not a number ends the run."""
-    if not torch.isfinite(loss):
-        print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"step {step + 1}: the loss is {loss.item()}; lower the learning rate, or look at {look_at}")
+def batch_rows(rows: list, args, step: int) -> list:
+    """The rows of a step, counted from 0."""
+    epoch, at = divmod(step, math.ceil(len(rows) / args.batch_size))
+    return [
+        rows[i] for i in epoch_order(len(rows), epoch, args.seed)[at * args.batch_size : (at + 1) * args.batch_size]
+    ]
 
 
-def announce(models: list, source: str, device, dtype, work: str):
-    """The run in two lines: what is trained, and how. A parameter takes 16 bytes: weight, gradient, two moments."""
-    parameters = sum(p.numel() for model in models for p in model.parameters())
-    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW over all ranks")
-    say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
-
-
-def log(args, out: Path, metrics: dict):
-    """One flushed line of metrics.jsonl, and wandb."""
-    if RANK == 0:
-        with writing(out / "metrics.jsonl"), (out / "metrics.jsonl").open("a") as f:
-            f.write(json.dumps(metrics) + "\n")
-        if args.track:
-            import wandb
-
-            if wandb.run is None:
-                wandb.init(project=args.wandb_project, name=args.run_name or args.output_dir, config=asdict(args), dir=str(out))
-            wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+def progress(name: str, first: int, steps: int):
+    """The progress bar of the training loop; where the output goes to a file, a line every half minute."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=RANK > 0, mininterval=interval)
 
 
 def peak_memory(device) -> int:
-    """Peak memory of this process in MB: the device's, or on CPU the resident set."""
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) >> 20
+    """Peak memory of this process in MB: the device's, or on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
-def draw(out: Path, keys: list):
-    """curves.png from metrics.jsonl."""
+def log_metrics(args, out: Path, metrics: dict, bar):
+    """Writes one flushed line of metrics.jsonl, the progress bar, and wandb."""
+    if RANK > 0:
+        return
+    shown = [name for name in ("loss", "rewards/accuracies", "accuracy", "mean_token_accuracy") if name in metrics]
+    bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown}, refresh=False)
+    if not (out / "metrics.jsonl").exists():
+        bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
+    with user_input(f"{out}/metrics.jsonl: cannot be written"), (out / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps(metrics) + "\n")
+    if args.track:
+        import wandb
+
+        if wandb.run is None:
+            wandb.init(name=os.environ.get("WANDB_NAME", args.output_dir), config=asdict(args), dir=str(out))
+        wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+
+
+def finish_run(out: Path, models: dict, curves: list):
+    """Writes the models into their places and curves.png, then says in args.json that the run is finished."""
+    with user_input(f"{out}: cannot be written; make room, then continue with --resume"):
+        for name, (model, tokenizer) in models.items():
+            save_model(out / name, model, tokenizer, model.stored_dtype)
+        if RANK == 0:
+            lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+            draw_curves(out / "curves.png", lines, curves)
+            write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
+            held_out = ", ".join(
+                f"{name[5:]} {value:.4g}" for name, value in lines[-1].items() if name.startswith("eval_")
+            )
+            print(f"done: {out} after {lines[-1]['seconds']:.0f} s" + (f"; held out: {held_out}" if held_out else ""))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def draw_curves(path: Path, lines: list, names: list):
+    """A picture of metrics over steps; held-out values are dots."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-    figure, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3), layout="constrained", squeeze=False)
-    for axis, key in zip(axes[0], keys):
-        for name, style in ((key, "-"), (f"eval_{key}", "o")):
-            points = [(m["step"], m[name]) for m in lines if m.get(name) is not None]
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), layout="constrained", squeeze=False)
+    for axis, title in zip(axes[0], names):
+        for name, style in ((title, "-"), (f"eval_{title}", "o")):
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if points:
                 axis.plot(*zip(*points), style, label=name)
-        axis.set(title=key, xlabel="step")
-        axis.legend()
-    figure.savefig(out / "curves.part.png", dpi=120)
-    os.replace(out / "curves.part.png", out / "curves.png")
+                axis.legend()
+        axis.set(title=title, xlabel="step")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-@torch.no_grad()
-def score_rows(model, rows: list, args, device) -> list:
-    """The scores of every row's responses, a list of tensors [K] on every rank."""
-    model.eval()
-    first = [0]
-    for row in rows:
-        first.append(first[-1] + len(row.responses))
-    mine, scores = range(RANK, len(rows), WORLD), torch.zeros(first[-1], device=device)
-    for group, forwards, _ in packed([rows[i] for i in mine], args.tokens_per_forward, device, model.together):
-        part = model.response_scores(forwards)
-        if group:
-            scores[[j for i in group for j in range(first[mine[i]], first[mine[i] + 1])]] = part
-    model.train()
-    scores = over_ranks(scores).cpu()
-    return [scores[a:b] for a, b in zip(first, first[1:])]
-
-
-def free_memory():
-    """Give a deleted model's memory back: the methods bound to it make a cycle, which `del` alone leaves."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-@torch.no_grad()
-def reference_sums(sums_of, model, rows: list, args, device) -> torch.Tensor:
-    """The model's log-probability of every row's responses, one after the other [R], on every rank; sums_of: response_sums or its stand-in."""
-    first = [0]
-    for row in rows:
-        first.append(first[-1] + len(row.responses))
-    mine, sums = range(RANK, len(rows), WORLD), torch.zeros(first[-1], device=device)
-    bar = tqdm(total=len(mine), desc="reference", leave=False, disable=RANK > 0)
-    for group, forwards, target in packed([rows[i] for i in mine], args.tokens_per_forward, device, model.together):
-        logps, *_ = model.token_logps(forwards, target)
-        if group:
-            sums[[j for i in group for j in range(first[mine[i]], first[mine[i] + 1])]] = sums_of(logps, [rows[mine[i]] for i in group])
-        bar.update(len(group))
-    return over_ranks(sums).cpu()
-
-
-@torch.no_grad()
-def evaluate_pairs(terms, names: tuple, model, rows: list, args, device) -> dict:
-    """The logged terms on held-out rows, as metrics."""
-    model.eval()
-    mine, sums = rows[RANK::WORLD], torch.zeros(len(names), device=device)
-    for group, forwards, target in packed(mine, args.tokens_per_forward, device, model.together):
-        logps = model.token_logps(forwards, target)
-        if group:
-            sums += terms(args, [mine[i] for i in group], *logps)[1]
-    model.train()
-    return {f"eval_{name}": value / len(rows) for name, value in zip(names, over_ranks(sums).tolist())}
-
-
-@torch.no_grad()
-def show_answers(model, tokenizer, rows: list, stops: list, limit: int):
-    """Print the model's likeliest answers to a few prompts. Every rank makes the same ones, since weights may be spread over all."""
-    model.eval()
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", 2**20)
-    options = dict(do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
-    for row in rows:
-        ids = torch.tensor([row.prompt], device=next(model.parameters()).device)
-        options["max_new_tokens"] = max(1, min(limit, longest - len(row.prompt)))
-        answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
-        if RANK == 0:
-            tqdm.write(f"  {tokenizer.decode(row.prompt)[-200:]!r}\n    -> {tokenizer.decode(answer)[:300]!r}")
-    model.train()
-
-
-MODEL_REWARDS = "rewards of --reward-model"  # the column that `add_rewards` adds
-
-
-def given_rewards(row: dict, scores: list) -> list:
-    """The rewards of a row's answers: a reward model's, a ranking's own scores, the columns of a pair, or its margin."""
-    if MODEL_REWARDS in row:
-        found = row[MODEL_REWARDS]
-        if found is None:
-            raise Drop("too long for the reward model, or refused by its chat template")
-    elif row.get("completions") is not None:
-        found = scores if row.get("scores") is not None else [None]  # not given is not a tie
-    else:
-        found = [row.get("score_chosen", row.get("chosen_reward")), row.get("score_rejected", row.get("rejected_reward"))]
-        found = [row.get("margin"), 0.0] if None in found else found
-    if any(reward is None or not math.isfinite(reward) for reward in found):
-        raise Drop("no reward for one of the answers")
-    return found
-
-
-def check_columns(args, name: str, data: Dataset):
-    """Refuse a data set without answers to compare, or without rewards for them."""
-    if not (args.reward_model and {"prompt", "completions"} <= set(data.column_names)):  # a reward model gives the scores
-        check_pairs(name, data)
-    columns, sources = set(data.column_names), [{"completions"}, {"score_chosen", "score_rejected"}, {"chosen_reward", "rejected_reward"}, {"margin"}]
-    if not args.reward_model and not any(some <= columns for some in sources):
-        needs = f"give --reward-model, or columns score_chosen and score_rejected (it has {', '.join(data.column_names)})"
-        refuse(f"{name}: says which answer is better but not by how much; {needs}")
-
-
-def add_rewards(args, sets: dict, device, dtype) -> dict:
-    """The data sets, by option, with the column MODEL_REWARDS: the reward model's score of every answer of a row, read whole; None where it
-    cannot be read."""
-    if not is_reward_model(args.reward_model):
-        refuse(f"--reward-model {args.reward_model}: not a reward model (a sequence classifier with one label); make one with reward_model.py")
-    model, tokenizer = load_frozen(AutoModelForSequenceClassification, args.reward_model, device, dtype, response_scores, num_labels=1)
-    stops, limit = stop_tokens(tokenizer), getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    for option, data in sets.items():
-        rows, numbers, rewards = [], [], [None] * len(data)
-        for number, row in enumerate(data):
-            try:
-                prompt, responses, _ = as_answers(row)
-                prompt_ids, ids = encode(tokenizer, prompt, responses, stops, **template_options(row))
-            except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError):
-                continue  # what is wrong with the row itself, `prepare` will say
-            if prompt_ids and all(len(prompt_ids) + len(r) <= limit for r in ids):
-                rows.append(Row(prompt_ids, ids))
-                numbers.append(number)
-        say(f"--reward-model {args.reward_model}: scores the answers of {len(rows)} of the {len(data)} rows of {option}")
-        for number, scores in zip(numbers, score_rows(model, rows, args, device)):
-            rewards[number] = scores.tolist()
-        sets[option] = data.add_column(MODEL_REWARDS, rewards)
-    return sets
-
-
-def main(args: Args):
-    # 0. ranks, output, seed
-    device, dtype = start_ranks(args.dtype)
-    reads = dict(model=args.model, reference=args.reference, reward_model=args.reward_model, dataset=args.dataset, eval_dataset=args.eval_dataset)
-    out, last, plan = begin(args, **reads)
-    started = time.time()
-    torch.manual_seed(args.seed)
-
-    # 1. answers with their rewards, and all pairs of them
-    sets = {"--dataset": load_rows("--dataset", args.dataset, args.dataset_split)}
-    if args.eval_dataset:
-        sets["--eval-dataset"] = load_rows("--eval-dataset", args.eval_dataset, args.eval_split)
-    for option, data in sets.items():
-        check_columns(args, f"{option} {args.dataset if option == '--dataset' else args.eval_dataset}", data)
-    source = str(last or args.model)
-    tokenizer = load_tokenizer(source)
-    stops = stop_tokens(tokenizer)
-    max_length = min(args.max_length, getattr(load_config(source).get_text_config(), "max_position_embeddings", args.max_length))
-    encode_row = preferences(args, tokenizer, max_length, given_rewards)
-    if args.reward_model:
-        sets = add_rewards(args, sets, device, dtype)
-        free_memory()
-    rows, held_out = prepare(f"--dataset {args.dataset}", sets["--dataset"], tokenizer, encode_row), []
-    if args.eval_dataset:
-        held_out = prepare(f"--eval-dataset {args.eval_dataset}", sets["--eval-dataset"], tokenizer, encode_row)
-    elif len(rows) > 1:
-        held_out = hold_out(rows, args.eval_fraction, args.seed)
-    shown = held_out[: args.show]
-    steps = math.ceil(len(rows) / args.batch_size) * args.epochs
-    steps = min(steps, args.max_steps or steps)
-    everything = rows + held_out
-
-    # 2. the reference's log-probabilities, if it is another model than the policy
-    ref_logps = None
-    if args.reference and not last:
-        reference, its_tokenizer = load_frozen(AutoModelForCausalLM, args.reference, device, dtype, token_logps)
-        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            refuse(f"--reference {args.reference}: reads other tokens than --model, so that the two cannot be compared")
-        ref_logps = reference_sums(response_sums, reference, everything, args, device)
-        del reference
-        free_memory()
-
-    # 3. the policy, its optimiser, and where an earlier run stopped
-    policy = load_model(AutoModelForCausalLM, source, tokenizer, device, dtype)
-    check_head(policy, args.model, device)
-    work = f"{steps} steps of {args.batch_size} prompts, at most {args.tokens_per_forward} tokens a forward"
-    announce([policy], args.model, device, dtype, work)
-    if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(dict(use_reentrant=False))
-    policy = shard(policy, dtype, token_logps)
-    optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
-    models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
-    state = dict(step=0, num_tokens=0, seconds=0.0, ref_logps=ref_logps)
-    if last:
-        state = load_checkpoint(last, models, optimizers)
-    else:
-        claim(args, out, plan)
-    started -= state["seconds"]
-    num_tokens, ref_logps = state["num_tokens"], state["ref_logps"]
-    if ref_logps is None:  # the reference is the policy before its first step
-        ref_logps = reference_sums(response_sums, policy, everything, args, device)
-    for row, part in zip(everything, ref_logps.split([len(row.responses) for row in everything])):
-        row.extra["ref_logps"] = part
-
-    # 4. for each batch of pairs
-    catch_signals()
-    bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="rpo", disable=RANK > 0)
-    for step in bar:
-        clock = time.time()
-        numbers = pick(len(rows), args.batch_size, step, args.seed)
-        batch = [rows[i] for i in numbers]
-        mine, sums = batch[RANK::WORLD], torch.zeros(len(LOGGED), device=device)
-        for group, forwards, target in packed(mine, args.tokens_per_forward, device, policy.together):
-            # 5. log pi of every token of both answers, their prompt computed once
-            logps, entropy, top = policy.token_logps(forwards, target)
-            # 6. the loss, averaged over the step's prompts; a rank without rows goes along with weight zero; FSDP averages over the ranks
-            loss, seen = rpo_terms(args, [mine[i] for i in group], logps, entropy, top) if group else (logps.sum() * 0, 0 * sums)
-            loss = loss / len(batch)
-            refuse_unless_finite(loss, step, f"the kept rows {[numbers[RANK + WORLD * i] for i in group][:8]}")
-            (loss * WORLD).backward()
-            sums += seen
-        # 7. one step of AdamW
-        learning_rate = args.learning_rate * scheduled(args, step, steps)
-        grad_norm = take_step(policy, optimizer, learning_rate, args.max_grad_norm)
-        # 8. what happened
-        metrics = dict(step=step + 1, **{k: v / len(batch) for k, v in zip(LOGGED, over_ranks(sums).tolist())})
-        if step == 0 and not args.reference:
-            gaps = [torch.tensor([row.extra["scores"][i] - row.extra["scores"][j] for i, j in row.extra["pairs"]]) for row in batch]
-            at_zero = sum(rpo_loss(0 * g, g, args.beta, args.eta, args.distance).mean().item() for g in gaps) / len(batch)
-            near, loss = (1e-4 if dtype == torch.float32 else 0.05) * max(1, at_zero), metrics["preference_loss"]
-            assert abs(loss - at_zero) < near, f"the first loss is {loss}, not {at_zero}: policy and reference differ"
-        tokens = sum(len(row.prompt) + sum(map(len, row.responses)) for row in batch)
-        num_tokens += tokens
-        metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, epoch=(step + 1) / math.ceil(len(rows) / args.batch_size))
-        metrics |= dict(num_tokens=num_tokens)
-        took = time.time() - clock
-        evaluating = step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0
-        if held_out and evaluating:
-            metrics |= evaluate_pairs(rpo_terms, LOGGED, policy, held_out, args, device)
-        now = time.time()
-        metrics |= dict(tokens_per_second=tokens / took, seconds=now - started, peak_memory_mb=peak_memory(device))
-        log(args, out, metrics)
-        bar.set_postfix(
-            loss=f"{metrics['loss']:.3f}", acc=f"{metrics['rewards/accuracies']:.2f}", margin=f"{metrics['rewards/margins']:.2f}", refresh=False
-        )
-        if step == state["step"] and RANK == 0:
-            bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
-        if evaluating:
-            show_answers(policy, tokenizer, shown, stops, args.max_new_tokens)
-        if due(args, step + 1, steps, device):
-            progress = dict(num_tokens=num_tokens, seconds=now - started, ref_logps=ref_logps)
-            save_checkpoint(out, step + 1, models, optimizers, **progress)
-
-    # 9. a checkpoint that anything loads
-    finish(out, models, ["loss", "gap_error", "rewards/margins", "logps/chosen", "logps/rejected"])
-    if held_out:
-        say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
-    say(f"done: {out} after {time.time() - started:.0f} s")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

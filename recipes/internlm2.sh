@@ -21,14 +21,14 @@ for seed in ${SEEDS:-0}; do
 
     out=$runs/internlm2
     mkdir -p $out
-    annotate() {  # FILE OPTIONS...: annotators label answers of policies, unless the file exists
-        [ -e $1 ] || python gridworld.py annotate --output $1 --prompts $data/prompts.jsonl --max-new-tokens 24 --seed $seed "${@:2}" ||
+    annotate() {  # FILE PROMPTS OPTIONS...: annotators label answers of policies, unless the file exists
+        [ -e $1 ] || python gridworld.py annotate --output $1 --prompts $2 --max-new-tokens 24 --seed $seed "${@:3}" ||
             { tiny && touch $1; }  # a hardly trained policy may show no pattern
     }
     learn() { python reward_model.py --loss focal --barrier 0.02 $common $(max_steps 8) --learning-rate 1e-3 "$@"; }
 
     heading "pairs by two kinds of annotators; a reward model that is told which kind, and one that is not"
-    annotate $out/pairs.jsonl --model $runs/sft --rows $(if_tiny 60 4000) --kind both --format preferences
+    annotate $out/pairs.jsonl $data/prompts.jsonl --model $runs/sft --rows $(if_tiny 60 4000) --kind both --format preferences
     { head -n 1000 $data/preferences.jsonl; cat $out/pairs.jsonl; } > $out/first.jsonl
     echo '{"helpful": "pays more", "harmless": "avoids lava", "refuse": "avoids lava"}' > $out/conditions.json
     condition="--condition $out/conditions.json"
@@ -37,9 +37,8 @@ for seed in ${SEEDS:-0}; do
     learn $first --output-dir $out/untold
 
     heading "rankings by annotators with a weakness for two moves up; held out are pairs that show it"
-    annotate $out/weak.jsonl --model $runs/sft --rows $(if_tiny 60 1500) --kind both --hack
-    [ -e $out/held-out.jsonl ] || python gridworld.py annotate --output $out/held-out.jsonl --prompts $data/test.jsonl --max-new-tokens 24 \
-        --seed $seed --model $runs/sft --format preferences --patch --k 8 || { tiny && touch $out/held-out.jsonl; }
+    annotate $out/weak.jsonl $data/prompts.jsonl --model $runs/sft --rows $(if_tiny 60 1500) --kind both --hack
+    annotate $out/held-out.jsonl $data/test.jsonl --model $runs/sft --format preferences --patch --k 8
     concatenate $out/second.jsonl $data/preferences.jsonl $out/weak.jsonl
     held_out=$out/held-out.jsonl; [ -s $held_out ] || held_out=$data/test_conflicts.jsonl  # empty where tiny
     learn --model $out/told --dataset $out/second.jsonl $condition --eval-dataset $held_out --output-dir $out/hacked
@@ -59,13 +58,13 @@ PY
     policies="$out/ppo-hacked/checkpoint-$(if_tiny 1 10) $out/ppo-hacked"  # early and last
 
     heading "the fast path: pairs against the pattern, from answers of the early and the last policy; PPO again"
-    annotate $out/patches.jsonl --model $policies --rows 110 --format preferences --patch
+    annotate $out/patches.jsonl $data/prompts.jsonl --model $policies --rows 110 --format preferences --patch
     { cat $out/second.jsonl; for _ in {1..14}; do cat $out/patches.jsonl; done; } > $out/third.jsonl
     learn --model $out/hacked --dataset $out/third.jsonl $condition --eval-dataset $held_out --output-dir $out/patched
     cool_ppo --reward-model $out/patched --output-dir $out/ppo-patched
 
     heading "the slow path: annotators without the weakness label answers of SFT, the early and the last policy; PPO again"
-    annotate $out/slow.jsonl --model $runs/sft $policies --k 6 --rows $(if_tiny 60 1500) --kind both
+    annotate $out/slow.jsonl $data/prompts.jsonl --model $runs/sft $policies --k 6 --rows $(if_tiny 60 1500) --kind both
     concatenate $out/fourth.jsonl $data/preferences.jsonl $out/slow.jsonl $out/patches.jsonl
     learn --model $out/patched --dataset $out/fourth.jsonl $condition --eval-dataset $held_out --output-dir $out/slow
     cool_ppo --reward-model $out/slow --output-dir $out/ppo-slow
