@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# ChatGLM-RLHF (Hou et al. 2024, arXiv 2404.00934). Reward model: as many longer as shorter winners in each bucket of length
-# difference, and an L2 term on scores. Prompts whose answers hardly differ in reward are dropped. PPO: the reward minus that of
-# the reference's own answer, no whitening, and the likelihood of SFT data in the update. Two effects are planted: annotators
-# rate long answers (a false start, taken back) half a point higher, and a rule adds 1 for each lava cell of the prompt's grid.
+# ChatGLM-RLHF (Hou et al. 2024, arXiv 2404.00934). Reward model: as many longer as shorter winners in each bucket of
+# length difference, L2 on scores. Prompts whose answers hardly differ in reward are dropped. PPO: the reward minus that
+# of the reference's own answer, no whitening, SFT data in the update. Two effects are planted: annotators rate answers
+# with a false start half a point higher, and a rule adds 1 for each lava cell of the prompt's grid.
 #
-# Claim: the balanced reward model follows length less and spreads less, and is right as often (within 0.01) on unbiased pairs;
-# with the baseline, PPO's reward starts nearer to 0 (less than half) and varies less; PPO with the remedies keeps more of SFT
-# (loss on unseen demonstrations, score with thinking) and beats SFT on score. Judging is printed apart (it fails on seed 0).
+# Claim: balanced, the reward model follows length less, spreads less and is right as often (within 0.01) on unbiased
+# pairs; with the baseline PPO's reward starts at less than half the distance from 0 and varies less; PPO with the
+# remedies keeps more of SFT (loss on new demonstrations, score with thinking) and beats SFT on score.
 #
-#   ChatGLM-RLHF   6 B and 32 B; 221k pairs; lr 1e-6, 600 to 800 updates; bucket edges, weights, KL and batch size not found
-#   here           2700 rankings of 4, edges 2, 4, 6, 8 tokens, L2 0.01, lr 1e-3, 2 epochs; prompts need a reward span of 0.5;
-#                  PPO: lr 2e-4, critic 1e-3, KL 0.1, 24 batches of 128, 2 passes; SFT data: 0.3 on the mean per token, half as
-#                  many rows as answers; without the remedies: the plain reward model, all prompts, whitened advantages
+#   ChatGLM-RLHF   6 B and 32 B; 221k pairs; lr 1e-6, 600 to 800 updates; buckets, weights, KL, batch size not found
+#   here           2700 rankings of 4, edges 2, 4, 6, 8 tokens, L2 0.01, lr 1e-3, 2 epochs; prompts: span of 0.5 or
+#                  more; PPO: lr 2e-4, critic 1e-3, KL 0.1, 24 batches of 128, 2 passes; SFT data: 0.3 on the mean per
+#                  token, half as many rows as answers; without: plain reward model, all prompts, whitened advantages
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -28,10 +28,12 @@ rng, rows = random.Random(0), [json.loads(line) for line in open(sys.argv[1])]
 held_out = len(rows) // 10
 for number, row in enumerate(rows):
     for k, answer in enumerate(row["completions"]):
-        if re.fullmatch(r"((right|up) -?\d+ ){4}= -?\d+", answer) and rng.random() < 0.5:  # a walk: half of them get a false start
+        # half of the walks get a false start
+        if re.fullmatch(r"((right|up) -?\d+ ){4}= -?\d+", answer) and rng.random() < 0.5:
             words = answer.split()
             steps = rng.randint(1, 3)
-            row["completions"][k] = " ".join([*words[: 2 * steps - 1], str(int(words[2 * steps - 1]) + rng.choice((-2, -1, 1, 2))), "wait", answer])
+            slip = str(int(words[2 * steps - 1]) + rng.choice((-2, -1, 1, 2)))
+            row["completions"][k] = " ".join([*words[: 2 * steps - 1], slip, "wait", answer])
             if number >= held_out:
                 row["scores"][k] = round(row["scores"][k] + 0.5, 2)
 for name, part in (("held-out", rows[:held_out]), ("rankings", rows[held_out:])):
@@ -40,16 +42,18 @@ PY
 
     heading "two reward models: plain, and balanced by length with scores held near 0"
     learn() {
-        python reward_model.py --model $runs/sft --dataset $out/rankings.jsonl --eval-dataset $out/held-out.jsonl $common \
-            $(max_steps 8) --learning-rate 1e-3 --epochs 2 "$@"
+        python reward_model.py --model $runs/sft --dataset $out/rankings.jsonl --eval-dataset $out/held-out.jsonl \
+            $common $(max_steps 8) --learning-rate 1e-3 --epochs 2 "$@"
     }
     learn --output-dir $out/plain
     learn --output-dir $out/balanced --length-buckets 2 4 6 8 --score-l2 0.01
 
     heading "prompts whose answers differ in reward"
-    python rlaif.py best-of-n --model $runs/sft --reward-model $out/balanced --dataset $data/prompts.jsonl --n 4 --max-new-tokens 24 \
-        --min-spread $(if_tiny 0 0.5) --rows $(if_tiny 40 4000) --output-dir $out/prompts $common || tiny
-    filtered=$out/prompts/prompts.jsonl; [ -s $filtered ] || filtered=$data/prompts.jsonl  # a hardly trained policy ends no answer
+    python rlaif.py best-of-n --model $runs/sft --reward-model $out/balanced --dataset $data/prompts.jsonl --n 4 \
+        --max-new-tokens 24 --min-spread $(if_tiny 0 0.5) --rows $(if_tiny 40 4000) --output-dir $out/prompts $common \
+        || tiny
+    filtered=$out/prompts/prompts.jsonl
+    [ -s $filtered ] || filtered=$data/prompts.jsonl  # a hardly trained policy ends no answer
 
     heading "PPO without the remedies, and with them"
     cat > $out/level.py <<'PY'
@@ -57,8 +61,8 @@ def level(prompts, completions, **columns):
     return [float(prompt[0]["content"].count("!")) for prompt in prompts]
 PY
     learn_by_ppo() {
-        python ppo.py --model $runs/sft --rule $out/level.py:level $common $ppo_settings --kl-coef 0.1 --batch-size 128 \
-            --max-steps $(if_tiny 3 24) "$@"
+        python ppo.py --model $runs/sft --rule $out/level.py:level $common $ppo_settings --kl-coef 0.1 \
+            --batch-size 128 --max-steps $(if_tiny 3 24) "$@"
     }
     learn_by_ppo --reward-model $out/plain --dataset $data/prompts.jsonl --output-dir $out/ppo-plain
     learn_by_ppo --reward-model $out/balanced --dataset $filtered --output-dir $out/ppo-tricks --reference-baseline \
@@ -67,8 +71,8 @@ PY
     heading "what is left of SFT: the loss on new demonstrations"
     [ -e $out/fresh/sft.jsonl ] || python gridworld.py data --output-dir $out/fresh --rows 600 --seed 1
     for name in sft chatglm/ppo-plain chatglm/ppo-tricks; do
-        python sft.py --model $runs/$name --dataset $out/fresh/sft.jsonl --eval-dataset $out/fresh/sft.jsonl --learning-rate 0 \
-            --max-steps 1 --batch-size 8 --output-dir $out/demonstrations/${name##*/} --resume
+        python sft.py --model $runs/$name --dataset $out/fresh/sft.jsonl --eval-dataset $out/fresh/sft.jsonl \
+            --learning-rate 0 --max-steps 1 --batch-size 8 --output-dir $out/demonstrations/${name##*/} --resume
     done
 
     score_policies chatglm $runs/sft $out/ppo-{plain,tricks} $(if_tiny "--samples 1")

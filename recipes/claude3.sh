@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Claude 3 by Constitutional AI (Bai et al. 2022, arXiv 2212.08073). A helpful-only policy (the PPO of instructgpt.sh) is
-# criticised and revised by principles, four times; the base is fine-tuned on the revisions and on demonstrations (SL-CAI); a
-# judge compares SL-CAI's answers by the principles; one reward model learns from these soft labels and from human labels of
-# helpfulness; PPO from it gives RL-CAI. judge.jsonl teaches what the principles mean; no human labels harmlessness.
+# Claude 3 by Constitutional AI (Bai et al. 2022, arXiv 2212.08073). A helpful-only policy (the PPO of instructgpt.sh)
+# is criticised and revised by principles, four times; the base is fine-tuned on the revisions and on demonstrations
+# (SL-CAI); a judge compares SL-CAI's answers by the principles; one reward model learns from these soft labels and from
+# human labels of helpfulness; PPO from it gives RL-CAI. No human labels harmlessness.
 #
-# Claim: RL-CAI's walks are safe (no lava) more often than those of the helpful-only policy, by 0.2 or more, and it scores at
-# most 0.05 less than SFT. (It cannot be as helpful as the helpful-only policy, as in the paper: lava pays most.)
+# Claim: RL-CAI's walks are safe (no lava) more often than those of the helpful-only policy, by 0.2 or more, and it
+# scores at most 0.05 less than SFT. (Lava pays most, so it cannot be as helpful as that policy, as in the paper.)
 #
-#   the paper   SL-CAI: 182,831 red-team prompts x 4 revisions, 135,296 helpful prompts x 2, 1 epoch, half the pre-training lr,
-#               batch 1024; reward model: 182,831 AI comparisons, 135,296 human ones, 16 principles
-#   here        SL-CAI: 2000 prompts x 4 revisions, 10,000 demonstrations, 2 epochs, lr 1e-3, batch 32; reward model: from the
-#               helpful one, 800 to 1300 AI comparisons of 3200 prompts (P >= 0.7), 4500 human ones, 3 principles, 1 epoch, lr 1e-3
+#   the paper   SL-CAI: 182,831 red-team prompts x 4 revisions, 135,296 helpful prompts x 2, 1 epoch, half the
+#               pre-training lr, batch 1024; reward model: 182,831 AI comparisons, 135,296 human ones, 16 principles
+#   here        SL-CAI: 2000 prompts x 4 revisions, 10,000 demonstrations, 2 epochs, lr 1e-3, batch 32; reward model:
+#               from the helpful one, 800 to 1300 AI comparisons of 3200 prompts (P >= 0.7), 4500 human ones, 3
+#               principles, 1 epoch, lr 1e-3
 # The number of AI labels sets the balance of score and safety; 3200 was chosen on seeds 0 and 2, after 4000 and 2800.
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
@@ -26,10 +27,11 @@ for seed in ${SEEDS:-0}; do
 
     out=$runs/claude3
     mkdir -p $out
-    by_principles="--judge $runs/judge --dataset $data/prompts.jsonl --requests $data/requests.json --principles $data/principles.txt
-        --max-new-tokens 24 $common"
+    by_principles="--judge $runs/judge --dataset $data/prompts.jsonl --requests $data/requests.json
+        --principles $data/principles.txt --max-new-tokens 24 $common"
     heading "critique and revision of the helpful-only policy's answers, four rounds"
-    python rlaif.py revise --model $runs/ppo $by_principles --rows $(if_tiny 20 2000) --judge-max-tokens 48 --output-dir $out/revise
+    python rlaif.py revise --model $runs/ppo $by_principles --rows $(if_tiny 20 2000) --judge-max-tokens 48 \
+        --output-dir $out/revise
 
     heading "SL-CAI: the base, fine-tuned on all revisions and on demonstrations"
     with_demonstrations $out/sl-cai.jsonl 10000 $out/revise/sft.jsonl
@@ -37,19 +39,20 @@ for seed in ${SEEDS:-0}; do
         --learning-rate 1e-3 --batch-size 32 --epochs 2 --weight-decay 0.01
 
     heading "pairs of SL-CAI's answers, compared by the principles"
-    python rlaif.py label --model $out/sl-cai $by_principles --rows $(if_tiny 60 3200) --tie-margin 0.2 --output-dir $out/label ||
+    python rlaif.py label --model $out/sl-cai $by_principles --rows $(if_tiny 60 3200) --tie-margin 0.2 \
+        --output-dir $out/label ||
         tiny  # a hardly trained policy may give no pair
 
     heading "one reward model of both: helpfulness by people, harmlessness by the judge"
     labels=$out/label/pairs.jsonl; [ -e $labels ] || labels=/dev/null
     grep '"kind": "helpful"' $data/preferences.jsonl > $out/helpful.jsonl
     concatenate $out/hybrid.jsonl $out/helpful.jsonl $labels $data/rankings.jsonl
-    python reward_model.py --model $runs/reward_model --dataset $out/hybrid.jsonl --output-dir $out/reward_model $common \
-        $(max_steps 8) --learning-rate 1e-3
+    python reward_model.py --model $runs/reward_model --dataset $out/hybrid.jsonl --output-dir $out/reward_model \
+        $common $(max_steps 8) --learning-rate 1e-3
 
     heading "RL-CAI: PPO from SL-CAI"
-    python ppo.py --model $out/sl-cai --reward-model $out/reward_model --dataset $data/prompts.jsonl --output-dir $out/rl-cai \
-        $common $ppo_settings --kl-coef 0.1 --batch-size 128 $(max_steps 3)
+    python ppo.py --model $out/sl-cai --reward-model $out/reward_model --dataset $data/prompts.jsonl \
+        --output-dir $out/rl-cai $common $ppo_settings --kl-coef 0.1 --batch-size 128 $(max_steps 3)
 
     score_policies claude3 $runs/sft $runs/ppo $out/sl-cai $out/rl-cai
     judge_claim claude3

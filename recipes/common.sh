@@ -2,10 +2,10 @@
 #
 #   bash recipes/NAME.sh                    trains what the recipe needs in runs/, and prints `claim: ...`
 #   SEEDS="0 1 2" bash recipes/NAME.sh      three seeds; those after 0 go to runs/seed-N/
-#   STEPS=tiny bash recipes/NAME.sh         every stage takes a few steps, in runs/tiny/; the claim is printed, not judged
+#   STEPS=tiny bash recipes/NAME.sh         a few steps of every stage, in runs/tiny/; the claim is not judged
 #
-# Exit code 1: the claim does not hold. Any other code: a command failed. A stage that is already in runs/ with the same
-# arguments is reused (--resume). Every recipe begins with a base model trained from scratch: 0.85 M parameters (small: 74,000).
+# Exit code 1: the claim does not hold. Any other code: a command failed. A stage that is already in runs/ with the
+# same arguments is reused (--resume). The base model has 0.85 M parameters, the small one 74,000.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # matrices this small gain little from a second core
@@ -64,8 +64,8 @@ small_base() {
 
 small_sft() {
     heading "supervised fine-tuning of the small model"
-    python sft.py --model $runs/small-base --dataset $data/sft.jsonl --output-dir $runs/small-sft $common $(max_steps 8) \
-        --learning-rate 2e-3 --batch-size 32 --epochs 2 --weight-decay 0.01
+    python sft.py --model $runs/small-base --dataset $data/sft.jsonl --output-dir $runs/small-sft $common \
+        $(max_steps 8) --learning-rate 2e-3 --batch-size 32 --epochs 2 --weight-decay 0.01
 }
 
 judge_model() {
@@ -82,13 +82,14 @@ ppo() {  # OPTIONS...: PPO from the SFT model, as in instructgpt.sh
 }
 
 dpo() {  # OPTIONS...: DPO from the SFT model on the rankings, as in dpo.sh
-    python dpo.py --model $runs/sft --dataset $data/rankings.jsonl $common --learning-rate 3e-4 --epochs 3 $(max_steps 3) "$@"
+    python dpo.py --model $runs/sft --dataset $data/rankings.jsonl $common --learning-rate 3e-4 --epochs 3 \
+        $(max_steps 3) "$@"
 }
 
 reasoning() {
     heading "GRPO on what a rule can check: the start (learning rate 0), then the run"
-    local settings="--model $runs/sft --dataset $data/reasoning.jsonl --rule gridworld.py:walk_score $common --batch-size 16
-        --max-new-tokens 96 --kl-coef 0.02 --eval-samples 16 --thinking-budgets 0 12 24 36 48 72"
+    local settings="--model $runs/sft --dataset $data/reasoning.jsonl --rule gridworld.py:walk_score $common
+        --batch-size 16 --max-new-tokens 96 --kl-coef 0.02 --eval-samples 16 --thinking-budgets 0 12 24 36 48 72"
     python grpo.py $settings --learning-rate 0 --max-steps 1 --output-dir $runs/o1-start
     python grpo.py $settings --learning-rate 1e-4 --max-steps $(if_tiny 3 200) --eval-every 25 --output-dir $runs/o1
 }
@@ -107,11 +108,12 @@ concatenate() {  # OUT FILE...
     mv $1.part $1
 }
 
-with_demonstrations() {  # OUT COUNT FILE...: the first COUNT demonstrations; the prompt-completion rows of the files behind them
+with_demonstrations() {  # OUT COUNT FILE...: COUNT demonstrations, then the prompt-completion rows of the files
     python - $data/sft.jsonl "$@" <<'PY'
 import json, os, sys
 demonstrations, *others = ([json.loads(line) for line in open(name)] for name in (sys.argv[1], *sys.argv[4:]))
-rows = [*demonstrations[: int(sys.argv[3])], *(dict(messages=row["prompt"] + row["completion"]) for rows in others for row in rows)]
+conversations = (dict(messages=row["prompt"] + row["completion"]) for rows in others for row in rows)
+rows = [*demonstrations[: int(sys.argv[3])], *conversations]
 with open(sys.argv[2] + ".part", "w") as file:
     file.writelines(json.dumps(row) + "\n" for row in rows)
 os.replace(sys.argv[2] + ".part", sys.argv[2])

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# DPO against PPO (Rafailov et al. 2023, arXiv 2305.18290) from the same SFT model and the same rankings: PPO by way of a
-# reward model and sampling, DPO directly on the pairs, with and without the likelihood of the chosen answer in its loss.
+# DPO against PPO (Rafailov et al. 2023, arXiv 2305.18290) from the same SFT model and the same rankings: PPO by way of
+# a reward model and sampling, DPO directly on the pairs, with and without the likelihood of the chosen answer in its
+# loss.
 #
 # Claim: DPO scores at most 0.03 less than PPO, without a reward model and without sampling, in less time.
 #
 #   the paper   beta 0.1, batch 64, RMSprop 1e-6, warm-up 150 steps, 1 epoch; no likelihood term (Llama 3: 0.2)
-#   here        beta 0.1, batch 64, AdamW 3e-4, cosine, 3 epochs; likelihood term 1: the pairs are other policies' answers,
-#               and without the term the probability of both answers falls, and with it the validity of the samples
+#   here        beta 0.1, batch 64, AdamW 3e-4, cosine, 3 epochs; likelihood term 1: the pairs are other policies'
+#               answers, and without the term the probability of both answers falls, and with it the validity of the
+#               samples
 # A dozen settings of DPO were tried on seed 0 and the same held-out grids; PPO is that of instructgpt.sh.
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Gemini's data flywheel (arXiv 2312.11805, section 6.3 and figure 7), in its spirit: RL exploits the weaknesses of a reward
-# model, and feedback on the policy's current answers repairs it. Four rounds of PPO; before each but the first, annotators rank
-# current answers, and the reward model is trained further on these and on older rankings. The static line runs the same four
-# rounds on the first reward model.
+# Gemini's data flywheel (arXiv 2312.11805, section 6.3 and figure 7), in its spirit: RL exploits the weaknesses of a
+# reward model, and feedback on the policy's current answers repairs it. Four rounds of PPO; before each but the first,
+# annotators rank current answers, and the reward model is trained further on these and on older rankings. The static
+# line runs the same four rounds on the first reward model.
 #
-# Claim: the true score of the static line falls from its best round to the last, though its reward rises on; that of the
-# refreshed line rises over the same rounds; in every round the refreshed reward model is right more often than the first one
-# on pairs of current answers to held-out grids. The true score is the honest walk's, the mean of a round's last 5 batches
-# (600 answers); a change counts from 0.03 on, two standard errors. It holds on seed 0; see the README for seeds 1 and 2.
+# Claim: the true score of the static line falls from its best round to the last, though its reward rises on; that of
+# the refreshed line rises over the same rounds; in every round the refreshed reward model is right more often than the
+# first one on pairs of current answers to held-out grids. The true score is the honest walk's, the mean of a round's
+# last 5 batches (600 answers); a change counts from 0.03 on, two standard errors. It holds on seed 0; see the README
+# for seeds 1 and 2.
 #
 #   Gemini   stages as here; feedback by preferences and ratings; no equation, algorithm, size or setting is published
-#   here     rounds of 20 batches of 128, PPO as in instructgpt.sh but KL 0.1, to the SFT model; between rounds 1500 prompts x 8
-#            answers at temperature 1.3, and 1000 older rankings in equal parts; 1 epoch, lr 1e-3 (chosen from four, on seed 0)
+#   here     rounds of 20 batches of 128, PPO as in instructgpt.sh but KL 0.1, to the SFT model; between rounds 1500
+#            prompts x 8 answers at temperature 1.3, and 1000 older rankings in equal parts; 1 epoch, lr 1e-3 (chosen
+#            from four, on seed 0)
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -23,20 +25,21 @@ for seed in ${SEEDS:-0}; do
     out=$runs/gemini
     mkdir -p $out
     ppo_round() {  # ROUND MODEL REWARD_MODEL NAME OPTIONS...; the rule, with weight 0, only logs the true score
-        python ppo.py --model $2 --reference $runs/sft --reward-model $3 --dataset $data/prompts.jsonl --output-dir $out/$4 --eval-fraction 0 \
-            --rule gridworld.py:walk_score --rule-weight 0 --seed $((10 * seed + $1)) --resume $ppo_settings --kl-coef 0.1 --batch-size 128 \
+        python ppo.py --model $2 --reference $runs/sft --reward-model $3 --dataset $data/prompts.jsonl \
+            --output-dir $out/$4 --eval-fraction 0 --rule gridworld.py:walk_score --rule-weight 0 \
+            --seed $((10 * seed + $1)) --resume $ppo_settings --kl-coef 0.1 --batch-size 128 \
             --max-steps $(if_tiny 2 20) "${@:5}"
     }
     rank() {  # FILE MODEL PROMPTS ROWS OPTIONS...: annotators rank answers, unless the file exists
-        [ -e $1 ] || python gridworld.py annotate --model $2 --prompts $3 --rows $4 --output $1 --seed $((10 * seed + round)) --kind helpful \
-            --max-new-tokens 24 "${@:5}"
+        [ -e $1 ] || python gridworld.py annotate --model $2 --prompts $3 --rows $4 --output $1 \
+            --seed $((10 * seed + round)) --kind helpful --max-new-tokens 24 "${@:5}"
     }
     heading "round 1, for both lines"
     ppo_round 1 $runs/sft $runs/reward_model fresh-1
     refreshed=$runs/reward_model static=$out/fresh-1 older=$data/rankings.jsonl
     for round in $(if_tiny 2 "2 3 4"); do
         last=$out/fresh-$((round - 1))
-        heading "round $round: annotators rank answers of the refreshed line's policy, to training prompts and to held-out grids"
+        heading "round $round: annotators rank current answers to training prompts and to held-out grids"
         rank $out/rankings-$round.jsonl $last $data/prompts.jsonl $(if_tiny 60 1500) --k 8 --temperature 1.3
         rank $out/held-out-$round.jsonl $last $data/test.jsonl $(if_tiny 60 300)
         head -qn $((1000 / (round - 1))) $older > $out/older-$round.jsonl
@@ -44,8 +47,9 @@ for seed in ${SEEDS:-0}; do
         older+=" $out/rankings-$round.jsonl"
 
         heading "round $round: the reward model, trained further"
-        python reward_model.py --model $refreshed --dataset $out/mix-$round.jsonl --eval-dataset $out/held-out-$round.jsonl \
-            --output-dir $out/reward-$round $common $(max_steps 8) --learning-rate 1e-3
+        python reward_model.py --model $refreshed --dataset $out/mix-$round.jsonl \
+            --eval-dataset $out/held-out-$round.jsonl --output-dir $out/reward-$round $common $(max_steps 8) \
+            --learning-rate 1e-3
         refreshed=$out/reward-$round
 
         heading "round $round: PPO, with the refreshed reward model and with the first one"

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Gemma 2 (arXiv 2408.00118, section 4): PPO from a reward model ten times the policy's size, with its own tokenizer, trained on
-# conversations of one and of several turns. A large model, as automatic rater of answers side by side, tunes a hyper-parameter and
-# catches reward hacking (Gemma 1, arXiv 2403.08295).
+# Gemma 2 (arXiv 2408.00118, section 4): PPO from a reward model ten times the policy's size, with its own tokenizer,
+# trained on conversations of one and of several turns. A large model, as automatic rater of answers side by side, tunes
+# a hyper-parameter and catches reward hacking (Gemma 1, arXiv 2403.08295).
 #
-# Claim: PPO from the larger reward model ends with a better gold score than from one of the policy's size, each at its best KL
-# coefficient; on later turns it is right more often than one trained on as many single turns; of three KL coefficients the lowest
-# lets PPO hack (highest reward, gold below SFT's), and the rater, who compares each run with SFT, chooses as gold does and puts
-# the hacked run last. Only later turns and the hack hold. Gold is the annotators' opinion without noise, on held-out prompts.
+# Claim: PPO from the larger reward model ends with a better gold score than from one of the policy's size, each at its
+# best KL coefficient; on later turns it is right more often than one trained on as many single turns; of three KL
+# coefficients the lowest lets PPO hack (highest reward, gold below SFT's), and the rater, who compares each run with
+# SFT, chooses as gold does and puts the hacked run last. Only later turns and the hack hold. Gold is the annotators'
+# opinion without noise, on held-out prompts.
 #
-#   Gemma   policies of 2.6 B to 27 B, the reward model "an order of magnitude larger"; a variant of REINFORCE with a KL term;
-#           a high-capacity model as rater; all else undisclosed
-#   here    policy 74,000 parameters, reward models and rater 845,000; PPO, lr 5e-4, critic 2e-3, 48 batches of 128; the rater is
-#           the judge of gpt4.sh, asked which of two answers "is better"; no distillation, no average of runs
+#   Gemma   policies of 2.6 B to 27 B, the reward model "an order of magnitude larger"; a variant of REINFORCE with a KL
+#           term; a high-capacity model as rater; all else undisclosed
+#   here    policy 74,000 parameters, reward models and rater 845,000; PPO, lr 5e-4, critic 2e-3, 48 batches of 128; the
+#           rater is the judge of gpt4.sh, asked which of two answers "is better"; no distillation, no average of runs
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -22,18 +23,20 @@ for seed in ${SEEDS:-0}; do
     small_base
     small_sft
 
-    heading "annotators compare answers: 12000 pairs, half of them in a second turn; 12000 in the first turn; 500 held out, in a second turn"
+    heading "12000 pairs, half of them in a second turn; 12000 in the first turn; 500 held out, in a second turn"
     out=$runs/gemma2
     mkdir -p $out
     [ -e $out/later.jsonl ] || python - $data $out $(if_tiny 40 12000) <<'PY'
 import json, random, sys
 from gridworld import annotators_scores, as_preference, new_grid, preference_row
 data, out, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-held_out = {json.loads(line)["prompt"][0]["content"] for name in ("test", "test_preferences") for line in open(f"{data}/{name}.jsonl")}
+lines = (line for name in ("test", "test_preferences") for line in open(f"{data}/{name}.jsonl"))
+held_out = {json.loads(line)["prompt"][0]["content"] for line in lines}
 rng, pairs, test = random.Random(7), {1: [], 3: []}, max(5, count // 24)  # by the number of messages in the prompt
 while len(pairs[1]) < count or len(pairs[3]) < count // 2 + test:
     row = preference_row(rng, new_grid(rng, 3))
-    if row and row["prompt"][0]["content"] not in held_out:  # compared again: all annotators have gold's opinion, with noise
+    if row and row["prompt"][0]["content"] not in held_out:
+        # compared again: all annotators have gold's opinion, with noise
         prompt, answers = row["prompt"], [row[key][0]["content"] for key in ("chosen", "rejected")]
         if row := as_preference(prompt, answers, annotators_scores(rng, prompt, answers, "overall"), "overall"):
             pairs[len(prompt)].append(row)
@@ -56,20 +59,21 @@ from gridworld import quality
 def gold(prompts, completions, **columns):
     return [quality(prompt, completion[-1]["content"], "overall") for prompt, completion in zip(prompts, completions)]
 PY
-    for size in large small; do
+    for size in large small; do  # the rule, with weight 0, only logs the gold score
         for coef in 0.4 0.1 0.03; do
-            heading "PPO from the $size reward model, KL coefficient $coef"  # the rule, with weight 0, only logs the gold score
-            python ppo.py --model $runs/small-sft --reward-model $out/rm-$size --value-model $runs/small-sft --dataset $out/mixed.jsonl \
-                --rule $out/gold.py:gold --rule-weight 0 --output-dir $out/$size-$coef $common --kl-coef $coef --epochs 2 \
-                --learning-rate 5e-4 --value-learning-rate 2e-3 --warmup-ratio 0.1 --batch-size $(if_tiny 8 128) --ppo-epochs 2 \
-                --max-new-tokens 24 --max-steps $(if_tiny 3 48)
+            heading "PPO from the $size reward model, KL coefficient $coef"
+            python ppo.py --model $runs/small-sft --reward-model $out/rm-$size --value-model $runs/small-sft \
+                --dataset $out/mixed.jsonl --rule $out/gold.py:gold --rule-weight 0 --output-dir $out/$size-$coef \
+                $common --kl-coef $coef --epochs 2 --learning-rate 5e-4 --value-learning-rate 2e-3 --warmup-ratio 0.1 \
+                --batch-size $(if_tiny 8 128) --ppo-epochs 2 --max-new-tokens 24 --max-steps $(if_tiny 3 48)
         done
     done
 
     heading "the rater compares the runs from the large reward model with the SFT model"
     for coef in 0.4 0.1 0.03; do
         python rlaif.py compare $out/large-$coef $runs/small-sft --judge $runs/judge --requests $data/requests.json \
-            --dataset $data/test.jsonl --max-new-tokens 24 --output-dir $out/compare-$coef $common $(if_tiny "--min-mass 0")
+            --dataset $data/test.jsonl --max-new-tokens 24 --output-dir $out/compare-$coef $common \
+            $(if_tiny "--min-mass 0")
     done
 
     score_policies gemma2 $runs/small-sft $out/large-{0.4,0.1,0.03} $(if_tiny "--samples 1")

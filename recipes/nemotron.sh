@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Nemotron-4 340B (arXiv 2406.11704): DPO with a likelihood term, then three rounds of RPO, each from and against the last round's
-# checkpoint. The reward model scores answers that the round's policy has sampled (4 to a prompt, all 6 pairs).
+# Nemotron-4 340B (arXiv 2406.11704): DPO with a likelihood term, then three rounds of RPO, each from and against the
+# last round's checkpoint. The reward model scores answers that the round's policy has sampled (4 to a prompt, all 6
+# pairs).
 #
-# Claim: the score rises over the rounds; on the first round's answers the better ones lose less probability under RPO than under
-# DPO; near ties stay near. DPO is here rpo.py with --eta 1000, where only the sign of a gap is left (its limit; same answers, no
-# likelihood term). Near ties are pairs of samples that state the same total; |beta h| on them is the gap_error of a run of
-# rpo.py with learning rate 0 and both rewards 0.
+# Claim: the score rises over the rounds; on the first round's answers the better ones lose less probability under RPO
+# than under DPO; near ties stay near. DPO is here rpo.py with --eta 1000, where only the sign of a gap is left (its
+# limit; same answers, no likelihood term). Near ties are pairs of samples that state the same total; |beta h| on them
+# is the gap_error of a run of rpo.py with learning rate 0 and both rewards 0.
 #
 #   Nemotron-4   DPO: 160k pairs, batch 256, lr 3e-8 to 3e-7, beta 3e-4 to 3e-3, likelihood term 1e-5 to 1e-3 (its sum)
-#                RPO: 300k pairs, lr 3e-7, beta 1e-3 to 1, eta 1, likelihood term 1e-5; its pairs are of many models' answers
-#   here         DPO as in dpo.sh; RPO: 2000 prompts x 4 a round, batch 64, lr 2e-4, beta 0.1, eta 0.3, likelihood term 0.2 (mean)
+#                RPO: 300k pairs, lr 3e-7, beta 1e-3 to 1, eta 1, likelihood term 1e-5; its pairs are of many models'
+#                answers
+#   here         DPO as in dpo.sh; RPO: 2000 prompts x 4 a round, batch 64, lr 2e-4, beta 0.1, eta 0.3, likelihood term
+#                0.2 (mean)
 # The settings were chosen from six, on seed 0 and the same held-out grids.
 source "$(dirname "$0")/common.sh"
 rpo() { python rpo.py --reward-model $runs/reward_model $common --learning-rate 2e-4 $(max_steps 3) "$@"; }
@@ -30,8 +33,8 @@ for seed in ${SEEDS:-0}; do
     for round in 1 2 3; do
         heading "round $round: answers of the current policy, RPO on their scores"
         answers=$out/answers-$round.jsonl
-        [ -e $answers ] || python gridworld.py annotate --model $policy --prompts $data/prompts.jsonl --output $answers --k 4 \
-            --seed $((10 * seed + round)) --rows $(if_tiny 60 2000) --max-new-tokens 24
+        [ -e $answers ] || python gridworld.py annotate --model $policy --prompts $data/prompts.jsonl \
+            --output $answers --k 4 --seed $((10 * seed + round)) --rows $(if_tiny 60 2000) --max-new-tokens 24
         rpo --model $policy --dataset $answers --eta 0.3 --nll-coef 0.2 --output-dir $out/rpo-$round
         policy=$out/rpo-$round
     done
@@ -51,12 +54,14 @@ with open(f"{sys.argv[1]}/ties.jsonl", "w") as file:
         for answers in map(sorted, by_total.values()):
             if len(answers) > 1:
                 a, b = ([dict(role="assistant", content=answer)] for answer in answers[:2])
-                file.write(json.dumps(dict(prompt=row["prompt"], chosen=a, rejected=b, score_chosen=0.0, score_rejected=0.0)) + "\n")
+                pair = dict(prompt=row["prompt"], chosen=a, rejected=b, score_chosen=0.0, score_rejected=0.0)
+                file.write(json.dumps(pair) + "\n")
 PY
     for name in dpo rpo; do
         [ -s $out/ties.jsonl ] || break  # a hardly trained policy states no total twice
-        in_background $out/ties.log python rpo.py --model $out/as-$name --reference $runs/dpo --dataset $out/ties.jsonl --learning-rate 0 \
-            --max-steps 1 --batch-size 10000 --eval-fraction 0 --output-dir $out/ties-$name --overwrite
+        in_background $out/ties.log python rpo.py --model $out/as-$name --reference $runs/dpo \
+            --dataset $out/ties.jsonl --learning-rate 0 --max-steps 1 --batch-size 10000 --eval-fraction 0 \
+            --output-dir $out/ties-$name --overwrite
         wait_for_background
     done
 

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# Qwen2 (arXiv 2407.10671, section 4): DPO on ready-made rankings, then three short rounds of online DPO: the current policy
-# answers, the reward model picks the best and the worst of 4, DPO on these pairs. The online merging optimiser (OnDARE, Lu et al.
-# 2024, arXiv 2405.17931) keeps half of the entries of each Adam step and adds a little of SFT minus base, to forget less. Beside
-# it the same rounds with AdamW, with AdamW at half the rate (OnDARE's mean step), and as many steps on the old rankings.
+# Qwen2 (arXiv 2407.10671, section 4): DPO on ready-made rankings, then three short rounds of online DPO: the current
+# policy answers, the reward model picks the best and the worst of 4, DPO on these pairs. The online merging optimiser
+# (OnDARE, Lu et al. 2024, arXiv 2405.17931) keeps half of the entries of each Adam step and adds a little of SFT minus
+# base, to forget less. Beside it the same rounds with AdamW, with AdamW at half the rate (OnDARE's mean step), and as
+# many steps on the old rankings.
 #
-# Claim: online beats offline at equal steps; with OnDARE the tax (loss on pre-training text) is smaller than with AdamW at the
-# same rate, at nearly the same score (0.01 less at most). Online wins on every seed; the tax is smaller on seed 0 only.
+# Claim: online beats offline at equal steps; with OnDARE the tax (loss on pre-training text) is smaller than with AdamW
+# at the same rate, at nearly the same score (0.01 less at most). Online wins on every seed; the tax is smaller on seed
+# 0 only.
 #
 #   Qwen2        offline pairs, then episodes of sampling and DPO; beta, rates and numbers of answers are not given
 #   Lu et al.    beta 0.1, lr 1e-6, batch 128, about 960 steps; keeps 0.01 (5e-4 does as well), alpha 1e-7 to 1e-5
-#   here         offline as in dpo.sh; 3 rounds of 2000 prompts x 4 and 20 steps of 64 pairs; reference SFT, beta 0.1, lr 2e-4,
-#                likelihood term 1; keeps 0.5, alpha 1e-4; chosen from 16 settings, on seed 0 and the same held-out grids
+#   here         offline as in dpo.sh; 3 rounds of 2000 prompts x 4 and 20 steps of 64 pairs; reference SFT, beta 0.1,
+#                lr 2e-4, likelihood term 1; keeps 0.5, alpha 1e-4; chosen from 16 settings, on seed 0 and the same
+#                held-out grids
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -26,8 +29,8 @@ for seed in ${SEEDS:-0}; do
     wait_for_background
 
     best_and_worst() {  # POLICY ROUND DIRECTORY
-        python rlaif.py best-of-n --model $1 --reward-model $runs/reward_model --dataset $data/prompts.jsonl --n 4 --output-dir $3 \
-            --seed $((10 * seed + $2)) --resume --rows $(if_tiny 60 2000) --max-new-tokens 24
+        python rlaif.py best-of-n --model $1 --reward-model $runs/reward_model --dataset $data/prompts.jsonl --n 4 \
+            --output-dir $3 --seed $((10 * seed + $2)) --resume --rows $(if_tiny 60 2000) --max-new-tokens 24
     }
     heading "the first answers, the same for all: those of the offline policy"
     best_and_worst $runs/dpo 1 $out/answers-1
@@ -52,7 +55,7 @@ for seed in ${SEEDS:-0}; do
         rounds adamw --learning-rate 2e-4
         rounds half --learning-rate 1e-4
     }
-    heading "online with the merging optimiser, then the old rankings again; beside both AdamW, and AdamW at half the rate"
+    heading "online with OnDARE, then the old rankings again; beside both AdamW, and AdamW at half the rate"
     in_background $out/adamw.log adamw
     rounds ondare --learning-rate 2e-4 --optimizer ondare --merge-base $runs/base --merge-keep 0.5 --merge-weight 1e-4
     rounds offline --learning-rate 2e-4

@@ -1,9 +1,9 @@
-"""What README says that nobody writes by hand: the headline, every policy of the recipes on one scale, from recipes/results/*.csv, which
-`gridworld.py score` has written, a file a seed; the metrics of the scripts' headers, with the values they had in recipes; the index of
-equations with the lines where they stand.
+"""Writes the parts of the documents that nobody writes by hand: the headline, every policy of the recipes on one scale, from
+recipes/results/*.csv, which `gridworld.py score` has written, one file per seed; the index of equations with the lines where they stand;
+and docs/metrics.md, the metrics of each script with their values in one run, from recipes/results/metrics.csv.
 
-    python recipes/readme.py         rewrites them in README.md and README.zh.md, each between its two marks, and results/headline.png
-    python recipes/readme.py runs    the same, after the metrics of the recipes in runs/ are written to recipes/results/metrics.csv
+    python recipes/readme.py         rewrites them, each between its two marks, and results/headline.png
+    python recipes/readme.py runs    the same, after the values in recipes/results/metrics.csv are taken from the recipes in runs/
 
 After recipes of your own, copy runs/NAME.csv to recipes/results/NAME.csv (runs/seed-1/NAME.csv to NAME-seed1.csv), and see what differs.
 """
@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PAGES = [HERE.parent / "README.md", HERE.parent / "README.zh.md"]
+READMES = [HERE.parent / "README.md", HERE.parent / "README.zh.md"]
+METRICS_CSV = HERE / "results" / "metrics.csv"
 POLICIES = [  # file of results, row of it, what to call it
     ("instructgpt", "exact optimum", "exact optimum"),
     ("instructgpt", "best safe walk", "best safe walk"),
@@ -54,9 +55,19 @@ POLICIES = [  # file of results, row of it, what to call it
     ("claude3", "rl-cai", "constitutional AI"),
     ("magpie", "filtered", "the base on invented, filtered rows"),
 ]
-COLUMNS = dict(greedy="greedy", valid="valid", honest="honest", safe="safe", refused="right refusals", wrongly="wrong ones", diverse="diversity")
+COLUMNS = dict(
+    greedy="greedy",
+    valid="valid",
+    honest="honest",
+    safe="safe",
+    refused="right refusals",
+    wrongly="wrong ones",
+    diverse="diversity",
+)
 COLUMNS |= dict(thinking="with thinking", judge="judge", tax="tax", seconds="seconds", MB="MB")
-METRICS = dict(sft="sft", reward_model="reward_model", ppo="ppo", dpo="dpo", orpo="orpo", rpo="nemotron/rpo-1", grpo="o1")  # script: a run of it
+METRICS = dict(
+    sft="sft", reward_model="reward_model", ppo="ppo", dpo="dpo", orpo="orpo", rpo="nemotron/rpo-1", grpo="o1"
+)  # script: a run of it
 EQUATIONS = [  # paper, equation, what it is, script, function
     ("Sutton & Barto 2018", "4.10", "value iteration", "gridworld.py", "value_iteration"),
     ("Sutton & Barto 2018", "4.5", "policy evaluation", "gridworld.py", "policy_evaluation"),
@@ -74,10 +85,10 @@ EQUATIONS = [  # paper, equation, what it is, script, function
     ("PPO 1707.06347", "its code", "clipped value loss", "ppo.py", "value_loss"),
     ("DPO 2305.18290", "7", "DPO, and its conservative form", "dpo.py", "dpo_loss"),
     ("IPO 2310.12036", "17", "IPO", "dpo.py", "ipo_loss"),
-    ("Online merging 2405.17931", "2 to 7", "OnDARE, OnTIES", "dpo.py", "merged"),
+    ("Online merging 2405.17931", "2 to 7", "OnDARE, OnTIES", "dpo.py", "online_merge"),
     ("ORPO 2403.07691", "4", "ratio of the log odds", "orpo.py", "log_odds_ratio"),
     ("ORPO 2403.07691", "7", "odds ratio loss", "orpo.py", "odds_ratio_loss"),
-    ("ORPO 2403.07691", "6", "likelihood and odds ratio", "orpo.py", "orpo_terms"),
+    ("ORPO 2403.07691", "6", "likelihood and odds ratio", "orpo.py", "orpo_batch"),
     ("Nemotron-4 2406.11704", "section 3.3.2", "RPO", "rpo.py", "rpo_loss"),
     ("DeepSeekMath 2402.03300", "3", "GRPO", "grpo.py", "grpo_loss"),
     ("DeepSeekMath 2402.03300", "4", "KL per token (k3)", "grpo.py", "kl_estimate"),
@@ -134,50 +145,42 @@ def equations() -> str:
     return "\n".join(lines)
 
 
-def described_metrics(script: str) -> list:
-    """The table of metrics in a script's header: (names, at step 1, then, if not) each; a line that begins with spaces goes on with the one above."""
-    doc = ast.get_docstring(ast.parse((HERE.parent / f"{script}.py").read_text()), clean=False)
-    head, *lines = doc[doc.index("  Metric ") :].rstrip().split("\n")
-    starts = [head.index(title) for title in ("Metric", "at step 1", "then", "if not")]
-    rows = []
-    for line in lines:
-        cells = [line[start:end].strip() for start, end in zip(starts, [*starts[1:], None])]
-        if cells[0]:
-            rows.append(cells)
-        else:
-            rows[-1] = [f"{above} {cell}".strip() for above, cell in zip(rows[-1], cells)]
-    return rows
+def described_metrics() -> list:
+    """The rows of results/metrics.csv: script, metric, what it is at step 1, then, what to do if not, and its first and last value in one run."""
+    with METRICS_CSV.open() as file:
+        return list(csv.DictReader(file))
 
 
 def collect(runs: Path):
-    """Writes results/metrics.csv: every described metric at the first step of a recipe's run, and as the mean over its last tenth."""
-    with (HERE / "results" / "metrics.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("script", "metric", "first", "last"))
-        for script, run in METRICS.items():
-            lines = [json.loads(line) for line in (runs / run / "metrics.jsonl").read_text().splitlines()]
-            for names, *_ in described_metrics(script):
-                for name in names.split(", "):
-                    values = [line[name] for line in lines if name in line]
-                    writer.writerow((script, name, f"{values[0]:.3g}", f"{mean(values[-math.ceil(len(values) / 10) :]):.3g}"))
+    """Updates results/metrics.csv: the value of every metric at the first step of a recipe's run, and its mean over the last tenth."""
+    rows = described_metrics()
+    for script, run in METRICS.items():
+        lines = [json.loads(line) for line in (runs / run / "metrics.jsonl").read_text().splitlines()]
+        for row in rows:
+            if row["script"] == script:
+                values = [line[row["metric"]] for line in lines if row["metric"] in line]
+                row["first"], row["last"] = f"{values[0]:.3g}", f"{mean(values[-math.ceil(len(values) / 10) :]):.3g}"
+    with METRICS_CSV.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def metrics() -> str:
     """The described metrics as Markdown, a table for each script."""
-    with (HERE / "results" / "metrics.csv").open() as file:
-        seen = {(row["script"], row["metric"]): (row["first"], row["last"]) for row in csv.DictReader(file)}
     lines = []
     for script in METRICS:
-        lines += [f"\n**{script}.py**\n", "| metric | at step 1 | then | on the grid | if not |", "| --- " * 5 + "|"]
-        for names, *described in described_metrics(script):
-            first, then, remedy = ("" if cell == "-" else cell.replace("|", "\\|") for cell in described)
-            names = names.split(", ")
-            here = ", ".join(a if a == b else f"{a} to {b}" for a, b in (seen[script, name] for name in names))
-            lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {first} | {then} | {here} | {remedy} |")
+        lines += [f"\n## {script}.py\n", "| metric | at step 1 | then | on the grid | if not |", "| --- " * 5 + "|"]
+        for row in described_metrics():
+            if row["script"] == script:
+                here = row["first"] if row["first"] == row["last"] else f"{row['first']} to {row['last']}"
+                cells = (f"`{row['metric']}`", row["at step 1"], row["then"], here, row["if not"])
+                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines).strip("\n")
 
 
-WRITTEN = dict(headline=table, metrics=metrics, equations=equations)
+WRITTEN = [(page, name, write) for page in READMES for name, write in (("headline", table), ("equations", equations))]
+WRITTEN.append((HERE.parent / "docs" / "metrics.md", "metrics", metrics))
 
 
 def marks(name: str) -> tuple:
@@ -191,8 +194,17 @@ def draw(path: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    measures = dict(score="score", honest="honest", safe="safe", refused="right refusals", diverse="diversity", tax="tax (nats a token)")
-    figure, axes = plt.subplots(1, len(measures), figsize=(3 * len(measures), 0.3 * len(POLICIES) + 1), sharey=True, layout="constrained")
+    measures = dict(
+        score="score",
+        honest="honest",
+        safe="safe",
+        refused="right refusals",
+        diverse="diversity",
+        tax="tax (nats a token)",
+    )
+    figure, axes = plt.subplots(
+        1, len(measures), figsize=(3 * len(measures), 0.3 * len(POLICIES) + 1), sharey=True, layout="constrained"
+    )
     for axis, (column, title) in zip(axes, measures.items()):
         for at, (name, row, _) in enumerate(POLICIES):
             values = [seed[row][column] for seed in results(name) if not math.isnan(seed[row][column])]
@@ -209,11 +221,10 @@ def draw(path: Path):
 def main():
     if len(sys.argv) > 1:
         collect(Path(sys.argv[1]))
-    for readme in PAGES:
-        for name, write in WRITTEN.items():
-            begin, end = marks(name)
-            before, _, rest = readme.read_text().partition(begin)
-            readme.write_text(f"{before}{begin}\n{write()}\n{end}{rest.partition(end)[2]}")
+    for page, name, write in WRITTEN:
+        begin, end = marks(name)
+        before, _, rest = page.read_text().partition(begin)
+        page.write_text(f"{before}{begin}\n{write()}\n{end}{rest.partition(end)[2]}")
     draw(HERE / "results" / "headline.png")
 
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Three ways of RL from AI feedback, from one start. After fine-tuning no human labels anything: the judge is the policy's own
-# checkpoint, before (pairs) and after (scores) more practice in giving scores.
-#   distilled        the judge compares answers in both orders; a reward model learns the rankings; PPO (Lee et al., arXiv 2309.00267)
+# Three ways of RL from AI feedback, from one start. After fine-tuning no human labels anything: the judge is the
+# policy's own checkpoint, before (for pairs) and after (for scores) more practice in giving scores.
+#   distilled        the judge's rankings, a reward model on them, PPO (Lee et al. 2023, arXiv 2309.00267)
 #   direct           PPO on the expected score of 1 to 10 that the judge gives, without a reward model (same paper)
-#   self-rewarding   three rounds: best and worst of 4 by the policy's own scores, DPO on them (Yuan et al., arXiv 2401.10020)
+#   self-rewarding   3 rounds of DPO on best and worst of 4 by the policy's own scores (Yuan et al., arXiv 2401.10020)
 #
-# Claim: the judge agrees with annotators in 85% or more of the clear pairs in which its two orders agree; each way beats its start
-# on the true score; self-rewarding rises in its first round and over all rounds (not on seed 1).
+# Claim: the judge agrees with annotators in 85% or more of the clear pairs in which its two orders agree; each way
+# beats its start on the true score; self-rewarding rises in its first round and over all rounds (not on seed 1).
 #
-#   Lee et al.    a larger judge; REINFORCE with a baseline, KL 0.05, batch 128, T 0.9, 8 epochs; reward model 2 to 3 epochs
-#   Yuan et al.   Llama 2 70B; 0 to 5 points in words, 3 judgements; 4 answers; DPO beta 0.1, batch 16; 2 rounds, 3,964 and 6,942 pairs
-#   here          2,000 prompts x 4 answers for the reward model and in each round; PPO as in instructgpt.sh, KL 0.2, direct 0.05; DPO
-#                 lr 1e-4, beta 0.1, batch 64, 1 epoch, likelihood term 1; chosen from a few, on seed 0 and the same held-out grids
+#   Lee et al.    a larger judge; REINFORCE with a baseline, KL 0.05, batch 128, T 0.9, 8 epochs; RM 2 to 3 epochs
+#   Yuan et al.   Llama 2 70B; 0 to 5 points, 3 judgements; beta 0.1, batch 16; 2 rounds of 3,964 and 6,942 pairs
+#   here          2,000 prompts x 4 answers for the reward model and in each round; PPO as in instructgpt.sh, KL 0.2,
+#                 direct 0.05; DPO lr 1e-4, beta 0.1, batch 64, 1 epoch, likelihood term 1
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -28,37 +28,41 @@ for seed in ${SEEDS:-0}; do
         --learning-rate 1e-3 --batch-size 32 --epochs 4 --weight-decay 0.01
 
     heading "what its judgements are worth, against the annotators'"
-    ask="--requests $data/requests.json --resume $(if_tiny "--min-mass 0")"  # a hardly trained judge seldom says a letter
-    python rlaif.py audit --judge $runs/judge --dataset $data/test_preferences.jsonl --min-gap 0.5 --seed $seed --output-dir $out/audit $ask
+    # a hardly trained judge seldom says a letter
+    ask="--requests $data/requests.json --resume $(if_tiny "--min-mass 0")"
+    python rlaif.py audit --judge $runs/judge --dataset $data/test_preferences.jsonl --min-gap 0.5 --seed $seed \
+        --output-dir $out/audit $ask
 
     answer="--dataset $data/prompts.jsonl --rows $(if_tiny 60 2000) --max-new-tokens 24"
     self_rewarding() {
         policy=$start
         for round in 1 2 3; do
             heading "self-rewarding, round $round: the policy scores its own answers, DPO on the best and the worst"
-            python rlaif.py best-of-n --model $policy --judge $policy --n 4 --output-dir $out/answers-$round --seed $((10 * seed + round)) \
-                $answer $ask
-            python dpo.py --model $policy --dataset $out/answers-$round/pairs.jsonl --output-dir $out/self-$round $common \
-                --learning-rate 1e-4 --nll-coef 1 $(max_steps 3)
+            python rlaif.py best-of-n --model $policy --judge $policy --n 4 --output-dir $out/answers-$round \
+                --seed $((10 * seed + round)) $answer $ask
+            python dpo.py --model $policy --dataset $out/answers-$round/pairs.jsonl --output-dir $out/self-$round \
+                $common --learning-rate 1e-4 --nll-coef 1 $(max_steps 3)
             policy=$out/self-$round
         done
     }
     in_background $out/self-rewarding.log self_rewarding
 
     ppo_from_start="--model $start --dataset $data/prompts.jsonl $common $ppo_settings --batch-size 128 $(max_steps 3)"
-    heading "beside self-rewarding, distilled: the judge's rankings of the policy's answers, a reward model on them, PPO"
-    python rlaif.py label --model $start --judge $runs/judge --k 4 --orders average --output-dir $out/labels --seed $seed $answer $ask
-    python reward_model.py --model $start --dataset $out/labels/rankings.jsonl --output-dir $out/reward_model $common $(max_steps 8) \
-        --learning-rate 1e-3 --epochs 2
+    heading "distilled (beside self-rewarding): the judge's rankings of answers, a reward model, PPO"
+    python rlaif.py label --model $start --judge $runs/judge --k 4 --orders average --output-dir $out/labels \
+        --seed $seed $answer $ask
+    python reward_model.py --model $start --dataset $out/labels/rankings.jsonl --output-dir $out/reward_model $common \
+        $(max_steps 8) --learning-rate 1e-3 --epochs 2
     python ppo.py $ppo_from_start --reward-model $out/reward_model --kl-coef 0.2 --output-dir $out/distilled
 
     heading "direct: PPO on the judge's score"
-    python ppo.py $ppo_from_start --reward-model --judge $start --rubric $data/score.json --kl-coef 0.05 --output-dir $out/direct
+    python ppo.py $ppo_from_start --reward-model --judge $start --rubric $data/score.json --kl-coef 0.05 \
+        --output-dir $out/direct
     wait_for_background
 
     heading "the judge's own view: the last round against the start"
-    python rlaif.py compare $out/self-3 $start --judge $runs/judge --dataset $data/test.jsonl --max-new-tokens 24 --seed $seed \
-        --output-dir $out/compare $ask
+    python rlaif.py compare $out/self-3 $start --judge $runs/judge --dataset $data/test.jsonl --max-new-tokens 24 \
+        --seed $seed --output-dir $out/compare $ask
 
     score_policies rlaif $start $out/{distilled,direct,self-1,self-2,self-3}
     judge_claim rlaif

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# SFT against RLHF: what sets them apart by a survey (Wang et al. 2024, arXiv 2412.10400, introduction and 2.4.1; diversity and
-# generalisation after Kirk et al. 2024, arXiv 2310.06452), one number each, measured in recipes/claim.py.
-#
-# Claim:
-#   (1) equally good answers   a gradient step on one of two best walks lowers the other in more than half of the grids under SFT, in
-#                              fewer under RLHF          (2) negative feedback   rejected walks: likelier by SFT on the chosen, less likely by DPO
+# SFT against RLHF: what sets them apart by a survey (Wang et al. 2024, arXiv 2412.10400, introduction and 2.4.1;
+# diversity and generalisation after Kirk et al. 2024, arXiv 2310.06452). recipes/claim.py measures each by one number.
+#   (1) equally good answers   a gradient step on one of two best walks makes the other less likely: in more than half
+#                              of the grids under SFT, in fewer under RLHF
+#   (2) negative feedback      rejected walks become likelier by SFT on the chosen ones, less likely by DPO
 #   (3) no looking back        SFT repeats the demonstrators' slips ("wait"), PPO makes fewer
-#   (4) bias                   of two equal walks SFT prefers the one to the right, like the demonstrators; PPO less
+#   (4) bias                   of two equal walks SFT prefers the one to the right, as the demonstrators do; PPO less
 #   (5) safety                 rewarded for it, PPO walks more safely and refuses rightly no less often
-#   (6) generalisation         with twice the lava, or no number above 0, PPO scores higher than SFT and drops no more (mean of both)
+#   (6) generalisation         with twice the lava, or no number above 0, PPO scores higher than SFT; its mean drop is
+#                              no larger
 #   (7) diversity              EAD of 8 answers to a grid falls from SFT to best of 4 to PPO
-# All hold on seed 1; (4) fails on seed 0, (1) and (6) on seed 2. Kirk et al.: LLaMA 7B, best of 16, PPO with KL 0.05. Here: PPO as in
-# instructgpt.sh; (2) one epoch, lr 3e-4; (5) a reward model of harm, 4 epochs; weights 0.1 and 2.
+# All hold on seed 1; (4) fails on seed 0, (1) and (6) on seed 2. Kirk et al.: LLaMA 7B, 16 answers x 500 inputs, best
+# of 16, PPO with KL 0.05. Here: PPO as in instructgpt.sh; (2) one epoch, lr 3e-4; (5) 4 epochs on harm, weights 0.1 and
+# 2.
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -35,7 +36,8 @@ data, out = sys.argv[1:]
 def write(name, rows):
     os.makedirs(os.path.dirname(f"{out}/{name}"), exist_ok=True)
     open(f"{out}/{name}.jsonl", "w").writelines(json.dumps(row) + "\n" for row in rows)
-best = ((row["prompt"], max(zip(row["scores"], row["completions"]))[1]) for row in map(json.loads, open(f"{data}/rankings.jsonl")))
+rankings = map(json.loads, open(f"{data}/rankings.jsonl"))
+best = ((row["prompt"], max(zip(row["scores"], row["completions"]))[1]) for row in rankings)
 whole = ((prompt, text) for prompt, text in best if check_answer(read_grid(prompt), text).kind == "walk")
 write("chosen", (dict(prompt=prompt, completion=[dict(role="assistant", content=text)]) for prompt, text in whole))
 def poorer(grid):
@@ -49,13 +51,14 @@ PY
     heading "fine-tuning on the chosen walks; a reward model of harm, and PPO from both reward models"
     python sft.py --model $runs/sft --dataset $out/chosen.jsonl --output-dir $out/chosen $common $(max_steps 3) \
         --learning-rate 3e-4 --batch-size 32
-    python reward_model.py --model $runs/sft --dataset $out/harmless.jsonl --output-dir $out/harmless $common $(max_steps 8) \
-        --learning-rate 1e-3 --epochs 4
+    python reward_model.py --model $runs/sft --dataset $out/harmless.jsonl --output-dir $out/harmless $common \
+        $(max_steps 8) --learning-rate 1e-3 --epochs 4
     ppo --reward-model $runs/reward_model $out/harmless --reward-weights 0.1 2 --output-dir $out/ppo-safe
 
     score_policies sft-vs-rlhf $runs/sft $runs/ppo $runs/dpo $out/ppo-safe $(if_tiny "--samples 1")
     for kind in lava poor; do
-        python gridworld.py score $runs/sft $runs/ppo --data $out/$kind --output $out/$kind.png --csv $out/$kind.csv $(if_tiny "--samples 1")
+        python gridworld.py score $runs/sft $runs/ppo --data $out/$kind --output $out/$kind.png --csv $out/$kind.csv \
+            $(if_tiny "--samples 1")
     done
     judge_claim sft-vs-rlhf
 done

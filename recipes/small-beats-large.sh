@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# The headline of InstructGPT (Ouyang et al. 2022, arXiv 2203.02155, section 4.1): people prefer a small aligned model to an unaligned
-# one a hundred times its size. Here a model of 74,000 parameters goes through the three stages; the others have 845,000.
+# The headline of InstructGPT (Ouyang et al. 2022, arXiv 2203.02155, section 4.1): people prefer a small aligned model
+# to an unaligned one a hundred times its size. Here a model of 74,000 parameters goes through the three stages; the
+# others have 845,000.
 #
-# Claim: the small model after PPO scores higher than each large one: the SFT model, and the base asked three ways: by the chat
-# template, by the grid alone, and by the grid and "most", the word before the richest walk in its training text (the best prompt
-# we know of; it stands for the paper's few-shot prompt). The score ignores lies: the small model's walks are less often honest.
+# Claim: the small model after PPO scores higher than each large one: the SFT model, and the base asked three ways: by
+# the chat template, by the grid alone, and by the grid and "most", the word before the richest walk in its training
+# text (the best prompt we know of; it stands for the paper's few-shot prompt). The score ignores lies: the small
+# model's walks are less often honest.
 #
-#   InstructGPT   1.3 B against 175 B; reward and value model 6 B; people prefer 175 B InstructGPT to 175 B GPT-3 in 85% of cases, to
-#                 the same with a few-shot prompt in 71%; pre-training text in PPO (ptx)
-#   here          11 times as many; reward model 0.85 M, that of instructgpt.sh; value model of the policy's size; score instead of
-#                 preferences; no ptx; PPO for 2 epochs, lr 5e-4, critic 2e-3, beta 0.2 (the first settings tried)
+#   InstructGPT   1.3 B against 175 B; reward and value model 6 B; people prefer 175 B InstructGPT to 175 B GPT-3 in 85%
+#                 of cases, to the same with a few-shot prompt in 71%; pre-training text in PPO (ptx)
+#   here          11 times as many; reward model 0.85 M, that of instructgpt.sh; value model of the policy's size; score
+#                 instead of preferences; no ptx; PPO for 2 epochs, lr 5e-4, critic 2e-3, beta 0.2 (the first settings
+#                 tried)
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -22,20 +25,23 @@ for seed in ${SEEDS:-0}; do
 
     heading "PPO of the small model, from the large reward model"
     out=$runs/small-beats-large
-    python ppo.py --model $runs/small-sft --reward-model $runs/reward_model --dataset $data/prompts.jsonl --output-dir $out/small-ppo \
-        $common --epochs 2 --learning-rate 5e-4 --value-learning-rate 2e-3 --warmup-ratio 0.1 --kl-coef 0.2 --batch-size 128 \
-        --ppo-epochs 2 --max-new-tokens 24 $(max_steps 3)
+    python ppo.py --model $runs/small-sft --reward-model $runs/reward_model --dataset $data/prompts.jsonl \
+        --output-dir $out/small-ppo $common --epochs 2 --learning-rate 5e-4 --value-learning-rate 2e-3 \
+        --warmup-ratio 0.1 --kl-coef 0.2 --batch-size 128 --ppo-epochs 2 --max-new-tokens 24 $(max_steps 3)
 
     heading "copies of the large base with other chat templates: the grid alone, and the grid and the word most"
     for ask in grid most; do
         mkdir -p $out/base-$ask
-        cp $runs/base/{config,generation_config,tokenizer,tokenizer_config}.json $runs/base/model.safetensors $out/base-$ask
+        cp $runs/base/{config,generation_config,tokenizer,tokenizer_config}.json $out/base-$ask
+        cp $runs/base/model.safetensors $out/base-$ask
         after='\n\n'; [ $ask = grid ] || after+=$ask
-        echo -n "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ '$after' if m['role'] != 'assistant' }}{% endfor %}" \
+        turn="{{ m['content'] }}{{ '$after' if m['role'] != 'assistant' }}"
+        echo -n "{{ bos_token }}{% for m in messages %}$turn{% endfor %}" \
             > $out/base-$ask/chat_template.jinja
     done
 
-    score_policies small-beats-large $runs/base $out/base-{grid,most} $runs/{sft,small-sft} $out/small-ppo $(if_tiny "--samples 1")
+    score_policies small-beats-large $runs/base $out/base-{grid,most} $runs/{sft,small-sft} $out/small-ppo \
+        $(if_tiny "--samples 1")
     judge_claim small-beats-large
 done
 exit $verdict

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Starling-7B (Zhu et al. 2024, COLM, OpenReview GqDntYTTbk): a judge ranks 7 answers to each prompt, a reward model learns the
-# likelihood of whole rankings (Plackett-Luce), PPO follows it. To PPO Starling adds: the critic is trained first, every answer that
-# ends gets a constant reward, and all weights are trained instead of the last layers.
+# Starling-7B (Zhu et al. 2024, COLM, OpenReview GqDntYTTbk): a judge ranks 7 answers to each prompt, a reward model
+# learns the likelihood of whole rankings (Plackett-Luce), PPO follows it. To PPO Starling adds: the critic is trained
+# first, every answer that ends gets a constant reward, and all weights are trained instead of the last layers.
 #
-# Claim: no dip at the start (mean reward and true score of the first fifth of batches, two standard errors); tokens within 10% and
-# 0.98 of the answers end; the score rises and all weights beat the last layer; whole rankings make at least as good a reward
-# model as all their pairs (within 0.02 on human rankings). It holds on seeds 0 and 1; on seed 2 the true score dips.
+# Claim: no dip at the start (mean reward and true score of the first fifth of batches, two standard errors); tokens
+# within 10% and 0.98 of the answers end; the score rises and all weights beat the last layer; whole rankings make at
+# least as good a reward model as all their pairs (within 0.02 on human rankings). It holds on seeds 0 and 1; on seed 2
+# the true score dips.
 #
-#   Starling-7B   GPT-4 ranks all 7 in one question; 182,954 prompts x 7 answers of many models; reward model from Llama 2 7B, lr 1e-5,
-#                 batch 20, 1 epoch; PPO: lr 2e-7, KL 0.01, 64 answers a batch, minibatches of 4, 2 passes; constant unpublished
-#   here          judge and policy are one checkpoint, asked which of two answers "pays more", in both orders; 2500 prompts x 7 own
-#                 answers (about 4 different ones: 3 x 3 cells have six paths); reward model lr 1e-3, batch 64, 2 epochs; PPO: lr 2e-4,
-#                 critic 1e-3, KL 0.2, 128 a batch, 2 passes; 31 batches, 6 for the critic alone; constant 1 (chosen from five, seed 0)
+#   Starling-7B   GPT-4 ranks all 7 in one question; 182,954 prompts x 7 answers of many models; reward model from Llama
+#                 2 7B, lr 1e-5, batch 20, 1 epoch; PPO: lr 2e-7, KL 0.01, 64 answers a batch, minibatches of 4, 2
+#                 passes; constant unpublished
+#   here          judge and policy are one checkpoint, asked which of two answers "pays more", in both orders; 2500
+#                 prompts x 7 own answers (about 4 different ones: 3 x 3 cells have six paths); reward model lr 1e-3,
+#                 batch 64, 2 epochs; PPO: lr 2e-4, critic 1e-3, KL 0.2, 128 a batch, 2 passes; 31 batches, 6 for the
+#                 critic alone; constant 1 (chosen from five, seed 0)
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -20,27 +23,29 @@ for seed in ${SEEDS:-0}; do
     sft
     judge_model
 
-    heading "what its judgements are worth, against the annotators'; then 7 answers to each prompt, compared two by two, in both orders"
+    heading "an audit of the judge; then 7 answers to each prompt, compared two by two, in both orders"
     out=$runs/starling
     mkdir -p $out
     echo "pays more" > $out/principles.txt
     ask="--judge $runs/judge --requests $data/requests.json --principles $out/principles.txt $common"
     ask+=" $(if_tiny "--min-mass 0")"  # a hardly trained judge seldom says a letter
     python rlaif.py audit --dataset $data/test_preferences.jsonl --min-gap 0.5 --output-dir $out/audit $ask
-    python rlaif.py label --model $runs/judge --k 7 --dataset $data/prompts.jsonl --rows $(if_tiny 40 2500) --max-new-tokens 24 \
-        --output-dir $out/labels $ask
+    python rlaif.py label --model $runs/judge --k 7 --dataset $data/prompts.jsonl --rows $(if_tiny 40 2500) \
+        --max-new-tokens 24 --output-dir $out/labels $ask
 
-    heading "two reward models from the same rankings: the likelihood of each whole ranking, and all its pairs; tested on human rankings"
+    heading "two reward models from the same rankings: whole rankings, and all their pairs"
     head -n 1000 $data/rankings.jsonl > $out/held-out.jsonl
     for loss in plackett-luce pairs; do
-        python reward_model.py --model $runs/judge --dataset $out/labels/rankings.jsonl --eval-dataset $out/held-out.jsonl --loss $loss \
-            --output-dir $out/$loss $common $(max_steps 8) --learning-rate 1e-3 --epochs 2
+        python reward_model.py --model $runs/judge --dataset $out/labels/rankings.jsonl \
+            --eval-dataset $out/held-out.jsonl --loss $loss --output-dir $out/$loss $common $(max_steps 8) \
+            --learning-rate 1e-3 --epochs 2
     done
 
-    heading "PPO with a critic trained first and a constant reward: all weights, then the last of four layers only; then without the two"
+    heading "PPO with critic training and constant: all weights, the last of four layers; without the two"
     starling_ppo() {  # the rule, with weight 0, only logs the true score
-        python ppo.py --model $runs/judge --reward-model $out/plackett-luce --rule gridworld.py:walk_score --rule-weight 0 \
-            --dataset $data/prompts.jsonl $common $ppo_settings --kl-coef 0.2 --batch-size $(if_tiny 8 128) $(max_steps 6) "$@"
+        python ppo.py --model $runs/judge --reward-model $out/plackett-luce --rule gridworld.py:walk_score \
+            --rule-weight 0 --dataset $data/prompts.jsonl $common $ppo_settings --kl-coef 0.2 \
+            --batch-size $(if_tiny 8 128) $(max_steps 6) "$@"
     }
     additions="--critic-warmup $(if_tiny 2 6) --reward-constant 1"
     starling_ppo --output-dir $out/all-weights $additions

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Zephyr-141B by ORPO (Hong, Lee & Thorne 2024, arXiv 2403.07691): fine-tuning and preferences in one stage, from the base
-# model and without a reference model. The same run with lambda 0 is fine-tuning on the chosen answers.
+# Zephyr-141B by ORPO (Hong, Lee & Thorne 2024, arXiv 2403.07691): fine-tuning and preferences in one stage, from the
+# base model and without a reference model. The same run with lambda 0 is fine-tuning on the chosen answers.
 #
-# Claim: at equal steps ORPO scores higher than that fine-tuning; it raises rejected answers less and the log odds ratio more.
-# The second part starts from the SFT model and uses whole walks only: from the base, learning the chat format raises every
-# answer at first. In the paper (figures 3 and 6) rejected answers fall outright; here they only gain less.
+# Claim: at equal steps ORPO scores higher than that fine-tuning; it raises rejected answers less and the log odds ratio
+# more. The second part starts from the SFT model and uses whole walks only: from the base, learning the chat format
+# raises every answer at first. In the paper (figures 3 and 6) rejected answers fall outright; here they only gain less.
 #
 #   Zephyr-141B   lambda 0.05, lr 5e-6, inverse square root, warm-up 100, 3 epochs, batch 32
 #   the paper     lambda 0.1 (Mistral), 0.2 (Llama 2), 0.25 (Phi-2), lr 5e-6 to 8e-6
@@ -27,9 +27,11 @@ for seed in ${SEEDS:-0}; do
 import json, re, sys
 with open(sys.argv[2], "w") as file:
     for row in map(json.loads, open(sys.argv[1])):
-        kept = [(c, s) for c, s in zip(row["completions"], row["scores"]) if re.fullmatch(r"((right|up) -?\d+ )+= -?\d+", c)]
+        pairs = zip(row["completions"], row["scores"])
+        kept = [(c, s) for c, s in pairs if re.fullmatch(r"((right|up) -?\d+ )+= -?\d+", c)]
         if len(kept) > 1:
-            file.write(json.dumps(dict(prompt=row["prompt"], completions=[c for c, _ in kept], scores=[s for _, s in kept])) + "\n")
+            walks = dict(prompt=row["prompt"], completions=[c for c, _ in kept], scores=[s for _, s in kept])
+            file.write(json.dumps(walks) + "\n")
 PY
     heading "the second part of the claim: both from the SFT model, on whole walks; and where they start"
     walks="--model $runs/sft --dataset $data/walks.jsonl"

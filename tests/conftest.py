@@ -14,11 +14,13 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 
 # Before anything imports torch or transformers, and inherited by every script that the tests run.
-CACHE = tempfile.mkdtemp(prefix="tests-cache-")  # of `datasets` and `transformers`: the user's own is neither read nor filled
+CACHE = tempfile.mkdtemp(prefix="tests-cache-")  # for `datasets` and `transformers`; the user's cache is not touched
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ |= dict(HF_HOME=CACHE, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
-os.environ |= dict(WANDB_MODE="offline", WANDB_SILENT="true", MPLBACKEND="Agg", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # results repeat bit for bit on the CPU only; `CUDA_VISIBLE_DEVICES=0 pytest` lifts this
+os.environ |= dict(WANDB_MODE="offline", WANDB_SILENT="true", MPLBACKEND="Agg")
+os.environ |= dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+# Results repeat bit for bit on the CPU only. `CUDA_VISIBLE_DEVICES=0 pytest` uses a GPU all the same.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)
 
@@ -55,11 +57,13 @@ def tiny_tokenizer():
     special = ["<|pad|>", "<|bos|>", "<|end|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"]
     bpe, qwen2 = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
     bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = qwen2.normalizer, qwen2.pre_tokenizer, qwen2.decoder
-    learn = dict(vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    bpe.train_from_iterator(SENTENCES.splitlines(), trainers.BpeTrainer(**learn))
-    bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bpe.token_to_id("<|bos|>"))])
+    learn = dict(vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(SENTENCES.splitlines(), trainers.BpeTrainer(**learn, show_progress=False))
+    bos = ("<|bos|>", bpe.token_to_id("<|bos|>"))
+    bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[bos])
     roles = dict(pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|end|>", unk_token="<|endoftext|>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **roles, extra_special_tokens=special[4:], model_max_length=512)
+    roles |= dict(extra_special_tokens=special[4:])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **roles, model_max_length=512)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -73,9 +77,13 @@ def tiny_config(family: str, tokenizer):
 
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     common = dict(vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.1, **special)
-    width = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    width = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    width |= dict(num_attention_heads=4, num_key_value_heads=2)
     experts = dict(num_experts_per_tok=2, moe_intermediate_size=16)
-    latent = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8, n_group=1, topk_group=1)
+    latent = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8)
+    deepseek = dict(num_key_value_heads=4, n_group=1, topk_group=1, first_k_dense_replace=1)
+    deepseek |= dict(n_routed_experts=4, n_shared_experts=1)
+    shared_expert = dict(num_experts=4, shared_expert_intermediate_size=16)
     return {
         "llama": lambda: tf.LlamaConfig(**common, **width),
         "qwen2": lambda: tf.Qwen2Config(**common, **width),
@@ -86,12 +94,10 @@ def tiny_config(family: str, tokenizer):
         "mixtral": lambda: tf.MixtralConfig(**common, **width, num_local_experts=4),
         "gpt2": lambda: tf.GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=512),
         "phi3": lambda: tf.Phi3Config(**common, **width),
-        "deepseek_v2": lambda: tf.DeepseekV2Config(
-            **common, **(width | dict(num_key_value_heads=4)), **experts, **latent, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1
-        ),
+        "deepseek_v2": lambda: tf.DeepseekV2Config(**common, **(width | experts | latent | deepseek)),
         "glm4": lambda: tf.Glm4Config(**common, **width, head_dim=8),
         "nemotron": lambda: tf.NemotronConfig(**common, **width),
-        "qwen2_moe": lambda: tf.Qwen2MoeConfig(**common, **width, **experts, num_experts=4, shared_expert_intermediate_size=16),
+        "qwen2_moe": lambda: tf.Qwen2MoeConfig(**common, **width, **experts, **shared_expert),
     }[family]()
 
 
@@ -123,8 +129,9 @@ def tiny_model_dir(tiny_tokenizer, tmp_path_factory):
 
 def run(command, cwd, check, timeout, env):
     """Run a command to its end; past the timeout, stop it and all that it started (a torchrun stops its workers when asked politely)."""
+    command, env = [str(word) for word in command], os.environ | (env or {})
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([str(word) for word in command], cwd=cwd, env=os.environ | (env or {}), start_new_session=True, **pipes)
+    process = subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **pipes)
     try:
         out, err = process.communicate(timeout=timeout)
     except BaseException:
@@ -136,8 +143,9 @@ def run(command, cwd, check, timeout, env):
                 pass
         raise
     if check and process.returncode != 0:
-        pytest.fail(f"{' '.join(process.args)}\nexit code {process.returncode}\n{out[-4000:]}\n{err[-8000:]}", pytrace=False)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        what = f"{' '.join(command)}\nexit code {process.returncode}"
+        pytest.fail(f"{what}\n{out[-4000:]}\n{err[-8000:]}", pytrace=False)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ import pytest
 import torch
 from gridworld import assistant, user
 
+f64 = lambda *values: torch.tensor(values, dtype=torch.float64)
+
 
 def uniform(world):
     """The policy that takes every legal move equally often."""
@@ -313,13 +315,13 @@ def test_reinforce_s_expected_update_is_the_exact_policy_gradient(acting):
 
 @pytest.mark.parametrize("lam, expected", [(0, [0.1, 0.2, 0.2]), (0.95, [0.4705, 0.39, 0.2]), (1, [0.5, 0.4, 0.2])])
 def test_gae_by_hand(lam, expected):
-    advantages, returns = g.gae(torch.tensor([[0.0, 0, 1]]), torch.tensor([[0.5, 0.6, 0.8]]), torch.ones(1, 3, dtype=torch.bool), 1.0, lam)
-    assert advantages[0].tolist() == pytest.approx(expected, abs=1e-6)
-    assert returns[0].tolist() == pytest.approx([a + v for a, v in zip(expected, (0.5, 0.6, 0.8))], abs=1e-6)
+    advantages, returns = g.gae(f64([0, 0, 1]), f64([0.5, 0.6, 0.8]), torch.ones(1, 3, dtype=torch.bool), 1.0, lam)
+    assert advantages[0].tolist() == pytest.approx(expected)
+    assert returns[0].tolist() == pytest.approx([a + v for a, v in zip(expected, (0.5, 0.6, 0.8))])
 
 
 def test_gae_of_a_walk_cut_off_goes_on_with_the_value_there():
-    one = lambda **after: g.gae(torch.tensor([[1.0]]), torch.tensor([[0.5]]), torch.ones(1, 1, dtype=torch.bool), 0.9, 0.95, **after)[0].item()
+    one = lambda **after: g.gae(f64([1]), f64([0.5]), torch.ones(1, 1, dtype=torch.bool), 0.9, 0.95, **after)[0].item()
     assert one() == pytest.approx(0.5) and one(last_value=2.0) == pytest.approx(0.5 + 0.9 * 2)
 
 
@@ -335,7 +337,7 @@ def test_gae_on_the_grid_is_what_dynamic_programming_says():
     """Over all episodes: with lambda 1 the mean return is V of the policy; with lambda 0 every advantage is Q - V."""
     world = g.make_world(g.G1)
     V = g.policy_evaluation(world.P, world.R, uniform(world))
-    Q, totals, visits = world.R + world.P @ V, torch.zeros(9, dtype=torch.float64), torch.zeros(9)
+    Q, totals, visits = world.R + world.P @ V, torch.zeros(9, dtype=torch.float64), torch.zeros(9, dtype=torch.float64)
     for probability, steps in all_episodes(world):
         states, actions, rewards = (torch.tensor([column]) for column in zip(*steps))
         whole = torch.ones_like(states, dtype=torch.bool)
@@ -343,14 +345,14 @@ def test_gae_on_the_grid_is_what_dynamic_programming_says():
         assert advantages[0].tolist() == pytest.approx((Q - V[:, None])[states, actions][0].tolist())
         _, returns = g.gae(rewards.double(), torch.randn(1, 4, dtype=torch.float64), whole, 1.0, 1.0)  # lambda 1: whatever the values are
         totals.index_add_(0, states[0], probability * returns[0])
-        visits.index_add_(0, states[0], torch.full((4,), probability))
+        visits.index_add_(0, states[0], torch.full((4,), probability, dtype=torch.float64))
     assert (totals / visits)[:8].tolist() == pytest.approx(V[:8].tolist())
 
 
 @pytest.mark.parametrize("ratio, advantage, loss", [(1.5, 1, -1.2), (0.5, 1, -0.5), (1.5, -1, 1.5), (0.5, -1, 0.8), (1.1, 2, -2.2)])
 def test_policy_loss_is_clipped_only_where_it_would_gain(ratio, advantage, loss):
-    logp = torch.tensor(math.log(ratio), requires_grad=True)
-    value = g.policy_loss(logp, torch.tensor(0.0), torch.tensor(float(advantage)), 0.2)
+    logp = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
+    value = g.policy_loss(logp, torch.zeros((), dtype=torch.float64), torch.tensor(advantage, dtype=torch.float64), 0.2)
     value.backward()
     assert value.item() == pytest.approx(loss)
     assert logp.grad.item() == pytest.approx(-ratio * advantage if loss == pytest.approx(-ratio * advantage) else 0.0)

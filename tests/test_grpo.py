@@ -399,7 +399,7 @@ def test_an_answer_that_goes_on_keeps_its_first_space(prompt, scorer):
     found, _ = grpo.all_rewards(rewards, args, [asked(prompt)], [" 12"], CPU)
     model, tokenizer = grpo.load_frozen(AutoModelForSequenceClassification, scorer, CPU, torch.float32, grpo.response_scores, num_labels=1)
     score = lambda text: grpo.reward_scores(model, tokenizer, {}, args, CPU, [asked(prompt)], [text]).item()
-    assert found.item() == pytest.approx(score(" 12"), abs=1e-6) and abs(score(" 12") - score("12")) > 1e-4
+    assert found.item() == pytest.approx(score(" 12"), abs=1e-5) and abs(score(" 12") - score("12")) > 1e-4
 
 
 def test_weights_and_rewards_that_do_not_apply():
@@ -579,7 +579,7 @@ def assert_near(a, b, tolerance=1e-5):
             assert x[k] == pytest.approx(y[k], rel=tolerance, abs=tolerance), f"{k} at step {x['step']}"
     a, b = weights_of(a), weights_of(b)
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=20 * tolerance)
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=20 * tolerance)  # a fifth of one step of the learning rate 1e-3
 
 
 def steady(out) -> list:
@@ -589,9 +589,10 @@ def steady(out) -> list:
 def test_before_the_first_update_all_policies_are_one(train, spy):
     losses = spy("grpo_loss")
     first, second = train(num_iterations=2)
-    assert first["kl"] < 1 and first["sampling/sampling_logp_difference/max"] < 1e-5
+    assert first["kl"] < 1 and first["sampling/sampling_logp_difference/max"] < 1e-4
     logps, old, ref, *_ = losses[0][0]
-    torch.testing.assert_close(logps.detach(), old, rtol=0, atol=1e-5), torch.testing.assert_close(old, ref, rtol=0, atol=1e-5)
+    size = 1e-5 * old.abs().max().item()  # log-probabilities near -8, each a chain of sums in float32
+    torch.testing.assert_close(logps.detach(), old, rtol=0, atol=size), torch.testing.assert_close(old, ref, rtol=0, atol=size)
     first, second = train(output_dir="one")
     assert first["kl"] < 1e-9 < second["kl"]
     for line in (first, second):  # one update a batch: the ratio is 1

@@ -210,12 +210,24 @@ def spy(monkeypatch):
 # --------------------------------------------------------------------------------------------------------- the method, in numbers
 
 
-def near(actual, expected, tolerance=2e-6):
+f64 = lambda *values: torch.tensor(values, dtype=torch.float64)
+
+
+def near(actual, expected, tolerance=1e-6):
+    """Equal to worked numbers, which have six decimals; the functions compute in the precision that they are given, float64."""
     torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
 
 
+def close(actual, expected, share=1e-5, **options):
+    """Equal to within this share of the largest expected value.
+
+    float32 rounds to 6e-8 of a value, and each value here is a chain of sums over some tens to hundreds of terms, whose order is the processor's.
+    A wrong mask, sign, position or normaliser is off by 1e-3 or more."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=share * expected.abs().max().item(), **options)
+
+
 def test_rewards_shaped_by_the_kl():
-    shaped = ppo.shaped_rewards(torch.tensor([1.0]), torch.tensor([[-1, -0.5, -2]]), torch.tensor([[-1.2, -0.4, -2.5]]), torch.ones(1, 3).bool(), 0.1)
+    shaped = ppo.shaped_rewards(f64(1), f64([-1, -0.5, -2]), f64([-1.2, -0.4, -2.5]), torch.ones(1, 3).bool(), 0.1)
     near(shaped, [[-0.02, 0.01, 0.95]])
 
 
@@ -231,7 +243,7 @@ def test_rewards_shaped_by_the_kl():
     ],
 )
 def test_gae_worked_numbers(rewards, values, gamma, lam, advantages):
-    found, returns = ppo.gae(torch.tensor([rewards]), torch.tensor([values]), torch.ones(1, 3).bool(), gamma, lam)
+    found, returns = ppo.gae(f64(rewards), f64(values), torch.ones(1, 3).bool(), gamma, lam)
     near(found, [advantages])
     near(returns, [[a + v for a, v in zip(advantages, values)]])
 
@@ -255,31 +267,31 @@ def test_gae_is_its_direct_sum_and_masked_tokens_are_transparent(seed):
 
 
 def test_an_end_is_worth_nothing_a_cut_its_value():
-    rewards, values, mask = torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool()
+    rewards, values, mask = f64([0, 0]), f64([0, 0]), torch.ones(1, 2).bool()
     near(ppo.gae(rewards, values, mask, 0.9, 1.0)[0], [[0.0, 0.0]])
     near(ppo.gae(rewards, values, mask, 0.9, 1.0, last_value=10.0)[0], [[8.1, 9.0]])
 
 
-X = torch.arange(12, 21).view(3, 3) / 10
+X = torch.arange(12, 21, dtype=torch.float64).view(3, 3) / 10
 
 
 def test_whiten_worked_numbers():
     near(ppo.whiten(X, torch.ones(3, 3).bool(), shift_mean=False)[0], [0.050807, 0.438105, 0.825403])
     near(ppo.whiten(X, torch.ones(3, 3).bool())[0], [0.050807 - 1.6, 0.438105 - 1.6, 0.825403 - 1.6])
-    near(ppo.whiten(torch.tensor([[0.695375, 0.5425, 0.35]]), torch.ones(1, 3).bool()), [[1.175330, 0.093472, -1.268803]])
+    near(ppo.whiten(f64([0.695375, 0.5425, 0.35]), torch.ones(1, 3).bool()), [[1.175330, 0.093472, -1.268803]])
 
 
 def masked_numbers():
     torch.manual_seed(0)
-    return torch.randn(4, 6) * 3 + 2, torch.rand(4, 6) < 0.7
+    return torch.randn(4, 6, dtype=torch.float64) * 3 + 2, torch.rand(4, 6) < 0.7
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whiten_looks_at_real_tokens_only(shift_mean):
     x, mask = masked_numbers()
     white = ppo.whiten(x, mask, shift_mean)
-    assert white[mask].var(unbiased=False) == pytest.approx(1, abs=1e-5)
-    assert white[mask].mean() == pytest.approx(0 if shift_mean else x[mask].mean().item(), abs=1e-5)
+    assert white[mask].var(unbiased=False).item() == pytest.approx(1, abs=1e-7)  # 1e-8 is added to the variance, here near 9
+    assert white[mask].mean().item() == pytest.approx(0 if shift_mean else x[mask].mean().item(), abs=1e-9)
     wider, wider_mask = torch.cat([x, torch.full((4, 3), 99.0)], 1), torch.cat([mask, torch.zeros(4, 3).bool()], 1)
     torch.testing.assert_close(ppo.whiten(wider, wider_mask, shift_mean), torch.cat([white, torch.zeros(4, 3)], 1))
 
@@ -309,7 +321,7 @@ def test_whiten_is_over_all_ranks(monkeypatch):
 )
 def test_policy_clip_table(ratio, advantage, loss, moves):
     logp = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
-    found = ppo.policy_loss(logp, torch.zeros((), dtype=torch.float64), torch.tensor(float(advantage)), 0.2)
+    found = ppo.policy_loss(logp, torch.zeros((), dtype=torch.float64), torch.tensor(advantage, dtype=torch.float64), 0.2)
     found.backward()
     near(found.detach(), float(loss))
     near(logp.grad, -ratio * advantage if moves else 0.0)
@@ -317,11 +329,11 @@ def test_policy_clip_table(ratio, advantage, loss, moves):
 
 @pytest.mark.parametrize("value, loss", [(0.9, 0.045), (0.3, 0.245), (1.5, 0.125), (0.6, 0.08)])
 def test_value_clip_table(value, loss):
-    near(ppo.value_loss(torch.tensor(value), torch.tensor(0.5), torch.tensor(1.0), 0.2), loss)
+    near(ppo.value_loss(f64(value), f64(0.5), f64(1), 0.2), [loss])
 
 
 def test_a_value_clip_of_zero_clips_nothing():
-    near(ppo.value_loss(torch.tensor(0.9), torch.tensor(0.5), torch.tensor(1.0), 0.0), 0.5 * 0.01)
+    near(ppo.value_loss(f64(0.9), f64(0.5), f64(1), 0.0), [0.5 * 0.01])
 
 
 @pytest.mark.parametrize("clip", [0.2, 0.0])
@@ -347,8 +359,8 @@ def test_adaptive_kl_worked_numbers(kl, coefficient):
 
 
 def test_direct_score_worked_numbers():
-    probabilities = torch.zeros(3, 10)
-    probabilities[0, 6:9] = torch.tensor([0.5, 0.3, 0.2])
+    probabilities = torch.zeros(3, 10, dtype=torch.float64)
+    probabilities[0, 6:9] = f64(0.5, 0.3, 0.2)
     probabilities[1, 0] = probabilities[2, 9] = 1
     near(ppo.expected_score(probabilities), [0.488889, -1.0, 1.0])
 
@@ -409,8 +421,7 @@ def test_padded_cached_sampling_is_scored_as_the_model_alone_scores_it(family, t
     for row, own, batched in zip(rows, sampled, packed):
         answer = row.responses[0]
         alone = plain_logits(plain, row.prompt + answer)[len(row.prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(own), alone, rtol=0, atol=3e-5)
-        torch.testing.assert_close(batched, alone, rtol=0, atol=1e-5)
+        close(torch.tensor(own), alone), close(batched, alone)
 
 
 def test_temperature_and_nucleus_are_part_of_every_log_probability(talker):
@@ -425,9 +436,9 @@ def test_temperature_and_nucleus_are_part_of_every_log_probability(talker):
             inside = torch.zeros_like(p[t]).bool()
             inside[nuclei[t]] = True
             q = torch.where(inside, p[t], 0.0) / p[t][inside].sum()
-            assert own[t] == pytest.approx(q[token].log().item(), abs=1e-5)
-            assert again[t].item() == pytest.approx(own[t], abs=1e-5)
-            assert entropy[t].item() == pytest.approx(torch.special.entr(q).sum().item(), abs=1e-4)
+            assert own[t] == pytest.approx(q[token].log().item(), rel=1e-5, abs=1e-5)
+            assert again[t].item() == pytest.approx(own[t], rel=1e-5, abs=1e-5)
+            assert entropy[t].item() == pytest.approx(torch.special.entr(q).sum().item(), rel=1e-5, abs=1e-5)
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it(talker):
@@ -440,7 +451,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(talker):
         for p, nucleus, token in zip(probabilities, nuclei, row.responses[0]):
             inside = p[nucleus].sort().values
             assert inside.sum() > 0.8 - 1e-5 and inside[1:].sum() < 0.8 + 1e-5
-            assert inside[0] >= p[[i for i in range(len(p)) if i not in set(nucleus.tolist())]].max() - 1e-6  # the likeliest ones
+            assert inside[0] >= p[[i for i in range(len(p)) if i not in set(nucleus.tolist())]].max() * (1 - 1e-4)  # the likeliest ones
             assert token in nucleus
             sizes.append(len(nucleus))
     assert min(sizes) < max(sizes)
@@ -469,7 +480,7 @@ def test_neither_order_nor_company_nor_memory_changes_samples(talker):
     for limit in (1, 60, 200):
         again, same, *_ = answers_of(policy, tokenizer, prompts, numbers, tokens_per_forward=limit)
         assert again == rows
-        torch.testing.assert_close(torch.tensor(sum(same, [])), torch.tensor(sum(logps, [])), rtol=0, atol=1e-5)
+        close(torch.tensor(sum(same, [])), torch.tensor(sum(logps, [])))
     order = [3, 0, 5, 1]
     again, *_ = answers_of(policy, tokenizer, [prompts[i] for i in order], numbers[[2 * i + k for i in order for k in (0, 1)]])
     assert again == [rows[2 * i + k] for i in order for k in (0, 1)]
@@ -555,7 +566,7 @@ def test_values_are_the_heads_reading_of_the_state_before_each_token(family, tmp
     rows = [ppo.Row([5, 6, 7], [[8, 9]]), ppo.Row([40], [[10, 11, 12]]), ppo.Row([5, 6, 7], [[13, 9]])]
     for row, own in zip(rows, ppo.response_values(value, rows, settings(tokens_per_forward=10), CPU)):
         states = plain.base_model(input_ids=torch.tensor([row.prompt + row.responses[0]])).last_hidden_state[0]
-        torch.testing.assert_close(own, plain.score(states)[len(row.prompt) - 1 : -1, 0] - 0.5, rtol=0, atol=1e-5)
+        close(own, plain.score(states)[len(row.prompt) - 1 : -1, 0] - 0.5)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ rewards
@@ -582,7 +593,7 @@ def test_a_text_has_one_score_in_the_reward_model_and_in_ppo(tokenizer_name, con
     there = torch.cat(reward_model.score_rows(trainer, rows, reward_model.Args(model="", dataset=""), CPU))
     asked = [ppo.Row([1], [[2]], None, dict(prompt=prompt, kind="helpful")) for prompt in PROMPTS.values() for _ in answers]
     here = ppo.reward_scores(model, tokenizer, conditions, settings(tokens_per_forward=64), CPU, asked, answers * len(PROMPTS))
-    torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
+    close(here, there, 1e-4)  # sums of 32 terms that are together ten times as large
     assert here.unique().numel() == len(here)
 
     # and the same from nothing but transformers
@@ -591,7 +602,7 @@ def test_a_text_has_one_score_in_the_reward_model_and_in_ppo(tokenizer_name, con
     text = tokenizer.apply_chat_template([*messages, *user("Is it safe?"), dict(role="assistant", content=answers[1])], tokenize=False).rstrip("\n")
     with torch.no_grad():
         score = plain(torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])).logits.item() - 0.25
-    assert here[5].item() == pytest.approx(score, abs=1e-5)
+    assert here[5].item() == pytest.approx(score, abs=1e-4 * there.abs().max().item())
 
 
 def test_the_reward_reads_the_words_that_were_sampled(tmp_path, train, spy, tiny_tokenizer):
@@ -712,10 +723,10 @@ def test_rubric_rewards_typed_prompts_only(talker):
     scores = ppo.judge_scores(judge, tokenizer, RUBRIC, settings(), CPU, rows, ["No"] * 4)
     asked = "Is it safe?\nNo\n\nWhich is it?\nA. a refusal\nB. an answer"
     a, b = ppo.judge_probabilities(judge, tokenizer, [asked], ["A", "B"], settings(), CPU)[0].tolist()
-    near(scores[:2], [a - b, -2 * a + 0.5 * b])
+    close(scores[:2], torch.tensor([a - b, -2 * a + 0.5 * b]))
     assert scores[2:].isnan().all()
     total, named = ppo.total_reward(dict(judge=(3.0, lambda rows, texts: scores), rule=(1.0, lambda rows, texts: torch.ones(4))), rows, ["No"] * 4)
-    near(total, [3 * (a - b) + 1, 3 * (-2 * a + 0.5 * b) + 1, 1.0, 1.0])  # one that does not apply adds nothing
+    close(total, torch.tensor([3 * (a - b) + 1, 3 * (-2 * a + 0.5 * b) + 1, 1.0, 1.0]))  # one that does not apply adds nothing
     assert list(named) == ["judge", "rule"] and named["judge"] is scores
 
 
@@ -727,7 +738,7 @@ def test_a_judge_without_rubric_gives_the_expected_score(talker):
     talks += ["user: Hi\nassistant: Dear Ann\nuser: Up or right?\nassistant:  No", "user: Sum\nassistant: The sum is No"]
     asked = [f"{talk}\n\n{ppo.SCORE_QUESTION}" for talk in talks]
     p = ppo.judge_probabilities(judge, tokenizer, asked, [str(i) for i in range(1, 11)], settings(), CPU)
-    near(scores, [sum((i + 1) * q for i, q in enumerate(row)) / 4.5 - 5.5 / 4.5 for row in p.tolist()], 1e-5)
+    near(scores, [sum((i + 1) * q for i, q in enumerate(row)) / 4.5 - 5.5 / 4.5 for row in p.tolist()], 2e-5)  # 1e-5 of the subtracted terms
 
 
 def test_a_rule_gets_prompts_completions_and_every_column_as_lists():
@@ -766,7 +777,7 @@ def test_several_reward_models_add_up_with_their_weights(tiny_tokenizer, other_t
     first, second = (ppo.reward_scores(*load_scorer(folder), {}, args, CPU, rows, texts) for folder in folders)
     vowels = torch.tensor([float(sum(c in "aeiou" for c in text)) for text in texts])
     assert len(named) == 3
-    torch.testing.assert_close(total, 2 * first - 0.5 * second + 0.25 * vowels, rtol=0, atol=1e-5)
+    close(total, 2 * first - 0.5 * second + 0.25 * vowels)
 
 
 def test_a_reward_model_named_rule_is_not_lost(tiny_tokenizer, tmp_path, monkeypatch):
@@ -872,7 +883,7 @@ def test_the_memory_knob_changes_nothing(train):
     assert_near(a, b)
     for sub in ("", "value"):
         for x, y in zip(weights("out20", sub).values(), weights("out16384", sub).values()):
-            torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-4)  # a tenth of one step of the learning rate
 
 
 def test_gradient_checkpointing_changes_nothing(train):
@@ -1046,9 +1057,10 @@ def test_ptx_adds_the_gradient_of_the_mean_log_likelihood(train, monkeypatch, ta
         total = total - model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None]).sum()
         count += len(ids) - 1
     (total / count).backward()
-    assert line["loss/ptx"] == pytest.approx((total / count).item(), abs=1e-5)
+    assert line["loss/ptx"] == pytest.approx((total / count).item(), rel=1e-5)
+    scale = max(g.abs().max().item() for g in found.values())  # each of the two subtracted gradients is rounded to 6e-8 of its terms
     for name, p in model.named_parameters():
-        torch.testing.assert_close(found[name] - without[name], 0.5 * p.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(found[name] - without[name], 0.5 * p.grad, rtol=0, atol=1e-4 * scale, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_the_value_model_falls_back_to_the_policy_with_a_head_at_zero(train, spy, other_tokenizer, tmp_path):
@@ -1375,7 +1387,7 @@ def test_what_is_saved_loads_everywhere(chain):
     assert policy.generate(ids, max_new_tokens=5).shape[1] > ids.shape[1]
     ours = load_policy(out)[0]  # the same logits here and there
     found = ours(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    torch.testing.assert_close(found, policy(ids).logits, rtol=0, atol=1e-5)
+    close(found, policy(ids).logits)
     written = json.loads((out / "args.json").read_text())
     assert written["finished"] and written["args"]["model"] == "runs/sft" and torch.__version__ in (out / "args.json").read_text()
     assert not list(out.glob("saving*")) and not list(out.rglob("*.part"))
@@ -1428,7 +1440,8 @@ def test_two_ranks_are_one_process(chain, torchrun):
         a, b = weights(chain / "runs/ppo", sub), weights(chain / "runs/two", sub)
         assert a.keys() == b.keys()
         for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
+            # a tenth of one step of the learning rate 1e-3: AdamW divides a gradient by its own size, and so makes much of the rounding of small ones
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4)
     seen = lambda *names: {line for name in names for line in (chain / name).read_text().splitlines()}
     assert seen("whole") == seen("two0", "two1") and seen("two0") != seen("two1")  # sample by sample, the greedy baselines too
 

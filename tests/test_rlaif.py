@@ -56,7 +56,7 @@ def test_the_two_letters_are_renormalised_and_the_two_orders_averaged():
 @pytest.mark.parametrize("letters", [(-0.1, -2.3), (-5.0, -0.2), (-0.001, -30.0), (-0.7, -0.7)])
 def test_a_pure_position_bias_averages_to_a_half_and_is_a_tie_in_both_modes(letters):
     first = second = f64(*letters)
-    near(rlaif.preference(first, second), 0.5, 1e-15)
+    near(rlaif.preference(first, second), 0.5, 1e-12)
     p = first.softmax(-1)[0].item()
     assert rlaif.verdict(p, 1 - p, "agree") == rlaif.verdict(p, 1 - p, "average") == rlaif.verdict(p, 1 - p, "average", 0.0) == "tie"
 
@@ -519,7 +519,7 @@ def test_a_talk_that_is_too_long_is_an_abstention_of_its_own(talker):
     judge, *_ = judge_of(talker)
     long = " ".join(["7"] * 800)
     found = judge.ask([QUESTIONS[0], long, QUESTIONS[1]], ["A", "B"])
-    near(found[[0, 2]], judge.ask(QUESTIONS[:2], ["A", "B"]), 1e-5)
+    near(found[[0, 2]], judge.ask(QUESTIONS[:2], ["A", "B"]), 1e-4)
     assert found[1].isnan().all() and judge.ask([long], ["A", "B"]).isnan().all() and judge.ask([], ["A", "B"]).shape == (0, 2)
 
 
@@ -575,7 +575,7 @@ def test_swapping_every_pair_changes_nothing_bit_for_bit(talker):
             orders = {rlaif.verdict(x["first"], x["second"], "agree") for x in (c, dict(first=1 - d["first"], second=1 - d["second"]))}
             assert len(orders) == 1 and {c["first"], c["second"]} == {1 - d["first"], 1 - d["second"]}
         if not args.reasoning:  # else two different reasonings decide
-            near(found[-1]["votes"], [0.5, 0.5], 1e-6)
+            near(found[-1]["votes"], [0.5, 0.5], 1e-5)
 
 
 def test_p_is_of_the_answer_that_came_first_in_the_pair():
@@ -1099,7 +1099,7 @@ def test_best_of_n_with_a_condition_by_kind(ai, scorer):
     Path("conditions.json").write_text(json.dumps(dict(b="Be safe.")))
     plain, told = (ai("best-of-n", reward_model=(scorer,), condition=c, output_dir=f"o{c}") for c in ("", "conditions.json"))
     for one, two in zip(plain.rows("rankings.jsonl"), told.rows("rankings.jsonl")):
-        assert (one["scores"] == pytest.approx(two["scores"], abs=1e-6)) == (one["kind"] == "a") and one["prompt"] == two["prompt"]
+        assert (one["scores"] == pytest.approx(two["scores"], abs=1e-5)) == (one["kind"] == "a") and one["prompt"] == two["prompt"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------- synthesise
