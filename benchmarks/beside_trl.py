@@ -33,7 +33,11 @@ from statistics import median
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 SETTINGS = {  # of TRL, for each method; the first one is its default
-    "sft": {"padding": {}, "padding-free": dict(padding_free=True, max_length=None), "packing": dict(packing=True, per_device_train_batch_size=8)},
+    "sft": {
+        "padding": {},
+        "padding-free": dict(padding_free=True, max_length=None),
+        "packing": dict(packing=True, per_device_train_batch_size=8),
+    },
     "reward_model": {"padding": {}},
     "dpo": {
         "padding": {},
@@ -47,9 +51,6 @@ SETTINGS = {  # of TRL, for each method; the first one is its default
     "grpo": {"generate": {}, "continuous batching": dict(use_transformers_continuous_batching=True)},
 }
 SETTINGS["rpo"] = SETTINGS["dpo"]
-
-
-APART = []  # seconds of ours for what the other side does not do
 
 
 def memory() -> int:
@@ -68,28 +69,36 @@ def rule(prompts, completions, **columns) -> list:
 
 def ours(method: str, model: str, data: str, out: str):
     script = importlib.import_module(method)
-    flags = dict(model=model, dataset=data, epochs=1, batch_size=16, learning_rate=3e-4, lr_schedule="constant", eval_fraction=0.0)
+    flags = dict(
+        model=model,
+        dataset=data,
+        epochs=1,
+        batch_size=16,
+        learning_rate=3e-4,
+        lr_schedule="constant",
+        eval_fraction=0.0,
+    )
     flags |= dict(max_length=512, tokens_per_forward=2048, output_dir=out)
     if method == "grpo":
-        flags |= dict(batch_size=8, num_generations=8, max_new_tokens=64, kl_coef=0.0, tokens_per_forward=4096, show_every=0)
+        flags |= dict(
+            batch_size=8, num_generations=8, max_new_tokens=64, kl_coef=0.0, tokens_per_forward=4096, show_every=0
+        )
         flags |= dict(rule=f"{__file__}:rule")
     elif method == "ppo":
-        flags |= dict(batch_size=64, max_new_tokens=64, tokens_per_forward=4096, show_every=0, reward_model=(f"{model}-reward",))
+        flags |= dict(
+            batch_size=64, max_new_tokens=64, tokens_per_forward=4096, show_every=0, reward_model=(f"{model}-reward",)
+        )
         flags |= dict(value_model=f"{model}-reward", value_learning_rate=3e-4, ppo_epochs=1, num_minibatches=1)
-    elif method in ("dpo", "orpo", "rpo"):
-        flags |= dict(show=0)
     if method == "rlaif":
-        flags = dict(judge=model, dataset=data, output_dir=out, orders="average", min_mass=0.0, tie_margin=0.0, tokens_per_forward=4096)
-    elif method == "reward_model":  # the pass that sets the mean score to 0 has no counterpart there: noted apart
-        score_rows = script.score_rows
-
-        def timed(*arguments):
-            clock = time.time()
-            found = score_rows(*arguments)
-            APART.append(time.time() - clock)
-            return found
-
-        script.score_rows = timed
+        flags = dict(
+            judge=model,
+            dataset=data,
+            output_dir=out,
+            orders="average",
+            min_mass=0.0,
+            tie_margin=0.0,
+            tokens_per_forward=4096,
+        )
     yield
     script.main((script.LabelArgs if method == "rlaif" else script.Args)(**flags))
 
@@ -104,12 +113,20 @@ def judge(model: str, data: str):
 
     yield
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    policy, question, asked = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), rlaif.REQUESTS["compare"], []
+    policy, question, asked = (
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(),
+        rlaif.REQUESTS["compare"],
+        [],
+    )
     letters = [tokenizer(letter, add_special_tokens=False).input_ids[-1] for letter in "AB"]
     for row in load_dataset("json", data_files=data, split="train"):
         for a, b in ((row["chosen"], row["rejected"]), (row["rejected"], row["chosen"])):
             text = question.format(principle=rlaif.REQUESTS["principle"], talk=row["prompt"], a=a, b=b)
-            asked.append(tokenizer.apply_chat_template([dict(role="user", content=text)], add_generation_prompt=True, tokenize=False))
+            asked.append(
+                tokenizer.apply_chat_template(
+                    [dict(role="user", content=text)], add_generation_prompt=True, tokenize=False
+                )
+            )
     asked.sort(key=len)  # so that a batch holds little padding
     for i in range(0, len(asked), 16):
         batch = tokenizer(asked[i : i + 16], add_special_tokens=False, padding=True, return_tensors="pt")
@@ -141,21 +158,49 @@ def trl(method: str, model: str, data: str, out: str, setting: str):
         name = dict(sft="SFT", reward_model="Reward", dpo="DPO", rpo="DPO", grpo="GRPO")[method]
         Config, Trainer = getattr(library, f"{name}Config"), getattr(library, f"{name}Trainer")
     yield
-    auto, options = (AutoModelForSequenceClassification, dict(num_labels=1)) if method == "reward_model" else (AutoModelForCausalLM, {})
+    auto, options = (
+        (AutoModelForSequenceClassification, dict(num_labels=1))
+        if method == "reward_model"
+        else (AutoModelForCausalLM, {})
+    )
     load = lambda: auto.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa", **options)
-    flags = dict(output_dir=out, num_train_epochs=1, per_device_train_batch_size=16, learning_rate=3e-4, lr_scheduler_type="constant", warmup_steps=0)
-    flags |= dict(weight_decay=0.0, max_grad_norm=1.0, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no")
+    flags = dict(
+        output_dir=out,
+        num_train_epochs=1,
+        per_device_train_batch_size=16,
+        learning_rate=3e-4,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+    )
+    flags |= dict(
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+    )
     flags |= dict(logging_steps=1, seed=0, disable_tqdm=True, optim="adamw_torch")
     data = load_dataset("json", data_files=data, split="train")
     if method == "grpo":
-        flags |= dict(per_device_train_batch_size=64, num_generations=8, max_completion_length=64, temperature=1.0, beta=0.0)
+        flags |= dict(
+            per_device_train_batch_size=64, num_generations=8, max_completion_length=64, temperature=1.0, beta=0.0
+        )
     elif method == "ppo":
         flags |= dict(
-            per_device_train_batch_size=64, num_mini_batches=1, num_ppo_epochs=1, response_length=64, total_episodes=len(data), temperature=1.0
+            per_device_train_batch_size=64,
+            num_mini_batches=1,
+            num_ppo_epochs=1,
+            response_length=64,
+            total_episodes=len(data),
+            temperature=1.0,
         )
         flags |= dict(stop_token="eos", num_sample_generations=0)
         tokenizer = AutoTokenizer.from_pretrained(model)
-        data = data.map(lambda row: dict(input_ids=tokenizer(row["prompt"]).input_ids), remove_columns=data.column_names)
+        data = data.map(
+            lambda row: dict(input_ids=tokenizer(row["prompt"]).input_ids), remove_columns=data.column_names
+        )
     else:
         flags |= dict(max_length=512)
     arguments = dict(model=load(), args=Config(**flags | SETTINGS[method][setting]), train_dataset=data)
@@ -164,9 +209,18 @@ def trl(method: str, model: str, data: str, out: str, setting: str):
     if method == "grpo":
         arguments |= dict(reward_funcs=rule)
     if method == "ppo":
-        scorer = lambda: AutoModelForSequenceClassification.from_pretrained(f"{model}-reward", num_labels=1, dtype=torch.float32)
-        arguments |= dict(ref_model=load(), reward_model=scorer(), value_model=scorer(), eval_dataset=data.select(range(8)))
-    Trainer(**arguments, processing_class=AutoTokenizer.from_pretrained(model, padding_side="left" if method in ("grpo", "ppo") else "right")).train()
+        scorer = lambda: AutoModelForSequenceClassification.from_pretrained(
+            f"{model}-reward", num_labels=1, dtype=torch.float32
+        )
+        arguments |= dict(
+            ref_model=load(), reward_model=scorer(), value_model=scorer(), eval_dataset=data.select(range(8))
+        )
+    Trainer(
+        **arguments,
+        processing_class=AutoTokenizer.from_pretrained(
+            model, padding_side="left" if method in ("grpo", "ppo") else "right"
+        ),
+    ).train()
 
 
 def side(who: str, *arguments):
@@ -178,7 +232,7 @@ def side(who: str, *arguments):
     next(work)
     clock, before = time.time(), memory()
     next(work, None)
-    print(json.dumps(dict(seconds=time.time() - clock, memory=memory() - before, apart=sum(APART))))
+    print(json.dumps(dict(seconds=time.time() - clock, memory=memory() - before)))
 
 
 # ------------------------------------------------------------------------------------------------------------------------ both sides
@@ -187,7 +241,10 @@ def side(who: str, *arguments):
 def as_text(prompt, answer) -> tuple:
     """A conversation and its answer as HH-RLHF writes them."""
     if isinstance(prompt, list):
-        prompt = "".join(f"\n\n{'Human' if m['role'] == 'user' else 'Assistant'}: {m['content']}" for m in prompt) + "\n\nAssistant:"
+        prompt = (
+            "".join(f"\n\n{'Human' if m['role'] == 'user' else 'Assistant'}: {m['content']}" for m in prompt)
+            + "\n\nAssistant:"
+        )
         answer = " " + answer[0]["content"]
     return prompt, answer
 
@@ -200,21 +257,33 @@ def make_work(folder: Path, pairs: str, questions: str, steps: int) -> dict:
 
     lines = lambda name, rows: (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = []
-    for row in sft.load_rows("--pairs", pairs):
+    for row in sft.load_rows("--pairs", pairs, "train"):
         prompt = row.get("prompt") or row["chosen"][:-1]
         (prompt, chosen), (_, rejected) = (
-            as_text(prompt, row[name][-1:] if isinstance(row[name], list) else row[name]) for name in ("chosen", "rejected")
+            as_text(prompt, row[name][-1:] if isinstance(row[name], list) else row[name])
+            for name in ("chosen", "rejected")
         )
         found.append(dict(prompt=prompt, chosen=chosen, rejected=rejected, score_chosen=1.0, score_rejected=0.0))
         if len(found) == 2000:
             break
     lines("all.jsonl", [dict(text=row["prompt"] + row["chosen"]) for row in found])
     size = dict(hidden_size=256, num_layers=4, num_heads=4, vocab_size=2048, max_steps=1, batch_size=4)
-    sft.main(sft.Args(dataset=str(folder / "all.jsonl"), output_dir=str(folder / "model"), eval_fraction=0.0, **size))
+    sft.main(
+        sft.Args(
+            from_scratch=True,
+            dataset=str(folder / "all.jsonl"),
+            output_dir=str(folder / "model"),
+            eval_fraction=0.0,
+            **size,
+        )
+    )
     tokenizer = sft.load_tokenizer(str(folder / "model"))
     length = lambda text: len(tokenizer(text).input_ids)
     kept = [
-        row for row in found if row["chosen"] != row["rejected"] and length(row["prompt"]) + max(length(row["chosen"]), length(row["rejected"])) < 480
+        row
+        for row in found
+        if row["chosen"] != row["rejected"]
+        and length(row["prompt"]) + max(length(row["chosen"]), length(row["rejected"])) < 480
     ]
     kept = kept[: 16 * steps]
     lines("pairs.jsonl", kept)
@@ -229,16 +298,32 @@ def make_work(folder: Path, pairs: str, questions: str, steps: int) -> dict:
         )
     )
     lines("text.jsonl", [dict(text=row["prompt"] + row["chosen"]) for row in kept])
-    asked = sft.load_rows("--questions", questions).select(range(8 * max(1, steps // 2)))
-    lines("prompts.jsonl", [dict(prompt=row.get("question") or as_text(row["prompt"], [dict(content="")])[0]) for row in asked])
-    lines("many.jsonl", [json.loads(line) for line in open(folder / "prompts.jsonl")] * 8)  # for ppo, of as many answers as grpo
-    files = dict(sft="text", reward_model="pairs", dpo="pairs", orpo="pairs", rpo="pairs", rlaif="pairs", ppo="many", grpo="prompts")
+    asked = sft.load_rows("--questions", questions, "train").select(range(8 * max(1, steps // 2)))
+    lines(
+        "prompts.jsonl",
+        [dict(prompt=row.get("question") or as_text(row["prompt"], [dict(content="")])[0]) for row in asked],
+    )
+    lines(
+        "many.jsonl", [json.loads(line) for line in open(folder / "prompts.jsonl")] * 8
+    )  # for ppo, of as many answers as grpo
+    files = dict(
+        sft="text",
+        reward_model="pairs",
+        dpo="pairs",
+        orpo="pairs",
+        rpo="pairs",
+        rlaif="pairs",
+        ppo="many",
+        grpo="prompts",
+    )
     return {method: str(folder / f"{name}.jsonl") for method, name in files.items()}
 
 
 def run(*arguments) -> dict:
     command = [sys.executable, __file__, "--side", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1", WANDB_MODE="disabled"))
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1", WANDB_MODE="disabled")
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -264,17 +349,28 @@ def kept_rows(heading: str, rows: list) -> list:
 
 
 def machine() -> str:
-    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
     have = lambda package: importlib.util.find_spec(package) is not None
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "transformers", "trl") if have(package))
+    versions = ", ".join(
+        f"{package} {importlib.metadata.version(package)}"
+        for package in ("torch", "transformers", "trl")
+        if have(package)
+    )
     return f"{datetime.date.today()}, one core of {os.cpu_count()}, {name}; Python {platform.python_version()}, {versions}."
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(SETTINGS), default=[name for name in SETTINGS if name != "ppo"])
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(SETTINGS), default=[name for name in SETTINGS if name != "ppo"]
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
-    parser.add_argument("--steps", type=int, default=16, help="of 16 rows; for grpo half as many, of 8 prompts x 8 answers of 64 tokens")
+    parser.add_argument(
+        "--steps", type=int, default=16, help="of 16 rows; for grpo half as many, of 8 prompts x 8 answers of 64 tokens"
+    )
     parser.add_argument("--pairs", default="Anthropic/hh-rlhf", help="preference data: hub id or file")
     parser.add_argument("--questions", default="openai/gsm8k:main", help="prompts: hub id or file")
     args = parser.parse_args()
@@ -290,23 +386,40 @@ def main():
                     result = run("ours", *arguments) if who == "ours" else run("trl", *arguments, who)
                     found.setdefault(who, []).append(result)
                     print(f"{method:<13} {who:<20} {result['seconds']:7.1f} s {result['memory']:6} MB", flush=True)
-            seconds, peaks = ({who: [r[key] for r in results] for who, results in found.items()} for key in ("seconds", "memory"))
+            seconds, peaks = (
+                {who: [r[key] for r in results] for who, results in found.items()} for key in ("seconds", "memory")
+            )
             best = min(SETTINGS[method], key=lambda who: median(seconds[who]))
             ratio = [b / a for a, b in zip(seconds["ours"], seconds[best])]
             others = ", ".join(f"{who} {median(seconds[who]):.1f} s" for who in SETTINGS[method] if who != best)
-            cells = [f"{method}.py", shown(seconds["ours"]), shown(seconds[best]), shown(ratio, 2), shown(peaks["ours"], 0), shown(peaks[best], 0)]
-            without = median(b / (a - r["apart"]) for a, b, r in zip(seconds["ours"], seconds[best], found["ours"]))
-            others += f"{', ' if others else ''}without our last pass {without:.2f}x" if found["ours"][0]["apart"] else ""
-            cells += [f"{median(peaks['ours']) / max(1, median(peaks[best])):.2f}", f"{best} ({others})" if others else best]
+            cells = [
+                f"{method}.py",
+                shown(seconds["ours"]),
+                shown(seconds[best]),
+                shown(ratio, 2),
+                shown(peaks["ours"], 0),
+                shown(peaks[best], 0),
+            ]
+            cells += [
+                f"{median(peaks['ours']) / max(1, median(peaks[best])):.2f}",
+                f"{best} ({others})" if others else best,
+            ]
             rows.append(f"| {' | '.join(cells)} |")
     heading = f"Beside TRL {importlib.metadata.version('trl')}"
     rows = kept_rows(heading, rows)
-    head = "| script | seconds | TRL | times as fast | MB | TRL | times the memory | TRL's setting |\n" + "| --- " * 8 + "|"
+    head = (
+        "| script | seconds | TRL | times as fast | MB | TRL | times the memory | TRL's setting |\n"
+        + "| --- " * 8
+        + "|"
+    )
     pairs, questions = Path(args.pairs).name, Path(args.questions).name
     half = max(1, args.steps // 2)
     work = f"{args.steps} steps of 16 rows of {pairs}; grpo.py: {half} of 8 prompts of {questions} x 8 answers; ppo.py: {half} of 64 prompts x 1;"
     work += " at most 64 tokens."
-    text = f"{machine()}\n\n{work} Medians of {args.repeats} runs of each side in turn, and the range.\n\n{head}\n" + "\n".join(rows)
+    text = (
+        f"{machine()}\n\n{work} Medians of {args.repeats} runs of each side in turn, and the range.\n\n{head}\n"
+        + "\n".join(rows)
+    )
     write_results(heading, text)
     print(f"\n{text}\n\nwritten to {HERE / 'RESULTS.md'}")
 

@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -40,7 +41,14 @@ from unittest import mock
 from beside_trl import __file__ as RULES
 from beside_trl import memory, rule, shown, write_results
 
-SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
 SHAPE += ("head_dim", "vocab_size", "max_position_embeddings")
 SIZES = {
     "tiny": (64, 128, 2, 4, 2, True, 16, 1280, 4096),
@@ -48,8 +56,22 @@ SIZES = {
     "1.7B": (2048, 6144, 28, 16, 8, True, 128, 151936, 40960),
     "8B": (4096, 12288, 36, 32, 8, False, 128, 151936, 40960),
 }
-WORK = dict(rows=1024, mean=350, longest=2048, batch=32, tokens=16384, prompts=64, answers=8, new=256, cache=2**18, steps=3, matmul=8192)
-TINY = dict(rows=16, mean=30, longest=96, batch=8, tokens=512, prompts=4, answers=2, new=8, cache=2**12, steps=2, matmul=512)
+WORK = dict(
+    rows=1024,
+    mean=350,
+    longest=2048,
+    batch=32,
+    tokens=16384,
+    prompts=64,
+    answers=8,
+    new=256,
+    cache=2**18,
+    steps=3,
+    matmul=8192,
+)
+TINY = dict(
+    rows=16, mean=30, longest=96, batch=8, tokens=512, prompts=4, answers=2, new=8, cache=2**12, steps=2, matmul=512
+)
 SETTINGS = {  # of TRL; where its DPO has no padding-free mode (1.16), it says so and pads
     "sft": {"padding-free": dict(padding_free=True, max_length=None), "packing": dict(packing=True)},
     "dpo": {"precomputed, padding-free": dict(precompute_ref_log_probs=True, padding_free=True)},
@@ -67,9 +89,13 @@ SETTINGS = {  # of TRL; where its DPO has no padding-free mode (1.16), it says s
 
 def run(name: str, python: str = sys.executable, launcher: tuple = (), **arguments) -> dict:
     """What a side returns, which works in a process of its own; or {"error": what went wrong}."""
-    done = subprocess.run([python, *launcher, __file__, "--side", name, json.dumps(arguments)], capture_output=True, text=True)
+    done = subprocess.run(
+        [python, *launcher, __file__, "--side", name, json.dumps(arguments)], capture_output=True, text=True
+    )
     for line in done.stdout.splitlines():
-        if line.startswith("note:"):  # attention that does not follow rows is measured too, but is not what was to be measured
+        if line.startswith(
+            "note:"
+        ):  # attention that does not follow rows is measured too, but is not what was to be measured
             print(f"{name}: {line}", flush=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -91,7 +117,9 @@ def in_turn(repeats: int, sides: dict) -> dict:
                 sides[name]["share"] /= 2
                 result = run(**sides[name])
             found[name].append(result | dict(share=sides[name]["share"]))
-            print(f"{name:<32}", result.get("error") or f"{result['seconds']:8.2f} s {result['memory']:8} MB", flush=True)
+            print(
+                f"{name:<32}", result.get("error") or f"{result['seconds']:8.2f} s {result['memory']:8} MB", flush=True
+            )
         ours, *others = sides
         working = [name for name in others if "error" not in found[name][0]]
         names = [ours, *sorted(working, key=lambda name: found[name][0]["seconds"])[:1]]
@@ -108,8 +136,15 @@ def times(results: list, ours: list) -> str:
 
 def publish(args, heading: str, text: str, head: str = "", found: dict | None = None, cells=lambda results: results):
     """A part's result, printed and, from a GPU, written to RESULTS.md: a row for each of `found`, whose cells `cells` makes of what is found."""
-    rows = [[name, *([x[0]["error"]] if isinstance(x[0], dict) and "error" in x[0] else cells(x))] for name, x in (found or {}).items()]
-    table = [f"\n| {head} |", "| --- " * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)] if rows else []
+    rows = [
+        [name, *([x[0]["error"]] if isinstance(x[0], dict) and "error" in x[0] else cells(x))]
+        for name, x in (found or {}).items()
+    ]
+    table = (
+        [f"\n| {head} |", "| --- " * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+        if rows
+        else []
+    )
     text = "\n".join([f"{args.machine}\n\n{text}", *table])
     print(f"\n## {heading}\n\n{text}\n", flush=True)
     if args.device != "cpu":
@@ -130,7 +165,10 @@ def side_device(size: int) -> dict:
     packages = ("torch", "transformers", "trl", "flash_attn")
     versions = {name: importlib.metadata.version(name) if importlib.util.find_spec(name) else "" for name in packages}
     gpu = torch.cuda.is_available()
-    a, b = (torch.randn(size, size, device="cuda" if gpu else "cpu", dtype=torch.bfloat16 if gpu else torch.float32) for _ in "ab")
+    a, b = (
+        torch.randn(size, size, device="cuda" if gpu else "cpu", dtype=torch.bfloat16 if gpu else torch.float32)
+        for _ in "ab"
+    )
     for count in (5, 20):  # the first few only warm up
         wait()
         clock = time.time()
@@ -151,7 +189,14 @@ def side_model(size: str, out: str, tokenizer: str, reward: bool = False) -> dic
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
     torch.manual_seed(0)
-    config = Qwen3Config(**dict(zip(SHAPE, SIZES[size])), pad_token_id=0, bos_token_id=1, eos_token_id=2, num_labels=1, dtype=torch.bfloat16)
+    config = Qwen3Config(
+        **dict(zip(SHAPE, SIZES[size])),
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        num_labels=1,
+        dtype=torch.bfloat16,
+    )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         (Qwen3ForSequenceClassification if reward else Qwen3ForCausalLM)(config).save_pretrained(out)
@@ -169,17 +214,22 @@ def make_data(folder: Path, work: dict) -> SimpleNamespace:
     import sft
 
     rng, words = random.Random(0), [f"we{i}" for i in range(200)]
-    _, tokenizer = sft.new_model(sft.Args(vocab_size=1024, hidden_size=16, num_layers=1, num_heads=1), [" " + " ".join(words)] * 10)
+    lines(folder / "words.jsonl", [dict(text=" " + " ".join(words))] * 10)
+    tokenizer = sft.new_tokenizer(sft.Args(dataset=str(folder / "words.jsonl"), from_scratch=True, vocab_size=1024))
     tokenizer.save_pretrained(folder / "tokenizer")
     turn = lambda role, n: [dict(role=role, content=" ".join(rng.choices(words, k=max(1, int(n)))))]
     demonstrations, pairs = [], []
     for _ in range(work["rows"]):
-        total = min(work["longest"] - 16, max(12, rng.lognormvariate(math.log(work["mean"]) - 0.32, 0.8)))  # 0.32: half the variance
+        total = min(
+            work["longest"] - 16, max(12, rng.lognormvariate(math.log(work["mean"]) - 0.32, 0.8))
+        )  # 0.32: half the variance
         asked, shorter = total * rng.uniform(0.1, 0.6), rng.uniform(0.5, 1.0)
         prompt, answer = turn("user", asked), turn("assistant", total - asked)
         demonstrations.append(dict(prompt=prompt, completion=answer))
         pairs.append(dict(prompt=prompt, chosen=answer, rejected=turn("assistant", (total - asked) * shorter)))
-    prompts = [dict(prompt=turn("user", work["mean"] * rng.uniform(0.1, 0.6))) for _ in range(work["prompts"] * work["steps"])]
+    prompts = [
+        dict(prompt=turn("user", work["mean"] * rng.uniform(0.1, 0.6))) for _ in range(work["prompts"] * work["steps"])
+    ]
     files = dict(sft=lines(folder / "demonstrations.jsonl", demonstrations), dpo=lines(folder / "pairs.jsonl", pairs))
     files |= dict(reward_model=files["dpo"], online=lines(folder / "prompts.jsonl", prompts))
     ids = lambda messages, **options: len(tokenizer.apply_chat_template(messages, return_dict=False, **options))
@@ -187,7 +237,9 @@ def make_data(folder: Path, work: dict) -> SimpleNamespace:
     for method, rows, columns in (("sft", demonstrations, ("completion",)), ("dpo", pairs, ("chosen", "rejected"))):
         heads = [ids(row["prompt"], add_generation_prompt=True) for row in rows]
         lengths[method] = [(n, [ids(row["prompt"] + row[c]) - n for c in columns]) for n, row in zip(heads, rows)]
-    return SimpleNamespace(tokenizer=str(folder / "tokenizer"), files=files, lengths=lengths | dict(reward_model=lengths["dpo"]))
+    return SimpleNamespace(
+        tokenizer=str(folder / "tokenizer"), files=files, lengths=lengths | dict(reward_model=lengths["dpo"])
+    )
 
 
 def in_layers(s) -> int:
@@ -207,7 +259,10 @@ def flops(size: str, lengths: list, prompt_once: bool, head: bool) -> float:
     for p, answers in lengths:
         prompts = 1 if prompt_once else len(answers)
         seen = prompts * p * p / 2 + sum(r * p + r * r / 2 for r in answers)
-        total += 6 * in_layers(s) * (prompts * p + sum(answers)) + 12 * s.num_hidden_layers * s.num_attention_heads * s.head_dim * seen
+        total += (
+            6 * in_layers(s) * (prompts * p + sum(answers))
+            + 12 * s.num_hidden_layers * s.num_attention_heads * s.head_dim * seen
+        )
         total += 6 * s.hidden_size * s.vocab_size * sum(answers) * head
     return total
 
@@ -217,25 +272,38 @@ def flops(size: str, lengths: list, prompt_once: bool, head: bool) -> float:
 
 def attention_errors(device, dtype, window, heads: int, groups: int, width: int) -> dict:
     """Of rows_attention, forward and backward, against dense float64 attention, its mask built from which row and answer a token is of."""
-    import sft
     import torch
     import torch.nn.attention.varlen as varlen
 
+    import sft
+
     forms = ((5, (3, 9, 1)), (1, (1,)), (130, (70,)), (64, (100, 17)), (64, (100, 17)), (200, (1, 1, 60)))
-    forwards, _ = sft.pack([sft.Row([0] * p, [[0] * r for r in answers]) for p, answers in forms], device)
-    who = [(i, k, t + p * (k >= 0)) for i, (p, answers) in enumerate(forms) for k, n in ((-1, p), *enumerate(answers)) for t in range(n)]
+    batch, _ = sft.pack(
+        [sft.Row([0] * p, [[0] * r for r in answers], [[True] * r for r in answers], {}) for p, answers in forms],
+        device,
+    )
+    who = [
+        (i, k, t + p * (k >= 0))
+        for i, (p, answers) in enumerate(forms)
+        for k, n in ((-1, p), *enumerate(answers))
+        for t in range(n)
+    ]
     row, answer, at = torch.tensor(who, device=device).T
     seen = (row[:, None] == row) & ((answer == -1) | (answer[:, None] == answer))
     seen &= (at[:, None] >= at) & (at[:, None] - at < (window or len(who)))
     torch.manual_seed(0)
-    q, k, v, given = (torch.randn(1, n, len(who), width, device=device).to(dtype) for n in (heads, groups, groups, heads))
+    q, k, v, given = (
+        torch.randn(1, n, len(who), width, device=device).to(dtype) for n in (heads, groups, groups, heads)
+    )
 
     def dense(q, k, v):
         k, v = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
         return ((q @ k.transpose(2, 3) * width**-0.5).masked_fill(~seen, -math.inf).softmax(-1) @ v).transpose(1, 2)
 
     def rows(q, k, v):
-        return sft.rows_attention(None, q, k, v, None, scaling=width**-0.5, sliding_window=window, rows=forwards[0][0]["rows"])[0]
+        return sft.rows_attention(
+            None, q, k, v, None, scaling=width**-0.5, sliding_window=window, rows=batch["inputs"]["rows"]
+        )[0]
 
     def results(attend, dtype):
         inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
@@ -243,12 +311,14 @@ def attention_errors(device, dtype, window, heads: int, groups: int, width: int)
         out.backward(given.transpose(1, 2).to(dtype))
         return [x.detach().double() for x in (out, *(x.grad for x in inputs))]
 
-    with mock.patch.object(varlen, "varlen_attn", wraps=varlen.varlen_attn) as flash:
+    with mock.patch.object(varlen, "varlen_attn", autospec=True, side_effect=varlen.varlen_attn) as flash:
         found = results(rows, dtype)
-    if flash.called != (device.type == "cuda" and dtype == torch.bfloat16):
+    if flash.called != (device.type == "cuda" and dtype == torch.bfloat16 and width % 8 == 0):
         raise RuntimeError(f"varlen_attn {'ran' if flash.called else 'did not run'}")
     errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, results(dense, torch.float64))]
-    name = f"attention by {'varlen_attn' if flash.called else 'sdpa'}, {heads} heads of {width}" + (f", window {window}" if window else "")
+    name = f"attention by {'varlen_attn' if flash.called else 'sdpa'}, {heads} heads of {width}" + (
+        f", window {window}" if window else ""
+    )
     return {name: errors[0], f"{name}: gradients": max(errors[1:])}
 
 
@@ -260,15 +330,35 @@ def small_model(script, device, dtype, folder: str, family: str, tokenizer: str)
     directory = f"{folder}/{family}"
     if not Path(directory).exists():
         torch.manual_seed(0)
-        size = dict(vocab_size=5000, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
-        size |= dict(head_dim=64, max_position_embeddings=1024, initializer_range=0.06)  # large weights, so that distributions are sharp
-        getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**size)).save_pretrained(directory)
+        size = dict(
+            vocab_size=5000,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+        )
+        size |= dict(
+            head_dim=64, max_position_embeddings=1024, initializer_range=0.06
+        )  # large weights, so that distributions are sharp
+        getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**size)).save_pretrained(
+            directory
+        )
         transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
-    exact = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").double().to(device)
-    model = script.load_model(transformers.AutoModelForCausalLM, directory, script.load_tokenizer(directory), device, dtype)
-    if not model.together:
-        raise RuntimeError("its attention does not follow rows, so that the scripts run one sequence a forward, in float32")
-    return script.shard(model, dtype, script.token_logps), exact
+    exact = (
+        transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").double().to(device)
+    )
+    auto, read = transformers.AutoModelForCausalLM, script.load_tokenizer(directory)
+    if hasattr(script, "shard"):  # ppo.py and grpo.py
+        model = script.load_model(auto, directory, read, device, dtype)
+        packs, model = model.together, script.shard(model, dtype, script.token_logps)
+    else:
+        options = SimpleNamespace(gradient_checkpointing=False)
+        model = script.load_model(auto, directory, read, options, device, dtype, script.token_logps)
+        packs = model.packs
+    if not packs:
+        raise RuntimeError("its attention does not follow packed rows")
+    return model, exact
 
 
 def alone(model, prompt: list, answer: list, temperature: float = 1.0, kept=None):
@@ -287,20 +377,29 @@ def alone(model, prompt: list, answer: list, temperature: float = 1.0, kept=None
 
 def logp_errors(device, dtype, folder: str, family: str, tokenizer: str) -> dict:
     """Of token_logps on packed rows, and of the gradient of their mean, against float64, one sequence at a time."""
-    import sft
     import torch
+
+    import sft
 
     (model, exact), rng = small_model(sft, device, dtype, folder, family, tokenizer), random.Random(0)
     ids = lambda n: rng.choices(range(5000), k=n)
-    rows = [sft.Row(ids(p), [ids(r) for r in answers]) for p, answers in ((40, (30, 7)), (3, (1,)), (1, (2,)), (90, (60, 1, 44)), (100, (200,)))]
-    logps, *_ = model.token_logps(*sft.pack(rows, device))
+    forms = ((40, (30, 7)), (3, (1,)), (1, (2,)), (90, (60, 1, 44)), (100, (200,)))
+    rows = [sft.Row(ids(p), [ids(r) for r in answers], [[True] * r for r in answers], {}) for p, answers in forms]
+    batch, target = sft.pack(rows, device)
+    logps, *_ = model.token_logps(**batch, target=target)
     wanted = torch.cat([alone(exact, row.prompt, answer) for row in rows for answer in row.responses])
     (-logps.mean()).backward()
     (-wanted.mean()).backward()
     whole = lambda p: getattr(p.grad, "full_tensor", lambda: p.grad)().double()
-    squares = [((whole(a) - b.grad).square().sum(), b.grad.square().sum()) for a, b in zip(model.parameters(), exact.parameters())]
+    squares = [
+        ((whole(a) - b.grad).square().sum(), b.grad.square().sum())
+        for a, b in zip(model.parameters(), exact.parameters())
+    ]
     gap, norm = (float(sum(x)) ** 0.5 for x in zip(*squares))
-    return {f"token_logps of packed rows, {family}": float((logps - wanted).abs().max()), f"its gradient, {family}": gap / norm}
+    return {
+        f"token_logps of packed rows, {family}": float((logps - wanted).abs().max()),
+        f"its gradient, {family}": gap / norm,
+    }
 
 
 def sampling_errors(device, dtype, folder: str, method: str, tokenizer: str, temperature: float, top_p: float) -> dict:
@@ -309,15 +408,26 @@ def sampling_errors(device, dtype, folder: str, method: str, tokenizer: str, tem
 
     script, rng = importlib.import_module(method), random.Random(0)
     model, exact = small_model(script, device, dtype, folder, "Qwen3", tokenizer)
-    prompts, stops = [script.Row(rng.choices(range(5000), k=n), []) for n in (3, 60, 17, 17, 1)], list(range(200))  # many, for uneven ends
-    numbers, options = script.uniform_numbers(0, 0, list(range(20)), 30), SimpleNamespace(temperature=temperature, tokens_per_forward=500)
+    prompts, stops = (
+        [script.Row(rng.choices(range(5000), k=n), []) for n in (3, 60, 17, 17, 1)],
+        list(range(200)),
+    )  # many, for uneven ends
+    numbers, options = (
+        script.uniform_numbers(0, 0, list(range(20)), 30),
+        SimpleNamespace(temperature=temperature, tokens_per_forward=500),
+    )
     tokens, recorded, kept = script.sample_answers(model, prompts, numbers, stops, 600, temperature, top_p)
     rows = [prompts[i // 4]._replace(responses=[answer]) for i, answer in enumerate(tokens)]
     with torch.no_grad():
         again, _ = script.response_logps(model, rows, kept, options, device)
-        wanted = torch.cat([alone(exact, row.prompt, row.responses[0], temperature, nuclei) for row, nuclei in zip(rows, kept)])
+        wanted = torch.cat(
+            [alone(exact, row.prompt, row.responses[0], temperature, nuclei) for row, nuclei in zip(rows, kept)]
+        )
     recorded, name = torch.tensor(sum(recorded, []), device=device), f"{method}.py, T {temperature:g}, top-p {top_p:g}"
-    errors = {f"{name}: log-probabilities the sampler records": recorded, f"{name}: those of the forward after it": torch.cat(again)}
+    errors = {
+        f"{name}: log-probabilities the sampler records": recorded,
+        f"{name}: those of the forward after it": torch.cat(again),
+    }
     return {what: float((logps - wanted).abs().max()) for what, logps in errors.items()}
 
 
@@ -335,7 +445,7 @@ def side_check(folder: str, tokenizer: str) -> dict:
         found.update({f"{dtype}: {what}": (error, bound) for (what, error), bound in zip(errors.items(), bounds)})
 
     for dtype in ("float32", "bfloat16"):  # float32 first: bfloat16 starts a process group, and with it FSDP
-        fine, (device, kind) = dtype == "float32", sft.start_ranks(dtype)
+        fine, (device, kind) = dtype == "float32", sft.setup_distributed(SimpleNamespace(dtype=dtype, seed=0))
         for heads in ((16, 8, 128), (4, 4, 12)):
             for window in (None, 50):
                 note((5e-5, 5e-5) if fine else (0.02, 0.02), attention_errors, window, *heads)
@@ -358,11 +468,16 @@ def check(args, data, folder: Path) -> bool:
     half = run("ours", **flags, out=f"{folder}/half", dtype="bfloat16")
     for what, other, bound in (("float32: a rank of torchrun under FSDP2", rank, 1e-4), ("bfloat16", half, 0.05)):
         wrong = plain.get("error") or other.get("error")
-        found[f"{what}: loss curve of sft.py"] = wrong or max(abs(a - b) for a, b in zip(plain["losses"], other["losses"], strict=True)), bound
+        found[f"{what}: loss curve of sft.py"] = (
+            wrong or max(abs(a - b) for a, b in zip(plain["losses"], other["losses"], strict=True)),
+            bound,
+        )
     good = {what: isinstance(error, float) and error <= bound for what, (error, bound) in found.items()}
     found = {what: (good[what], *x) for what, x in found.items()}
     text = "Errors of attention are relative to the largest entry, those of gradients to their norm; of log-probabilities and losses they are in"
-    text += " nats. The references are float64, one sequence at a time; of the curves, one process in float32 without FSDP."
+    text += (
+        " nats. The references are float64, one sequence at a time; of the curves, one process in float32 without FSDP."
+    )
     cells = lambda x: [f"{x[1]:.1e}" if isinstance(x[1], float) else x[1], f"{x[2]:g}", "yes" if x[0] else "**no**"]
     publish(args, "One GPU: is it right?", text, "what | largest error | bound | within it", found, cells)
     return all(good.values())
@@ -371,13 +486,21 @@ def check(args, data, folder: Path) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------- train
 
 
-def side_ours(method: str, model: str, data: str, out: str, share: float, group: bool = False, tokens: int = 16384, **flags) -> dict:
+def side_ours(
+    method: str, model: str, data: str, out: str, share: float, group: bool = False, tokens: int = 16384, **flags
+) -> dict:
     """A run of a script: its losses, the seconds of its second half, its peak memory."""
     script = importlib.import_module(method)
     if group:  # where there is a process group, the scripts shard, in float32 too
         script.dist.init_process_group("nccl" if script.torch.cuda.is_available() else "gloo")
-    flags |= dict(show=0) if method == "dpo" else {}
-    flags |= dict(model=model, dataset=data, output_dir=out, eval_fraction=0.0, lr_schedule="constant", tokens_per_forward=int(tokens * share))
+    flags |= dict(
+        model=model,
+        dataset=data,
+        output_dir=out,
+        eval_fraction=0.0,
+        lr_schedule="constant",
+        tokens_per_forward=int(tokens * share),
+    )
     script.main(script.Args(**flags))
     log = [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
     seconds = log[-1]["seconds"] - log[len(log) // 2 - 1]["seconds"]
@@ -403,20 +526,53 @@ def side_trl(method: str, setting: dict, model: str, data: str, out: str, share:
             wait()
             epochs.append(time.time())
 
-    gpu, name, at_once = torch.cuda.is_available(), dict(sft="SFT", reward_model="Reward", dpo="DPO", grpo="GRPO")[method], max(1, int(batch * share))
-    flags |= dict(output_dir=out, per_device_train_batch_size=at_once, gradient_accumulation_steps=batch // at_once, learning_rate=1e-6, seed=0)
-    flags |= dict(lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused", bf16=gpu)
+    gpu, name, at_once = (
+        torch.cuda.is_available(),
+        dict(sft="SFT", reward_model="Reward", dpo="DPO", grpo="GRPO")[method],
+        max(1, int(batch * share)),
+    )
+    flags |= dict(
+        output_dir=out,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=batch // at_once,
+        learning_rate=1e-6,
+        seed=0,
+    )
+    flags |= dict(
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=gpu,
+    )
     flags |= dict(use_cpu=not gpu, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True)
-    auto, options = (AutoModelForSequenceClassification, dict(num_labels=1)) if method == "reward_model" else (AutoModelForCausalLM, {})
-    options |= dict(dtype=torch.float32, attn_implementation="flash_attention_2" if is_flash_attn_2_available() else "sdpa")
-    inputs = dict(model=auto.from_pretrained(model, **options), args=getattr(trl, f"{name}Config")(**flags | setting), callbacks=[Clock()])
+    auto, options = (
+        (AutoModelForSequenceClassification, dict(num_labels=1))
+        if method == "reward_model"
+        else (AutoModelForCausalLM, {})
+    )
+    options |= dict(
+        dtype=torch.float32, attn_implementation="flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    )
+    inputs = dict(
+        model=auto.from_pretrained(model, **options),
+        args=getattr(trl, f"{name}Config")(**flags | setting),
+        callbacks=[Clock()],
+    )
     inputs |= dict(reward_funcs=rule) if method == "grpo" else {}
-    inputs |= dict(processing_class=AutoTokenizer.from_pretrained(model, padding_side="left" if method == "grpo" else "right"))
-    trainer = getattr(trl, f"{name}Trainer")(**inputs, train_dataset=load_dataset("json", data_files=data, split="train"))
+    inputs |= dict(
+        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left" if method == "grpo" else "right")
+    )
+    trainer = getattr(trl, f"{name}Trainer")(
+        **inputs, train_dataset=load_dataset("json", data_files=data, split="train")
+    )
     trainer.train()
     peak = torch.cuda.max_memory_allocated() >> 20 if gpu else memory()
     if method == "grpo":
-        length = median(line["completions/mean_length"] for line in trainer.state.log_history if "completions/mean_length" in line)
+        length = median(
+            line["completions/mean_length"] for line in trainer.state.log_history if "completions/mean_length" in line
+        )
         return dict(seconds=median(b - a for a, b in zip(steps, steps[1:])), memory=peak, tokens=length * batch)
     return dict(seconds=epochs[-1] - epochs[0], memory=peak)
 
@@ -428,18 +584,34 @@ def train(args, data, folder: Path):
         need, model = 16 * parameters(size), str(folder / size)
         if need > args.memory:
             text = f"Not run: weights, gradients and AdamW's two moments take {need / 1e9:.0f} GB, the card has {args.memory / 1e9:.0f} GB; sft.py,"
-            publish(args, f"One GPU: training, {size}", text + " dpo.py and reward_model.py have no option that trains less.")
+            publish(
+                args,
+                f"One GPU: training, {size}",
+                text + " dpo.py and reward_model.py have no option that trains less.",
+            )
             continue
         run("model", size=size, out=model, tokenizer=data.tokenizer)
         for method in args.methods:
             lengths, recompute = data.lengths[method], need > 1e11  # where the activations would not fit beside that
             tokens = sum(p + r for p, answers in lengths for r in answers)
-            common = dict(method=method, model=model, data=data.files[method], out=str(folder / "out"), gradient_checkpointing=recompute)
+            common = dict(
+                method=method,
+                model=model,
+                data=data.files[method],
+                out=str(folder / "out"),
+                gradient_checkpointing=recompute,
+            )
             sides = {f"{method}.py": dict(name="ours", share=1.0, **common, **own)}
             for name, setting in SETTINGS[method].items() if args.trl_version else ():
-                batch = max(1, round(tokens * work["batch"] / len(lengths) / work["longest"])) if name == "packing" else work["batch"]
+                batch = (
+                    max(1, round(tokens * work["batch"] / len(lengths) / work["longest"]))
+                    if name == "packing"
+                    else work["batch"]
+                )
                 setting = dict(max_length=work["longest"], num_train_epochs=2) | setting | args.trl
-                theirs = dict(name="trl", python=args.trl_python, share=1.0 if method == "sft" else 0.25, batch=batch)  # padded rows need more memory
+                theirs = dict(
+                    name="trl", python=args.trl_python, share=1.0 if method == "sft" else 0.25, batch=batch
+                )  # padded rows need more memory
                 sides[f"TRL, {name}"] = dict(**theirs, setting=setting, **common)
             print(f"\n{method}.py, {size}", flush=True)
             found = in_turn(args.repeats, sides)
@@ -447,10 +619,20 @@ def train(args, data, folder: Path):
 
             def cells(results):
                 seconds, share = [r["seconds"] for r in results], results[0]["share"]
-                done = flops(size, lengths, prompt_once=results is ours, head=method != "reward_model") / median(seconds)
-                forward = f"{int(work['tokens'] * share)} tokens" if results is ours else f"1/{round(1 / share)} of a batch"
+                done = flops(size, lengths, prompt_once=results is ours, head=method != "reward_model") / median(
+                    seconds
+                )
+                forward = (
+                    f"{int(work['tokens'] * share)} tokens" if results is ours else f"1/{round(1 / share)} of a batch"
+                )
                 peak = f"{max(r['memory'] for r in results) / 1024:.1f}"
-                return [shown([tokens / s for s in seconds], 0), times(results, ours), peak, f"{done / args.rate:.2f}", forward]
+                return [
+                    shown([tokens / s for s in seconds], 0),
+                    times(results, ours),
+                    peak,
+                    f"{done / args.rate:.2f}",
+                    forward,
+                ]
 
             text = f"{parameters(size) / 1e9:.2g} B parameters; {len(lengths)} rows, {tokens} tokens (a prompt once for each answer),"
             text += f" {work['batch']} rows a step; the second of two epochs; medians of {args.repeats} runs, and the range (a slower setting of TRL"
@@ -468,7 +650,9 @@ def train(args, data, folder: Path):
 # --------------------------------------------------------------------------------------------------------------------- online
 
 
-def side_online(method: str, model: str, data: str, out: str, share: float, reward: str, tokens: int, cache: int, **flags) -> dict:
+def side_online(
+    method: str, model: str, data: str, out: str, share: float, reward: str, tokens: int, cache: int, **flags
+) -> dict:
     """A run of a script: seconds of a step after the first and of the sampling in it, tokens sampled in a step, peak memory."""
     script, seconds, counts = importlib.import_module(method), [], []
     sample_answers = script.sample_answers
@@ -492,11 +676,14 @@ def side_online(method: str, model: str, data: str, out: str, share: float, rewa
     return dict(seconds=step, sampling=median(seconds[1:]), tokens=median(counts[1:]), memory=log[-1]["peak_memory_mb"])
 
 
-def side_sampling(way: str, model: str, data: str, share: float, prompts: int, answers: int, new: int, cache: int) -> dict:
+def side_sampling(
+    way: str, model: str, data: str, share: float, prompts: int, answers: int, new: int, cache: int
+) -> dict:
     """Answers to the same prompts in one of three ways: tokens and seconds of two batches after the first, peak memory."""
-    import ppo
     import torch
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+
+    import ppo
 
     (device, dtype), tokenizer = ppo.start_ranks("auto"), ppo.load_tokenizer(model)
     asked = [json.loads(line)["prompt"] for line in open(data)][:prompts]
@@ -513,19 +700,30 @@ def side_sampling(way: str, model: str, data: str, share: float, prompts: int, a
         clock, count = time.time(), 0
         if way == "loop":
             numbers = ppo.uniform_numbers(0, batch, list(range(prompts * answers)), new)
-            sampled, *_ = ppo.sample_answers(policy, [ppo.Row(ids, []) for ids in asked], numbers, [end], int(cache * share), 1.0, 1.0)
+            sampled, *_ = ppo.sample_answers(
+                policy, [ppo.Row(ids, []) for ids in asked], numbers, [end], int(cache * share), 1.0, 1.0
+            )
             count = sum(map(len, sampled))
         elif way == "generate":
             for i in range(0, prompts, several):
                 part = [ids for ids in asked[i : i + several] for _ in range(answers)]
                 mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in part], device=device)
                 ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in part], device=device)
-                ends = policy.generate(input_ids=ids, attention_mask=mask, generation_config=config, cache_implementation="static")[:, width:] == end
+                ends = (
+                    policy.generate(
+                        input_ids=ids, attention_mask=mask, generation_config=config, cache_implementation="static"
+                    )[:, width:]
+                    == end
+                )
                 count += int((ends.cumsum(1) - ends.long() == 0).sum())  # up to the end, which counts
         else:
             inputs = [ids for ids in asked for _ in range(answers)]
-            room = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256) if device.type == "cpu" else None  # else it takes most of the memory
-            options = dict(generation_config=config, continuous_batching_config=room, persistent_manager=True)  # set up in the first batch alone
+            room = (
+                ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256) if device.type == "cpu" else None
+            )  # else it takes most of the memory
+            options = dict(
+                generation_config=config, continuous_batching_config=room, persistent_manager=True
+            )  # set up in the first batch alone
             sampled = policy.generate_batch(inputs=inputs, **options)
             assert len(sampled) == len(inputs), "generate_batch lost answers"
             count = sum(len(answer.generated_tokens) for answer in sampled.values())
@@ -541,16 +739,34 @@ def online(args, data, folder: Path):
     run("model", size=size, out=model, tokenizer=data.tokenizer)
     run("model", size=size, out=reward, tokenizer=data.tokenizer, reward=True)
     common = dict(model=model, data=data.files["online"], out=out, num_generations=work["answers"])
-    own = dict(batch_size=work["prompts"], max_new_tokens=work["new"], cache=work["cache"], tokens=work["tokens"], reward=reward)
+    own = dict(
+        batch_size=work["prompts"],
+        max_new_tokens=work["new"],
+        cache=work["cache"],
+        tokens=work["tokens"],
+        reward=reward,
+    )
     sides = {"grpo.py": dict(name="online", method="grpo", share=1.0, **common, **own)}
     for name, setting in SETTINGS["grpo"].items() if args.trl_version else ():
         if args.device == "cpu" and name == "continuous batching":
             continue  # it would take most of the machine's memory
-        setting = dict(max_completion_length=work["new"], temperature=1.0, beta=0.0, gradient_checkpointing=False) | setting | args.trl
-        theirs = dict(python=args.trl_python, method="grpo", setting=setting, batch=work["prompts"] * work["answers"], num_train_epochs=1)
+        setting = (
+            dict(max_completion_length=work["new"], temperature=1.0, beta=0.0, gradient_checkpointing=False)
+            | setting
+            | args.trl
+        )
+        theirs = dict(
+            python=args.trl_python,
+            method="grpo",
+            setting=setting,
+            batch=work["prompts"] * work["answers"],
+            num_train_epochs=1,
+        )
         sides[f"TRL's GRPO, {name}"] = dict(name="trl", share=1 / 8, **theirs, **common)
     print(f"\ngrpo.py and ppo.py, {size}", flush=True)
-    found = in_turn(args.repeats, sides) | in_turn(args.repeats, {"ppo.py": dict(name="online", method="ppo", share=1.0, **common, **own)})
+    found = in_turn(args.repeats, sides) | in_turn(
+        args.repeats, {"ppo.py": dict(name="online", method="ppo", share=1.0, **common, **own)}
+    )
 
     def cells(results):
         parts = [(r["sampling"], r["seconds"] - r["sampling"]) for r in results if "sampling" in r]
@@ -567,7 +783,13 @@ def online(args, data, folder: Path):
     head = "side | seconds a step | sampling | the rest | tokens sampled a second | times as fast is grpo.py | peak GB"
     publish(args, f"One GPU: GRPO and PPO, {size}", text, head, found, cells)
 
-    call = dict(name="sampling", share=1.0, model=model, data=data.files["online"], **{k: work[k] for k in ("prompts", "answers", "new", "cache")})
+    call = dict(
+        name="sampling",
+        share=1.0,
+        model=model,
+        data=data.files["online"],
+        **{k: work[k] for k in ("prompts", "answers", "new", "cache")},
+    )
     ways = {"the scripts' loop": "loop", "generate, static cache": "generate", "generate_batch": "batching"}
     found = in_turn(args.repeats, {name: dict(call, way=way) for name, way in ways.items()})
     cells = lambda results: [rate(results), times(results, found["the scripts' loop"]), peak(results)]
@@ -584,12 +806,16 @@ def side_perplexity(models: list, data: str, longest: int) -> list:
     """Of the assistant's turns of held-out conversations, for each model."""
     import sft
 
-    (device, dtype), found, held_out = sft.start_ranks("auto"), [], sft.load_rows("--conversations", data)
+    options, found = SimpleNamespace(dtype="auto", seed=0, gradient_checkpointing=False, tokens_per_forward=16384), []
+    device, dtype = sft.setup_distributed(options)
     for name in models:
         tokenizer = sft.load_tokenizer(name)
-        model = sft.shard(sft.load_model(sft.AutoModelForCausalLM, name, tokenizer, device, dtype), dtype, sft.token_logps)
-        rows = sft.prepare("held out", held_out, tokenizer, sft.demonstrations(tokenizer, longest, everything=False, allow_special=False))
-        found.append(sft.evaluate_sft(model, rows, SimpleNamespace(tokens_per_forward=16384), device)["eval_perplexity"])
+        model = sft.load_model(sft.AutoModelForCausalLM, name, tokenizer, options, device, dtype, sft.token_logps)
+        rows = sft.prepare(
+            "--conversations", data, "train", tokenizer, partial(sft.demonstration_rows, tokenizer, longest, False)
+        )
+        total = sft.count_trained(rows)
+        found.append(math.exp(sft.evaluate(sft.sft_batch, model, rows, total, options, device)["eval_loss"]))
     return found
 
 
@@ -606,32 +832,68 @@ def call(script: str, out: Path, *more, **flags) -> dict:
 
 def win_rate(ours: dict, theirs: dict) -> str:
     """The share of pairs of answers to a prompt, one of each policy, of which ours has the higher reward."""
-    wins = [sum((a > b) + (a == b) / 2 for a in ours[p] for b in theirs[p]) / len(ours[p]) / len(theirs[p]) for p in ours if p in theirs]
+    wins = [
+        sum((a > b) + (a == b) / 2 for a in ours[p] for b in theirs[p]) / len(ours[p]) / len(theirs[p])
+        for p in ours
+        if p in theirs
+    ]
     return f"{sum(wins) / len(wins):.3f} ({len(wins)} prompts)" if wins else ""
+
+
+def as_text(row: dict) -> str:
+    """All that a conversation says."""
+    turns = row.get("messages") or row.get("conversations") or [*row["prompt"], *row["completion"]]
+    return "\n".join(turn["content"] for turn in turns)
 
 
 def real(args, folder: Path):
     """Every stage on the command line, from nothing; then the policies on held-out prompts."""
-    heading, given = "One GPU: a model from nothing", dict(conversations=args.conversations, pairs=args.pairs, prompts=args.prompts)
+    heading, given = (
+        "One GPU: a model from nothing",
+        dict(conversations=args.conversations, pairs=args.pairs, prompts=args.prompts),
+    )
     if not all(given.values()):
         return print(f"\n## {heading}\n\nSkipped: it takes --conversations, --pairs and --prompts.\n", flush=True)
     import sft
 
     tiny, files, last = args.sizes == ["tiny"], {}, {}
     for name, file in given.items():
-        for part, rows in sft.load_rows(f"--{name}", file).train_test_split(test_size=0.05, seed=0).items():
+        for part, rows in sft.load_rows(f"--{name}", file, "train").train_test_split(test_size=0.05, seed=0).items():
             rows = rows.select(range(min(len(rows), 8))) if tiny else rows
             files[name, part] = lines(folder / f"{name}-{part}.jsonl", list(rows))
             if name == "conversations":
-                files["text", part] = lines(folder / f"text-{part}.jsonl", [dict(text=text) for text in sft.plain_texts("--conversations", rows)])
-    width, layers, heads, words, longest, new, steps, batch = (32, 2, 2, 512, 128, 16, 1, 4) if tiny else (640, 12, 10, 16384, 1024, 256, 200, 64)
-    at, on = lambda name: folder / name, lambda name: dict(dataset=files[name, "train"], eval_dataset=files[name, "test"], max_length=longest)
+                files["text", part] = lines(folder / f"text-{part}.jsonl", [dict(text=as_text(row)) for row in rows])
+    width, layers, heads, words, longest, new, steps, batch = (
+        (32, 2, 2, 512, 128, 16, 1, 4) if tiny else (640, 12, 10, 16384, 1024, 256, 200, 64)
+    )
+    at, on = (
+        lambda name: folder / name,
+        lambda name: dict(dataset=files[name, "train"], eval_dataset=files[name, "test"], max_length=longest),
+    )
     size = dict(hidden_size=width, num_layers=layers, num_heads=heads, vocab_size=words)
-    online = dict(model=at("sft"), reward_model=at("reward_model"), max_new_tokens=new, max_steps=steps, learning_rate=3e-6, **on("prompts"))
-    last["base"] = call("sft.py", at("base"), **size, **on("text"), batch_size=64, learning_rate=1e-3, weight_decay=0.1)
+    online = dict(
+        model=at("sft"),
+        reward_model=at("reward_model"),
+        max_new_tokens=new,
+        max_steps=steps,
+        learning_rate=3e-6,
+        **on("prompts"),
+    )
+    last["base"] = call(
+        "sft.py",
+        at("base"),
+        "--from-scratch",
+        **size,
+        **on("text"),
+        batch_size=64,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+    )
     last["sft"] = call("sft.py", at("sft"), model=at("base"), **on("conversations"), learning_rate=1e-4, epochs=2)
-    last["reward_model"] = call("reward_model.py", at("reward_model"), model=at("sft"), **on("pairs"), learning_rate=2e-5)
-    last["dpo"] = call("dpo.py", at("dpo"), model=at("sft"), **on("pairs"), learning_rate=3e-6, max_new_tokens=new)
+    last["reward_model"] = call(
+        "reward_model.py", at("reward_model"), model=at("sft"), **on("pairs"), learning_rate=2e-5
+    )
+    last["dpo"] = call("dpo.py", at("dpo"), model=at("sft"), **on("pairs"), learning_rate=3e-6)
     last["ppo"] = call("ppo.py", at("ppo"), **online, value_learning_rate=1e-5, batch_size=2 * batch)
     last["grpo"] = call("grpo.py", at("grpo"), **online, num_generations=8, batch_size=batch // 2, eval_samples=1)
     policies, scores, found = ("sft", "dpo", "ppo", "grpo"), {}, {}
@@ -639,13 +901,26 @@ def real(args, folder: Path):
     perplexities = run("perplexity", models=models, data=files["conversations", "test"], longest=longest)
     perplexities = [math.nan] * len(policies) if "error" in perplexities else perplexities
     for name, perplexity in zip(policies, perplexities):
-        out, asked = at(f"best-{name}"), dict(model=at(name), reward_model=at("reward_model"), dataset=files["prompts", "test"])
+        out, asked = (
+            at(f"best-{name}"),
+            dict(model=at(name), reward_model=at("reward_model"), dataset=files["prompts", "test"]),
+        )
         call("rlaif.py", out, "best-of-n", **asked, n=4, max_new_tokens=new)
-        report, rankings = json.loads((out / "report.json").read_text()), [json.loads(line) for line in (out / "rankings.jsonl").open()]
+        report, rankings = (
+            json.loads((out / "report.json").read_text()),
+            [json.loads(line) for line in (out / "rankings.jsonl").open()],
+        )
         scores[name] = {json.dumps(row["prompt"]): row["scores"] for row in rankings}
-        rewards, ended = [x for every in scores[name].values() for x in every], 1 - report.get("cut_off_or_empty", 0) / (4 * report["rows"])
+        rewards, ended = (
+            [x for every in scores[name].values() for x in every],
+            1 - report.get("cut_off_or_empty", 0) / (4 * report["rows"]),
+        )
         found[f"{name}.py"] = [f"{perplexity:.2f}", win_rate(scores[name], scores["sft"]) if name != "sft" else ""]
-        found[f"{name}.py"] += [f"{sum(rewards) / max(1, len(rewards)):+.2f}", f"{ended:.2f}", f"{last[name]['seconds']:.0f}"]
+        found[f"{name}.py"] += [
+            f"{sum(rewards) / max(1, len(rewards)):+.2f}",
+            f"{ended:.2f}",
+            f"{last[name]['seconds']:.0f}",
+        ]
     text = f"{', '.join(f'{name}: {Path(file).name}' for name, file in given.items())}; a twentieth of each held out. There, pre-training's"
     text += f" perplexity is {last['base']['eval_perplexity']:.1f} (after {last['base']['seconds']:.0f} s), the reward model's accuracy"
     text += f" {last['reward_model']['eval_accuracy']:.3f}, that of DPO's implicit reward {last['dpo']['eval_rewards/accuracies']:.3f}. Four"
@@ -659,30 +934,52 @@ def main():
     parts, methods = ("check", "train", "online", "real"), ("sft", "dpo", "reward_model")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["0.6B", "1.7B", "8B"], help="of train; online takes the first")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        choices=list(SIZES),
+        default=["0.6B", "1.7B", "8B"],
+        help="of train; online takes the first",
+    )
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="of train")
     parser.add_argument("--repeats", type=int, default=0, help="runs of each side (default: 3; of tiny models 1)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--trl", type=json.loads, default={}, help="further settings of TRL, as JSON: '{\"use_liger_kernel\": true}'")
+    parser.add_argument(
+        "--trl", type=json.loads, default={}, help="further settings of TRL, as JSON: '{\"use_liger_kernel\": true}'"
+    )
     parser.add_argument("--trl-python", default=sys.executable, help="the Python that has TRL")
     parser.add_argument("--conversations", default="", help="of real: a data set that sft.py reads")
     parser.add_argument("--pairs", default="", help="of real: one that reward_model.py reads")
     parser.add_argument("--prompts", default="", help="of real: one that ppo.py reads")
-    parser.add_argument("--work", default="", help="directory in which what real has finished stays for another call (default: a temporary one)")
+    parser.add_argument(
+        "--work",
+        default="",
+        help="directory in which what real has finished stays for another call (default: a temporary one)",
+    )
     args = parser.parse_args()
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ |= dict(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ |= dict(
+        HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false"
+    )
     tiny = args.sizes == ["tiny"]
     args.amount, args.repeats = TINY if tiny else WORK, args.repeats or (1 if tiny else 3)
     device = run("device", size=args.amount["matmul"])
     if "error" in device or args.device == "cuda" and device["name"] == "CPU":
         sys.exit(f"no GPU: {device.get('error', 'torch sees none')}; --device cpu --sizes tiny only tries this file")
     own = device["versions"]
-    other = own if args.trl_python == sys.executable else run("device", python=args.trl_python, size=64).get("versions", {})
+    other = (
+        own if args.trl_python == sys.executable else run("device", python=args.trl_python, size=64).get("versions", {})
+    )
     args.rate, args.memory, args.trl_version = device["rate"], device["memory"], other.get("trl")
-    attention = f"flash-attn {other['flash_attn']}" if other.get("flash_attn") else "sdpa, as flash-attn is not installed"
-    beside = f"TRL {args.trl_version} on {attention}" if args.trl_version else "TRL is not installed, so that nothing stands beside"
+    attention = (
+        f"flash-attn {other['flash_attn']}" if other.get("flash_attn") else "sdpa, as flash-attn is not installed"
+    )
+    beside = (
+        f"TRL {args.trl_version} on {attention}"
+        if args.trl_version
+        else "TRL is not installed, so that nothing stands beside"
+    )
     args.machine = f"{datetime.date.today()}, {device['name']}; torch {own['torch']}, transformers {own['transformers']}; {beside}."
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.work or temporary)

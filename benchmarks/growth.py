@@ -21,7 +21,9 @@ from statistics import median
 
 from beside_trl import HERE, machine, memory, write_results
 
-USUAL = dict(method="sft", length=256, spread=0.0, batch=32, forward=2048, vocabulary=8192, answers=1, hidden=256, layers=4)
+USUAL = dict(
+    method="sft", length=256, spread=0.0, batch=32, forward=2048, vocabulary=8192, answers=1, hidden=256, layers=4
+)
 AXES = {  # name -> what changes, from point to point
     "length of a row": [dict(length=n, batch=8192 // n) for n in (64, 128, 256, 512, 1024, 2048)],
     "spread of lengths": [dict(spread=x) for x in (0.0, 0.5, 0.9)],
@@ -48,8 +50,12 @@ def make_model(folder: Path, point: dict) -> int:
     tokenizer = AutoTokenizer.from_pretrained(folder / "words")
     size = dict(hidden_size=point["hidden"], intermediate_size=3 * point["hidden"], num_hidden_layers=point["layers"])
     heads = dict(num_attention_heads=point["hidden"] // 64, num_key_value_heads=point["hidden"] // 64)
-    ends = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    config = LlamaConfig(vocab_size=point["vocabulary"], max_position_embeddings=4096, tie_word_embeddings=True, **size, **heads, **ends)
+    ends = dict(
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    config = LlamaConfig(
+        vocab_size=point["vocabulary"], max_position_embeddings=4096, tie_word_embeddings=True, **size, **heads, **ends
+    )
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -59,13 +65,22 @@ def make_model(folder: Path, point: dict) -> int:
 def make_rows(point: dict, steps: int) -> list:
     """Rows whose mean length in words, each of which is a token, with begin and end, is as asked; the spread is uniform, so much to each side."""
     rng = random.Random(0)
-    text = lambda n: " ".join(rng.choices(WORDS, k=max(2, round(n * rng.uniform(1 - point["spread"], 1 + point["spread"])))))
+    text = lambda n: " ".join(
+        rng.choices(WORDS, k=max(2, round(n * rng.uniform(1 - point["spread"], 1 + point["spread"]))))
+    )
     if point["method"] == "sft":
         return [dict(text=text(point["length"] - 2)) for _ in range(steps * point["batch"])]
     prompts, third = [text(point["length"] * 2 // 3) for _ in range(steps * point["batch"])], point["length"] // 3 - 2
     if point["method"] == "grpo":
         return [dict(prompt=prompt) for prompt in prompts]
-    return [dict(prompt=p, completions=[" " + text(third) for _ in range(point["answers"])], scores=list(range(point["answers"]))) for p in prompts]
+    return [
+        dict(
+            prompt=p,
+            completions=[" " + text(third) for _ in range(point["answers"])],
+            scores=list(range(point["answers"])),
+        )
+        for p in prompts
+    ]
 
 
 def rule(prompts, completions, **columns) -> list:
@@ -86,10 +101,28 @@ def side(folder: str, point: str):
     torch.set_num_threads(1)
     folder, point = Path(folder), json.loads(point)
     script = importlib.import_module(point["method"])
-    flags = dict(model=str(folder / "model"), dataset=str(folder / "rows.jsonl"), output_dir=str(folder / "out"), overwrite=True, max_length=4096)
-    flags |= dict(batch_size=point["batch"], tokens_per_forward=point["forward"], eval_fraction=0.0, learning_rate=1e-5, save_every=0)
+    flags = dict(
+        model=str(folder / "model"),
+        dataset=str(folder / "rows.jsonl"),
+        output_dir=str(folder / "out"),
+        overwrite=True,
+        max_length=4096,
+    )
+    flags |= dict(
+        batch_size=point["batch"],
+        tokens_per_forward=point["forward"],
+        eval_fraction=0.0,
+        learning_rate=1e-5,
+        save_every=0,
+    )
     if point["method"] == "grpo":
-        flags |= dict(num_generations=point["answers"], max_new_tokens=point["length"] // 3, rule=f"{__file__}:rule", kl_coef=0.0, show_every=0)
+        flags |= dict(
+            num_generations=point["answers"],
+            max_new_tokens=point["length"] // 3,
+            rule=f"{__file__}:rule",
+            kl_coef=0.0,
+            show_every=0,
+        )
     before = memory()
     script.main(script.Args(**flags))
     lines = [json.loads(line) for line in open(folder / "out/metrics.jsonl")]
@@ -108,13 +141,15 @@ def make_words(folder: Path):
     rows = [dict(text=" ".join(rng.choices(WORDS, k=200))) for _ in range(50)]
     (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     size = dict(hidden_size=64, num_layers=1, num_heads=1, vocab_size=600, max_steps=1, batch_size=2, eval_fraction=0.0)
-    sft.main(sft.Args(dataset=str(folder / "words.jsonl"), output_dir=str(folder / "words"), **size))
+    sft.main(sft.Args(from_scratch=True, dataset=str(folder / "words.jsonl"), output_dir=str(folder / "words"), **size))
 
 
 def measure(folder: Path, point: dict) -> dict:
     found = []
     for mode in ("--prepare", "--side"):
-        done = subprocess.run([sys.executable, __file__, mode, str(folder), json.dumps(USUAL | point)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, mode, str(folder), json.dumps(USUAL | point)], capture_output=True, text=True
+        )
         if done.returncode:
             sys.exit(f"{point}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
         found.append(json.loads(done.stdout.splitlines()[-1]))
@@ -132,7 +167,9 @@ def draw(rows: list):
     cells = [[cell.strip() for cell in row.strip("| ").split("|")] for row in rows]
     figure, axes = plt.subplots(2, len(AXES), figsize=(2.6 * len(AXES), 5), layout="constrained")
     for name, (above, below) in zip(AXES, axes.T):
-        x, seconds, _, peak, weights = zip(*[map(float, values) for axis, *values in cells if axis == name] or [[math.nan] * 5])
+        x, seconds, _, peak, weights = zip(
+            *[map(float, values) for axis, *values in cells if axis == name] or [[math.nan] * 5]
+        )
         above.plot(x, seconds, "o-")
         below.plot(x, peak, "o-", label="peak")
         below.plot(x, weights, "--", color="grey", label="weights, moments")
@@ -158,14 +195,29 @@ def main():
                 full, key = USUAL | point, next(name for name in point if name != "method")
                 result = measure(Path(folder), point)
                 answers = full["answers"] if full["method"] != "sft" else 1
-                tokens = full["batch"] * full["length"] if answers == 1 else full["batch"] * full["length"] * (2 + answers) // 3
-                cells = [axis, full[key], f"{result['seconds']:.2f}", f"{tokens / result['seconds']:.0f}", result["memory"], result["weights"]]
+                tokens = (
+                    full["batch"] * full["length"]
+                    if answers == 1
+                    else full["batch"] * full["length"] * (2 + answers) // 3
+                )
+                cells = [
+                    axis,
+                    full[key],
+                    f"{result['seconds']:.2f}",
+                    f"{tokens / result['seconds']:.0f}",
+                    result["memory"],
+                    result["weights"],
+                ]
                 rows.append(f"| {' | '.join(map(str, cells))} |")
                 print(rows[-1], flush=True)
     rows.sort(key=lambda row: list(AXES).index(axis_of(row)))  # stable: an axis keeps the order of its points
     draw(rows)
     head = "| what grows | to | seconds a step | tokens/s | peak MB | of weights and moments |\n" + "| --- " * 6 + "|"
-    text = f"{machine()}\n\n{__doc__.split(chr(10) * 2)[2].strip()}\n\n{head}\n" + "\n".join(rows) + "\n\n![growth](growth.png)"
+    text = (
+        f"{machine()}\n\n{__doc__.split(chr(10) * 2)[2].strip()}\n\n{head}\n"
+        + "\n".join(rows)
+        + "\n\n![growth](growth.png)"
+    )
     write_results("Growth", text)
 
 

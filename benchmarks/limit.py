@@ -18,15 +18,32 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from beside_trl import make_work, machine, ours, write_results
+from beside_trl import machine, make_work, ours, write_results
 
 METHODS = ("sft", "reward_model", "dpo", "orpo", "rpo", "grpo", "ppo")
 KINDS = {  # what an operator's name begins with, by kind; the first that fits counts
     "matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "aten::baddbmm", "mkldnn"),
     "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "optimiser": ("aten::_fused_adam", "aten::_foreach", "aten::linalg_vector_norm", "Optimizer"),
-    "vocabulary": ("aten::_log_softmax", "aten::logsumexp", "aten::amax", "aten::special_entr", "aten::gather", "aten::cumsum", "aten::searchsorted"),
-    "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::clone", "aten::stack", "aten::embedding", "aten::contiguous", "aten::repeat"),
+    "vocabulary": (
+        "aten::_log_softmax",
+        "aten::logsumexp",
+        "aten::amax",
+        "aten::special_entr",
+        "aten::gather",
+        "aten::cumsum",
+        "aten::searchsorted",
+    ),
+    "copies": (
+        "aten::copy_",
+        "aten::cat",
+        "aten::index",
+        "aten::clone",
+        "aten::stack",
+        "aten::embedding",
+        "aten::contiguous",
+        "aten::repeat",
+    ),
 }
 
 
@@ -36,13 +53,19 @@ def side(mode: str, method: str, model: str, data: str, out: str, steps: str):
     from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    forward, backward = (getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{end}") for end in ("", "_backward"))  # not known to it
+    forward, backward = (
+        getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{end}") for end in ("", "_backward")
+    )  # not known to it
     known = {
         forward: lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v),
         backward: lambda grad, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(grad, q, k, v),
     }
     torch.set_num_threads(1)
-    script, counter, sampling = importlib.import_module(method), FlopCounterMode(display=False, custom_mapping=known), Counter()
+    script, counter, sampling = (
+        importlib.import_module(method),
+        FlopCounterMode(display=False, custom_mapping=known),
+        Counter(),
+    )
     options = dataclass_with(script, max_steps=int(steps))
     if hasattr(script, "sample_answers"):
         real = script.sample_answers
@@ -50,7 +73,9 @@ def side(mode: str, method: str, model: str, data: str, out: str, steps: str):
         def watched(*args, **kwargs):
             clock, before = time.perf_counter(), counter.get_total_flops() if mode == "flops" else 0
             result = real(*args, **kwargs)
-            sampling.update(seconds=time.perf_counter() - clock, flops=counter.get_total_flops() - before if mode == "flops" else 0)
+            sampling.update(
+                seconds=time.perf_counter() - clock, flops=counter.get_total_flops() - before if mode == "flops" else 0
+            )
             return result
 
         script.sample_answers = watched
@@ -69,7 +94,8 @@ def side(mode: str, method: str, model: str, data: str, out: str, steps: str):
             wall, spent = time.perf_counter() - clock, Counter()
         for event in profiler.key_averages():
             kind = next(
-                (kind for kind, names in KINDS.items() if event.key.startswith(names)), "elementwise" if event.key.startswith("aten::") else ""
+                (kind for kind, names in KINDS.items() if event.key.startswith(names)),
+                "elementwise" if event.key.startswith("aten::") else "",
             )
             spent[kind] += event.self_cpu_time_total / 1e6
         found = dict(wall=wall, spent=spent)
@@ -118,7 +144,10 @@ def main():
     if args.steps < 4:
         parser.error("--steps must be at least 4")
     limit, shaped, decoding, rows, sampled = rate(1024, 1024, 1024), rate(2048, 256, 768), rate(64, 256, 768), [], []
-    print(f"matrices: {limit:.0f} GFLOP/s; [2048, 256] x [256, 768] {shaped:.0f}; [64, 256] x [256, 768] {decoding:.0f}", flush=True)
+    print(
+        f"matrices: {limit:.0f} GFLOP/s; [2048, 256] x [256, 768] {shaped:.0f}; [64, 256] x [256, 768] {decoding:.0f}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         files = make_work(Path(folder), args.pairs, args.questions, args.steps)
         for method in args.methods:
@@ -136,12 +165,19 @@ def main():
                 seconds, count = timed["sampling"]["seconds"] / steps, many["sampling"]["flops"] / steps / 1e9
                 sampled.append(f"| {method}.py | {seconds:.2f} | {count / limit:.2f} | {count / limit / seconds:.2f} |")
                 print(sampled[-1], flush=True)
-    heads = ["script", "seconds a step", "GFLOP a step", "GFLOP/s", "share of the limit", *KINDS, "elementwise", "Python, files"]
+    heads = [
+        "script",
+        "seconds a step",
+        "GFLOP a step",
+        "GFLOP/s",
+        "share of the limit",
+        *KINDS,
+        "elementwise",
+        "Python, files",
+    ]
     table = f"| {' | '.join(heads)} |\n" + "| --- " * len(heads) + "|\n" + "\n".join(rows)
     floor = "| sampling of | seconds a step | its floor | share |\n| --- | --- | --- | --- |\n" + "\n".join(sampled)
-    rates = (
-        f"Matrices of 1024 x 1024: {limit:.0f} GFLOP/s, the limit; [2048, 256] x [256, 768]: {shaped:.0f}; [64, 256] x [256, 768]: {decoding:.0f}."
-    )
+    rates = f"Matrices of 1024 x 1024: {limit:.0f} GFLOP/s, the limit; [2048, 256] x [256, 768]: {shaped:.0f}; [64, 256] x [256, 768]: {decoding:.0f}."
     notes = "The last columns are shares of the time of a whole run under the profiler, start-up included."
     write_results("Beside the limit", f"{machine()}\n\n{rates}\n{notes}\n\n{table}\n\n{floor}")
 

@@ -22,6 +22,7 @@ from statistics import stdev
 import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gridworld as world
@@ -57,7 +58,7 @@ def verdict(runs: Runs, holds: bool, reason: str = "") -> str:
 
 
 def judge(runs: Runs, parts: dict, reason: str = "", after: str = "") -> bool:
-    """Prints the claim, {what was measured: whether it is as claimed}; of several parts, those that fail get a `(no)`."""
+    """Prints the claim, {what was measured: whether it holds}; of several parts, those that fail get a `(no)`."""
     mark = len(parts) > 1 and not runs.tiny
     measured = "; ".join(text + " (no)" * (mark and not holds) for text, holds in parts.items())
     print(f"claim: {measured}: {verdict(runs, all(parts.values()), reason)}{after}")
@@ -160,18 +161,17 @@ def dpo(runs: Runs) -> bool:
     sft, ppo, ours, plain = (rows[name] for name in ("sft", "ppo", "dpo", "dpo-plain"))
     seconds = ppo["seconds"] + runs.metrics("reward_model")[-1]["seconds"]
     text = (
-        f"DPO scores {ours['score']:.2f} after {ours['seconds']:.0f} s in {ours['MB']:.0f} MB, PPO with its reward model "
-        f"{ppo['score']:.2f} after {seconds:.0f} s in {ppo['MB']:.0f} MB (SFT {sft['score']:.2f}; DPO without the "
-        f"likelihood term {plain['score']:.2f}, with {plain['valid']:.0%} of its answers valid)"
+        f"DPO scores {ours['score']:.2f} after {ours['seconds']:.0f} s in {ours['MB']:.0f} MB, PPO with its reward "
+        f"model {ppo['score']:.2f} after {seconds:.0f} s in {ppo['MB']:.0f} MB (SFT {sft['score']:.2f}; DPO without "
+        f"the likelihood term {plain['score']:.2f}, with {plain['valid']:.0%} of its answers valid)"
     )
     return judge(runs, {text: ours["score"] > ppo["score"] - 0.03 and ours["seconds"] < seconds})
 
 
 def gemini(runs: Runs) -> bool:
     rounds = [k for k in (2, 3, 4) if (runs.folder / f"gemini/static-{k}").exists()]
-    first, refreshed = (
-        [share_of_right_pairs(runs, model.format(k), k) for k in rounds] for model in ("reward_model", "gemini/reward-{}")
-    )  # fmt: skip
+    models = {k: ("reward_model", f"gemini/reward-{k}") for k in rounds}
+    first, refreshed = ([share_of_right_pairs(runs, models[k][i], k) for k in rounds] for i in (0, 1))
     start = runs.metrics("gemini/fresh-1")
     lines = {line: [start, *(runs.metrics(f"gemini/{line}-{k}") for k in rounds)] for line in ("static", "fresh")}
     true, reward = "rewards/rule/mean", "objective/scores"
@@ -300,8 +300,9 @@ def internlm2(runs: Runs) -> bool:
     patches = len(runs.lines(f"{folder}/patches"))
     two = {name: "{:.2f} by points, {:.2f} by safety".format(*pair) for name, pair in sides.items()}
     print(
-        f"beside it: after the slow path too: share {end['ppo-slow']:.2f}, score {rows['ppo-slow']['score']:.2f}; right in "
-        f"held-out pairs against the pattern: {', '.join(f'{name} {value:.2f}' for name, value in pattern.items())}; "
+        f"beside it: after the slow path too: share {end['ppo-slow']:.2f}, score {rows['ppo-slow']['score']:.2f}; "
+        "right in held-out pairs against the pattern: "
+        f"{', '.join(f'{name} {value:.2f}' for name, value in pattern.items())}; "
         f"highest score in training {most:.1f}; right refusals "
         + ", ".join(f"{name} {rows[name]['refused']:.2f}" for name in ("sft", *names))
     )
@@ -326,8 +327,8 @@ def llama3(runs: Runs) -> bool:
     rises, unharmed = score["sft"] < score["dpo-1"] < score["average"], stop["average"] >= stop["sft"] - 0.02
     text = (
         f"score {score['sft']:.2f}, in round 1 {score['sft-1']:.2f} and after DPO {score['dpo-1']:.2f}, in round 2 "
-        f"{score['sft-2']:.2f} and {score['average']:.2f}, the average of {listed(parts)}; answers that stop where they "
-        f"should: SFT {stop['sft']:.3f}, in round 2 {stop['sft-2']:.3f}, after DPO {stop['dpo-2']:.3f}, averaged "
+        f"{score['sft-2']:.2f} and {score['average']:.2f}, the average of {listed(parts)}; answers that stop where "
+        f"they should: SFT {stop['sft']:.3f}, in round 2 {stop['sft-2']:.3f}, after DPO {stop['dpo-2']:.3f}, averaged "
         f"{stop['average']:.3f}, without the mask {stop['unmasked']:.3f} (score {score['unmasked']:.2f}, "
         f"{score['dpo-2']:.2f} with it)"
     )
@@ -379,8 +380,8 @@ def nemotron(runs: Runs) -> bool:
         return runs.metrics(run)[-1]["gap_error"] if (runs.folder / run).exists() else math.nan
 
     text = (
-        f"DPO scores {score[0]:.2f}, then RPO {listed(score[1:])} by rounds; better answers lose {fall('rpo'):.1f} nats "
-        f"under RPO, {fall('dpo'):.1f} under DPO; |beta h| on near ties {near('rpo'):.2f} and {near('dpo'):.2f}"
+        f"DPO scores {score[0]:.2f}, then RPO {listed(score[1:])} by rounds; better answers lose {fall('rpo'):.1f} "
+        f"nats under RPO, {fall('dpo'):.1f} under DPO; |beta h| on near ties {near('rpo'):.2f} and {near('dpo'):.2f}"
     )
     rises = score[0] < score[1] < score[-1]
     return judge(runs, {text: rises and fall("rpo") < fall("dpo") and near("rpo") < near("dpo")})
@@ -460,7 +461,7 @@ def deviation(pairs: list) -> float:
 
 
 def best_of(answers: list, n: int) -> list:
-    """Proxy, true score and KL of best-of-n: the exact mean over all choices of n of the N answers (proxy, count, true)."""
+    """Proxy, true score and KL of best-of-n: exact means over all choices of n of the answers (proxy, count, true)."""
     answers, below, total = sorted(answers, key=lambda answer: answer[0]), 0, sum(k for _, k, _ in answers)
     n, sums = min(n, total), [0.0, 0.0, 0.0]
     for proxy, k, true in answers:
@@ -507,8 +508,8 @@ def qwen2(runs: Runs) -> bool:
     online = min(score[adamw], score[ondare]) > max(score[dpo], score[longer])
     cheaper = tax[ondare] < tax[adamw] and score[ondare] > score[adamw] - 0.01
     text = (
-        "of SFT, offline DPO, 60 steps more of it, 60 steps online by AdamW, by AdamW at half the rate, by OnDARE: score "
-        f"{listed(score)}; tax {listed(tax)}; with thinking {listed(thinking)}; judge {listed(judging)}; honest "
+        "of SFT, offline DPO, 60 steps more of it, 60 steps online by AdamW, by AdamW at half the rate, by OnDARE: "
+        f"score {listed(score)}; tax {listed(tax)}; with thinking {listed(thinking)}; judge {listed(judging)}; honest "
         f"{listed(honest)}; right refusals {listed(refused)}"
     )
     return judge(runs, {text: online and cheaper}, reason=f" ({'the tax' if online else 'the score'})")
@@ -523,8 +524,8 @@ def rlaif(runs: Runs) -> bool:
     text = (
         f"the judge agrees with people in {agreement:.2f} of {audit['decided']} clear pairs ({audit['ties']} ties); "
         f"score {score['start']:.2f}, distilled {score['distilled']:.2f}, direct {score['direct']:.2f}, self-rewarding "
-        f"{listed(rounds[1:])} by rounds; as a judge {judging[0]:.2f}, then {listed(judging[1:])}; it prefers the last to "
-        f"the first in {duel['win_rate']:.2f}"
+        f"{listed(rounds[1:])} by rounds; as a judge {judging[0]:.2f}, then {listed(judging[1:])}; it prefers the last "
+        f"to the first in {duel['win_rate']:.2f}"
     )
     better = min(score["distilled"], score["direct"], score["self-3"]) > score["start"]
     return judge(runs, {text: agreement >= 0.85 and better and rounds[0] < rounds[1] < rounds[-1]})
@@ -549,19 +550,19 @@ def sft_vs_rlhf(runs: Runs) -> bool:
         diverse["sft"] > diverse["best"] > diverse["ppo"],
     )
     texts = (
-        f"equally good answers: the other best walk gets less likely in {falls['sft']:.2f} of grids by a step of SFT, in "
-        f"{falls['rlhf']:.2f} by one of RLHF",
+        f"equally good answers: the other best walk gets less likely in {falls['sft']:.2f} of grids by a step of SFT, "
+        f"in {falls['rlhf']:.2f} by one of RLHF",
         f"negative feedback: log-probability of rejected walks {rejected['sft']:.2f} at the start; "
         f"{rejected['chosen']:.2f} by SFT on chosen ones, {rejected['dpo']:.2f} by DPO",
         f"no looking back: slips in {slips['sft']:.4f} of answers SFT, {slips['ppo']:.4f} PPO",
-        f"bias: of two equal walks the one to the right with {right['sft']:.3f} SFT, {right['ppo']:.3f} PPO (the reward "
-        f"model's mean gap {found['taste']:+.2f})",
+        f"bias: of two equal walks the one to the right with {right['sft']:.3f} SFT, {right['ppo']:.3f} PPO (the "
+        f"reward model's mean gap {found['taste']:+.2f})",
         f"safety: safe walks {safe[0]:.2f} SFT, {safe[1]:.2f} PPO with the second reward model; right refusals "
         f"{listed(refused)} (wrong ones {listed(wrongly)}; score {listed(cost)})",
         f"generalisation: score {score[0]:.2f} SFT, {score[1]:.2f} PPO; with twice the lava {listed(lava)}; with no "
         f"number above 0 {listed(poor)}",
-        f"diversity by input: {diverse['sft']:.2f} SFT, {diverse['best']:.2f} best of 4, {diverse['ppo']:.2f} PPO (across "
-        f"inputs {listed(across[kind] for kind in ('sft', 'best', 'ppo'))})",
+        f"diversity by input: {diverse['sft']:.2f} SFT, {diverse['best']:.2f} best of 4, {diverse['ppo']:.2f} PPO "
+        f"(across inputs {listed(across[kind] for kind in ('sft', 'best', 'ppo'))})",
     )
     for number, (text, part) in enumerate(zip(texts, holds), 1):
         print(f"({number}) {text}: {verdict(runs, part)}")
@@ -703,12 +704,12 @@ def starling(runs: Runs) -> bool:
     people = runs.report(f"{folder}/audit")["kinds"]["helpful"]
     print(
         f"beside it: the judge agrees with people who count points {people['agree']} times, disagrees "
-        f"{people['disagree']}, cannot say {people['tie']}; PPO without critic training and constant: first fifth {apart}, "
-        f"score {score[3]:.2f}, tokens {tokens[3]:.1f}; honest {listed(honest)}"
+        f"{people['disagree']}, cannot say {people['tie']}; PPO without critic training and constant: first fifth "
+        f"{apart}, score {score[3]:.2f}, tokens {tokens[3]:.1f}; honest {listed(honest)}"
     )
     rises_on = all(rise >= -noise for rise, noise in rises.values())
     same_length = abs(tokens[1] / tokens[0] - 1) <= 0.1 and ended >= 0.98
-    ranks_as_well = ranked >= paired - 0.02
+    as_well = ranked >= paired - 0.02
     return judge(
         runs,
         {
@@ -716,7 +717,7 @@ def starling(runs: Runs) -> bool:
             f"tokens {tokens[0]:.1f}, after PPO {tokens[1]:.1f}, {ended:.3f} of answers end": same_length,
             f"score {score[0]:.2f}, all weights {score[1]:.2f}": score[1] > score[0],
             f"last layer {score[2]:.2f}": score[1] > score[2],
-            f"reward model right in {ranked:.3f} of held-out pairs by whole rankings, {paired:.3f} by pairs": ranks_as_well,
+            f"reward model right in {ranked:.3f} of held-out pairs by whole rankings, {paired:.3f} by pairs": as_well,
         },
     )
 
@@ -747,5 +748,6 @@ CLAIMS: dict[str, Callable] = {
 
 if __name__ == "__main__":
     name, folder, data, seed, *tiny = sys.argv[1:]
+    disable_progress_bar()
     holds = CLAIMS[name](Runs(Path(folder), Path(data), int(seed), tiny == ["tiny"]))
     sys.exit(0 if holds or tiny == ["tiny"] else 1)

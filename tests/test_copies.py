@@ -1,12 +1,13 @@
-"""Scripts share code as blocks of text, copied word for word. This file compares the copies, and carries one script's blocks into the others:
+"""Scripts share blocks of code, copied word for word. This file compares the copies.
 
-    python tests/test_copies.py --sync dpo.py
+    python tests/test_copies.py --sync dpo.py           carries dpo.py's blocks into the other scripts that have them
 
-A script has the method, then `main`, its own helpers, a ruler line, blocks, and the call of `main`. A block reaches from its marker line,
-`# ---- NAME: ...`, to the next one. The order of blocks is fixed; a script has each block whole or not at all.
+A script has the method, `main`, its own helpers, the ruler line, blocks, and the call of `main`. A block reaches from its
+marker line, `# ---- NAME: ...`, to the next one. Blocks stand in a fixed order. A script has a block whole or not at all.
 """
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,45 +15,42 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-FIRST_DRAFT = {"gridworld.py", "grpo.py", "ppo.py", "rlaif.py"}  # without blocks; test_first_draft.py compares them
+FIRST_DRAFT = {"gridworld.py", "grpo.py", "ppo.py", "rlaif.py"}  # have no blocks; see test_first_draft.py
 ORDER = "preferences reference scores log-probabilities data rows models runs".split()
-RULER = f"# {'=' * 36} below this line, every block stands word for word in all scripts that have it ===="
+RULER = f"\n# {'=' * 36} below this line, every block stands word for word in all scripts that have it ====\n"
 END = '\n\n\nif __name__ == "__main__":\n    main(args)\n'
-
-
-def read(path: Path) -> str:
-    return path.read_bytes().decode("utf-8")  # read_text would change line endings
 
 
 def scripts(folder: Path) -> list:
     return sorted(path for path in folder.glob("*.py") if path.name not in FIRST_DRAFT)
 
 
-def split(text: str) -> tuple:
-    """The text up to the ruler line, and the blocks below it as {name: text}. ValueError: the file has another structure."""
-    above, ruler, below = text.partition(f"\n{RULER}\n")
+def split(script: Path) -> tuple:
+    """A script's text down to the ruler line, and the blocks below it, {name: text}. ValueError: another structure."""
+    text = script.read_bytes().decode("utf-8")  # read_text would change line endings
+    above, ruler, below = text.partition(RULER)
     if not ruler or "\n# ====" in above + below:
-        raise ValueError("needs one ruler line, as in the other scripts")
+        raise ValueError(f"{script.name}: needs one ruler line, the same as in the other scripts")
     if not below.endswith(END):
-        raise ValueError("must end with the call of main, after two empty lines")
-    before, *parts = re.split(r"(?m)^(?=# ---- )", below.removesuffix(END))
-    names = [re.match(r"# ---- ([\w-]+): \S|", part)[1] for part in parts]
-    if before or not names or names != [name for name in ORDER if name in names]:
+        raise ValueError(f"{script.name}: must end with the call of main, below two empty lines")
+    before, *blocks = re.split(r"(?m)^(?=# ---- )", below.removesuffix(END))
+    names = [re.sub(r"# ---- ([\w-]+): \S.*", r"\1", block.split("\n")[0]) for block in blocks]
+    if before or not blocks or names != [name for name in ORDER if name in names]:
         raise ValueError(
-            f"its blocks are {', '.join(map(str, names))}; they must be of, and in the order: {', '.join(ORDER)}"
+            f"{script.name}: has the blocks {', '.join(names)}; allowed, in this order: {', '.join(ORDER)}"
         )
-    return above + ruler, dict(zip(names, parts))
+    return above + ruler, dict(zip(names, blocks))
 
 
 def drift(folder: Path) -> list:
-    """One sentence for each block whose copies differ, and for each script with another structure."""
+    """One sentence for each block whose copies differ, and for each script that has another structure."""
     copies, found = {name: {} for name in ORDER}, []  # name -> text -> the scripts that have it
-    for path in scripts(folder):
+    for script in scripts(folder):
         try:
-            for name, block in split(read(path))[1].items():
-                copies[name].setdefault(block, []).append(path.name)
+            for name, block in split(script)[1].items():
+                copies[name].setdefault(block, []).append(script.name)
         except ValueError as error:
-            found.append(f"{path.name}: {error}")
+            found.append(str(error))
     for name, versions in copies.items():
         if len(versions) > 1:
             found.append(f"block {name} differs: {' | '.join(map(', '.join, versions.values()))}")
@@ -60,28 +58,157 @@ def drift(folder: Path) -> list:
 
 
 def sync(source: Path) -> list:
-    """Writes the blocks of source into the scripts beside it that have them. Returns what changed, as "SCRIPT: BLOCK"."""
-    theirs, changed = split(read(source))[1], []
-    for path in scripts(source.parent):
-        above, blocks = split(read(path))
-        names = [name for name in blocks if blocks[name] != theirs.get(name, blocks[name])]
-        if names:
-            path.write_bytes((above + "".join((blocks | {n: theirs[n] for n in names}).values()) + END).encode("utf-8"))
-        changed += [f"{path.name}: {name}" for name in names]
+    """Writes the blocks of source into the scripts beside it that have them. Returns each change as "SCRIPT: BLOCK"."""
+    parts, changed = {script: split(script) for script in scripts(source.parent)}, []
+    for script, (above, blocks) in parts.items():
+        theirs = {name: parts[source][1].get(name, block) for name, block in blocks.items()}
+        if theirs != blocks:
+            script.write_bytes((above + "".join(theirs.values()) + END).encode("utf-8"))
+            changed += [f"{script.name}: {name}" for name in blocks if theirs[name] != blocks[name]]
     return changed
 
 
 def command(argv: list) -> int:
-    """Exit code 0: all copies are equal; 1: they are not; 2: a wrong command."""
+    """Exit code 0: all copies are equal; 1: they are not, or a script has another structure; 2: a wrong command."""
+    names = [script.name for script in scripts(REPO)]
+    if argv and not (len(argv) == 2 and argv[0] == "--sync" and Path(argv[1]).name in names):
+        print(
+            f"usage: python tests/test_copies.py [--sync FILE], where FILE is one of {', '.join(names)}",
+            file=sys.stderr,
+        )
+        return 2
     if argv:
-        if argv[0] != "--sync" or len(argv) != 2 or Path(argv[1]).name not in [path.name for path in scripts(REPO)]:
-            names = ", ".join(path.name for path in scripts(REPO))
-            print(f"usage: python tests/test_copies.py [--sync FILE], where FILE is one of {names}", file=sys.stderr)
-            return 2
         try:
             print("\n".join(sync(REPO / Path(argv[1]).name) or ["nothing to carry over"]))
-        except ValueError as error:
-            print(f"nothing more was written: a script {error}")
+        except ValueError:
+            print("nothing was written")
     found = drift(REPO)
     print("\n".join(found or ["all copies are equal"]))
     return 1 if found else 0
+
+
+# ----------------------------------------------------------------------------------------------- tests of the scripts
+
+
+def test_blocks_are_equal_and_in_order():
+    found = drift(REPO)
+    assert not found, "\n  ".join(
+        ["python tests/test_copies.py --sync FILE carries FILE's blocks into the others", *found]
+    )
+
+
+@pytest.mark.parametrize("script", scripts(REPO), ids=lambda script: script.name)
+def test_main_stands_directly_below_the_method(script):
+    above, _ = split(script)
+    head, method, own = re.split(r"(?m)^# -{20,} .*\n", above)
+    assert re.findall(r"(?m)^# -{20,} (.*)", above) == ["the method", f"{script.name} alone"]
+    assert "\ndef " not in head and "\ndef main(" not in own
+    lines = method.rstrip().split("\n")
+    (start,) = (i for i, line in enumerate(lines) if line.startswith("def main(args"))
+    assert all(line.startswith("    ") or not line for line in lines[start + 1 :]), "something stands below main"
+    assert head.count("\n") + 1 + len(lines) <= 420
+
+
+# ------------------------------------------------------------------------------------------------- tests of this tool
+
+TOP = '"""A script."""\n\n\ndef main(args):\n    print(f(args))\n\n'
+BLOCKS = {
+    "data": "# ---- data: of a run\n\n\n# why\n@cache\ndef f(x):\n    return x  # as it is\n\n\n",
+    "rows": "# ---- rows: of it\n\n\nROWS = []\n\n\n",
+    "runs": "# ---- runs: of all\n\n\ndef g():\n    pass",
+}
+
+
+def write(folder: Path, name: str, text: str = ""):
+    """A script of the three blocks, or of another text."""
+    (folder / name).write_bytes((text or TOP + RULER + "".join(BLOCKS.values()) + END).encode())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two scripts with three blocks each, one with two of them, and one of the first draft."""
+    write(tmp_path, "a.py")
+    write(tmp_path, "b.py", (tmp_path / "a.py").read_text().replace("A script", "Another"))
+    write(tmp_path, "c.py", (tmp_path / "a.py").read_text().replace(BLOCKS["rows"], ""))
+    write(tmp_path, "ppo.py", "x = 1\n")
+    return tmp_path
+
+
+def contents(folder: Path) -> dict:
+    return {path.name: path.read_bytes() for path in folder.glob("*.py")}
+
+
+def test_equal_blocks_may_have_anything_above_them(folder):
+    assert drift(folder) == [] and sync(folder / "a.py") == []
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("of a run", "of one run"),
+        ("# why\n", ""),
+        ("@cache\n", ""),
+        ("  # as it is", ""),
+        ("return x", "return  x"),
+        ("it is\n", "it is\r\n"),
+    ],
+)
+def test_a_drifted_block_is_found_and_mended(old, new, folder):
+    before = contents(folder)
+    write(folder, "b.py", before["b.py"].decode().replace(BLOCKS["data"], BLOCKS["data"].replace(old, new)))
+    drifted = contents(folder)
+    assert drifted["b.py"] != before["b.py"]
+    assert drift(folder) == ["block data differs: a.py, c.py | b.py"]
+    assert sync(folder / "a.py") == ["b.py: data"] and contents(folder) == before and drift(folder) == []
+    write(folder, "b.py", drifted["b.py"].decode())
+    assert sync(folder / "b.py") == ["a.py: data", "c.py: data"] and drift(folder) == []
+    assert contents(folder)["b.py"] == drifted["b.py"] and contents(folder)["ppo.py"] == before["ppo.py"]
+    assert contents(folder)["a.py"] == drifted["b.py"].replace(b"Another", b"A script")
+
+
+@pytest.mark.parametrize(
+    "old, new, complaint",
+    [
+        (BLOCKS["data"] + BLOCKS["rows"], BLOCKS["rows"] + BLOCKS["data"], "has the blocks rows, data, runs"),
+        (BLOCKS["rows"], 2 * BLOCKS["rows"], "has the blocks data, rows, rows, runs"),
+        ("# ---- rows: of", "# ---- lines: of", "has the blocks data, lines, runs"),
+        ("# ---- rows: of it", "# ---- rows", "has the blocks data, # ---- rows, runs"),
+        (RULER, f"{RULER}x = 1\n", "has the blocks data, rows, runs"),
+        (RULER, RULER.replace("stands", "is"), "needs one ruler line"),
+        (RULER, RULER + RULER[1:], "needs one ruler line"),
+        (END, END + "x = 1\n", "must end with the call of main"),
+        (END, END[1:], "must end with the call of main"),
+    ],
+)
+def test_another_structure_is_found_and_not_overwritten(old, new, complaint, folder):
+    write(folder, "b.py", (folder / "b.py").read_text().replace(old, new))
+    write(folder, "a.py", (folder / "a.py").read_text().replace("# why", "# because"))
+    before = contents(folder)
+    assert any(sentence.startswith(f"b.py: {complaint}") for sentence in drift(folder)), drift(folder)
+    for source in ("a.py", "b.py"):
+        with pytest.raises(ValueError, match="b.py"):
+            sync(folder / source)
+    assert contents(folder) == before
+
+
+def test_the_command(folder):
+    (folder / "tests").mkdir()
+    shutil.copy(__file__, folder / "tests/test_copies.py")
+    write(folder, "b.py", (folder / "b.py").read_text().replace("# why", "# because"))
+
+    def run(*flags):
+        words = [sys.executable, "tests/test_copies.py", *flags]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+        return done.returncode, done.stdout.splitlines()
+
+    assert run() == (1, ["block data differs: a.py, c.py | b.py"])
+    assert run("--sync", "ppo.py")[0] == run("--sync")[0] == run("a.py")[0] == 2 and drift(folder)
+    assert run("--sync", "a.py") == (0, ["b.py: data", "all copies are equal"])
+    assert run("--sync", "./a.py") == (0, ["nothing to carry over", "all copies are equal"])
+    write(folder, "b.py", "x = 1\n")
+    code, lines = run("--sync", "a.py")
+    assert code == 1 and lines[0] == "nothing was written" and lines[1].startswith("b.py: needs one ruler line")
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

@@ -587,10 +587,12 @@ def test_a_text_has_one_score_in_the_reward_model_and_in_ppo(tokenizer_name, con
     folder = make_reward_model(tmp_path / "rm", tokenizer)
     model, tokenizer = load_scorer(folder)
     answers = [" Right, up: that is 12", " No"]
-    encode_row = reward_model.rankings(reward_model.Args(model="", dataset=""), tokenizer, 512, conditions)
-    rows = [encode_row(dict(prompt=prompt, completions=answers, scores=[1, 0], kind="helpful"), Counter())[0] for prompt in PROMPTS.values()]
-    trainer = reward_model.shard(reward_model.load_reward_model(folder, CPU, torch.float32)[0], torch.float32, reward_model.response_scores)
-    there = torch.cat(reward_model.score_rows(trainer, rows, reward_model.Args(model="", dataset=""), CPU))
+    args, reader = reward_model.Args(model=folder, dataset=""), reward_model.load_tokenizer(folder)
+    ranked = [dict(prompt=prompt, completions=answers, scores=[1, 0], kind="helpful") for prompt in PROMPTS.values()]
+    rows = [reward_model.ranking_rows(args, reader, 512, conditions, row, Counter())[0] for row in ranked]
+    trainer = reward_model.read_model(AutoModelForSequenceClassification, folder, reader, num_labels=1)
+    trainer = reward_model.prepare_model(trainer, folder, args, CPU, torch.float32, reward_model.response_scores)
+    there = torch.cat(reward_model.score_rows(trainer, rows, args, CPU))
     asked = [ppo.Row([1], [[2]], None, dict(prompt=prompt, kind="helpful")) for prompt in PROMPTS.values() for _ in answers]
     here = ppo.reward_scores(model, tokenizer, conditions, settings(tokens_per_forward=64), CPU, asked, answers * len(PROMPTS))
     close(here, there, 1e-4)  # sums of 32 terms that are together ten times as large
@@ -799,9 +801,11 @@ def test_the_value_model_starts_from_a_reward_model_that_was_given_a_pad_token(o
     bare.pad_token = bare.eos_token  # no token to spare for padding, as in Llama 3: reward_model.py adds one
     AutoModelForCausalLM.from_config(tiny_config("llama", bare)).save_pretrained(tmp_path / "policy")
     bare.save_pretrained(tmp_path / "policy")
-    model, tokenizer, _ = reward_model.load_reward_model(str(tmp_path / "policy"), CPU, torch.float32)
+    policy, tokenizer = str(tmp_path / "policy"), reward_model.load_tokenizer(str(tmp_path / "policy"))
+    model = reward_model.read_model(AutoModelForSequenceClassification, policy, tokenizer, num_labels=1)
+    model = reward_model.with_score_head(model, tokenizer, is_new=True)
     assert len(tokenizer) == len(bare) + 1
-    reward_model.write_model(tmp_path / "rm", model, tokenizer, torch.float32)
+    reward_model.save_model(tmp_path / "rm", model, tokenizer, torch.float32)
     assert ppo.value_start(settings(model=str(tmp_path / "policy"), reward_model=(str(tmp_path / "rm"),)), bare) == str(tmp_path / "rm")
 
 
@@ -1354,7 +1358,7 @@ def chain(run_script, tmp_path_factory):
     write_rows(folder / "pairs.jsonl", [dict(prompt=q, chosen=r, rejected=r + " no no") for q, r in talks])
     write_rows(folder / "prompts.jsonl", [dict(prompt=user(q), number=i) for i, (q, _) in enumerate(talks[:20])])
     small = "--hidden-size 32 --num-layers 2 --num-heads 2 --vocab-size 300 --epochs 5 --learning-rate 1e-2 --output-dir runs/sft".split()
-    run_script("sft", "--dataset", "sft.jsonl", *CHAIN, *small, cwd=folder)
+    run_script("sft", "--dataset", "sft.jsonl", "--from-scratch", *CHAIN, *small, cwd=folder)
     run_script("reward_model", "--model", "runs/sft", "--dataset", "pairs.jsonl", *CHAIN, "--output-dir", "runs/rm", cwd=folder)
     done = run_script("ppo", *PPO, "--output-dir", "runs/ppo", cwd=folder, env=dict(WATCH="whole"))
     (folder / "stdout").write_text(done.stdout)

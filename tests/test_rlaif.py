@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections import Counter
 from dataclasses import MISSING, fields
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -652,10 +653,12 @@ def loads(row: dict, tokenizer, encode_row) -> list:
     return found
 
 
-def loaded(script, file, encode_row) -> list:
-    """The rows of a file as another script reads them."""
-    data = script.load_rows("--dataset", str(file))
-    return [loads(script.without_none(row), None, encode_row)[0] for row in data]
+def loaded(script, file, tokenizer, **options) -> list:
+    """The rows of a file as another script reads them; options: fields of its Args."""
+    read = dict(sft=partial(sft.demonstration_rows, tokenizer, 512, False), dpo=partial(dpo.preference_rows, tokenizer, 512))
+    args = reward_model.Args(model="", dataset="", **options)
+    read |= dict(reward_model=partial(reward_model.ranking_rows, args, tokenizer, 512, {}))
+    return [loads(row, tokenizer, read[script.__name__])[0] for row in script.load_rows("--dataset", str(file), "train")]
 
 
 def test_label_gives_soft_preferences_in_the_order_of_the_judge(ai, ruled, tiny_tokenizer):
@@ -677,10 +680,10 @@ def test_label_gives_soft_preferences_in_the_order_of_the_judge(ai, ruled, tiny_
     for row, (i, *_) in zip(rows, expected):
         assert row["kind"] == "ab"[i % 2] and row["prompt"] == talk(QUESTIONS[i]) and row["judge"] and set(row) >= {*pair(0), "probability", "judge"}
     # what the other scripts make of them
-    soft = loaded(reward_model, done.out / "pairs.jsonl", reward_model.rankings(reward_model.Args(model="", dataset=""), tiny_tokenizer, 512, {}))
+    soft = loaded(reward_model, done.out / "pairs.jsonl", tiny_tokenizer)
     near([row.extra["pairs"][0][2] for row in soft], [p for *_, p in expected], 1e-6)
     assert all(row.extra["soft"] and row.extra["pairs"][0][:2] == (0, 1) for row in soft)
-    hard = loaded(dpo, done.out / "pairs.jsonl", dpo.preferences(dpo.Args(model="", dataset=""), tiny_tokenizer, 512))
+    hard = loaded(dpo, done.out / "pairs.jsonl", tiny_tokenizer)
     assert [tiny_tokenizer.decode(row.responses[row.extra["pairs"][0][0]]) for row in hard] == [f"{a}<|end|>" for _, a, *_ in expected]
 
 
@@ -842,9 +845,9 @@ def test_label_ranks_more_than_two_answers(ai, ruled, tiny_tokenizer):
         assert found["completions"] == answers and set(found) >= {"judge", "id", "kind"}
         near(found["scores"], scores)
     assert done.report["comparisons"] == sum(math.comb(len(row["completions"]), 2) for row in given) and not (done.out / "pairs.jsonl").exists()
-    ranks = loaded(reward_model, done.out / "rankings.jsonl", reward_model.rankings(reward_model.Args(model="", dataset=""), tiny_tokenizer, 512, {}))
+    ranks = loaded(reward_model, done.out / "rankings.jsonl", tiny_tokenizer)
     assert [len(row.responses) for row in ranks] == [len(row["completions"]) for row in given]
-    pairs = loaded(dpo, done.out / "rankings.jsonl", dpo.preferences(dpo.Args(model="", dataset=""), tiny_tokenizer, 512))
+    pairs = loaded(dpo, done.out / "rankings.jsonl", tiny_tokenizer)
     assert all(len(row.extra["pairs"]) > 2 for row in pairs)
 
 
@@ -875,7 +878,7 @@ def test_label_samples_answers_of_the_policy(ai, ruled, talker, tiny_tokenizer):
             assert [c[0]["content"] for c in rows[i]["completions"]] == whole  # none cut off, none twice
             near(rows[i]["scores"], [sum(sum(fair_p(a, b)) / 2 for b in whole if a != b) / (len(whole) - 1) for a in whole])
     assert len(rows) > 2 and any(len(row["completions"]) < 4 for row in rows.values())
-    loaded(reward_model, done.out / "rankings.jsonl", reward_model.rankings(reward_model.Args(model="", dataset=""), tiny_tokenizer, 512, {}))
+    loaded(reward_model, done.out / "rankings.jsonl", tiny_tokenizer)
     options = dict(dataset="prompts.jsonl", model=talker, max_new_tokens=32, orders="average")
     two = ai("label", **options, output_dir="two").rows("pairs.jsonl")
     assert two and all(row["chosen"] != row["rejected"] and 0.5 < row["probability"] <= 1 and row["policy"] == talker for row in two)
@@ -961,7 +964,7 @@ def test_a_revision_is_of_the_revision_before(keep, ai, monkeypatch, tiny_tokeni
     assert set(drawn) == {"is kind", "is safe", "is true"} and drawn == Counter(
         row["principle"] for row in (rows if keep == "all" else ai("revise", rounds=3, principles="principles.txt", output_dir="x").rows("sft.jsonl"))
     )
-    assert len(loaded(sft, done.out / "sft.jsonl", sft.demonstrations(tiny_tokenizer, 512, False, False))) == len(rows)
+    assert len(loaded(sft, done.out / "sft.jsonl", tiny_tokenizer)) == len(rows)
 
 
 def test_a_revision_that_was_cut_off_is_not_used_nor_revised(ai, monkeypatch):
@@ -1044,10 +1047,10 @@ def test_best_of_n_by_a_reward_model(ai, scorer, tiny_tokenizer):
     done = ai("best-of-n", reward_model=(scorer,))
     files = best_of_n_by_hand(ai, done, lambda i, text: reward_by_hand(scorer, QUESTIONS[i], text))
     assert all(row["scored_by"] == scorer for row in files["sft"].values())
-    loaded(sft, done.out / "sft.jsonl", sft.demonstrations(tiny_tokenizer, 512, False, False))
-    margins = loaded(reward_model, done.out / "pairs.jsonl", reward_model.rankings(reward_model.Args(model="", dataset="", use_margin=True), tiny_tokenizer, 512, {}))
+    loaded(sft, done.out / "sft.jsonl", tiny_tokenizer)
+    margins = loaded(reward_model, done.out / "pairs.jsonl", tiny_tokenizer, use_margin=True)
     near([row.extra["pairs"][0][3] for row in margins], [row["score_chosen"] - row["score_rejected"] for row in files["pairs"].values()])
-    loaded(dpo, done.out / "rankings.jsonl", dpo.preferences(dpo.Args(model="", dataset=""), tiny_tokenizer, 512))
+    loaded(dpo, done.out / "rankings.jsonl", tiny_tokenizer)
     # two reward models add up; a spread too small leaves a prompt out
     twice = ai("best-of-n", reward_model=(scorer, scorer), output_dir="twice")
     near([row["score"] for row in twice.rows("sft.jsonl")], [2 * row["score"] for row in files["sft"].values()], 1e-4)
@@ -1117,7 +1120,7 @@ def test_synthesise_counts_add_up(ai, tiny_tokenizer):
     assert len(set(first)) == len(first) and all(len(tiny_tokenizer(t, add_special_tokens=False).input_ids) >= 2 for t in first)
     for row in kept:
         assert [m["role"] for m in row["messages"]] == ["user", "assistant"] and all(m["content"].strip() for m in row["messages"])
-    assert len(loaded(sft, done.out / "sft.jsonl", sft.demonstrations(tiny_tokenizer, 512, False, False))) == len(kept)
+    assert len(loaded(sft, done.out / "sft.jsonl", tiny_tokenizer)) == len(kept)
     again = ai("synthesise", rows=16, temperature=0.3, output_dir="again")
     first = [row["first"] for row in again.rows("raw.jsonl") if row["dropped"] in ("", "repeated")]
     assert again.report["dropped: repeated"] == len(first) - len(set(first)) > 0 and len(again.rows("sft.jsonl")) == len(set(first))
@@ -1166,7 +1169,7 @@ def test_what_the_judge_does_not_rate_has_no_rating(ai, ruled, talker, tiny_toke
     assert "NaN" not in (done.out / "sft.jsonl").read_text() + (done.out / "raw.jsonl").read_text()
     kept = done.rows("sft.jsonl")
     assert {row["quality"] for row in kept if "u" in row["messages"][0]["content"]} == {None}
-    assert len(loaded(sft, done.out / "sft.jsonl", sft.demonstrations(tiny_tokenizer, 512, False, False))) == len(kept)
+    assert len(loaded(sft, done.out / "sft.jsonl", tiny_tokenizer)) == len(kept)
     strict = ai("synthesise", rows=16, judge=talker, min_quality=1.0, output_dir="strict")
     assert [row["messages"] for row in strict.rows("sft.jsonl")] == [row["messages"] for row in kept if row["quality"]]
 
