@@ -1,37 +1,39 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17,<5.40", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
+# dependencies = [
+#   "torch>=2.11,<=2.13.0", "transformers>=5.17,<5.40", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"
+# ]
 # ///
 """Direct preference optimisation: learn from preferences without a reward model.
 
-    loss(pi) = -E log sigmoid(beta h),    h = log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x)              DPO, eq. 7
-    r(x, y) = beta log pi(y|x)/ref(y|x)                                            the implicit reward, eq. 5 up to beta log Z(x)
+    loss(pi) = -E log sigmoid(beta h),   h = log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x)       DPO, eq. 7
+    r(x, y) = beta log pi(y|x)/ref(y|x)                the implicit reward, eq. 5 up to a term that depends on x alone
 
-Rafailov et al. 2023, arXiv 2305.18290. The log-probability of an answer is the sum over its tokens, its end-of-turn token included.
+Rafailov et al. 2023, arXiv 2305.18290. The log-probability of an answer is the sum over its tokens, its end included.
 
 Departures from the paper
   1. AdamW with a cosine schedule to a tenth, where the authors used RMSprop at a constant rate.
-  2. The reference's log-probabilities are computed once, before training, so that only one model is in memory while training.
+  2. The reference's log-probabilities are computed once, before training, so that one model is in memory.
   3. A ranking of K answers gives all its pairs; each prompt counts once, whatever its number of pairs.
 
 Options, all off by default
   4. --label-smoothing: this share of the labels is assumed to be wrong (conservative DPO, in the authors' code).
-  5. --loss ipo: (h - 1 / (2 beta))^2 with h of means over the answer's tokens (Azar et al. 2023, arXiv 2310.12036, eq. 17).
-  6. --nll-coef: adds the mean negative log-likelihood of the best answer, which keeps it likely (Pang et al. 2024; Llama 3: 0.2).
-  7. --mask-format-tokens: headers and end-of-turn tokens count in that likelihood only, not in h (Llama 3, arXiv 2407.21783).
+  5. --loss ipo: (h - 1 / (2 beta))^2, with token means in h (Azar et al. 2023, arXiv 2310.12036, eq. 17).
+  6. --nll-coef: adds the mean negative log-likelihood of the best answer (Pang et al. 2024; Llama 3: 0.2).
+  7. --mask-format-tokens: h leaves out headers and end-of-turn tokens (Llama 3, arXiv 2407.21783).
   8. --optimizer ondare, onties: online merging optimisers (Qwen2; Lu et al. 2024, arXiv 2405.17931, eqs. 2-7).
 
-Reads prompt + chosen + rejected, or chosen + rejected that both contain the prompt (text or messages; HH-RLHF too), or prompt +
-completions + scores. Writes a Hugging Face directory, args.json, metrics.jsonl and curves.png to --output-dir.
+Reads prompt + chosen + rejected, or chosen + rejected that both contain the prompt (text or messages; HH-RLHF too), or
+prompt + completions + scores. Writes a Hugging Face directory, args.json, metrics.jsonl and curves.png to --output-dir.
 
-  python dpo.py --model runs/sft --dataset data/grid/preferences.jsonl --learning-rate 1e-4             the grid world
-  python dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized                        one GPU
-  torchrun --nproc-per-node 8 dpo.py --model Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback_binarized     many GPUs
+  python dpo.py --model runs/sft --dataset data/grid/preferences.jsonl --learning-rate 1e-4    the grid world
+  python dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized              one GPU
+  torchrun --nproc-per-node 8 dpo.py --model Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback_binarized  many GPUs
 
 Metric               at step 1      then            if not
-loss                 ln 2 = 0.693   falls           flat: raise --learning-rate; below 0.1 early: something trivial tells the answers apart
+loss                 ln 2 = 0.693   falls           flat: raise --learning-rate; below 0.1 early: the pairs are too easy
 rewards/accuracies   0 (all tied)   0.6 to 0.8      0.5: the labels are noise, or --learning-rate is too low
-rewards/margins      0              rises           without bound: stop earlier, or use --label-smoothing or --loss ipo
+rewards/margins      0              rises           without bound: stop earlier, --label-smoothing, or --loss ipo
 logps/chosen         -              falls a little  DPO lowers both; if samples get worse, raise --beta or --nll-coef
 """
 
@@ -48,7 +50,8 @@ class Args:
     model: str
     """checkpoint to start from: hub id or directory"""
     dataset: str
-    """hub id (name, name:config, name:config:split or name::split), .jsonl/.json/.parquet file (also .gz), or directory"""
+    """hub id (name, name:config, name:config:split or name::split), .jsonl/.json/.parquet file (also .gz), or
+    directory"""
     output_dir: str = "runs/dpo"
     """where the checkpoint, metrics and curves go"""
     # --- method
@@ -155,16 +158,19 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-# ------------------------------------------------------------------------------------------------------------ the method
+# ------------------------------------------------------------------------------------------------------------ the
+# method
 
 
 def dpo_loss(h, beta: float, label_smoothing: float = 0.0):
-    """DPO, eq. 7. With label smoothing it is least at sigmoid(beta h) = 1 - label_smoothing (conservative DPO). h [P]; returns [P]."""
+    """DPO, eq. 7. With label smoothing it is least at sigmoid(beta h) = 1 - label_smoothing (conservative DPO). h [P];
+    returns [P]."""
     return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
 def ipo_loss(h, beta: float):
-    """IPO (Azar et al., eq. 17, tau = beta): least at h = 1 / (2 beta), so that h stops growing there. h [P]; returns [P]."""
+    """IPO (Azar et al., eq. 17, tau = beta): least at h = 1 / (2 beta), so that h stops growing there. h [P]; returns
+    [P]."""
     return (h - 1 / (2 * beta)).square()
 
 
@@ -183,9 +189,8 @@ def dpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
         mean_log_ratios = log_ratios / content_sums(torch.ones_like(logps), rows).clamp(min=1)
         losses = ipo_loss(mean_log_ratios[chosen] - mean_log_ratios[rejected], args.beta)
     lengths = response_sums(torch.ones_like(logps), rows)
-    nll = -(response_sums(logps, rows) / lengths)[
-        best
-    ]  # [B]; format tokens count, so that the policy still ends its turns
+    # format tokens count here, so that the policy still ends its turns
+    nll = -(response_sums(logps, rows) / lengths)[best]  # [B]
 
     rewards = args.beta * log_ratios.detach()  # the implicit rewards, eq. 5
     per_pair = {
@@ -199,19 +204,20 @@ def dpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
         "entropy": (response_sums(entropy, rows) / lengths)[chosen],
         "mean_token_accuracy": (response_sums(is_argmax.float(), rows) / lengths)[chosen],
     }
-    logged = {
-        name: (values * share).sum() for name, values in per_pair.items()
-    }  # the pairs of a prompt share its weight of 1
+    # the pairs of a prompt share its weight of 1
+    logged = {name: (values * share).sum() for name, values in per_pair.items()}
     logged["nll_loss"] = nll.sum()
     logged["loss"] = logged["preference_loss"] + args.nll_coef * logged["nll_loss"]
     return logged
 
 
 def online_merge(step, tau, step_mask, tau_mask, alpha: float, ties: bool):
-    """What replaces a step of AdamW: F((1 - alpha) step) (+) F(alpha tau) (Lu et al., eq. 2). All tensors have one shape.
+    """What replaces a step of AdamW: F((1 - alpha) step) (+) F(alpha tau) (Lu et al., eq. 2). All tensors have one
+    shape.
 
-    step: AdamW's change of a weight; tau: the reference's weight less that of --merge-base; the masks are F, which keeps some entries.
-    OnDARE (eqs. 3-4) adds the two; with ties, OnTIES (eqs. 5-7), the larger one wins where their signs differ."""
+    step: AdamW's change of a weight; tau: the reference's weight less that of --merge-base; the masks are F, which
+    keeps some entries. OnDARE (eqs. 3-4) adds the two; with ties, OnTIES (eqs. 5-7), the larger one wins where their
+    signs differ."""
     a, b = (1 - alpha) * step * step_mask, alpha * tau * tau_mask
     if not ties:
         return a + b
@@ -281,7 +287,8 @@ def main(args: Args):
     finish_run(out, models, ["loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"])
 
 
-# ------------------------------------------------------------------------------------------------------------ dpo.py alone
+# ------------------------------------------------------------------------------------------------------------ dpo.py
+# alone
 
 
 def check_options(args):
@@ -290,25 +297,24 @@ def check_options(args):
     if args.label_smoothing and (args.loss == "ipo" or args.label_smoothing >= 0.5):
         fail("--label-smoothing belongs to --loss sigmoid and must be below 0.5")
     if (args.optimizer != "adamw") != bool(args.merge_base):
-        fail(
-            "--optimizer ondare and onties need --merge-base, the checkpoint before the reference's fine-tuning; adamw takes none"
-        )
+        fail("--optimizer ondare and onties need --merge-base, the reference's own parent checkpoint; adamw takes none")
 
 
 def check_first_loss(args, loss: float, dtype):
-    """Before the first update policy and reference are the same model: the loss is ln 2 (DPO) or 1 / (4 beta^2) (IPO)."""
+    """Before the first update policy and reference are the same model: the loss is ln 2 (DPO) or 1 / (4 beta^2)
+    (IPO)."""
     theory = math.log(2) if args.loss == "sigmoid" else 1 / (4 * args.beta**2)
     check_first_step("the preference loss", loss, theory, dtype, scale=max(1, theory, args.beta / 0.1))
 
 
 def mark_format(tokenizer, rows: list):
-    """Writes row.extra["content"]: 1.0 for each trained token, or 0.0 if it is an end of turn or a header before the answer."""
+    """Writes row.extra["content"]: 1.0 for each trained token, or 0.0 if it is an end of turn or a header before the
+    answer."""
     user, stops = [dict(role="user", content="a")], stop_tokens(tokenizer)
     head = render(tokenizer, user, True)
     one, other = (render(tokenizer, user + as_messages(answer)) for answer in ("b", "c"))
-    header = one[
-        shared_prefix(head, one) : shared_prefix(one, other)
-    ]  # what the template writes between prompt and answer
+    # what the template writes between prompt and answer
+    header = one[shared_prefix(head, one) : shared_prefix(one, other)]
     for row in rows:
         row.extra["content"] = []
         for response, trained in zip(row.responses, row.trained):
@@ -329,16 +335,15 @@ def content_sums(values, rows: list):
 
 
 def learnt_since_base(optimizer, tokenizer, args, device, dtype) -> list:
-    """tau: the reference's weights less those of --merge-base, a tensor for each parameter of the optimiser, sharded as these are."""
+    """tau: the reference's weights less those of --merge-base, a tensor for each parameter of the optimiser, sharded as
+    these are."""
     weights = []
     for name in (args.reference or args.model, args.merge_base):
         model = load_model(AutoModelForCausalLM, name, tokenizer, args, device, dtype)
         weights.append([p.detach() for p in optimizer_parameters(make_optimizer(model, args))])
     shapes = [[p.shape for p in parameters] for parameters in (*weights, optimizer_parameters(optimizer))]
     if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
-        fail(
-            "--merge-base, --reference and --model must have weights of the same shapes, so that they can be subtracted"
-        )
+        fail("--merge-base, --reference and --model must have weights of the same shapes")
     return [reference - base for reference, base in zip(*weights)]
 
 
@@ -360,19 +365,19 @@ def merge_online(args, optimizer, tau: list):
             if p.grad is not None:
                 seed = random.Random(f"{args.seed}-{int(optimizer.state[p]['step'])}-{i}").getrandbits(63)
                 generator = torch.Generator(p.device).manual_seed(seed)
-                masks = [keep_mask(x, args.merge_keep, ties, generator) for x in (p - old, t)]
                 step = p - old
+                masks = [keep_mask(x, args.merge_keep, ties, generator) for x in (step, t)]
                 merged = online_merge(step, t, *masks, args.merge_weight, ties)
-                p.copy_(
-                    torch.where(merged == step, p, old + merged)
-                )  # an unchanged step keeps AdamW's result to the last bit
+                # where the step is unchanged, AdamW's result stays as it is to the last bit
+                p.copy_(torch.where(merged == step, p, old + merged))
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(merge)
 
 
 def keep_mask(x, share: float, largest: bool, generator):
-    """F of online merging: 1 for the entries that are kept, the largest by magnitude or a random share, else 0. Sharded as x is."""
+    """F of online merging: 1 for the entries that are kept, the largest by magnitude or a random share, else 0. Sharded
+    as x is."""
     full = x.full_tensor() if isinstance(x, DTensor) else x
     if largest:
         kept = full.abs().flatten().topk(max(1, round(share * full.numel())), sorted=False).indices
@@ -382,7 +387,8 @@ def keep_mask(x, share: float, largest: bool, generator):
     return distribute_tensor(mask, x.device_mesh, x.placements) if isinstance(x, DTensor) else mask
 
 
-# ==================================== below this line, every block stands word for word in all scripts that have it ====
+# ==================================== below this line, every block stands word for word in all scripts that have it
+# ====
 # ---- preferences: pairs and rankings of answers
 
 
@@ -391,11 +397,8 @@ def preference_rows(tokenizer, max_length: int, row: dict, notes: Counter, rewar
 
     rewards_of(row): scores in place of the labels; given that, two answers of equal scores form a pair too."""
     if row.get("completions") is not None:
-        prompt, responses, scores = (
-            as_prompt(row),
-            row["completions"],
-            row.get("scores") or [0.0] * len(row["completions"]),
-        )
+        prompt, responses = as_prompt(row), row["completions"]
+        scores = row.get("scores") or [0.0] * len(responses)
         if len(responses) != len(scores) or any(s is None or math.isnan(s) for s in scores):
             raise ValueError(f"{len(responses)} completions need as many scores, none missing; they are {scores}")
     else:
@@ -427,7 +430,8 @@ def preference_rows(tokenizer, max_length: int, row: dict, notes: Counter, rewar
 def pair_indices(rows: list, device) -> tuple:
     """Which of a batch's R answers form its P pairs.
 
-    Returns chosen [P] and rejected [P]; share [P], each pair's part of its prompt; best [B], the best answer of each prompt."""
+    Returns chosen [P] and rejected [P]; share [P], each pair's part of its prompt; best [B], the best answer of each
+    prompt."""
     chosen, rejected, share, best, first = [], [], [], [], 0
     for row in rows:
         pairs, scores = row.extra["pairs"], row.extra["scores"]
@@ -443,15 +447,14 @@ def pair_indices(rows: list, device) -> tuple:
 
 
 def reference_logps(policy, rows: list, sums_of, tokenizer, args, device, dtype) -> torch.Tensor:
-    """sums_of(log-probabilities, rows) under the reference, for the answers of all rows in order [R], the same on every rank.
+    """sums_of(log-probabilities, rows) under the reference, for the answers of all rows in order [R], the same on every
+    rank.
 
     The reference is the policy as it is now, or --reference, which is freed again."""
     model = policy
     if args.reference:
         if load_tokenizer(args.reference).get_vocab() != tokenizer.get_vocab():
-            fail(
-                f"--reference {args.reference}: its tokenizer differs from that of --model, so that they cannot be compared"
-            )
+            fail(f"--reference {args.reference}: its tokenizer differs from that of --model")
         model = load_model(AutoModelForCausalLM, args.reference, tokenizer, args, device, dtype, token_logps)
     values_of = lambda group, inputs, target: sums_of(model.token_logps(**inputs, target=target)[0], group)
     return response_values(values_of, model, rows, args, device)
@@ -469,8 +472,9 @@ def set_reference_logps(rows: list, ref_logps):
 class TargetLogps(torch.autograd.Function):
     """log pi(target), the distribution's entropy, and whether the target is the likeliest token; each [N].
 
-    hidden [N, d], head [V, d], bias [V] or None. Only the logits of one chunk of tokens are in memory at a time; the backward pass
-    computes them again, with d log pi(y) / d logits = 1[y] - pi. The head's gradient is summed over the chunks in float32."""
+    hidden [N, d], head [V, d], bias [V] or None. Only the logits of one chunk of tokens are in memory at a time; the
+    backward pass computes them again, with d log pi(y) / d logits = 1[y] - pi. The head's gradient is summed over the
+    chunks in float32."""
 
     @staticmethod
     def logits(hidden, head, bias, scale, cap):
@@ -513,14 +517,15 @@ class TargetLogps(torch.autograd.Function):
 
 
 def token_logps(self, inputs, source, target, last=None):
-    """Log-probability of each trained token, the entropy of its distribution, whether it is the likeliest; each [N]. A method of the model.
+    """Log-probability of each trained token, the entropy of its distribution, whether it is the likeliest; each [N]. A
+    method of the model.
 
     inputs, source, target: as `pack` and `pad` return them."""
-    hidden, config = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source], self.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (
-        getattr(config, "logits_scaling", None) or 1
-    )  # Cohere, Granite
-    head, cap = self.get_output_embeddings(), getattr(config, "final_logit_softcapping", None)
+    config, head = self.config.get_text_config(), self.get_output_embeddings()
+    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source]  # [N, d]
+    # Cohere scales its logits, Granite divides them, Gemma 2 caps them
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
     return TargetLogps.apply(hidden, head.weight, head.bias, target, scale, cap)
 
 
@@ -532,7 +537,8 @@ def response_sums(values, rows: list):
 
 @torch.no_grad()
 def evaluate(batch_loss, policy, rows: list, total: int, args, device) -> dict:
-    """What batch_loss(rows, logps, entropy, is_argmax) logs for held-out rows, divided by their total, under the names eval_*."""
+    """What batch_loss(rows, logps, entropy, is_argmax) logs for held-out rows, divided by their total, under the names
+    eval_*."""
     policy.eval()
     sums = {}
     for group, weight, inputs, target in forwards(rows, args, policy, device):
@@ -543,12 +549,11 @@ def evaluate(batch_loss, policy, rows: list, total: int, args, device) -> dict:
 
 @torch.no_grad()
 def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: int = 128):
-    """Prints the policy's likeliest answers to a few prompts. All ranks take part, since the weights may be spread over them."""
+    """Prints the policy's likeliest answers to a few prompts. All ranks take part, since the weights may be spread over
+    them."""
     policy.eval()
-    stops, positions = (
-        stop_tokens(tokenizer),
-        getattr(policy.config.get_text_config(), "max_position_embeddings", 2**20),
-    )
+    stops = stop_tokens(tokenizer)
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", 2**20)
     for row in rows[:count]:
         ids = torch.tensor([row.prompt], device=next(policy.parameters()).device)
         room = max(1, min(max_new_tokens, positions - len(row.prompt)))
@@ -567,7 +572,8 @@ def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: 
 
 
 class Row(NamedTuple):
-    """A prompt and its K responses, as ids. trained: one bool per response token; extra: what else is known of the row."""
+    """A prompt and its K responses, as ids. trained: one bool per response token; extra: what else is known of the
+    row."""
 
     prompt: list
     responses: list
@@ -589,7 +595,8 @@ def fail(message: str):
 
 @contextlib.contextmanager
 def user_input(what: str):
-    """Reports what a library raises while it reads or writes something that the user named as an error of that, in one sentence."""
+    """Reports what a library raises while it reads or writes something that the user named as an error of that, in one
+    sentence."""
     try:
         yield
     except Exception as e:
@@ -597,7 +604,8 @@ def user_input(what: str):
 
 
 def load_rows(option: str, name: str, default_split: str) -> Dataset:
-    """A data set from a file, a directory (written by save_to_disk, or as downloaded from the hub), or the hub; see --dataset."""
+    """A data set from a file, a directory (written by save_to_disk, or as downloaded from the hub), or the hub; see
+    --dataset."""
     source, config, split = (*name.split(":", 2), "", "")[:3]
     path = Path(source)
     with user_input(f"{option} {name}: cannot be read as a data set"):
@@ -628,7 +636,8 @@ def without_none(value):
 
 
 def as_messages(value, role: str = "assistant") -> list:
-    """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of one turn."""
+    """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of
+    one turn."""
     if isinstance(value, str):
         return [dict(role=role, content=value)]
     names, messages = dict(human="user", gpt="assistant"), []
@@ -649,7 +658,8 @@ def has_content(response) -> bool:
 
 
 def as_prompt(row: dict):
-    """A row's prompt, text or messages: prompt, question, or instruction with its input; after the system text, if the row has one."""
+    """A row's prompt, text or messages: prompt, question, or instruction with its input; after the system text, if the
+    row has one."""
     prompt = row.get("prompt")
     if prompt is None and row.get("question"):
         prompt = as_messages(row["question"], "user")
@@ -667,32 +677,27 @@ def with_system(row: dict, messages: list) -> list:
 
 
 def as_pair(row: dict):
-    """(prompt, [chosen, rejected]) of any published layout: the prompt apart, inside both, or given twice; text or messages."""
+    """(prompt, [chosen, rejected]) of any published layout: the prompt apart, inside both, or given twice; text or
+    messages."""
     prompt, chosen, rejected = as_prompt(row), row["chosen"], row["rejected"]
     if isinstance(chosen, list) and not isinstance(prompt, list):  # a prompt in words is their first turn, or not there
         chosen, rejected = as_messages(chosen), as_messages(rejected)
         if not chosen or not rejected or chosen[0]["role"] == "assistant":
             return as_messages(prompt or [], "user"), [chosen, rejected]
         n = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        while (
-            n and chosen[n - 1]["role"] == "assistant"
-        ):  # they part at a user's turn: the answer before it belongs to both
+        # where they part at a user's turn, the answer before it belongs to both
+        while n and chosen[n - 1]["role"] == "assistant":
             n -= 1
         return chosen[:n], [chosen[n:], rejected[n:]]
     if prompt and isinstance(prompt, list):
         prompt, talks = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
-        if all(
-            talk[: len(prompt)] == prompt and len(talk) > len(prompt) for talk in talks
-        ):  # the prompt is given twice
-            talks = [talk[len(prompt) :] for talk in talks]
-        return prompt, talks
+        is_given_twice = all(talk[: len(prompt)] == prompt and len(talk) > len(prompt) for talk in talks)
+        return prompt, [talk[len(prompt) :] for talk in talks] if is_given_twice else talks
     if prompt:
         return prompt, [chosen, rejected]
     speaker = "\n\nAssistant:"  # HH-RLHF
     if speaker not in chosen:
-        raise ValueError(
-            "chosen and rejected in words need a column prompt, question or instruction, or turns as in HH-RLHF"
-        )
+        raise ValueError("chosen and rejected need a prompt: a column prompt or question, or turns as in HH-RLHF")
     turn = chosen.rfind(speaker, 0, shared_prefix(chosen, rejected))
     if turn < 0:
         raise Drop("chosen and rejected share no prompt")
@@ -714,26 +719,26 @@ def special_tokens(tokenizer) -> dict:
 def render_text(tokenizer, messages: list, answer_next: bool = False, **options) -> str:
     """A conversation under the chat template, with the generation prompt if answer_next. Raises Drop."""
     options["add_generation_prompt"], template = answer_next, tokenizer.chat_template
-    if (
-        isinstance(template, str) and "strftime_now" in template
-    ):  # a run keeps the date of its start, also when it is resumed
+    if isinstance(template, str) and "strftime_now" in template:
+        # the date of the run's start, also when it is resumed
         today = lambda match: repr(RUN_DATE[0].strftime(match[2]))
         options["chat_template"] = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", today, template)
     texts = [call["arguments"] for call in tool_calls(messages) if isinstance(call.get("arguments"), str)]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        if not any(json.dumps(arguments) in text for arguments in texts):
-            return text
-    except Exception as e:
-        if not texts:
-            raise Drop(f"refused by the chat template ({' '.join(str(e).split())[:60]})") from e
-    messages = json.loads(json.dumps(messages))  # the template wants objects for the arguments that are JSON text
-    try:
-        for call in tool_calls(messages):
-            call["arguments"] = (
-                json.loads(call["arguments"]) if isinstance(call["arguments"], str) else call["arguments"]
-            )
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            wants_objects = any(json.dumps(arguments) in text for arguments in texts)  # it has quoted the JSON text
+        except Exception:
+            if not texts:
+                raise
+            wants_objects = True
+        if wants_objects:
+            messages = json.loads(json.dumps(messages))
+            for call in tool_calls(messages):
+                if isinstance(call.get("arguments"), str):
+                    call["arguments"] = json.loads(call["arguments"])
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return text
     except Exception as e:
         raise Drop(f"refused by the chat template ({' '.join(str(e).split())[:60]})") from e
 
@@ -755,8 +760,9 @@ def text_ids(tokenizer, text: str) -> list:
 
 @lru_cache
 def turn_end(tokenizer) -> tuple:
-    """The token that ends an assistant's turn, and how many tokens the template writes after it: the first special token after the
-    content, found by rendering two answers; where the template marks no end, the end-of-sequence token and -1."""
+    """The token that ends an assistant's turn, and how many tokens the template writes after it: the first special
+    token after the content, found by rendering two answers; where the template marks no end, the end-of-sequence token
+    and -1."""
     user, special = [dict(role="user", content="a")], special_tokens(tokenizer)
     one, other = (render(tokenizer, user + as_messages(answer)) for answer in ("b", "c"))
     tail = one[len(one) - shared_prefix(one[::-1], other[::-1]) :]
@@ -771,15 +777,9 @@ def stop_tokens(tokenizer) -> list:
 
 def template_options(row: dict) -> dict:
     """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
-    reserved = (
-        "chat_template",
-        "tokenize",
-        "return_dict",
-        "return_tensors",
-        "add_generation_prompt",
-        "continue_final_message",
-    )
-    options = {k: v for k, v in without_none(row.get("chat_template_kwargs") or {}).items() if k not in reserved}
+    reserved = {"chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt"}
+    options = without_none(row.get("chat_template_kwargs") or {})
+    options = {k: v for k, v in options.items() if k not in reserved | {"continue_final_message"}}
     if row.get("tools"):
         options["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else without_none(row["tools"])
     return options
@@ -791,14 +791,16 @@ def without_end(tokenizer, messages: list) -> list:
 
 
 def refuse_special(tokenizer, *values):
-    """Drops a row that holds a special token in any of its texts: data must not be able to end a turn or to begin one."""
+    """Drops a row that holds a special token in any of its texts: data must not be able to end a turn or to begin
+    one."""
     text = json.dumps(values, ensure_ascii=False, default=str)
     if any(token in text for token in special_tokens(tokenizer).values()):
         raise Drop("special token in the text; write a conversation as messages")
 
 
 def encode(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tuple:
-    """A prompt and its responses (text or messages), tokenised together; their boundary is the longest prefix that all share.
+    """A prompt and its responses (text or messages), tokenised together; their boundary is the longest prefix that all
+    share.
 
     Returns prompt ids, response ids, and for each response token whether the assistant says it. row may hold tools and
     chat_template_kwargs. Raises Drop."""
@@ -809,9 +811,8 @@ def encode(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tup
     if not prompt:
         raise Drop("empty prompt")
     if is_text:
-        head, *wholes = (
-            plain_ids(tokenizer, text) for text in (prompt, *(prompt + r[0]["content"] + eos for r in replies))
-        )
+        texts = [prompt, *(prompt + reply[0]["content"] + eos for reply in replies)]
+        head, *wholes = (plain_ids(tokenizer, text) for text in texts)
         trained = [[True] * len(whole) for whole in wholes]
     else:
         prompt = as_messages(prompt, "user")
@@ -840,7 +841,8 @@ def plain_ids(tokenizer, text: str) -> list:
 
 
 def prompt_ids(tokenizer, prompt: list, options: dict) -> list:
-    """Ids of messages up to where the assistant is to speak, or to continue if the last message is an answer that it has begun."""
+    """Ids of messages up to where the assistant is to speak, or to continue if the last message is an answer that it
+    has begun."""
     if prompt[-1]["role"] == "assistant":
         return text_ids(tokenizer, begun_text(tokenizer, prompt, options))
     return render(tokenizer, prompt, True, **options)
@@ -849,8 +851,8 @@ def prompt_ids(tokenizer, prompt: list, options: dict) -> list:
 def begun_text(tokenizer, messages: list, options: dict) -> str:
     """The text of a conversation whose last message is the beginning of an answer.
 
-    A template that writes something before the answer (an empty thinking block, say) would put it between prompt and beginning, where
-    generation never has it; then the beginning follows the generation prompt directly."""
+    A template that writes something before the answer (an empty thinking block, say) would put it between prompt and
+    beginning, where generation never has it; then the beginning follows the generation prompt directly."""
     text, begun = render_text(tokenizer, messages, continue_final_message=True, **options), messages[-1]["content"]
     opening = render_text(tokenizer, messages[:-1], True, **options)
     has_generation_prompt = opening != render_text(tokenizer, messages[:-1], **options)
@@ -864,8 +866,9 @@ def begun_text(tokenizer, messages: list, options: dict) -> str:
 def encode_turns(tokenizer, messages: list, first: int, options: dict, notes: Counter) -> list:
     """A conversation with the assistant's turns from message `first` on to be trained, each with its end-of-turn token.
 
-    Returns [(ids, trained)], trained one bool per id: one pair for the whole conversation, or one for each turn if the template
-    rewrites earlier turns (drops their thinking, say). Raises Drop where generation would never see what training sees."""
+    Returns [(ids, trained)], trained one bool per id: one pair for the whole conversation, or one for each turn if the
+    template rewrites earlier turns (drops their thinking, say). Raises Drop where generation would never see what
+    training sees."""
     turns = []
     for i in range(max(first, 1), len(messages)):  # an assistant's turn that opens the conversation answers nothing
         if messages[i]["role"] == "assistant" and messages[i].get("weight") != 0:
@@ -885,17 +888,18 @@ def continue_turn(tokenizer, messages: list, options: dict, notes: Counter) -> t
 
 
 def encode_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
-    """Ids of a conversation up to the end of its last turn, the assistant's, and where that turn begins. Raises Drop."""
+    """Ids of a conversation up to the end of its last turn, the assistant's, and where that turn begins. Raises
+    Drop."""
     prompt, turn, (end, after) = messages[:-1], messages[-1], turn_end(tokenizer)
     text, opening = render_text(tokenizer, messages, **options), render_text(tokenizer, prompt, **options).rstrip()
     while token := next((t for t in special_tokens(tokenizer).values() if opening.endswith(t)), ""):
         opening = opening.removesuffix(token).rstrip()
     if not text.startswith(opening):
         raise Drop("the chat template changes the prompt once a reply follows")
-    squeezed = "".join(text.split())  # templates may move white space
-    if "".join(turn["content"].split()) not in squeezed:
+    reply = "".join(text[len(opening) :].split())  # without white space, which templates may move
+    if "".join(turn["content"].split()) not in reply:
         raise Drop("the chat template leaves out part of the reply")
-    if "".join(turn.get("reasoning_content", "").split()) not in squeezed:
+    if "".join(turn.get("reasoning_content", "").split()) not in reply:
         notes["replies whose reasoning_content the chat template leaves out"] += 1
     ids, head = text_ids(tokenizer, text), render(tokenizer, prompt, True, **options)
     ids = ids + [end] if after < 0 else ids[: len(ids) - after]
@@ -907,7 +911,8 @@ def encode_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tup
 
 
 def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_columns=None) -> list:
-    """All rows that encode_row(row, notes) makes of a data set, with a report: kept, dropped and why, lengths, an example.
+    """All rows that encode_row(row, notes) makes of a data set, with a report: kept, dropped and why, lengths, an
+    example.
 
     add_columns(option, data): the data set with columns that encode_row reads beside its own."""
     data, rows, notes = load_rows(option, name, split), [], Counter()
@@ -920,14 +925,12 @@ def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_colum
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
             what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
             columns = ", ".join(data.column_names)
-            fail(
-                f"{option} {name}, row {number}: not in a known format ({what}); its columns are {columns}; see 'Reads' in --help"
-            )
+            hint = f"its columns are {columns}; see 'Reads' in --help"
+            fail(f"{option} {name}, row {number}: not in a known format ({what}); {hint}")
     counts = ", ".join(f"{n} {note}" for note, n in notes.items() if n) or "none dropped, none cut"
     if not rows:
-        fail(
-            f"{option} {name}: none of its {len(data)} rows can be used ({counts}); its columns are {', '.join(data.column_names)}"
-        )
+        columns = ", ".join(data.column_names)
+        fail(f"{option} {name}: none of its {len(data)} rows can be used ({counts}); its columns are {columns}")
     print0(f"{option} {name}: {len(rows)} rows from {len(data)}; {counts}")
     prompts, responses = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
     quantiles = ["/".join(str(sorted(x)[int(q * (len(x) - 1))]) for q in (0.5, 0.95, 1)) for x in (prompts, responses)]
@@ -941,7 +944,8 @@ def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_colum
 
 
 def prepare_split(args, tokenizer, encode_row, by_prompt: bool = True, add_columns=None) -> tuple:
-    """Rows to train on, and held-out rows: from --eval-dataset, or a share of --dataset (of its prompts, or, if not by_prompt, its rows)."""
+    """Rows to train on, and held-out rows: from --eval-dataset, or a share of --dataset (of its prompts, or, if not
+    by_prompt, its rows)."""
     rows = prepare("--dataset", args.dataset, "train", tokenizer, encode_row, add_columns)
     if args.eval_dataset:
         return rows, prepare("--eval-dataset", args.eval_dataset, "test", tokenizer, encode_row, add_columns)
@@ -950,9 +954,8 @@ def prepare_split(args, tokenizer, encode_row, by_prompt: bool = True, add_colum
     count = min(len(every) - 1, round(args.eval_fraction * len(every)))
     held = set(random.Random(args.seed).sample(every, count))
     print0(f"  held out: {count} of {len(every)} {'prompts' if by_prompt else 'rows'}")
-    return [row for row, key in zip(rows, keys) if key not in held], [
-        row for row, key in zip(rows, keys) if key in held
-    ]
+    held_out = [row for row, key in zip(rows, keys) if key in held]
+    return [row for row, key in zip(rows, keys) if key not in held], held_out
 
 
 # ---- rows: a prompt and its K responses lie end to end, the prompt computed once, nothing padded
@@ -964,7 +967,8 @@ def count_tokens(row: Row, packs: bool = True) -> int:
 
 
 def segment_lengths(row: Row) -> tuple:
-    """(length of the first segment, lengths of those that see it): the prompt and its responses; a single response is one with its prompt."""
+    """(length of the first segment, lengths of those that see it): the prompt and its responses; a single response is
+    one with its prompt."""
     lengths = [len(response) for response in row.responses]
     return (len(row.prompt) + lengths[0], ()) if len(lengths) == 1 else (len(row.prompt), tuple(lengths))
 
@@ -972,9 +976,9 @@ def segment_lengths(row: Row) -> tuple:
 def pack(rows: list, device) -> tuple:
     """Rows end to end in one sequence. Returns (dict(inputs, source, last), target).
 
-    inputs: of the model; source [N]: positions that predict the trained tokens; last [R]: position of each response's last token;
-    target [N]: the trained tokens. inputs["rows"] is for `rows_attention`: the segments' lengths and, for FlashAttention, the keys
-    that each segment sees."""
+    inputs: of the model; source [N]: positions that predict the trained tokens; last [R]: position of each response's
+    last token; target [N]: the trained tokens. inputs["rows"] is for `rows_attention`: the segments' lengths and, for
+    FlashAttention, the keys that each segment sees."""
     ids, positions, source, last, target, keys, q_lengths, k_lengths = [], [], [], [], [], [], [], []
     for row in rows:
         start, length, (first, others) = len(ids), len(row.prompt), segment_lengths(row)
@@ -985,10 +989,8 @@ def pack(rows: list, device) -> tuple:
             begin = len(ids)
             ids += response
             positions += range(length, length + len(response))
-            predictors = [
-                start + length - 1,
-                *range(begin, len(ids) - 1),
-            ]  # the prompt's last token predicts the first of each
+            # the prompt's last token predicts the first of every response
+            predictors = [start + length - 1, *range(begin, len(ids) - 1)]
             source += [predictor for predictor, keep in zip(predictors, trained) if keep]
             target += [token for token, keep in zip(response, trained) if keep]
             last.append(len(ids) - 1)
@@ -1004,7 +1006,8 @@ def pack(rows: list, device) -> tuple:
 
 
 def pad(rows: list, device) -> tuple:
-    """`pack` for a model whose attention cannot follow packed rows: each response with its prompt, padded on the right."""
+    """`pack` for a model whose attention cannot follow packed rows: each response with its prompt, padded on the
+    right."""
     pairs = [(row.prompt, response, trained) for row in rows for response, trained in zip(row.responses, row.trained)]
     width, ids, mask, source, last, target = max(len(p) + len(r) for p, r, _ in pairs), [], [], [], [], []
     for i, (prompt, response, trained) in enumerate(pairs):
@@ -1041,17 +1044,10 @@ def rows_attention(
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
     options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     is_plain = softcap is None and s_aux is None
-    if (
-        is_plain
-        and q.is_cuda
-        and v.dtype != torch.float32
-        and q.shape[-1] == v.shape[-1]
-        and q.shape[-1] in range(8, 257, 8)
-        and not dropout
-    ):
-        from torch.nn.attention.varlen import (
-            varlen_attn,
-        )  # FlashAttention; its causal mask is aligned to a segment's last key
+    fits_flash = q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1]
+    fits_flash = fits_flash and q.shape[-1] in range(8, 257, 8)
+    if fits_flash and is_plain and not dropout:  # FlashAttention aligns its causal mask to a segment's last key
+        from torch.nn.attention.varlen import varlen_attn
 
         if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
             options.pop("enable_gqa")  # torch 2.11 groups heads without being asked
@@ -1062,12 +1058,13 @@ def rows_attention(
 
     def attend(q, k, v):  # [n, H, Q, D], [n, G, K, D]: the queries are the last Q of K positions
         Q, K = q.shape[2], k.shape[2]
+        if is_plain and Q == K and (sliding_window or K) >= K:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, **options)
         j = torch.arange(K, device=q.device)
         i = j[K - Q :, None]
-        visible = (j <= i) & (j > i - (sliding_window or K))
+        visible = (j <= i) & (j > i - (sliding_window or K))  # [Q, K]
         if is_plain:
-            causal = Q == K and (sliding_window or K) >= K
-            return F.scaled_dot_product_attention(q, k, v, None if causal else visible, dropout, causal, **options)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, **options)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scores = q @ k.transpose(2, 3) * scaling
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
@@ -1076,15 +1073,13 @@ def rows_attention(
             scores = torch.cat([scores, s_aux.to(scores.dtype)[:, None, None].expand(len(q), -1, Q, 1)], -1)
         return F.dropout(scores.softmax(-1), dropout)[..., :K] @ v
 
-    groups = [
-        (lengths, len(list(same))) for lengths, same in groupby(rows["segments"])
-    ]  # neighbours of equal lengths are one batch
+    # neighbours of equal lengths are one batch of n
+    groups = [(lengths, len(list(same))) for lengths, same in groupby(rows["segments"])]
     parts = [x[0].split([n * (first + sum(others)) for (first, others), n in groups], 1) for x in (q, k, v)]
     out = []
-    for ((first, others), n), *qkv in zip(groups, *parts):
-        (q0, *qs), (k0, *ks), (v0, *vs) = (
-            x.unflatten(1, (n, -1)).transpose(0, 1).split([first, *others], 2) for x in qkv
-        )
+    for ((first, others), n), *group in zip(groups, *parts):
+        split = [x.unflatten(1, (n, -1)).transpose(0, 1).split([first, *others], 2) for x in group]  # [n, H, length, D]
+        (q0, *qs), (k0, *ks), (v0, *vs) = split
         segments = [attend(q0, k0, v0)]
         for q1, k1, v1 in zip(qs, ks, vs):
             segments.append(attend(q1, torch.cat([k0, k1], 2), torch.cat([v0, v1], 2)))
@@ -1104,8 +1099,8 @@ AttentionMaskInterface.register("packed_rows", rows_mask)
 
 
 def forwards(rows: list, args, model, device):
-    """This rank's rows in forward passes of at most --tokens-per-forward tokens: yields (rows, weight, inputs, target), the last two from
-    `pack` or `pad`.
+    """This rank's rows in forward passes of at most --tokens-per-forward tokens: yields (rows, weight, inputs, target),
+    the last two from `pack` or `pad`.
 
     All ranks make equally many, as FSDP needs; a rank that has run out repeats a row with weight 0."""
     groups, total = [], math.inf
@@ -1127,7 +1122,8 @@ def forwards(rows: list, args, model, device):
 
 @torch.no_grad()
 def response_values(values_of, model, rows: list, args, device) -> torch.Tensor:
-    """values_of(rows, inputs, target), a number for each response, for the responses of all rows in order [R], the same on every rank."""
+    """values_of(rows, inputs, target), a number for each response, for the responses of all rows in order [R], the same
+    on every rank."""
     counts = [len(row.responses) for row in rows]
     first = {id(row): count for row, count in zip(rows, accumulate([0, *counts]))}
     values = torch.zeros(sum(counts), device=device)
@@ -1174,9 +1170,7 @@ def load_tokenizer(name: str):
                 f"a{tokenizer.eos_token}b {tokenizer.eos_token} c",
             ]
             if any(tokenizer(text).input_ids != reloaded(text).input_ids for text in probes):
-                raise ValueError(
-                    "it reads other ids once it is saved and loaded again; convert it with the transformers that you have"
-                )
+                raise ValueError("it reads other ids once it is saved and loaded again")
     return tokenizer
 
 
@@ -1200,9 +1194,8 @@ def fit_length(args, name: str) -> int:
                 config, "original_max_position_embeddings", positions
             )
             if args.max_length > original:
-                fail(
-                    f"--max-length {args.max_length}: {name} changes its rotary embeddings beyond {original} tokens; set at most {original}"
-                )
+                what = f"{name} changes its rotary embeddings beyond {original} tokens"
+                fail(f"--max-length {args.max_length}: {what}; set at most {original}")
     if positions < args.max_length:
         print0(f"note: --max-length {args.max_length} is lowered to the {positions} positions of {name}")
     return min(args.max_length, positions)
@@ -1211,10 +1204,8 @@ def fit_length(args, name: str) -> int:
 def read_model(auto, name: str, tokenizer, **options):
     """A checkpoint with float32 weights; model.stored_dtype is the dtype in which they were stored."""
     with user_input(f"{name}: no model can be loaded from it"):
-        options |= dict(
-            attn_implementation="eager", dtype=torch.float32, use_safetensors=True
-        )  # a pickle could run anything
-        model = auto.from_pretrained(name, **options)
+        options |= dict(attn_implementation="eager", dtype=torch.float32)
+        model = auto.from_pretrained(name, use_safetensors=True, **options)  # a pickle could run anything
         embeddings = model.get_input_embeddings().num_embeddings
         if len(tokenizer) > embeddings:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model only {embeddings}")
@@ -1234,7 +1225,8 @@ def load_model(auto, name: str, tokenizer, args, device, dtype, *methods, dropou
 
 
 def prepare_model(model, name: str, args, device, dtype, *methods, dropout: bool = False):
-    """The model on its device in training mode, with packed rows if it can follow them, `methods` bound, sharded over the ranks (FSDP2)."""
+    """The model on its device in training mode, with packed rows if it can follow them, `methods` bound, sharded over
+    the ranks (FSDP2)."""
     for module in model.modules():  # without noise two forward passes are the same function
         for field in [k for k, v in vars(module).items() if isinstance(v, float)]:
             if "jitter" in field or not dropout and ("dropout" in field or field == "p"):
@@ -1247,9 +1239,9 @@ def prepare_model(model, name: str, args, device, dtype, *methods, dropout: bool
     if dist.is_initialized():
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        policy = (
-            MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
-        )
+        policy = MixedPrecisionPolicy()
+        if dtype == torch.bfloat16:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         decoder = model.get_decoder() or model  # of a multimodal model, the part that reads text
         for layer in next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList)):
             fully_shard(layer, mp_policy=policy)
@@ -1261,7 +1253,8 @@ def prepare_model(model, name: str, args, device, dtype, *methods, dropout: bool
 
 @contextlib.contextmanager
 def short_windows(model):
-    """For the time of a short probe, sliding windows are four tokens long, so that a model that ignores them is found out."""
+    """For the time of a short probe, sliding windows are four tokens long, so that a model that ignores them is found
+    out."""
     holders, before = [model.config, model.config.get_text_config(), *model.modules()], []
     for holder in holders:
         for field in ("sliding_window", "attention_chunk_size"):
@@ -1277,51 +1270,47 @@ def short_windows(model):
 
 @torch.no_grad()
 def check_model(model, name: str, device, dtype):
-    """Sets model.packs: whether packed rows give the hidden states of the same rows padded, under the model's own attention, on random
-    tokens. Fails where `token_logps` does not give the log-probabilities of the model's own logits."""
-    vocabulary = model.config.get_text_config().vocab_size
+    """Sets model.packs: whether packed rows give the hidden states of the same rows padded, under the model's own
+    attention, on random tokens. Fails where `token_logps` does not give the log-probabilities of the model's own
+    logits."""
+    vocabulary, is_float32 = model.config.get_text_config().vocab_size, dtype == torch.float32
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (25,), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [
         Row(ids[:5], [ids[5:9], ids[9:15]], [[True] * 4, [True] * 6], {}),
         Row(ids[15:18], [ids[18:]], [[True] * 7], {}),
     ]
     (padded, target), (packed, _) = pad(rows, device), pack(rows, device)
-    hidden_states = lambda batch: (
-        model.base_model(**batch["inputs"]).last_hidden_state.flatten(0, 1)[batch["source"]].float()
-    )
+
+    def hidden_states(batch):
+        return model.base_model(**batch["inputs"]).last_hidden_state.flatten(0, 1)[batch["source"]].float()
+
     model.eval()
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), short_windows(model):
+    with torch.autocast(device.type, dtype, enabled=not is_float32), short_windows(model):
         theirs = hidden_states(padded)
         if hasattr(model, "token_logps"):
-            own = model(**padded["inputs"]).logits.flatten(0, 1)[padded["source"]].float().log_softmax(-1)
-            known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
-            gap = (
-                model.token_logps(**padded, target=target)[0] - own.gather(-1, target[:, None])[:, 0] if known else None
-            )
-            if not known or not gap.abs().max() < (1e-3 if dtype == torch.float32 else 0.1):
-                fail(
-                    f"{name}: the output layer of {type(model).__name__} does more than this script knows; its log-probabilities would be wrong"
-                )
+            is_known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
+            if is_known:
+                logits = model(**padded["inputs"]).logits.flatten(0, 1)[padded["source"]].float()
+                own = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+                gap = (model.token_logps(**padded, target=target)[0] - own).abs().max()
+            if not is_known or not gap < (1e-3 if is_float32 else 0.1):
+                fail(f"{name}: the output layer of {type(model).__name__} does more than this script knows")
         try:
             model.set_attn_implementation("packed_rows")
             difference = (hidden_states(packed) - theirs).norm() / theirs.norm()
-            model.packs, why = (
-                bool(difference < (1e-3 if dtype == torch.float32 else 0.05)),
-                f"difference {difference:.1g}",
-            )
+            model.packs, why = bool(difference < (1e-3 if is_float32 else 0.05)), f"difference {difference:.1g}"
         except torch.OutOfMemoryError:
             raise
         except (NotImplementedError, TypeError, RuntimeError, ValueError) as e:
             model.packs, why = False, f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
     if not model.packs:
         model.set_attn_implementation("eager")
-        print0(
-            f"note: {type(model).__name__} cannot follow packed rows ({why}); they are padded, which is right but slower"
-        )
+        print0(f"note: {type(model).__name__} cannot follow packed rows ({why}); they are padded, which is slower")
 
 
 def make_optimizer(model, args):
-    """AdamW; matrices decay, vectors (norms, biases) do not. Make it before the first forward, after which FSDP's root holds gathered weights."""
+    """AdamW; matrices decay, vectors (norms, biases) do not. Make it before the first forward, after which FSDP's root
+    holds gathered weights."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
@@ -1329,15 +1318,16 @@ def make_optimizer(model, args):
 
 
 def check_first_step(name: str, value: float, theory: float, dtype, scale: float):
-    """Fails where a value that is known before the first update is another: then two forward passes are not the same function."""
+    """Fails where a value that is known before the first update is another: then two forward passes are not the same
+    function."""
     if not abs(value - theory) < (1e-4 if dtype == torch.float32 else 0.05) * scale:
-        fail(
-            f"{name} is {value:.4f} before the first update and must be {theory:.4f}: policy and reference do not compute the same"
-        )
+        what = f"{name} is {value:.4f} before the first update and must be {theory:.4f}"
+        fail(f"{what}: policy and reference do not compute the same")
 
 
 def take_step(model, optimizer, args, step: int, steps: int) -> tuple:
-    """One clipped step on the gradients at hand, at the scheduled learning rate; returns the gradients' norm, and that rate."""
+    """One clipped step on the gradients at hand, at the scheduled learning rate; returns the gradients' norm, and that
+    rate."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(norm):
@@ -1358,10 +1348,7 @@ def take_step(model, optimizer, args, step: int, steps: int) -> tuple:
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 RECEIVED = []  # the signals that asked this process to stop
 RUN_DATE = [datetime.now()]  # what chat templates write as the date: that of the run's start, also after --resume
-for library in (
-    transformers.utils.logging,
-    datasets.utils.logging,
-):  # their bars and warnings would break up the script's own lines
+for library in (transformers.utils.logging, datasets.utils.logging):  # they would break up the script's own lines
     library.disable_progress_bar()
     library.set_verbosity_error()
 
@@ -1374,16 +1361,14 @@ def print0(*text):
 
 def setup_distributed(args) -> tuple:
     """This rank's device and the dtype of the computation; joins the other ranks."""
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     elif torch.version.cuda:
         print0("note: this build of torch has CUDA but finds no device (is the driver too old?); training on the CPU")
-    dtype = (
-        torch.bfloat16 if args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda" else torch.float32
-    )
+    is_bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
     if WORLD > 1 or dtype == torch.bfloat16:  # FSDP's mixed precision, for one rank as for many
         alone = dict(store=dist.HashStore(), rank=0, world_size=1) if WORLD == 1 else {}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2), **alone)
@@ -1410,17 +1395,10 @@ def sum_over_ranks(sums: dict) -> dict:
 
 
 def check_numbers(args, above_zero: tuple = (), at_most_one: tuple = (), signed: tuple = ()):
-    """Fails on a number that is out of range. Counts are at least 1, shares at most 1, others at least 0 unless they are signed."""
-    counts = (
-        "epochs",
-        "batch_size",
-        "tokens_per_forward",
-        "max_length",
-        "vocab_size",
-        "hidden_size",
-        "num_layers",
-        "num_heads",
-    )
+    """Fails on a number that is out of range. Counts are at least 1, shares at most 1, others at least 0 unless they
+    are signed."""
+    counts = {"epochs", "batch_size", "tokens_per_forward", "max_length"}
+    counts |= {"vocab_size", "hidden_size", "num_layers", "num_heads"}  # sft.py --from-scratch
     for name, value in asdict(args).items():
         needed = ""
         if isinstance(value, float) and not math.isfinite(value):
@@ -1442,7 +1420,8 @@ def check_numbers(args, above_zero: tuple = (), at_most_one: tuple = (), signed:
 
 
 def fingerprint(path: Path) -> str:
-    """Names and sizes of a file, or of a directory's files without those of the run that wrote it, and a hash of both ends of each."""
+    """Names and sizes of a file, or of a directory's files without those of the run that wrote it, and a hash of both
+    ends of each."""
     digest, files = hashlib.sha256(), [path]
     if path.is_dir():
         parts = lambda file: file.relative_to(path).parts
@@ -1460,6 +1439,7 @@ def fingerprint(path: Path) -> str:
 
 
 RUN_FILES = {"args.json", "metrics.jsonl", "curves.png", "report.json", "value", "wandb"}
+# options that change no result
 FREE_OPTIONS = {
     "resume",
     "overwrite",
@@ -1468,13 +1448,15 @@ FREE_OPTIONS = {
     "save_every",
     "tokens_per_forward",
     "gradient_checkpointing",
-}  # change no result
+}
 
 
 def open_run(args, *inputs) -> tuple:
-    """The output directory, the checkpoint to resume from or None, and the run's signature: its arguments and fingerprints of its inputs.
+    """The output directory, the checkpoint to resume from or None, and the run's signature: its arguments and
+    fingerprints of its inputs.
 
-    Ends the program where a finished run of the same arguments stands. Two runs, or a run and its inputs, are never mixed in a directory."""
+    Ends the program where a finished run of the same arguments stands. Two runs, or a run and its inputs, are never
+    mixed in a directory."""
     out, error, last, signature, date = Path(args.output_dir), None, None, None, RUN_DATE[0]
     if RANK == 0:  # one rank looks, so that all do the same
         with user_input(f"--output-dir {out}: cannot be used"):
@@ -1482,9 +1464,8 @@ def open_run(args, *inputs) -> tuple:
             signature = {k: v for k, v in asdict(args).items() if k not in FREE_OPTIONS}
             signature |= {f"content of {file}": fingerprint(file) for file in files}
             signature = json.loads(json.dumps(signature))  # tuples become lists, as in the file
-            before = (
-                json.loads((out / "args.json").read_text()) if args.resume and (out / "args.json").exists() else None
-            )
+            record = out / "args.json"
+            before = json.loads(record.read_text()) if args.resume and record.exists() else None
             is_used = out.exists() and any(out.iterdir())
         checkpoints = [d for d in out.glob("checkpoint-*") if d.name[11:].isdigit()]
         if any(out.resolve() in (file.resolve(), *file.resolve().parents) for file in files):
@@ -1494,17 +1475,12 @@ def open_run(args, *inputs) -> tuple:
             names = sorted(name for name in {*old, *signature} if old.get(name) != signature.get(name))
             changed = "; ".join(f"{name} was {old.get(name)!r} and is {signature.get(name)!r}" for name in names)
             if changed:
-                error = f"--resume: {out} holds another run ({changed[:500]}); choose another --output-dir, or --overwrite without --resume"
+                error = f"--resume: {out} holds another run ({changed[:500]}); choose another directory, or --overwrite"
             date = datetime.fromisoformat(before["date"])
-            last = (
-                "finished"
-                if before["finished"]
-                else max(map(str, checkpoints), key=lambda d: int(d.rsplit("-", 1)[1]), default=None)
-            )
+            last = str(max(checkpoints, key=lambda d: int(d.name[11:]))) if checkpoints else None
+            last = "finished" if before["finished"] else last
         elif is_used and not args.overwrite:
-            error = (
-                f"--output-dir {out}: is not empty; choose another, --resume a run that stands there, or --overwrite it"
-            )
+            error = f"--output-dir {out}: is not empty; choose another, --resume what stands there, or --overwrite it"
     if WORLD > 1:
         shared = [error, last, signature, date]
         dist.broadcast_object_list(shared)
@@ -1519,8 +1495,8 @@ def open_run(args, *inputs) -> tuple:
 
 
 def clear_run(args, out: Path, signature: dict):
-    """Removes what an earlier run wrote and writes args.json. Call it when all input has been read. An older model stays until the new one
-    is saved."""
+    """Removes what an earlier run wrote and writes args.json. Call it when all input has been read. An older model
+    stays until the new one is saved."""
     if RANK == 0:
         with user_input(f"--output-dir {out}: cannot be written"):
             out.mkdir(parents=True, exist_ok=True)
@@ -1548,13 +1524,9 @@ def write_json(path: Path, value):
 
 def announce(model, args, work: str, device, dtype):
     """Prints the run in two lines. A parameter takes 16 bytes: weight, gradient, and AdamW's two moments."""
-    count = sum(p.numel() for p in model.parameters())
-    print0(
-        f"model: {type(model).__name__}, {count / 1e6:.2f} M parameters, {16 * count >> 20} MB with AdamW over all ranks"
-    )
-    print0(
-        f"training: {work}, at most {args.tokens_per_forward} tokens a forward, on {WORLD} x {device.type} in {str(dtype)[6:]}"
-    )
+    count, limit = sum(p.numel() for p in model.parameters()), args.tokens_per_forward
+    print0(f"model: {type(model).__name__}, {count / 1e6:.2f} M parameters, {16 * count >> 20} MB with AdamW")
+    print0(f"training: {work}, at most {limit} tokens a forward, on {WORLD} x {device.type} in {str(dtype)[6:]}")
 
 
 def catch_signals():
@@ -1564,10 +1536,9 @@ def catch_signals():
         RECEIVED.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (
-        (signal.SIGTERM, signal.SIGINT) if __name__ == "__main__" else ()
-    ):  # imported, the script leaves them alone
-        signal.signal(number, note)
+    if __name__ == "__main__":  # a program that imports the script handles its own signals
+        signal.signal(signal.SIGTERM, note)
+        signal.signal(signal.SIGINT, note)
 
 
 def is_due(every: int, done: int, steps: int) -> bool:
@@ -1576,13 +1547,15 @@ def is_due(every: int, done: int, steps: int) -> bool:
 
 
 def should_save(args, done: int, steps: int, device) -> bool:
-    """Whether to save after so many steps: because of --save-every, or because a signal asked any rank to stop (args.stopping)."""
+    """Whether to save after so many steps: because of --save-every, or because a signal asked any rank to stop
+    (args.stopping)."""
     args.stopping = bool(over_ranks(torch.tensor(len(RECEIVED), device=device)))
     return done < steps and (args.stopping or args.save_every > 0 and done % args.save_every == 0)
 
 
 def save_model(directory: Path, model, tokenizer, dtype):
-    """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every stop token."""
+    """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every
+    stop token."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp.get_model_state_dict(model, options=options) if dist.is_initialized() else model.state_dict()
     for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
@@ -1604,9 +1577,8 @@ def save_model(directory: Path, model, tokenizer, dtype):
         directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
     )
     config.dtype, config._attn_implementation = before
-    saved = json.loads(
-        (directory / "config.json").read_text()
-    )  # where save_pretrained has written the dtype of the training
+    # save_pretrained has written the dtype of the training there
+    saved = json.loads((directory / "config.json").read_text())
     write_json(directory / "config.json", saved | dict(dtype=str(dtype).removeprefix("torch.")))
     save_tokenizer(tokenizer, directory)
 
@@ -1614,7 +1586,8 @@ def save_model(directory: Path, model, tokenizer, dtype):
 def save_checkpoint(args, directory: Path, models: dict, optimizers: dict, state: dict):
     """checkpoint-N/: loadable models with the training state beside them, written elsewhere and then renamed.
 
-    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers, lists, tensors."""
+    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers,
+    lists, tensors."""
     part, options = directory.with_name("saving"), dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     for model, _ in models.values():
         if hasattr(model, "reshard"):  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered

@@ -1,11 +1,13 @@
-"""What every script keeps, checked on every script at the root of the repository: a new one is covered the day it appears.
+"""What every script keeps, checked on every script at the root of the repository, new ones included.
 
-Each static check is a function from a script's text to a list of complaints; the last tests break a small script in every way named here, so that
-no check can fall asleep.
+Each static check is a function from a script's text to a list of complaints. The last tests break a small script in every
+way named here, so that each check is known to fail.
 """
 
 import ast
+import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO
+from test_copies import FIRST_DRAFT
 
 try:
     import tomllib
@@ -23,7 +26,9 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings it
 
 SCRIPTS = sorted(path.name for path in REPO.glob("*.py"))
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+RECIPES = sorted(path.name for path in REPO.glob("recipes/*.sh") if path.name != "common.sh")
 every_script = pytest.mark.parametrize("script", SCRIPTS)
+every_new_script = pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in FIRST_DRAFT])
 
 
 def args_classes(tree: ast.Module) -> dict:
@@ -36,14 +41,15 @@ def undocumented_fields(text: str) -> list:
     complaints = []
     for name, args in args_classes(ast.parse(text)).items():
         for node, below in zip(args.body, [*args.body[1:], None]):
-            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
-            if isinstance(node, ast.AnnAssign) and not (documented and below.value.value.strip()):
+            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
+            if isinstance(node, ast.AnnAssign) and not (isinstance(text, str) and text.strip()):
                 complaints.append(f"{name}.{node.target.id} has no docstring")
     return complaints
 
 
 def unread_fields(text: str) -> list:
-    """Every field of Args is read somewhere outside the class, as args.NAME; where a function says whose `args` it takes, it reads for those only."""
+    """Every field of Args is read outside the class, as args.NAME. A function that names the class of its `args` reads for
+    that class only."""
     tree = ast.parse(text)
     classes = args_classes(tree)
     bases = {name: {base.id for base in node.bases if isinstance(base, ast.Name)} for name, node in classes.items()}
@@ -58,9 +64,11 @@ def unread_fields(text: str) -> list:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             for arg in node.args.posonlyargs + node.args.args + node.args.kwonlyargs:
                 if arg.arg == "args":
-                    named = set(re.findall(r"\w+", ast.unparse(arg.annotation))) & set(classes) if arg.annotation else set()
+                    named = (
+                        set(re.findall(r"\w+", ast.unparse(arg.annotation))) & set(classes) if arg.annotation else set()
+                    )
                     owners = named | {base for name in named for base in bases[name]} or set(classes)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args" and isinstance(node.ctx, ast.Load):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and ast.unparse(node.value) == "args":
             read.update((owner, node.attr) for owner in owners)
         for child in ast.iter_child_nodes(node):
             visit(child, owners)
@@ -73,18 +81,22 @@ def unread_fields(text: str) -> list:
 
 
 def wrong_header(text: str) -> list:
-    """The PEP 723 block is valid and asks for what pyproject.toml asks for; a docstring follows; the syntax is that of the oldest Python named."""
+    """The PEP 723 block is valid and equal to pyproject.toml. A docstring follows. The oldest Python can parse the script."""
     blocks = re.findall(r"(?m)^# /// ([a-zA-Z0-9-]+)$\s((?:^#(?:| .*)$\s)+)^# ///$", text)  # the expression of PEP 723
     if [kind for kind, _ in blocks] != ["script"]:
         return [f"needs one PEP 723 block `# /// script`, has {[kind for kind, _ in blocks]}"]
-    content = "".join(line[2:] if line.startswith("# ") else line[1:] for line in blocks[0][1].splitlines(keepends=True))
+    content = "".join(
+        line[2:] if line.startswith("# ") else line[1:] for line in blocks[0][1].splitlines(keepends=True)
+    )
     try:
         header = tomllib.loads(content)
-        tree = ast.parse(text, feature_version=tuple(map(int, re.findall(r"\d+", PROJECT["requires-python"]))))
+        oldest = tuple(map(int, re.findall(r"\d+", PROJECT["requires-python"])))
+        tree = ast.parse(text, feature_version=oldest)
     except (tomllib.TOMLDecodeError, SyntaxError) as e:
         return [str(e)]
     wanted = {key: PROJECT[key] for key in ("requires-python", "dependencies")}
-    complaints = [f"PEP 723 {key}: {header.get(key)}, pyproject.toml: {value}" for key, value in wanted.items() if header.get(key) != value]
+    wrong = {key: header.get(key) for key in wanted if header.get(key) != wanted[key]}
+    complaints = [f"PEP 723 {key}: {value}, pyproject.toml: {wanted[key]}" for key, value in wrong.items()]
     return complaints + ([] if ast.get_docstring(tree) else ["has no docstring"])
 
 
@@ -106,18 +118,35 @@ def unsafe_loads(text: str) -> list:
     """torch.load runs what it reads, unless told weights_only=True; and code comes with no checkpoint."""
     complaints = []
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.module == "torch" and "load" in [alias.name for alias in node.names]:
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module == "torch"
+            and "load" in [alias.name for alias in node.names]
+        ):
             complaints.append(f"line {node.lineno} imports load from torch, whose call would not be checked")
         if isinstance(node, ast.Call):
             if ast.unparse(node.func) == "torch.load" and "weights_only=True" not in map(ast.unparse, node.keywords):
                 complaints.append(f"line {node.lineno}: torch.load without weights_only=True")
-            if any(k.arg in ("trust_remote_code", "allow_pickle") and ast.unparse(k.value) != "False" for k in node.keywords):
+            risky = [k for k in node.keywords if k.arg in ("trust_remote_code", "allow_pickle")]
+            if any(ast.unparse(k.value) != "False" for k in risky):
                 complaints.append(f"line {node.lineno}: {ast.unparse(node)} would run code from a file")
     return complaints
 
 
 def long_lines(text: str, limit: int = 150) -> list:
     return [f"line {i} has {len(line)} characters" for i, line in enumerate(text.splitlines(), 1) if len(line) > limit]
+
+
+def ruff(text: str) -> list:
+    """`ruff check` and `ruff format --check`, with the settings of pyproject.toml."""
+    found = []
+    for command in (["check", "--quiet", "--output-format=concise"], ["format", "--check", "--quiet"]):
+        words = [sys.executable, "-m", "ruff", *command, "--stdin-filename", "script.py", "-"]
+        done = subprocess.run(words, cwd=REPO, input=text, capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode in (0, 1), done.stderr
+        if done.returncode:
+            found.append(f"ruff {command[0]} {done.stdout.replace(str(REPO), '')}")
+    return found
 
 
 CHECKS = [undocumented_fields, unread_fields, wrong_header, foreign_imports, unsafe_loads, long_lines]
@@ -152,7 +181,7 @@ def import_as_module(path, monkeypatch):
     return module
 
 
-# --------------------------------------------------------------------------------------------------------------------- tests
+# ---------------------------------------------------------------------------------------------------------------- tests
 
 
 @every_script
@@ -160,6 +189,20 @@ def import_as_module(path, monkeypatch):
 def test_contract(script, check):
     complaints = check((REPO / script).read_text(encoding="utf-8"))
     assert not complaints, "\n  ".join([f"{script}: {check.__doc__ or check.__name__}", *complaints])
+
+
+@pytest.fixture(scope="session")
+def needs_ruff():
+    """Another version of ruff may want another layout."""
+    wanted = next(name for name in PROJECT["optional-dependencies"]["test"] if name.startswith("ruff=="))
+    if not importlib.util.find_spec("ruff") or f"ruff=={importlib.metadata.version('ruff')}" != wanted:
+        pytest.skip(f"needs {wanted}, of the extra `test`")
+
+
+@every_new_script
+def test_layout(script, needs_ruff):
+    complaints = ruff((REPO / script).read_text(encoding="utf-8"))
+    assert not complaints, "\n".join(complaints)
 
 
 @every_script
@@ -179,21 +222,103 @@ def test_imported_a_script_parses_nothing(script, tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
 
 
+REQUIRED = {  # command -> the options without which it does not start
+    **{script: ["--model", "--dataset"] for script in ("dpo", "orpo", "rpo", "reward_model", "ppo", "grpo")},
+    **{"sft": ["--dataset"], "rlaif label": ["--dataset"], "rlaif revise": ["--model", "--dataset"]},
+    **{"rlaif best-of-n": ["--model", "--dataset"], "rlaif synthesise": ["--model"], "rlaif compare": ["--dataset"]},
+    **{"rlaif audit": ["--dataset"], "rlaif weigh": ["--dataset"]},
+}
+
+
+@pytest.mark.parametrize("command", REQUIRED)
+def test_model_and_data_set_must_be_given(command, run_script, tmp_path):
+    done = run_script(*command.split(), cwd=tmp_path, check=False)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert re.findall(r"│ +(--[\w-]+)", done.stderr.partition("For full helptext")[0]) == REQUIRED[command]
+    if " " not in command:  # they stand first in --help
+        page, _ = help_page(REPO / f"{command}.py", tmp_path)
+        options = re.findall(r"(?m)^│ (--[\w-]+)", page)
+        assert options[: len(REQUIRED[command])] == REQUIRED[command]
+        if command == "sft":
+            assert options[:3] == ["--dataset", "--model", "--from-scratch"]
+
+
+@pytest.mark.parametrize("flags", [{}, dict(model="runs/sft", from_scratch=True)])
+def test_sft_starts_from_a_model_or_from_scratch(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = import_as_module(REPO / "sft.py", monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        module.main(module.Args(dataset="rows.jsonl", **flags))
+    assert end.value.code == 2 and not list(tmp_path.iterdir())
+    assert re.search(r"(?m)^error: .*--model\b.*--from-scratch\b", capsys.readouterr().err)
+
+
+@every_new_script
+def test_a_copied_script_runs_alone_in_an_empty_folder(script, tiny_model_dir, tmp_path):
+    """From one file, one model and one data set to a model that transformers loads. Nothing else is read or written."""
+    folder, rows = tmp_path / "empty", []
+    folder.mkdir()
+    shutil.copy(REPO / script, folder)
+    for i in range(6):
+        question = [dict(role="user", content=f"What is {i} and 1?")]
+        chosen, rejected = ([dict(role="assistant", content=f"That is {i + n}.")] for n in (1, 3))
+        pair = dict(prompt=question, chosen=chosen, rejected=rejected, score_chosen=1.0, score_rejected=0.0)
+        rows.append(dict(messages=question + chosen) if script == "sft.py" else pair)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [
+        "--model",
+        tiny_model_dir("llama"),
+        "--dataset",
+        data,
+        "--max-steps",
+        2,
+        "--batch-size",
+        2,
+        "--save-every",
+        1,
+    ]
+    words = [sys.executable, "-I", script, *map(str, flags)]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    name = script.removesuffix(".py")
+    out = folder / "runs" / name
+    assert sorted(path.name for path in folder.iterdir()) == sorted([script, "runs"])
+    assert [path.name for path in (folder / "runs").iterdir()] == [name] and f"done: runs/{name}" in done.stdout
+    wanted = {"args.json", "metrics.jsonl", "curves.png", "config.json", "model.safetensors", "checkpoint-1"}
+    assert wanted <= {path.name for path in out.iterdir()}
+    args = json.loads((out / "args.json").read_text())
+    assert args["script"] == script and args["finished"] and args["args"]["batch_size"] == 2
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    for path in (out, out / "checkpoint-1"):
+        auto = AutoModelForSequenceClassification if name == "reward_model" else AutoModelForCausalLM
+        _, loading = auto.from_pretrained(path, output_loading_info=True)
+        assert not loading["missing_keys"] and not loading["unexpected_keys"]
+        assert AutoTokenizer.from_pretrained(path).chat_template
+
+
+# ------------------------------------------------------------------------------------------------- recipes and documents
+
+
 @pytest.fixture(scope="module")
 def kitchen(tmp_path_factory):
-    """A copy of scripts and recipes, in which a recipe finds the stages of those before it, as in `for r in recipes/*.sh; do STEPS=tiny bash $r; done`."""
+    """A copy of scripts and recipes, in which a recipe reuses what those before it have trained."""
     folder = tmp_path_factory.mktemp("kitchen")
     (folder / "recipes").mkdir()
-    for file in [*REPO.glob("*.py"), *REPO.glob("recipes/*.sh")]:
+    for file in [*REPO.glob("*.py"), *REPO.glob("recipes/*.sh"), *REPO.glob("recipes/*.py")]:
         shutil.copy(file, folder / file.relative_to(REPO))
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", sorted(path.name for path in (REPO / "recipes").glob("*.sh")))
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_runs_at_its_smallest(recipe, kitchen):
     env = os.environ | dict(STEPS="tiny", PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    done = subprocess.run(["bash", f"recipes/{recipe}"], cwd=kitchen, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    pipes = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(["bash", f"recipes/{recipe}"], cwd=kitchen, env=env, **pipes)
     assert done.returncode == 0, done.stderr[-3000:]
     last = done.stdout.splitlines()[-1]
     assert last.startswith("claim: ") and "not judged (tiny)" in last
@@ -213,10 +338,9 @@ def test_every_recipe_has_its_row():
     """In README's table, by name, with what it showed; and a table of results, if it was measured."""
     readme = (REPO / "README.md").read_text()
     rows = dict(re.findall(r"(?m)^\| \[([\w-]+)\.sh\]\(recipes/\1\.sh\) \|.*\| (.*) \|$", readme))
-    assert set(rows) == {path.stem for path in (REPO / "recipes").glob("*.sh")}
-    assert {name for name, holds in rows.items() if "not measured" not in holds} == {path.stem for path in REPO.glob("recipes/results/*.csv")} & set(
-        rows
-    )
+    assert set(rows) == {recipe.removesuffix(".sh") for recipe in RECIPES}
+    measured = {path.stem for path in REPO.glob("recipes/results/*.csv")} & set(rows)
+    assert {name for name, holds in rows.items() if "not measured" not in holds} == measured
 
 
 def test_both_pages_say_the_same():
@@ -228,7 +352,7 @@ def test_both_pages_say_the_same():
         assert len(re.findall(pattern, english)) == len(re.findall(pattern, chinese))
 
 
-# ------------------------------------------------------------------------------------------------------------ the checks, checked
+# -------------------------------------------------------------------------------------------------- the checks, checked
 
 GOOD = f'''# /// script
 # requires-python = "{PROJECT["requires-python"]}"
@@ -313,10 +437,25 @@ def test_a_broken_script_is_caught(check, old, new):
     assert len(check(GOOD.replace(old, new), **foreign)) == 1
 
 
+def test_what_ruff_catches(needs_ruff):
+    clean = GOOD.replace("from typing import Literal\n", "")
+    assert ruff(clean) == []
+    for old, new in (
+        ("print(args.beta)", f"print({' + '.join(['args.beta'] * 12)})"),  # 127 columns
+        ("import torch\n", "import torch\nimport numpy\n"),
+        ("    one(args)\n", "    one(arg)\n"),
+    ):
+        assert clean.count(old) == 1 and len(ruff(clean.replace(old, new))) == 1, new
+
+
 def test_a_broken_script_is_caught_running(tmp_path, monkeypatch):
     folder, path = tmp_path / "empty", tmp_path / "good.py"
     folder.mkdir()
-    path.write_text(GOOD.replace("tyro.cli(Args | MoreArgs", "tyro.cli(MoreArgs").replace("beta: float = 0.1", 'beta: Literal["a", "b"] = "a"'))
+    path.write_text(
+        GOOD.replace("tyro.cli(Args | MoreArgs", "tyro.cli(MoreArgs").replace(
+            "beta: float = 0.1", 'beta: Literal["a", "b"] = "a"'
+        )
+    )
     page, heavy = help_page(path, folder)
     assert "--beta {a,b}" in page and "--seed" in page and not heavy and subcommands(page) == []
     path.write_text(GOOD)

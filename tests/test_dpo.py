@@ -334,7 +334,7 @@ def merging(optimizer: str, keep: float, weight: float, tau=1.0, seed=0):
     adam = torch.optim.AdamW(layer.parameters(), lr=1e-3)
     if optimizer != "adamw":
         args = args_of(optimizer=optimizer, merge_keep=keep, merge_weight=weight, seed=seed)
-        dpo.merge_online(args, adam, [torch.full((40, 50), tau)])
+        dpo.merge_online(args, adam, [tau * torch.ones(40, 50)])
 
     def step():
         before = layer.weight.detach().clone()
@@ -360,8 +360,11 @@ def test_ondare_keeps_a_random_share_new_at_each_step():
     assert (both != 0).float().mean() == pytest.approx(1 - 0.7**2, abs=0.05)  # one mask for both would give 0.3
 
 
-def test_onties_keeps_the_largest_share():
-    assert (merging("onties", 0.3, 0.0)() != 0).sum() == 600 == (merging("onties", 0.3, 1.0)() != 0).sum()
+def test_onties_keeps_the_largest_of_the_step_and_of_tau_apart():
+    tau = torch.randn(40, 50, generator=torch.Generator().manual_seed(2))
+    for weight, whole in ((0.0, merging("adamw", 1.0, 0.0)()), (1.0, tau)):
+        kept = merging("onties", 0.3, weight, tau)() != 0
+        assert kept.sum() == 600 and whole[kept].abs().min() >= whole[~kept].abs().max()
 
 
 @pytest.mark.parametrize("optimizer", ["ondare", "onties"])

@@ -646,7 +646,7 @@ def test_reasoning_comes_between_the_question_and_the_letter():
 # --------------------------------------------------------------------------------------------------------------------------- label
 
 
-def loads(row: dict, tokenizer, encode_row) -> list:
+def loads(row: dict, encode_row) -> list:
     notes = Counter()
     found = encode_row(row, notes)
     assert not {k: n for k, n in notes.items() if n and k != "pairs"}
@@ -658,7 +658,7 @@ def loaded(script, file, tokenizer, **options) -> list:
     read = dict(sft=partial(sft.demonstration_rows, tokenizer, 512, False), dpo=partial(dpo.preference_rows, tokenizer, 512))
     args = reward_model.Args(model="", dataset="", **options)
     read |= dict(reward_model=partial(reward_model.ranking_rows, args, tokenizer, 512, {}))
-    return [loads(row, tokenizer, read[script.__name__])[0] for row in script.load_rows("--dataset", str(file), "train")]
+    return [loads(row, read[script.__name__])[0] for row in script.load_rows("--dataset", str(file), "train")]
 
 
 def test_label_gives_soft_preferences_in_the_order_of_the_judge(ai, ruled, tiny_tokenizer):
