@@ -125,6 +125,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\ninterrupted before training"))
 
 import contextlib
+import gc
 import glob
 import hashlib
 import importlib.util
@@ -344,7 +345,10 @@ def learnt_since_base(optimizer, tokenizer, args, device, dtype) -> list:
     shapes = [[p.shape for p in parameters] for parameters in (*weights, optimizer_parameters(optimizer))]
     if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
         fail("--merge-base, --reference and --model must have weights of the same shapes")
-    return [reference - base for reference, base in zip(*weights)]
+    tau = [reference - base for reference, base in zip(*weights)]
+    model = weights = None
+    free_memory()
+    return tau
 
 
 def optimizer_parameters(optimizer) -> list:
@@ -457,7 +461,17 @@ def reference_logps(policy, rows: list, sums_of, tokenizer, args, device, dtype)
             fail(f"--reference {args.reference}: its tokenizer differs from that of --model")
         model = load_model(AutoModelForCausalLM, args.reference, tokenizer, args, device, dtype, token_logps)
     values_of = lambda group, inputs, target: sums_of(model.token_logps(**inputs, target=target)[0], group)
-    return response_values(values_of, model, rows, args, device)
+    logps = response_values(values_of, model, rows, args, device)
+    model = values_of = None
+    free_memory()
+    return logps
+
+
+def free_memory():
+    """Gives the memory of deleted models back: the methods bound to a model make a cycle, which only the collector frees."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def set_reference_logps(rows: list, ref_logps):

@@ -123,6 +123,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\ninterrupted before training"))
 
 import contextlib
+import gc
 import glob
 import hashlib
 import importlib.util
@@ -324,9 +325,7 @@ def add_scores(args, device, dtype, option: str, data: Dataset) -> Dataset:
     """The data set with the reward model's scores of every row's answers, read whole; None for a row that it cannot
     read."""
     if not is_reward_model(args.reward_model):
-        fail(
-            f"--reward-model {args.reward_model}: must be a sequence classifier of one label, as of reward_model.py"
-        )
+        fail(f"--reward-model {args.reward_model}: must be a sequence classifier of one label, as of reward_model.py")
     tokenizer = load_tokenizer(args.reward_model)
     auto = AutoModelForSequenceClassification
     model = load_model(auto, args.reward_model, tokenizer, args, device, dtype, response_scores, num_labels=1)
@@ -345,6 +344,8 @@ def add_scores(args, device, dtype, option: str, data: Dataset) -> Dataset:
     print0(f"--reward-model {args.reward_model}: scores the answers of {len(rows)} of the {len(data)} rows of {option}")
     for number, values in zip(numbers, score_rows(model, rows, args, device)):
         scores[number] = values.tolist()
+    model = None
+    free_memory()
     return data.add_column(MODEL_SCORES, scores)
 
 
@@ -418,7 +419,17 @@ def reference_logps(policy, rows: list, sums_of, tokenizer, args, device, dtype)
             fail(f"--reference {args.reference}: its tokenizer differs from that of --model")
         model = load_model(AutoModelForCausalLM, args.reference, tokenizer, args, device, dtype, token_logps)
     values_of = lambda group, inputs, target: sums_of(model.token_logps(**inputs, target=target)[0], group)
-    return response_values(values_of, model, rows, args, device)
+    logps = response_values(values_of, model, rows, args, device)
+    model = values_of = None
+    free_memory()
+    return logps
+
+
+def free_memory():
+    """Gives the memory of deleted models back: the methods bound to a model make a cycle, which only the collector frees."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def set_reference_logps(rows: list, ref_logps):
