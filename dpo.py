@@ -468,7 +468,8 @@ def reference_logps(policy, rows: list, sums_of, tokenizer, args, device, dtype)
 
 
 def free_memory():
-    """Gives the memory of deleted models back: the methods bound to a model make a cycle, which only the collector frees."""
+    """Gives the memory of deleted models back: the methods bound to a model make a cycle, which only the collector
+    frees."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -1505,6 +1506,7 @@ def open_run(args, *inputs) -> tuple:
         print0(f"{out}: finished already with the same arguments and data; nothing to do")
         sys.exit(0)
     RUN_DATE[0] = date
+    print0(f"{Path(__file__).name}: loading {', '.join(name for name in inputs if name)}")
     return out, Path(last) if last else None, signature
 
 
@@ -1662,9 +1664,9 @@ def batch_rows(rows: list, args, step: int) -> list:
 
 
 def progress(name: str, first: int, steps: int):
-    """The progress bar of the training loop; where the output goes to a file, a line every half minute."""
-    interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=RANK > 0, mininterval=interval)
+    """The steps of the training loop, with a progress bar on a terminal; elsewhere `log_metrics` prints lines."""
+    disable = RANK > 0 or not sys.stderr.isatty()
+    return tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=disable)
 
 
 def peak_memory(device) -> int:
@@ -1675,13 +1677,20 @@ def peak_memory(device) -> int:
 
 
 def log_metrics(args, out: Path, metrics: dict, bar):
-    """Writes one flushed line of metrics.jsonl, the progress bar, and wandb."""
+    """Writes a line of metrics.jsonl and shows progress: on the bar, or, where there is no terminal, as a line every
+    half minute."""
     if RANK > 0:
         return
-    shown = [name for name in ("loss", "rewards/accuracies", "accuracy", "mean_token_accuracy") if name in metrics]
-    bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown}, refresh=False)
-    if not (out / "metrics.jsonl").exists():
+    names = ("loss", "rewards/accuracies", "accuracy", "mean_token_accuracy", "tokens_per_second")
+    shown = {
+        name: f"{metrics[name]:.3g}" for name in names if name in metrics and (metrics["step"] > 1 or name == "loss")
+    }
+    bar.set_postfix(shown, refresh=False)
+    if metrics["step"] == 1:
         bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
+    if bar.disable and metrics["seconds"] - getattr(bar, "printed_at", 0.0) > 30:
+        bar.printed_at = metrics["seconds"]
+        print(f"step {metrics['step']} of {bar.total}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
     with user_input(f"{out}/metrics.jsonl: cannot be written"), (out / "metrics.jsonl").open("a") as f:
         f.write(json.dumps(metrics) + "\n")
     if args.track:
@@ -1710,20 +1719,28 @@ def finish_run(out: Path, models: dict, curves: list):
 
 
 def draw_curves(path: Path, lines: list, names: list):
-    """A picture of metrics over steps; held-out values are dots."""
+    """A picture of metrics over steps: each as a light line under its running mean, held-out values as dots."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), layout="constrained", squeeze=False)
-    for axis, title in zip(axes[0], names):
-        for name, style in ((title, "-"), (f"eval_{title}", "o")):
-            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points), style, label=name)
-                axis.legend()
-        axis.set(title=title, xlabel="step")
+    columns = math.ceil(len(names) / 2)
+    figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 5), layout="constrained", squeeze=False)
+    for axis, name in zip(axes.flat, names):
+        steps, values = zip(*[(line["step"], line[name]) for line in lines])
+        window = max(1, len(values) // 20)
+        means = [sum(values[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(values))]
+        axis.plot(steps, values, color="tab:blue", alpha=0.3)
+        axis.plot(steps, means, color="tab:blue", label="training")
+        held_out = [(line["step"], line[f"eval_{name}"]) for line in lines if f"eval_{name}" in line]
+        if held_out:
+            axis.plot(*zip(*held_out), "o", color="tab:orange", label="held out")
+            axis.legend()
+        axis.ticklabel_format(useOffset=False)
+        axis.set(title=name, xlabel="optimiser step")
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

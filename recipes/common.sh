@@ -4,8 +4,8 @@
 #   SEEDS="0 1 2" bash recipes/NAME.sh      three seeds; those after 0 go to runs/seed-N/
 #   STEPS=tiny bash recipes/NAME.sh         a few steps of every stage, in runs/tiny/; the claim is not judged
 #
-# Exit code 1: the claim does not hold. Any other code: a command failed. A stage that is already in runs/ with the
-# same arguments is reused (--resume). The base model has 0.85 M parameters, the small one 74,000.
+# Exit code 1 after the last claim: one of them does not hold. If a command fails, the recipe stops there with a code
+# other than 0. A stage that is already in runs/ with the same arguments is reused (--resume). The base model has 0.85 M parameters, the small one 74,000.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # matrices this small gain little from a second core
