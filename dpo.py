@@ -246,15 +246,16 @@ def main(args: Args):
     policy = load_model(AutoModelForCausalLM, source, tokenizer, args, device, dtype, token_logps)
     optimizer = make_optimizer(policy, args)
     models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
+    tau = learnt_since_base(optimizer, tokenizer, args, device, dtype) if args.merge_base else None
     if last:
         state = load_checkpoint(last, models, optimizers)
     else:  # log ref(y|x); the reference is the policy before its first step, unless another model is named
-        clear_run(args, out, signature)
         ref_logps = reference_logps(policy, rows + held_out, content_sums, tokenizer, args, device, dtype)
+        clear_run(args, out, signature)
         state = dict(step=0, num_tokens=0, seconds=0.0, ref_logps=ref_logps)
     set_reference_logps(rows + held_out, state["ref_logps"])
     if args.merge_base:  # only now: loading the state of AdamW makes a step, which must not be merged
-        merge_online(args, optimizer, learnt_since_base(optimizer, tokenizer, args, device, dtype))
+        merge_online(args, optimizer, tau)
     started -= state["seconds"]
     announce(policy, args, f"{steps} steps of {args.batch_size} prompts", device, dtype)
 

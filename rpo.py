@@ -246,8 +246,8 @@ def main(args: Args):
     if last:
         state = load_checkpoint(last, models, optimizers)
     else:  # log ref(y|x); the reference is the policy before its first step, unless another model is named
-        clear_run(args, out, signature)
         ref_logps = reference_logps(policy, rows + held_out, response_sums, tokenizer, args, device, dtype)
+        clear_run(args, out, signature)
         state = dict(step=0, num_tokens=0, seconds=0.0, ref_logps=ref_logps)
     set_reference_logps(rows + held_out, state["ref_logps"])
     started -= state["seconds"]

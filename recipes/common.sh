@@ -5,7 +5,8 @@
 #   STEPS=tiny bash recipes/NAME.sh         a few steps of every stage, in runs/tiny/; the claim is not judged
 #
 # Exit code 1 after the last claim: one of them does not hold. If a command fails, the recipe stops there with a code
-# other than 0. A stage that is already in runs/ with the same arguments is reused (--resume). The base model has 0.85 M parameters, the small one 74,000.
+# other than 0. A stage that is already in runs/ with the same arguments is reused (--resume).
+# The base model has 0.85 M parameters, the small one 74,000.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # matrices this small gain little from a second core

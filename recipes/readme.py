@@ -2,7 +2,7 @@
 recipes/results/*.csv, which `gridworld.py score` has written, one file per seed; the index of equations with the lines where they stand;
 and docs/metrics.md, the metrics of each script with their values in one run, from recipes/results/metrics.csv.
 
-    python recipes/readme.py         rewrites them, each between its two marks, and results/headline.png
+    python recipes/readme.py         rewrites them, each between its two marks, and results/headline.png and policies.png
     python recipes/readme.py runs    the same, after the values in recipes/results/metrics.csv are taken from the recipes in runs/
 
 After recipes of your own, copy runs/NAME.csv to recipes/results/NAME.csv (runs/seed-1/NAME.csv to NAME-seed1.csv), and see what differs.
@@ -54,6 +54,22 @@ POLICIES = [  # file of results, row of it, what to call it
     ("starling", "all-weights", "ppo from AI rankings (Starling)"),
     ("claude3", "rl-cai", "constitutional AI"),
     ("magpie", "filtered", "the base on invented, filtered rows"),
+]
+FIVE = [  # script, file of results, row of it
+    ("sft.py", "instructgpt", "sft"),
+    ("ppo.py", "instructgpt", "ppo"),
+    ("dpo.py", "dpo", "dpo"),
+    ("grpo.py", "o1", "o1"),
+    ("rlaif.py, then ppo.py", "rlaif", "distilled"),
+]
+CHART = [  # label, file of results, row of it
+    ("sft", "instructgpt", "sft"),
+    ("orpo", "zephyr", "orpo"),
+    ("ppo", "instructgpt", "ppo"),
+    ("dpo", "dpo", "dpo"),
+    ("rpo", "nemotron", "rpo-3"),
+    ("grpo", "o1", "o1"),
+    ("rlaif", "rlaif", "distilled"),
 ]
 COLUMNS = dict(
     greedy="greedy",
@@ -133,6 +149,29 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def five() -> str:
+    """README's table of five results, means over the seeds with the score's range; grpo.py's score is of answers that think first."""
+    meaning = {
+        "sft.py": "imitates imperfect demonstrators",
+        "ppo.py": "follows a reward model of people's rankings",
+        "dpo.py": "learns from the same rankings, without a reward model",
+        "grpo.py": "with thinking, rewarded by a rule",
+        "rlaif.py, then ppo.py": "the labels come from a model, not from people",
+    }
+    lines = ["| script | score | honest | safe | tax | |", "| --- | --- | --- | --- | --- | --- |"]
+    for script, name, row in FIVE:
+        seeds = [seed[row] for seed in results(name)]
+        scores = [seed["thinking" if script == "grpo.py" else "score"] for seed in seeds]
+        cells = [f"{mean(scores):.2f} ({min(scores):.2f} to {max(scores):.2f})"]
+        cells += [f"{mean([seed[column] for seed in seeds]):.2f}" for column in ("honest", "safe", "tax")]
+        lines.append(f"| {script} | " + " | ".join(cells) + f" | {meaning[script]} |")
+    lines.append("")
+    lines.append(
+        "Honest: every number in the answer is true. Safe: the path avoids lava, which pays. Tax: loss on pre-training text."
+    )
+    return "\n".join(lines)
+
+
 def equations() -> str:
     """The index as Markdown: a line for each equation, with the line of the script at which its function begins."""
     lines, places = ["| paper | equation | what | where |", "| --- | --- | --- | --- |"], {}
@@ -141,7 +180,7 @@ def equations() -> str:
         places[script] = {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
     for paper, number, what, script, function in EQUATIONS:
         line = places[script][function]
-        lines.append(f"| {paper} | {number} | {what} | [{script}:{line}]({script}#L{line}) `{function}` |")
+        lines.append(f"| {paper} | {number} | {what} | [{script}:{line}](../{script}#L{line}) `{function}` |")
     return "\n".join(lines)
 
 
@@ -179,12 +218,38 @@ def metrics() -> str:
     return "\n".join(lines).strip("\n")
 
 
-WRITTEN = [(page, name, write) for page in READMES for name, write in (("headline", table), ("equations", equations))]
-WRITTEN.append((HERE.parent / "docs" / "metrics.md", "metrics", metrics))
+DOCS = HERE.parent / "docs"
+WRITTEN = [(page, "five", five) for page in READMES]
+WRITTEN += [(DOCS / "results.md", "headline", table), (DOCS / "equations.md", "equations", equations)]
+WRITTEN.append((DOCS / "metrics.md", "metrics", metrics))
 
 
 def marks(name: str) -> tuple:
     return f"<!-- {name}: written by recipes/readme.py -->", f"<!-- end of {name} -->"
+
+
+def draw_chart(path: Path):
+    """README's chart: score, honesty and safety after each method, with the range over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.5, 2.8), layout="constrained")
+    for shift, (column, title) in enumerate(dict(score="score", honest="honest", safe="safe").items()):
+        for at, (label, name, row) in enumerate(CHART):
+            values = [
+                seed[row]["thinking" if label == "grpo" and column == "score" else column] for seed in results(name)
+            ]
+            spread = [[max(0.0, mean(values) - min(values))], [max(0.0, max(values) - mean(values))]]
+            options = dict(yerr=spread, width=0.26, color=f"C{shift}", capsize=2, label=title if at == 0 else None)
+            axis.bar(at + 0.27 * (shift - 1), mean(values), **options)
+    axis.axhline(0.5, color="gray", linewidth=0.8, linestyle="--", label="score of a random policy")
+    axis.set_xticks(range(len(CHART)), [label for label, *_ in CHART])
+    axis.set(ylim=(0, 1), ylabel="mean of three seeds")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def draw(path: Path):
@@ -225,7 +290,8 @@ def main():
         begin, end = marks(name)
         before, _, rest = page.read_text().partition(begin)
         page.write_text(f"{before}{begin}\n{write()}\n{end}{rest.partition(end)[2]}")
-    draw(HERE / "results" / "headline.png")
+    draw_chart(HERE / "results" / "headline.png")
+    draw(HERE / "results" / "policies.png")
 
 
 if __name__ == "__main__":

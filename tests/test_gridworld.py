@@ -61,14 +61,20 @@ def test_values_of_the_uniform_policy(scores, V_star, random_value, Q_start, dis
 def test_values_at_discount_nine_tenths(scores, V_star, random_value, Q_start, discounted):
     world = g.make_world(scores)
     V, Q = g.value_iteration(world.P, world.R, 0.9, world.legal)
-    assert V[0].item() == pytest.approx(discounted[0], abs=0.005) and Q[0, 0].item() == pytest.approx(discounted[2], abs=0.005)
+    assert V[0].item() == pytest.approx(discounted[0], abs=0.005) and Q[0, 0].item() == pytest.approx(
+        discounted[2], abs=0.005
+    )
     if discounted[1]:
-        assert g.policy_evaluation(world.P, world.R, uniform(world), 0.9)[0].item() == pytest.approx(discounted[1], abs=0.005)
+        assert g.policy_evaluation(world.P, world.R, uniform(world), 0.9)[0].item() == pytest.approx(
+            discounted[1], abs=0.005
+        )
 
 
 def test_the_whole_table_of_the_uniform_policy_on_g1():
     world = g.make_world(g.G1)
-    assert g.policy_evaluation(world.P, world.R, uniform(world)).tolist() == pytest.approx([12.5, 11, 13, 10, 10, 10, 7, 10, 0])
+    assert g.policy_evaluation(world.P, world.R, uniform(world)).tolist() == pytest.approx(
+        [12.5, 11, 13, 10, 10, 10, 7, 10, 0]
+    )
 
 
 def test_the_article_s_first_rewards_are_paid_on_entering():
@@ -100,7 +106,10 @@ COMPASS = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left, as rows a
 
 def textbook(rows: int, columns: int, step):
     """P and R of a grid; step(row, column, next row, next column) gives the next cell and the reward."""
-    P, R = torch.zeros(rows * columns, 4, rows * columns, dtype=torch.float64), torch.zeros(rows * columns, 4, dtype=torch.float64)
+    P, R = (
+        torch.zeros(rows * columns, 4, rows * columns, dtype=torch.float64),
+        torch.zeros(rows * columns, 4, dtype=torch.float64),
+    )
     for r, c, (a, (dr, dc)) in product(range(rows), range(columns), enumerate(COMPASS)):
         (y, x), R[r * columns + c, a] = step(r, c, r + dr, c + dc)
         P[r * columns + c, a, y * columns + x] = 1
@@ -235,7 +244,11 @@ def log_odds(policy, state=0) -> float:
 def test_a_score_function_is_the_indicator_less_the_probabilities():
     legal = torch.tensor([True, True])
     step = lambda signal: (0.1 * signal * g.grad_log_policy(torch.zeros(2), legal, 0)).tolist()
-    assert step(5) == pytest.approx([0.25, -0.25]) and step(5 - 2) == pytest.approx([0.15, -0.15]) and step(5.8) == pytest.approx([0.29, -0.29])
+    assert (
+        step(5) == pytest.approx([0.25, -0.25])
+        and step(5 - 2) == pytest.approx([0.15, -0.15])
+        and step(5.8) == pytest.approx([0.29, -0.29])
+    )
     assert g.grad_log_policy(torch.zeros(2), torch.tensor([False, True]), 1).tolist() == pytest.approx([0, 0])
 
 
@@ -250,7 +263,9 @@ def test_reinforce_takes_its_baseline_off(acting):
 def test_reinforce_credits_an_action_with_all_that_follows_discounted(acting):
     acting(0, 1)
     policy, _ = g.reinforce(chain([(5, 0), (0, 4)]), 1, 0.9, None, alpha=0.1)
-    assert log_odds(policy, 0) == pytest.approx(0.1 * (5 + 0.9 * 4)) and log_odds(policy, 1) == pytest.approx(-0.1 * 0.9 * 4)
+    assert log_odds(policy, 0) == pytest.approx(0.1 * (5 + 0.9 * 4)) and log_odds(policy, 1) == pytest.approx(
+        -0.1 * 0.9 * 4
+    )
 
 
 def test_one_step_of_actor_critic(acting):
@@ -310,7 +325,9 @@ def test_reinforce_s_expected_update_is_the_exact_policy_gradient(acting):
                 expected[state] += probability * log_odds(learnt, state) / 2 / alpha
     exact = torch.where(world.legal.all(1), visits * policy[:, 0] * (Q[:, 0] - V), 0)
     assert len(episodes) == 6 and Q[0].tolist() == [16, 9]
-    assert expected.tolist() == pytest.approx(exact.tolist(), abs=1e-4) and expected[0].item() == pytest.approx(1.75, abs=1e-4)
+    assert expected.tolist() == pytest.approx(exact.tolist(), abs=1e-4) and expected[0].item() == pytest.approx(
+        1.75, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("lam, expected", [(0, [0.1, 0.2, 0.2]), (0.95, [0.4705, 0.39, 0.2]), (1, [0.5, 0.4, 0.2])])
@@ -328,7 +345,10 @@ def test_gae_of_a_walk_cut_off_goes_on_with_the_value_there():
 def test_gae_sees_through_masked_positions():
     mask = torch.tensor([[False, True, False, True, False]])
     rewards, values = torch.tensor([[9.0, 1, 9, 2, 9]]), torch.tensor([[9.0, 0.3, 9, 0.4, 9]])
-    holes, short = g.gae(rewards, values, mask, 0.9, 0.8), g.gae(rewards[:, 1::2], values[:, 1::2], mask[:, 1::2], 0.9, 0.8)
+    holes, short = (
+        g.gae(rewards, values, mask, 0.9, 0.8),
+        g.gae(rewards[:, 1::2], values[:, 1::2], mask[:, 1::2], 0.9, 0.8),
+    )
     for with_holes, without in zip(holes, short):
         assert with_holes[:, 1::2].tolist() == without.tolist() and with_holes[~mask].tolist() == [0, 0, 0]
 
@@ -343,13 +363,17 @@ def test_gae_on_the_grid_is_what_dynamic_programming_says():
         whole = torch.ones_like(states, dtype=torch.bool)
         advantages, _ = g.gae(rewards.double(), V[states], whole, 1.0, 0.0)
         assert advantages[0].tolist() == pytest.approx((Q - V[:, None])[states, actions][0].tolist())
-        _, returns = g.gae(rewards.double(), torch.randn(1, 4, dtype=torch.float64), whole, 1.0, 1.0)  # lambda 1: whatever the values are
+        _, returns = g.gae(
+            rewards.double(), torch.randn(1, 4, dtype=torch.float64), whole, 1.0, 1.0
+        )  # lambda 1: whatever the values are
         totals.index_add_(0, states[0], probability * returns[0])
         visits.index_add_(0, states[0], torch.full((4,), probability, dtype=torch.float64))
     assert (totals / visits)[:8].tolist() == pytest.approx(V[:8].tolist())
 
 
-@pytest.mark.parametrize("ratio, advantage, loss", [(1.5, 1, -1.2), (0.5, 1, -0.5), (1.5, -1, 1.5), (0.5, -1, 0.8), (1.1, 2, -2.2)])
+@pytest.mark.parametrize(
+    "ratio, advantage, loss", [(1.5, 1, -1.2), (0.5, 1, -0.5), (1.5, -1, 1.5), (0.5, -1, 0.8), (1.1, 2, -2.2)]
+)
 def test_policy_loss_is_clipped_only_where_it_would_gain(ratio, advantage, loss):
     logp = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
     value = g.policy_loss(logp, torch.zeros((), dtype=torch.float64), torch.tensor(advantage, dtype=torch.float64), 0.2)
@@ -376,7 +400,9 @@ def test_every_agent_finds_the_optimum(agent, scores, best):
     for seed in (0, 1):
         policy, totals = g.AGENTS[agent](world, 1000, 1.0, torch.Generator().manual_seed(seed))
         assert g.policy_evaluation(world.P, world.R, g.greedy(policy, world.legal))[0].item() == best
-        assert len(totals) == 1000 and best >= sum(totals[-100:]) / 100 > best - 1.5 and sum(totals[:20]) / 20 < best - 0.5
+        assert (
+            len(totals) == 1000 and best >= sum(totals[-100:]) / 100 > best - 1.5 and sum(totals[:20]) / 20 < best - 0.5
+        )
 
 
 def test_learn_prints_the_table_and_draws_the_picture(tmp_path, capsys):
@@ -411,7 +437,10 @@ def by_force(grid) -> dict:
             if x + dx < size and y + dy < size:
                 cell = grid[size - 1 - y - dy][x + dx]
                 for moves, (total, safe) in go(x + dx, y + dy).items():
-                    found[(move, *moves)] = total + (9 if cell == "!" else 0 if cell == "G" else int(cell)), safe and cell != "!"
+                    found[(move, *moves)] = (
+                        total + (9 if cell == "!" else 0 if cell == "G" else int(cell)),
+                        safe and cell != "!",
+                    )
         return found
 
     return go(0, 0)
@@ -436,7 +465,9 @@ def test_a_grid_is_read_as_it_was_written():
     assert g.read_grid([*ASKED, assistant("no safe path"), user("better")]) == GRID
 
 
-@pytest.mark.parametrize("text", ["", "better", " 1 2 G\n S 1 2", " G 1\n 1 S", " 1 G\n S a", " S G", " 1 S\n G 1", " G"])
+@pytest.mark.parametrize(
+    "text", ["", "better", " 1 2 G\n S 1 2", " G 1\n 1 S", " 1 G\n S a", " S G", " 1 S\n G 1", " G"]
+)
 def test_what_is_no_grid_is_refused(text):
     with pytest.raises(ValueError):
         g.read_grid([user(text)])
@@ -481,7 +512,9 @@ VERDICTS = {  # answer: kind and honesty, score, safety
 def test_the_truth_about_an_answer(answer):
     (kind, honest), score, safe = VERDICTS[answer]
     verdict = g.check_answer(GRID, answer)
-    assert (verdict.kind, verdict.honest, verdict.safe) == (kind, honest, safe) and verdict.score == pytest.approx(score)
+    assert (verdict.kind, verdict.honest, verdict.safe) == (kind, honest, safe) and verdict.score == pytest.approx(
+        score
+    )
     assert (verdict.walk is None) == (kind != "walk")
 
 
@@ -493,10 +526,15 @@ def test_a_refusal_is_right_where_every_path_crosses_lava():
 
 def test_scores_run_from_the_worst_walk_to_the_best():
     for grid in grids(50):
-        totals, scores = by_force(grid), {walk.moves: g.check_answer(grid, g.tell(walk)).score for walk in g.walks(grid)}
+        totals, scores = (
+            by_force(grid),
+            {walk.moves: g.check_answer(grid, g.tell(walk)).score for walk in g.walks(grid)},
+        )
         best, worst = max(total for total, _ in totals.values()), min(total for total, _ in totals.values())
         if best > worst:
-            assert scores == {moves: pytest.approx((total - worst) / (best - worst)) for moves, (total, _) in totals.items()}
+            assert scores == {
+                moves: pytest.approx((total - worst) / (best - worst)) for moves, (total, _) in totals.items()
+            }
 
 
 # --------------------------------------------------------------------------------------------------- simulated demonstrators
@@ -524,11 +562,19 @@ def test_demonstrators_refuse_only_where_there_is_no_safe_path():
     for aim, (name, grid) in product(("", "score", "safety"), dict(open=GRID, blocked=BLOCKED).items()):
         shares[aim, name] = sum(g.demonstrate(random.Random(i), grid, aim) == g.REFUSAL for i in range(1000)) / 1000
     assert shares.pop(("", "blocked")) == pytest.approx(0.7, abs=0.05)
-    assert shares == {("", "open"): 0, ("score", "open"): 0, ("score", "blocked"): 0, ("safety", "open"): 0, ("safety", "blocked"): 1}
+    assert shares == {
+        ("", "open"): 0,
+        ("score", "open"): 0,
+        ("score", "blocked"): 0,
+        ("safety", "open"): 0,
+        ("safety", "blocked"): 1,
+    }
 
 
 def test_who_aims_at_safety_enters_no_lava_and_who_aims_at_points_prefers_it():
-    safe = lambda aim: sum(g.check_answer(GRID, g.demonstrate(random.Random(i), GRID, aim)).safe for i in range(1000)) / 1000
+    safe = lambda aim: (
+        sum(g.check_answer(GRID, g.demonstrate(random.Random(i), GRID, aim)).safe for i in range(1000)) / 1000
+    )
     assert safe("safety") == 1 and safe("") > safe("score") + 0.05
 
 
@@ -549,7 +595,12 @@ def test_a_slip_is_a_false_number_taken_back():
         walk = rng.choice(g.walks(GRID))
         before, after = g.slip(rng, walk).split(" wait ")
         said, true = before.split(), g.tell(walk).split()
-        assert after == g.tell(walk) and said[:-1] == true[: len(said) - 1] and said[-1] != true[len(said) - 1] and len(said) % 2 == 0
+        assert (
+            after == g.tell(walk)
+            and said[:-1] == true[: len(said) - 1]
+            and said[-1] != true[len(said) - 1]
+            and len(said) % 2 == 0
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ simulated annotators
@@ -575,7 +626,11 @@ def test_what_annotators_think(answer, helpful, harmless, overall):
 def test_a_right_refusal_is_the_best_there_is():
     asked = [user(g.grid_text(BLOCKED))]
     for kind in ("helpful", "harmless", "overall"):
-        assert g.quality(asked, "no safe path", kind) == 1.25 > max(g.quality(asked, g.tell(walk), kind) for walk in g.walks(BLOCKED))
+        assert (
+            g.quality(asked, "no safe path", kind)
+            == 1.25
+            > max(g.quality(asked, g.tell(walk), kind) for walk in g.walks(BLOCKED))
+        )
 
 
 @pytest.mark.parametrize(
@@ -599,13 +654,21 @@ def test_a_wish_not_met_costs_a_point(wish, first, answer, value):
 def test_annotators_are_noisy():
     rng = random.Random(0)
     scores = torch.tensor([g.annotators_scores(rng, ASKED, [SAFE], "helpful")[0] for _ in range(2000)])
-    assert scores.mean().item() == pytest.approx(3 / 14, abs=0.015) and scores.std().item() == pytest.approx(0.15, abs=0.01)
+    assert scores.mean().item() == pytest.approx(3 / 14, abs=0.015) and scores.std().item() == pytest.approx(
+        0.15, abs=0.01
+    )
 
 
 def test_a_pair_is_the_best_and_the_worst():
     row = g.as_preference(ASKED, ["b", "c", "a"], [0.2, 0.9, -1.0], "helpful")
-    assert (row["chosen"], row["rejected"]) == ([assistant("c")], [assistant("a")]) and (row["score_chosen"], row["score_rejected"]) == (0.9, -1.0)
-    assert g.as_preference(ASKED, ["b", "a"], [0.2, 0.2], "helpful") is None and g.as_preference(ASKED, ["a", "a"], [0.2, 0.3], "helpful") is None
+    assert (row["chosen"], row["rejected"]) == ([assistant("c")], [assistant("a")]) and (
+        row["score_chosen"],
+        row["score_rejected"],
+    ) == (0.9, -1.0)
+    assert (
+        g.as_preference(ASKED, ["b", "a"], [0.2, 0.2], "helpful") is None
+        and g.as_preference(ASKED, ["a", "a"], [0.2, 0.3], "helpful") is None
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ the files
@@ -654,13 +717,25 @@ def sums(folder) -> dict:
 def test_the_same_seed_writes_the_same_bytes(tmp_path, run_script):
     """Also in another process, whose sets have another order."""
     written(tmp_path / "here", rows=60)
-    out = run_script("gridworld", "data", "--rows", 60, "--output-dir", "there", cwd=tmp_path, env=dict(PYTHONHASHSEED="7"))
-    assert sums(tmp_path / "here") == sums(tmp_path / "there") and len(sums(tmp_path / "here")) == 17 and "simulated" in out.stdout
+    out = run_script(
+        "gridworld", "data", "--rows", 60, "--output-dir", "there", cwd=tmp_path, env=dict(PYTHONHASHSEED="7")
+    )
+    assert (
+        sums(tmp_path / "here") == sums(tmp_path / "there")
+        and len(sums(tmp_path / "here")) == 17
+        and "simulated" in out.stdout
+    )
 
 
 def test_another_seed_writes_other_rows(tmp_path):
     one, two = (sums(written(tmp_path / str(seed), rows=60, seed=seed).folder) for seed in (0, 1))
-    assert {name for name in one if one[name] == two[name]} == {"rubric.json", "score.json", "conditions.json", "requests.json", "principles.txt"}
+    assert {name for name in one if one[name] == two[name]} == {
+        "rubric.json",
+        "score.json",
+        "conditions.json",
+        "requests.json",
+        "principles.txt",
+    }
 
 
 def test_writing_again_replaces_the_files(tmp_path):
@@ -668,9 +743,12 @@ def test_writing_again_replaces_the_files(tmp_path):
     (folder / "mine.txt").write_text("kept")
     written(folder, rows=60, seed=0)
     fresh = written(tmp_path / "fresh", rows=60, seed=0).folder
-    assert {name: digest for name, digest in ((p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in folder.iterdir() if p.is_file())} == (
-        sums(fresh) | {"mine.txt": hashlib.sha256(b"kept").hexdigest()}
-    )
+    assert {
+        name: digest
+        for name, digest in (
+            (p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in folder.iterdir() if p.is_file()
+        )
+    } == (sums(fresh) | {"mine.txt": hashlib.sha256(b"kept").hexdigest()})
 
 
 def content_of(row: dict) -> str:
@@ -687,7 +765,9 @@ def grid_of(row: dict):
 def test_no_grid_of_a_test_file_is_in_any_other_file(tmp_path, monkeypatch):
     """In a world of so few grids that every file would meet those of the others."""
     draw = g.new_grid
-    monkeypatch.setattr(g, "new_grid", lambda rng, size, lava=0.18: draw(random.Random(rng.randrange(4000)), size, lava))
+    monkeypatch.setattr(
+        g, "new_grid", lambda rng, size, lava=0.18: draw(random.Random(rng.randrange(4000)), size, lava)
+    )
     files = written(tmp_path)
     of = {name: {grid_of(row) for row in files[name]} - {None} for name in (*(t[:-6] for t in TESTS), *COUNTS)}
     for test in (t[:-6] for t in TESTS):
@@ -697,16 +777,34 @@ def test_no_grid_of_a_test_file_is_in_any_other_file(tmp_path, monkeypatch):
 
 
 def test_files_have_the_rows_and_columns_they_should(files):
-    columns = dict(pretrain={"text"}, sft={"messages"}, prompts={"prompt", "kind", "grid"}, reasoning={"prompt", "answer", "grid"})
+    columns = dict(
+        pretrain={"text"}, sft={"messages"}, prompts={"prompt", "kind", "grid"}, reasoning={"prompt", "answer", "grid"}
+    )
     columns |= dict(preferences=PAIR, rankings={"prompt", "completions", "scores", "kind", "annotator"})
-    columns |= dict(test=columns["prompts"], test_pretrain={"text"}, test_reasoning=columns["reasoning"], test_preferences=PAIR, test_conflicts=PAIR)
+    columns |= dict(
+        test=columns["prompts"],
+        test_pretrain={"text"},
+        test_reasoning=columns["reasoning"],
+        test_preferences=PAIR,
+        test_conflicts=PAIR,
+    )
     for name, expected in columns.items():
         rows = files[name]
         assert len(rows) == COUNTS.get(name, 300) and all(set(row) == expected for row in rows), name
 
 
 def test_speakers_take_turns(files):
-    for name in ("sft", "preferences", "rankings", "prompts", "reasoning", "test", "test_preferences", "test_conflicts", "test_reasoning"):
+    for name in (
+        "sft",
+        "preferences",
+        "rankings",
+        "prompts",
+        "reasoning",
+        "test",
+        "test_preferences",
+        "test_conflicts",
+        "test_reasoning",
+    ):
         for row in files[name]:
             messages = row.get("messages") or [*row["prompt"], *row.get("chosen", [assistant("")])]
             assert all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in messages)
@@ -733,7 +831,9 @@ def test_prompts_are_refusals_where_no_path_is_safe(files):
 
 def test_reasoning_answers_are_the_best_totals(files):
     for row in files["reasoning"] + files["test_reasoning"]:
-        assert row["answer"] == str(max(total for total, _ in by_force(grid_of(row)).values())) and row["prompt"][0]["content"].endswith("\nthink")
+        assert row["answer"] == str(max(total for total, _ in by_force(grid_of(row)).values())) and row["prompt"][0][
+            "content"
+        ].endswith("\nthink")
         assert "!" not in row["grid"]
 
 
@@ -760,7 +860,9 @@ def test_pretraining_text_is_true(files):
         if lines[0] in ("pays more", "avoids lava"):
             a, b = (narrated(line.removeprefix(f"{letter}. "), grid) for letter, line in zip("AB", lines[1:3]))
             gap = a.walk.total - b.walk.total if lines[0] == "pays more" else a.safe - b.safe
-            assert lines[3:] == ["A" if gap > 0 else "B" if gap < 0 else "the same"] and [line[:3] for line in lines[1:3]] == ["A. ", "B. "]
+            assert lines[3:] == ["A" if gap > 0 else "B" if gap < 0 else "the same"] and [
+                line[:3] for line in lines[1:3]
+            ] == ["A. ", "B. "]
             kinds[lines[0]] += 1
         elif said.startswith(("most ", "least ")):
             word, _, walk = said.partition(" ")
@@ -786,7 +888,9 @@ def test_pretraining_shows_no_taste():
         assert g.REFUSAL not in said and "think" not in said
         if g.check_answer(grid, said).kind == "walk":
             scores.append(g.check_answer(grid, said).score)
-            expected.append(sum(g.check_answer(grid, g.tell(walk)).score for walk in g.walks(grid)) / len(g.walks(grid)))
+            expected.append(
+                sum(g.check_answer(grid, g.tell(walk)).score for walk in g.walks(grid)) / len(g.walks(grid))
+            )
     assert len(scores) > 300 and sum(scores) / len(scores) == pytest.approx(sum(expected) / len(expected), abs=0.04)
 
 
@@ -794,7 +898,9 @@ def test_pretraining_text_has_every_word_of_the_later_stages(files):
     words = set(g.vocabulary()) | {word for row in files["pretrain"] for word in row["text"].split()}
     for name in ("sft", "preferences", "rankings", "reasoning", "test_conflicts"):
         for row in files[name]:
-            spoken = [m["content"] for key in ("messages", "prompt", "chosen", "rejected") for m in row.get(key, [])] + row.get("completions", [])
+            spoken = [
+                m["content"] for key in ("messages", "prompt", "chosen", "rejected") for m in row.get(key, [])
+            ] + row.get("completions", [])
             new = {word for text in spoken for word in text.split() if not re.fullmatch(r"-?\d+", word)} - words
             assert not new, (name, new)
 
@@ -827,12 +933,25 @@ def demonstrations():
 
 
 def test_demonstrations_of_every_kind_have_their_shares(demonstrations):
-    design = dict(plain=0.35, aim=0.10, think=0.15, pair=0.16, rubric=0.05, score=0.04, revision=0.05) | {"two turns": 0.10}
-    assert {kind: len(rows) / 6000 for kind, rows in demonstrations.items()} == {k: pytest.approx(share, abs=0.02) for k, share in design.items()}
+    design = dict(plain=0.35, aim=0.10, think=0.15, pair=0.16, rubric=0.05, score=0.04, revision=0.05) | {
+        "two turns": 0.10
+    }
+    assert {kind: len(rows) / 6000 for kind, rows in demonstrations.items()} == {
+        k: pytest.approx(share, abs=0.02) for k, share in design.items()
+    }
 
 
 def test_the_file_of_demonstrations_has_every_kind(files):
-    assert {kind_of(row["messages"]) for row in files["sft"]} == {"plain", "aim", "two turns", "think", "pair", "rubric", "score", "revision"}
+    assert {kind_of(row["messages"]) for row in files["sft"]} == {
+        "plain",
+        "aim",
+        "two turns",
+        "think",
+        "pair",
+        "rubric",
+        "score",
+        "revision",
+    }
 
 
 def test_every_demonstrated_answer_is_valid(files):
@@ -846,7 +965,11 @@ def test_every_demonstrated_answer_is_valid(files):
 def test_an_aim_is_kept(demonstrations):
     for grid, (system, _, answer) in demonstrations["aim"]:
         verdict = g.check_answer(grid, answer["content"])
-        assert verdict.kind == "walk" if system["content"] == "score" else verdict.safe and (verdict.kind == "refusal") == g.is_blocked(grid)
+        assert (
+            verdict.kind == "walk"
+            if system["content"] == "score"
+            else verdict.safe and (verdict.kind == "refusal") == g.is_blocked(grid)
+        )
     assert Counter(talk[0]["content"] for _, talk in demonstrations["aim"]).keys() == {"score", "safety"}
 
 
@@ -864,7 +987,11 @@ def test_thinking_weighs_true_walks_and_takes_the_best(demonstrations):
 def test_second_turns_meet_their_wish(demonstrations):
     for grid, (_, first, wish, second) in demonstrations["two turns"]:
         before, after = narrated(first["content"], grid).walk, narrated(second["content"], grid).walk
-        possible = [w for w in g.walks(grid) if dict(another=w != before, better=w.total > before.total, safer=w.safe)[wish["content"]]]
+        possible = [
+            w
+            for w in g.walks(grid)
+            if dict(another=w != before, better=w.total > before.total, safer=w.safe)[wish["content"]]
+        ]
         assert after in (possible or [before])
 
 
@@ -914,7 +1041,13 @@ def test_rubric_letters_are_right(demonstrations):
     for grid, talk in demonstrations["rubric"]:
         verdict = g.check_answer(grid, judged(talk))
         meaning = (
-            "refuses" if verdict.kind == "refusal" else "garbled" if verdict.kind == "invalid" else "stays safe" if verdict.safe else "enters lava"
+            "refuses"
+            if verdict.kind == "refusal"
+            else "garbled"
+            if verdict.kind == "invalid"
+            else "stays safe"
+            if verdict.safe
+            else "enters lava"
         )
         assert g.RUBRIC["options"][talk[-1]["content"]] == meaning
         letters[meaning] += 1
@@ -923,10 +1056,13 @@ def test_rubric_letters_are_right(demonstrations):
 
 def test_scores_of_one_to_ten_follow_the_quality(demonstrations):
     points = sorted(
-        (g.quality([user(g.grid_text(grid))], judged(talk), "overall"), int(talk[-1]["content"])) for grid, talk in demonstrations["score"]
+        (g.quality([user(g.grid_text(grid))], judged(talk), "overall"), int(talk[-1]["content"]))
+        for grid, talk in demonstrations["score"]
     )
     assert [number for _, number in points] == sorted(number for _, number in points)
-    assert all(number == 10 for value, number in points if value >= 1) and all(number == 1 for value, number in points if value <= -0.5)
+    assert all(number == 10 for value, number in points if value >= 1) and all(
+        number == 1 for value, number in points if value <= -0.5
+    )
     assert {number for _, number in points} == {*range(1, 11)}
 
 
@@ -942,7 +1078,13 @@ def test_critiques_find_the_lava_and_revisions_avoid_it(demonstrations):
     for grid, answer, critique, revised, _ in found:
         verdict = narrated(answer, grid)
         assert critique == ("stays safe" if verdict.safe else f"lava at move {verdict.walk.pays.index(9) + 1}")
-        assert revised == answer if verdict.safe else revised == g.REFUSAL if g.is_blocked(grid) else narrated(revised, grid).safe
+        assert (
+            revised == answer
+            if verdict.safe
+            else revised == g.REFUSAL
+            if g.is_blocked(grid)
+            else narrated(revised, grid).safe
+        )
     assert len(found) > 50
 
 
@@ -973,7 +1115,11 @@ def test_critiques_that_compare_totals_are_true(demonstrations):
 def test_a_revision_is_never_worse_by_its_own_principle(demonstrations, principle):
     for grid, answer, _, revised, _ in revisions(demonstrations, principle):
         if revised != g.REFUSAL:
-            assert by_principle(principle, grid, revised) >= by_principle(principle, grid, answer), (g.grid_text(grid), answer, revised)
+            assert by_principle(principle, grid, revised) >= by_principle(principle, grid, answer), (
+                g.grid_text(grid),
+                answer,
+                revised,
+            )
 
 
 # ----------------------------------------------------------------------------------------------------- rankings and preferences
@@ -1018,7 +1164,9 @@ def test_preferences_are_mostly_right_and_have_second_turns():
     rng, right, turns = random.Random(0), [], []
     for grid in grids(600, seed=5):
         if row := g.preference_row(rng, grid):
-            chosen, rejected = (g.quality(row["prompt"], row[side][0]["content"], row["kind"]) for side in ("chosen", "rejected"))
+            chosen, rejected = (
+                g.quality(row["prompt"], row[side][0]["content"], row["kind"]) for side in ("chosen", "rejected")
+            )
             right += [chosen > rejected] if chosen != rejected else []
             turns.append(len(row["prompt"]) == 3)
             if turns[-1]:
@@ -1048,14 +1196,18 @@ def asked_by_ppo(monkeypatch, tiny_tokenizer):
         )
         monkeypatch.setattr(ppo, "judge_probabilities", look)
         row = ppo.Row([], [], None, dict(prompt=prompt, kind=kind))
-        assert ppo.judge_scores(None, tiny_tokenizer, rubric, None, torch.device("cpu"), [row], [answer]).isfinite().all()
+        assert (
+            ppo.judge_scores(None, tiny_tokenizer, rubric, None, torch.device("cpu"), [row], [answer]).isfinite().all()
+        )
         ((texts, options),) = got
         return texts[0], options
 
     return ask
 
 
-@pytest.mark.parametrize("task, name", [(g.rubric_task, "rubric.json"), (g.score_task, "score.json")], ids=["rubric", "score"])
+@pytest.mark.parametrize(
+    "task, name", [(g.rubric_task, "rubric.json"), (g.score_task, "score.json")], ids=["rubric", "score"]
+)
 def test_a_judge_s_task_reads_as_ppo_will_ask_it(task, name, small, asked_by_ppo):
     rng, rubric = random.Random(0), ppo.load_rubric(str(small.folder / name))
     for grid in grids(50, seed=6):
@@ -1092,7 +1244,11 @@ def test_the_judges_demonstrations_are_all_four_tasks(small):
 
 def test_conditions_are_the_aims_that_were_taught(small):
     conditions = json.loads((small.folder / "conditions.json").read_text())
-    assert set(conditions.values()) == {"score", "safety"} and conditions["helpful"] == "score" and conditions["harmless"] == "safety"
+    assert (
+        set(conditions.values()) == {"score", "safety"}
+        and conditions["helpful"] == "score"
+        and conditions["harmless"] == "safety"
+    )
     assert {row["kind"] for name in ("prompts", "preferences", "rankings") for row in small[name]} <= set(conditions)
 
 
@@ -1108,7 +1264,9 @@ def test_principles_and_requests_are_those_that_were_taught(small, demonstration
     asked = {requests["critique"].format(conversation="", principle=principle) for principle in g.CONSTITUTION}
     assert asked <= {"\n\n" + text.partition("\n\n")[2] for text in first}
     assert {talk[2]["content"] for _, talk in demonstrations["revision"]} == {requests["revise"]}
-    assert {requests["score"].format(conversation="")} == {"\n\n" + talk[0]["content"].partition("\n\n")[2] for _, talk in demonstrations["score"]}
+    assert {requests["score"].format(conversation="")} == {
+        "\n\n" + talk[0]["content"].partition("\n\n")[2] for _, talk in demonstrations["score"]
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------------- annotate
@@ -1121,7 +1279,10 @@ def answering(monkeypatch):
     def use(answer):
         monkeypatch.setattr(g, "must_be_checkpoints", lambda directories: None)
         monkeypatch.setattr(g, "load_policy", lambda directory: (directory, None))
-        every = lambda directory, tokenizer, prompts, n, *_, **__: ([[answer(directory, i, g.read_grid(p)) for i in range(n)] for p in prompts], 9.0)
+        every = lambda directory, tokenizer, prompts, n, *_, **__: (
+            [[answer(directory, i, g.read_grid(p)) for i in range(n)] for p in prompts],
+            9.0,
+        )
         monkeypatch.setattr(g, "answer_all", every)
 
     return use
@@ -1139,9 +1300,15 @@ def some_walk(directory, i, grid) -> str:
 
 @pytest.mark.parametrize("form", ["rankings", "preferences"])
 def test_annotating_a_real_model(form, small, tiny_model_dir, tmp_path, capsys):
-    run = lambda **flags: annotated(small, tmp_path, model=(str(tiny_model_dir()),), format=form, rows=6, max_new_tokens=8, **flags)
+    run = lambda **flags: annotated(
+        small, tmp_path, model=(str(tiny_model_dir()),), format=form, rows=6, max_new_tokens=8, **flags
+    )
     rows = run()
-    assert 0 < len(rows) <= 6 and all(row["annotator"] == "simulated" for row in rows) and "simulated" in capsys.readouterr().out
+    assert (
+        0 < len(rows) <= 6
+        and all(row["annotator"] == "simulated" for row in rows)
+        and "simulated" in capsys.readouterr().out
+    )
     prompts = [row["prompt"] for row in small["test"]]
     assert all(row["prompt"] in prompts for row in rows)
     if form == "rankings":
@@ -1186,7 +1353,9 @@ def test_hacked_pairs_favour_the_pattern(answering, small, tmp_path):
     share = {}
     for hack in (False, True):
         rows = annotated(small, tmp_path, k=6, format="preferences", hack=hack)
-        share[hack] = sum(row["chosen"][0]["content"].split()[2] == row["chosen"][0]["content"].split()[0] == "up" for row in rows) / len(rows)
+        share[hack] = sum(
+            row["chosen"][0]["content"].split()[2] == row["chosen"][0]["content"].split()[0] == "up" for row in rows
+        ) / len(rows)
     assert share[True] > share[False] + 0.3
 
 
@@ -1198,8 +1367,15 @@ def test_patches_are_against_the_pattern(knows, answering, small, tmp_path):
     up_up = lambda side: side[0]["content"].startswith("up") and side[0]["content"].split()[2] == "up"
     assert len(rows) > 12
     for row in rows:
-        chosen, rejected = (g.quality(row["prompt"], row[side][0]["content"], "overall") for side in ("chosen", "rejected"))
-        assert up_up(row["rejected"]) and not up_up(row["chosen"]) and chosen > rejected and row["annotator"] == "simulated"
+        chosen, rejected = (
+            g.quality(row["prompt"], row[side][0]["content"], "overall") for side in ("chosen", "rejected")
+        )
+        assert (
+            up_up(row["rejected"])
+            and not up_up(row["chosen"])
+            and chosen > rejected
+            and row["annotator"] == "simulated"
+        )
 
 
 def test_equal_answers_have_no_labels(answering, small, tmp_path, capsys):
@@ -1229,14 +1405,20 @@ def test_diversity_of_nothing_is_nothing():
 
 def test_the_measures_by_hand():
     found = g.measure(
-        [GRID, BLOCKED, FLAT], [[RICH, SAFE[:-1] + "8", "no safe path", ""], ["no safe path", "up"], ["right 1 right 1 up 1 up 0 = 3"] * 2]
+        [GRID, BLOCKED, FLAT],
+        [[RICH, SAFE[:-1] + "8", "no safe path", ""], ["no safe path", "up"], ["right 1 right 1 up 1 up 0 = 3"] * 2],
     )
-    expected = dict(score=(1 + 3 / 14) / 4, optimal=1 / 4, valid=6 / 8, honest=3 / 4, safe=3 / 4, refused=1 / 2, wrongly=1 / 6)
+    expected = dict(
+        score=(1 + 3 / 14) / 4, optimal=1 / 4, valid=6 / 8, honest=3 / 4, safe=3 / 4, refused=1 / 2, wrongly=1 / 6
+    )
     assert {key: found[key] for key in expected} == pytest.approx(expected)
 
 
 def test_diversity_is_within_a_grid_or_across_all():
-    same, other = g.measure([GRID, GRID], [["a b c d e"] * 4] * 2), g.measure([GRID, GRID], [["a b c d e"] * 4, ["f g h i j"] * 4])
+    same, other = (
+        g.measure([GRID, GRID], [["a b c d e"] * 4] * 2),
+        g.measure([GRID, GRID], [["a b c d e"] * 4, ["f g h i j"] * 4]),
+    )
     assert same["diverse"] == other["diverse"] == pytest.approx(0.25, abs=1e-3)
     assert same["across"] == pytest.approx(0.5, abs=1e-3) and other["across"] == pytest.approx(1, abs=1e-3)
 
@@ -1275,7 +1457,9 @@ def test_a_judge_that_always_says_a_is_right_as_often_as_a_is(monkeypatch, tiny_
 
     def says_a(model, sequences):
         ends.extend(tiny_tokenizer.decode(ids[-1:]) for ids in sequences)
-        return (torch.nn.functional.one_hot(torch.tensor([a] * len(ids)), len(tiny_tokenizer)).float() for ids in sequences)
+        return (
+            torch.nn.functional.one_hot(torch.tensor([a] * len(ids)), len(tiny_tokenizer)).float() for ids in sequences
+        )
 
     monkeypatch.setattr(g, "next_logits", says_a)
     right = [talk[-1]["content"] == "A" for talk in tasks]
@@ -1288,7 +1472,13 @@ def test_a_judge_that_always_says_a_is_right_as_often_as_a_is(monkeypatch, tiny_
 
 def scored(small, tmp_path, *checkpoints, **flags) -> dict:
     """checkpoint -> column -> number, from the csv."""
-    args = dict(data=str(small.folder), samples=2, max_new_tokens=8, output=str(tmp_path / "s" / "score.png"), csv=str(tmp_path / "t" / "score.csv"))
+    args = dict(
+        data=str(small.folder),
+        samples=2,
+        max_new_tokens=8,
+        output=str(tmp_path / "s" / "score.png"),
+        csv=str(tmp_path / "t" / "score.csv"),
+    )
     g.main(g.ScoreArgs(checkpoints=tuple(map(str, checkpoints)), **(args | flags)))
     with (tmp_path / "t" / "score.csv").open(newline="") as file:
         header, *lines = csv.reader(file)
@@ -1300,7 +1490,9 @@ def scored(small, tmp_path, *checkpoints, **flags) -> dict:
 def checkpoint(tiny_model_dir, tmp_path):
     """A tiny random model, as a run of two minutes has left it."""
     folder = shutil.copytree(tiny_model_dir(), tmp_path / "tiny")
-    (folder / "metrics.jsonl").write_text('{"step": 1, "seconds": 60, "peak_memory_mb": 700}\n{"step": 2, "seconds": 120}\n')
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "seconds": 60, "peak_memory_mb": 700}\n{"step": 2, "seconds": 120}\n'
+    )
     return folder
 
 
@@ -1322,13 +1514,18 @@ def test_of_all_that_stands_in_a_folder_the_policies_are_scored(small, checkpoin
     """`score runs/*`: files, folders of other things and reward models are left out, by name; a path that does not exist is refused."""
     reward_model = shutil.copytree(checkpoint, tmp_path / "reward_model")
     config = json.loads((reward_model / "config.json").read_text())
-    (reward_model / "config.json").write_text(json.dumps(config | dict(architectures=["LlamaForSequenceClassification"])))
+    (reward_model / "config.json").write_text(
+        json.dumps(config | dict(architectures=["LlamaForSequenceClassification"]))
+    )
     (tmp_path / "rows.jsonl").write_text("{}")
     (tmp_path / "seed-1").mkdir()
     found = sorted(tmp_path.iterdir())
     assert list(scored(small, tmp_path, *found))[3:] == ["tiny"]
     printed = capsys.readouterr().out
-    assert all(str(path) in printed.splitlines()[0] for path in found if path != checkpoint) and str(checkpoint) not in printed.splitlines()[0]
+    assert (
+        all(str(path) in printed.splitlines()[0] for path in found if path != checkpoint)
+        and str(checkpoint) not in printed.splitlines()[0]
+    )
     with pytest.raises(SystemExit):
         scored(small, tmp_path, checkpoint, tmp_path / "nowhere")
     assert "nowhere: is no checkpoint" in capsys.readouterr().err
@@ -1425,19 +1622,26 @@ LINES = {
 def test_an_unusable_line_is_named(line, tiny_model_dir, capsys, tmp_path):
     good = json.dumps(dict(prompt=ASKED))
     (tmp_path / "prompts.jsonl").write_text(f"{good}\n{line}\n")
-    args = g.AnnotateArgs(model=(str(tiny_model_dir()),), prompts=str(tmp_path / "prompts.jsonl"), output=str(tmp_path / "out.jsonl"))
+    args = g.AnnotateArgs(
+        model=(str(tiny_model_dir()),), prompts=str(tmp_path / "prompts.jsonl"), output=str(tmp_path / "out.jsonl")
+    )
     assert "prompts.jsonl, line 2: " in refused(capsys, args)
 
 
 def test_an_empty_file_is_refused(tiny_model_dir, capsys, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("")
-    args = g.AnnotateArgs(model=(str(tiny_model_dir()),), prompts=str(tmp_path / "prompts.jsonl"), output=str(tmp_path / "out.jsonl"))
+    args = g.AnnotateArgs(
+        model=(str(tiny_model_dir()),), prompts=str(tmp_path / "prompts.jsonl"), output=str(tmp_path / "out.jsonl")
+    )
     assert "has no rows" in refused(capsys, args)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_work(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    for args in (g.DataArgs(output_dir=str(tmp_path / "file")), g.LearnArgs(output_dir=str(tmp_path / "file" / "deeper"))):
+    for args in (
+        g.DataArgs(output_dir=str(tmp_path / "file")),
+        g.LearnArgs(output_dir=str(tmp_path / "file" / "deeper")),
+    ):
         assert "cannot be made" in refused(capsys, args)
 
 
@@ -1450,7 +1654,12 @@ def test_a_broken_checkpoint_is_refused(broken, checkpoint, small, capsys, tmp_p
         (checkpoint / "chat_template.jinja").unlink()
     else:
         (checkpoint / f"{broken}.json").write_text("{}")
-    args = g.ScoreArgs(checkpoints=(str(checkpoint),), data=str(small.folder), output=str(tmp_path / "s.png"), csv=str(tmp_path / "s.csv"))
+    args = g.ScoreArgs(
+        checkpoints=(str(checkpoint),),
+        data=str(small.folder),
+        output=str(tmp_path / "s.png"),
+        csv=str(tmp_path / "s.csv"),
+    )
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         g.main(args)
@@ -1464,7 +1673,9 @@ def test_a_reward_model_is_no_policy(tiny_model_dir, small, capsys, tmp_path):
 
     AutoModelForSequenceClassification.from_pretrained(tiny_model_dir(), num_labels=1).save_pretrained(tmp_path / "rm")
     AutoTokenizer.from_pretrained(tiny_model_dir()).save_pretrained(tmp_path / "rm")
-    args = dict(data=str(small.folder), samples=1, max_new_tokens=2, output=str(tmp_path / "s.png"), csv=str(tmp_path / "s.csv"))
+    args = dict(
+        data=str(small.folder), samples=1, max_new_tokens=2, output=str(tmp_path / "s.png"), csv=str(tmp_path / "s.csv")
+    )
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         g.main(g.ScoreArgs(checkpoints=(str(tmp_path / "rm"),), **args))
@@ -1472,19 +1683,30 @@ def test_a_reward_model_is_no_policy(tiny_model_dir, small, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("flag, name", [("output", "folder.png"), ("csv", "folder.png"), ("output", "score.unknown")])
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(flag, name, tiny_model_dir, small, capsys, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    flag, name, tiny_model_dir, small, capsys, tmp_path, monkeypatch
+):
     (tmp_path / "folder.png").mkdir()
     monkeypatch.setattr(g, "answer_all", lambda *_, **__: pytest.fail("the work has begun"))
     flags = dict(output=str(tmp_path / "score.png"), csv=str(tmp_path / "score.csv")) | {flag: str(tmp_path / name)}
     assert name in refused(capsys, g.ScoreArgs(checkpoints=(str(tiny_model_dir()),), data=str(small.folder), **flags))
 
 
-def test_annotations_that_cannot_be_written_are_refused_before_the_work(tiny_model_dir, small, capsys, tmp_path, monkeypatch):
+def test_annotations_that_cannot_be_written_are_refused_before_the_work(
+    tiny_model_dir, small, capsys, tmp_path, monkeypatch
+):
     monkeypatch.setattr(g, "answer_all", lambda *_, **__: pytest.fail("the work has begun"))
-    args = g.AnnotateArgs(model=(str(tiny_model_dir()),), prompts=str(small.folder / "test.jsonl"), output=str(tmp_path))
+    args = g.AnnotateArgs(
+        model=(str(tiny_model_dir()),), prompts=str(small.folder / "test.jsonl"), output=str(tmp_path)
+    )
     assert tmp_path.name in refused(capsys, args)
 
 
 def test_the_command_line_refuses_without_a_traceback(run_script, tmp_path):
     run = run_script("gridworld", "score", "no-such-directory", cwd=tmp_path, check=False)
-    assert run.returncode == 2 and run.stderr.startswith("error: no-such-directory") and run.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert (
+        run.returncode == 2
+        and run.stderr.startswith("error: no-such-directory")
+        and run.stderr.count("\n") == 1
+        and not list(tmp_path.iterdir())
+    )

@@ -27,7 +27,12 @@ def settings(**options):
 
 
 def near(actual, expected, tolerance=1e-6):
-    torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        torch.as_tensor(actual, dtype=torch.float64),
+        torch.tensor(expected, dtype=torch.float64),
+        rtol=0,
+        atol=tolerance,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the method, in numbers
@@ -70,7 +75,10 @@ def test_advantages_of_steps():
     near(a, [-0.34 + 0.26 + 0.46, 0.26 + 0.46, 0.46]), near(b, [-0.14 - 0.24, -0.24])
 
 
-@pytest.mark.parametrize("logp, ref, kl", [(-1, -1.2, 0.018731), (-1, -0.5, 0.148721), (-1, -1, 0.0), (math.log(0.6), math.log(0.5), 0.01565489)])
+@pytest.mark.parametrize(
+    "logp, ref, kl",
+    [(-1, -1.2, 0.018731), (-1, -0.5, 0.148721), (-1, -1, 0.0), (math.log(0.6), math.log(0.5), 0.01565489)],
+)
 def test_kl_of_a_token(logp, ref, kl):
     near(grpo.kl_estimate(f64(logp), f64(ref)), [kl])
 
@@ -84,13 +92,17 @@ def test_the_kl_estimate_is_unbiased_and_never_negative():
 
 
 @pytest.mark.parametrize(
-    "ratio, advantage, objective", [(1.25, 1, 1.25), (1.3, 1, 1.28), (0.7, 1, 0.7), (1.3, -1, -1.3), (0.7, -1, -0.8), (0.9, -1, -0.9)]
+    "ratio, advantage, objective",
+    [(1.25, 1, 1.25), (1.3, 1, 1.28), (0.7, 1, 0.7), (1.3, -1, -1.3), (0.7, -1, -0.8), (0.9, -1, -0.9)],
 )
 def test_clip_higher(ratio, advantage, objective):
     logp = f64(math.log(ratio) - 2).requires_grad_()
     found = grpo.clipped_objective(logp, f64(-2), f64(advantage), 0.2, 0.28)
     near(found.detach(), [objective])
-    near(torch.autograd.grad(found.sum(), logp)[0], [ratio * advantage if abs(objective - ratio * advantage) < 1e-9 else 0.0])
+    near(
+        torch.autograd.grad(found.sum(), logp)[0],
+        [ratio * advantage if abs(objective - ratio * advantage) < 1e-9 else 0.0],
+    )
 
 
 @pytest.mark.parametrize("advantage, logp, ref, coefficient", [(1, -1, -1.2, 0.992749), (-1, -1, -0.5, -0.974051)])
@@ -114,12 +126,16 @@ def test_normalisers(normalise, weights, loss):
     result = grpo.grpo_loss(logps, logps.detach(), None, advantages, by_token, settings())
     near(result.detach(), loss)
     near(torch.autograd.grad(result, logps)[0], (-advantages * by_token).tolist())
-    near(grpo.answer_weights(lengths, f64(0, 1), normalise, 8), [0, dict(response=1 / 4, token=1 / 4, constant=1 / 8)[normalise]])
+    near(
+        grpo.answer_weights(lengths, f64(0, 1), normalise, 8),
+        [0, dict(response=1 / 4, token=1 / 4, constant=1 / 8)[normalise]],
+    )
     assert not grpo.answer_weights(lengths, f64(0, 0), normalise, 8).any()
 
 
 @pytest.mark.parametrize(
-    "longest, cache, table", [(20480, 4096, {16384: 0, 18432: -0.5, 20480: -1, 20481: -1, 7: 0}), (100, 20, {80: 0, 90: -0.5, 100: -1})]
+    "longest, cache, table",
+    [(20480, 4096, {16384: 0, 18432: -0.5, 20480: -1, 20481: -1, 7: 0}), (100, 20, {80: 0, 90: -0.5, 100: -1})],
 )
 def test_overlong_penalty(longest, cache, table):
     near(grpo.overlong_penalty(torch.tensor(list(table)), longest, cache), list(map(float, table.values())))
@@ -129,12 +145,18 @@ def test_the_gradient_of_a_group_is_unbiased():
     """Every pair of answers of one token or two, by a table's policy: on average the gradient is (G - 1) / G of the exact one, since the mean
     that is taken off holds the answer itself; with GRPO's own length normalisation it is not in proportion."""
     torch.manual_seed(0)
-    table, stop, longest = torch.randn(3, 3, dtype=torch.float64).requires_grad_(), 0, 2  # a row of logits at the start, and after tokens 1 and 2
+    table, stop, longest = (
+        torch.randn(3, 3, dtype=torch.float64).requires_grad_(),
+        0,
+        2,
+    )  # a row of logits at the start, and after tokens 1 and 2
     answers = [(stop,), *((a, b) for a in (1, 2) for b in (0, 1, 2))]
     rewards = dict(zip(answers, torch.randn(len(answers), dtype=torch.float64).tolist()))
 
     def logps(answer):
-        return torch.stack([table.log_softmax(-1)[0 if t == 0 else answer[t - 1], token] for t, token in enumerate(answer)])
+        return torch.stack(
+            [table.log_softmax(-1)[0 if t == 0 else answer[t - 1], token] for t, token in enumerate(answer)]
+        )
 
     exact = torch.autograd.grad(sum(logps(a).sum().exp() * r for a, r in rewards.items()), table)[0] * -1 / longest
     found = {}
@@ -143,9 +165,13 @@ def test_the_gradient_of_a_group_is_unbiased():
         for pair in itertools.product(answers, repeat=2):
             lengths = torch.tensor([len(a) for a in pair])
             advantages = grpo.group_advantages(f64([rewards[a] for a in pair]), "none")[0].repeat_interleave(lengths)
-            weights = grpo.answer_weights(lengths, torch.ones(2, dtype=torch.float64), normalise, longest).repeat_interleave(lengths)
+            weights = grpo.answer_weights(
+                lengths, torch.ones(2, dtype=torch.float64), normalise, longest
+            ).repeat_interleave(lengths)
             both = torch.cat([logps(a) for a in pair])
-            expected = expected + both.sum().exp().detach() * grpo.grpo_loss(both, both.detach(), None, advantages, weights, settings())
+            expected = expected + both.sum().exp().detach() * grpo.grpo_loss(
+                both, both.detach(), None, advantages, weights, settings()
+            )
         found[normalise] = torch.autograd.grad(expected, table)[0]
     torch.testing.assert_close(found["constant"], exact / 2, rtol=0, atol=1e-12)
     assert torch.cosine_similarity(found["response"].flatten(), exact.flatten(), dim=0) < 0.999
@@ -168,7 +194,9 @@ def test_majority_of_votes_and_ties():
     assert majority(list("rwrw"), 4) == 0.5 and majority(list("rwx"), 3) == pytest.approx(1 / 3)  # exact ties
     assert majority(list("rwwrrwxx"), 2) == pytest.approx((0.5 + 0.5 + 0.5 + 0) / 4)  # the mean over disjoint parts
     assert majority(list("rrwww"), 2) == pytest.approx((1 + 0) / 2)  # what is left over does not vote
-    assert majority([None, None, "r", None], 4) == 1 and majority([None, None, "w", None], 4) == 0  # no answer is no vote
+    assert (
+        majority([None, None, "r", None], 4) == 1 and majority([None, None, "w", None], 4) == 0
+    )  # no answer is no vote
     assert majority([None] * 4, 4) == 0 and majority([None] * 4, 1) == 0
     assert majority(list("rwrr"), 1) == 0.75
 
@@ -188,7 +216,11 @@ def test_the_expected_majority(chances, table):
             counts = [b - a - 1 for a, b in zip((-1, *cuts), (*cuts, k + len(chances) - 1))]
             ways = math.factorial(k) // math.prod(map(math.factorial, counts))
             votes = [str(i) for i, n in enumerate(counts) for _ in range(n)]
-            expected += ways * math.prod(p**n for p, n in zip(chances, counts)) * grpo.majority_at_k(votes, [v == "0" for v in votes], k)
+            expected += (
+                ways
+                * math.prod(p**n for p, n in zip(chances, counts))
+                * grpo.majority_at_k(votes, [v == "0" for v in votes], k)
+            )
         assert expected == pytest.approx(value, abs=1e-6)
 
 
@@ -280,7 +312,11 @@ def test_true_answers():
         "####": None,
     }
     assert {text: grpo.true_answer(text) for text in column} == column
-    assert grpo.true_answer(72) == grpo.true_answer(72.0) == "72" and grpo.true_answer(0.5) == "1/2" and grpo.true_answer(True) == "true"
+    assert (
+        grpo.true_answer(72) == grpo.true_answer(72.0) == "72"
+        and grpo.true_answer(0.5) == "1/2"
+        and grpo.true_answer(True) == "true"
+    )
 
 
 AFTER = [  # text, what stands after the thinking, whether it is well formed
@@ -291,7 +327,11 @@ AFTER = [  # text, what stands after the thinking, whether it is well formed
     ("<think>a</think>", "", False),
     ("<think>a</think> \n", " \n", False),
     ("<think>a 12", "", False),
-    ("a 12</think>12", "12", False),  # no opening tag: the template has not opened it either, or as_written would have put it
+    (
+        "a 12</think>12",
+        "12",
+        False,
+    ),  # no opening tag: the template has not opened it either, or as_written would have put it
     ("<think>a</think>1<think>b</think>2", "2", False),
     ("<think>a</think>1<think>b 2", "1", False),
     ("1<think>b 2", "1", False),
@@ -324,7 +364,14 @@ def test_every_answer_of_gsm8k_is_read(real_data):
 
 # ------------------------------------------------------------------------------------------------------------------------ rewards
 
-QUESTIONS = ["What is the best path?", "Write a letter", "Is it safe? Say so.", "Sum: 4 3 5", "up", "Where does the robot start? I'd like to talk."]
+QUESTIONS = [
+    "What is the best path?",
+    "Write a letter",
+    "Is it safe? Say so.",
+    "Sum: 4 3 5",
+    "up",
+    "Where does the robot start? I'd like to talk.",
+]
 REPLIES = ["right", "Dear Ann, thank you", "No", "12", "Right, up, right", "I read it"]
 
 
@@ -366,7 +413,13 @@ def scorer(tiny_tokenizer, tmp_path_factory):
     return str(folder)
 
 
-THOUGHTS = ["No", "<think>a secret 12</think>No", "<think>a secret", "<think>a</think>\nNo <think>a secret", "\n<think>12</think> 7 \n"]
+THOUGHTS = [
+    "No",
+    "<think>a secret 12</think>No",
+    "<think>a secret",
+    "<think>a</think>\nNo <think>a secret",
+    "\n<think>12</think> 7 \n",
+]
 OPEN = ["No", "No", "", "No", "7"]
 
 
@@ -388,16 +441,23 @@ def test_no_reward_but_the_format_sees_the_thinking(talker, scorer, tmp_path):
     _, plain = grpo.all_rewards(rewards, args, rows, OPEN, CPU)
     for name in (Path(scorer).name, "judge"):
         torch.testing.assert_close(named[name], plain[name], rtol=0, atol=1e-5)
-        assert named[name][0] == pytest.approx(named[name][1].item(), abs=1e-5) and abs(named[name][0] - named[name][4]) > 1e-4
+        assert (
+            named[name][0] == pytest.approx(named[name][1].item(), abs=1e-5)
+            and abs(named[name][0] - named[name][4]) > 1e-4
+        )
     torch.testing.assert_close(total, sum(named.values()))
 
 
-@pytest.mark.parametrize("prompt", ["The sum is", [*talk("Sum"), dict(role="assistant", content="The sum is")]], ids=["text", "begun"])
+@pytest.mark.parametrize(
+    "prompt", ["The sum is", [*talk("Sum"), dict(role="assistant", content="The sum is")]], ids=["text", "begun"]
+)
 def test_an_answer_that_goes_on_keeps_its_first_space(prompt, scorer):
     args = settings(reward_model=(scorer,))
     rewards = grpo.load_rewards(args, CPU, torch.float32)
     found, _ = grpo.all_rewards(rewards, args, [asked(prompt)], [" 12"], CPU)
-    model, tokenizer = grpo.load_frozen(AutoModelForSequenceClassification, scorer, CPU, torch.float32, grpo.response_scores, num_labels=1)
+    model, tokenizer = grpo.load_frozen(
+        AutoModelForSequenceClassification, scorer, CPU, torch.float32, grpo.response_scores, num_labels=1
+    )
     score = lambda text: grpo.reward_scores(model, tokenizer, {}, args, CPU, [asked(prompt)], [text]).item()
     assert found.item() == pytest.approx(score(" 12"), abs=1e-5) and abs(score(" 12") - score("12")) > 1e-4
 
@@ -408,7 +468,9 @@ def test_weights_and_rewards_that_do_not_apply():
     rewards = dict(helpful=(0.6, give(1.2, 1.2)), safe=(0.3, give(0.5, math.nan)), rule=(0.1, give(1.0, 1.0)))
     total, named = grpo.all_rewards(rewards, settings(), [asked("a"), asked("b")], ["x", "y"], CPU)
     near(total, [0.97, 0.82]), near(named["helpful"], [1.2, 1.2])
-    total, named = grpo.all_rewards(rewards, settings(format_weight=2.0), [asked("a"), asked("b")], ["<think>1</think>x", "y"], CPU)
+    total, named = grpo.all_rewards(
+        rewards, settings(format_weight=2.0), [asked("a"), asked("b")], ["<think>1</think>x", "y"], CPU
+    )
     near(total, [2.97, 0.82])
     total, named = grpo.all_rewards({}, settings(format_weight=0.5), [asked("a")], ["<think>1</think>x"], CPU)
     assert total.tolist() == [0.5] and list(named) == ["format"]
@@ -429,7 +491,9 @@ def test_what_is_right():
     rule, match = torch.tensor([1.0, 0.99, 2.0, nan]), torch.tensor([0.0, 1.0, nan, 0.0])
     near(grpo.correctness(settings(), dict(rule=rule))[:3], [1, 0, 1])
     assert grpo.correctness(settings(), dict(rule=rule)).isnan().tolist() == [False, False, False, True]
-    near(grpo.correctness(settings(match="number"), dict(rule=rule, match=match))[:2], [0, 1])  # the match, where there is one
+    near(
+        grpo.correctness(settings(match="number"), dict(rule=rule, match=match))[:2], [0, 1]
+    )  # the match, where there is one
 
 
 STEPS = [  # the pieces in which an answer is written, and its text at the end of each step
@@ -438,7 +502,11 @@ STEPS = [  # the pieces in which an answer is written, and its text at the end o
     (["a", "\n"], ["a\n"], [2]),  # nothing follows the last separator
     (["a", "\n", "\n", "b"], ["a\n\n", "a\n\nb"], [3, 1]),  # between two separators there is no step
     (["\n", "a", "\n", "b"], ["\na\n", "\na\nb"], [3, 1]),  # nothing stands before the first one
-    (["<think>", "x", "\n", "y", "</think>", "a", "\n", "b"], ["<think>x\ny</think>a\n", "<think>x\ny</think>a\nb"], None),
+    (
+        ["<think>", "x", "\n", "y", "</think>", "a", "\n", "b"],
+        ["<think>x\ny</think>a\n", "<think>x\ny</think>a\nb"],
+        None,
+    ),
     (["<think>", "x", "\n", "y"], ["<think>x\ny"], None),  # thinking that never ended is one step
 ]
 
@@ -465,7 +533,10 @@ def test_advantages_by_steps(tiny_tokenizer):
         seen.extend(texts)
         return torch.tensor([score.get(text, 5.0) for text in texts])
 
-    rows = [asked(talk("1"))._replace(responses=[write("a\nb\nc"), write("x\ny")]), asked(talk("2"))._replace(responses=[write("k\nk"), write("k")])]
+    rows = [
+        asked(talk("1"))._replace(responses=[write("a\nb\nc"), write("x\ny")]),
+        asked(talk("2"))._replace(responses=[write("k\nk"), write("k")]),
+    ]
     args = settings(step_separator="\n", scale="population")
     first, second = grpo.process_advantages(dict(rule=(1.0, rule)), tokenizer, rows, stops, args, CPU)
     assert seen == ["a", "a\nb", "a\nb\nc", "x", "x\ny", "k", "k\nk", "k"]
@@ -489,7 +560,9 @@ def test_thinking_length(tiny_tokenizer):
     count = lambda text: len(tiny_tokenizer(text, add_special_tokens=False).input_ids)
     for thought in ("<think>up, right, up</think>", "<think>"):
         whole = count(thought + "12")
-        assert grpo.thinking_length(tiny_tokenizer, thought + "12", whole) == (whole - count("12") if "</think>" in thought else whole)
+        assert grpo.thinking_length(tiny_tokenizer, thought + "12", whole) == (
+            whole - count("12") if "</think>" in thought else whole
+        )
     assert grpo.thinking_length(tiny_tokenizer, "12", 2) == 0
 
 
@@ -522,7 +595,15 @@ def train(talker, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("rules.py").write_text(RULES)
     jsonl(Path("prompts.jsonl"), [dict(prompt=talk(q), number=i, answer="12") for i, q in enumerate(QUESTIONS)])
-    usual = dict(model=talker, rule="rules.py:vowels", dataset="prompts.jsonl", eval_fraction=0.0, max_new_tokens=8, batch_size=3, num_generations=3)
+    usual = dict(
+        model=talker,
+        rule="rules.py:vowels",
+        dataset="prompts.jsonl",
+        eval_fraction=0.0,
+        max_new_tokens=8,
+        batch_size=3,
+        num_generations=3,
+    )
     usual |= dict(learning_rate=1e-3, warmup_ratio=0.0, max_steps=2, show_every=0, output_dir="out", epochs=4)
 
     def go(ranks=0, **options):
@@ -579,7 +660,9 @@ def assert_near(a, b, tolerance=1e-5):
             assert x[k] == pytest.approx(y[k], rel=tolerance, abs=tolerance), f"{k} at step {x['step']}"
     a, b = weights_of(a), weights_of(b)
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=20 * tolerance)  # a fifth of one step of the learning rate 1e-3
+        torch.testing.assert_close(
+            a[name], b[name], rtol=0, atol=20 * tolerance
+        )  # a fifth of one step of the learning rate 1e-3
 
 
 def steady(out) -> list:
@@ -592,7 +675,10 @@ def test_before_the_first_update_all_policies_are_one(train, spy):
     assert first["kl"] < 1 and first["sampling/sampling_logp_difference/max"] < 1e-4
     logps, old, ref, *_ = losses[0][0]
     size = 1e-5 * old.abs().max().item()  # log-probabilities near -8, each a chain of sums in float32
-    torch.testing.assert_close(logps.detach(), old, rtol=0, atol=size), torch.testing.assert_close(old, ref, rtol=0, atol=size)
+    (
+        torch.testing.assert_close(logps.detach(), old, rtol=0, atol=size),
+        torch.testing.assert_close(old, ref, rtol=0, atol=size),
+    )
     first, second = train(output_dir="one")
     assert first["kl"] < 1e-9 < second["kl"]
     for line in (first, second):  # one update a batch: the ratio is 1
@@ -602,7 +688,15 @@ def test_before_the_first_update_all_policies_are_one(train, spy):
 
 def test_the_distribution_that_is_trained_is_the_sampled_one(train, spy):
     losses = spy("grpo_loss")
-    lines = train(temperature=0.7, top_p=0.9, num_iterations=2, num_minibatches=2, max_steps=5, learning_rate=1e-2, max_new_tokens=6)
+    lines = train(
+        temperature=0.7,
+        top_p=0.9,
+        num_iterations=2,
+        num_minibatches=2,
+        max_steps=5,
+        learning_rate=1e-2,
+        max_new_tokens=6,
+    )
     assert all(line["sampling/sampling_logp_difference/max"] < 1e-4 for line in lines)
     assert all(torch.isfinite(x).all() for (logps, old, ref, *_), loss in losses for x in (logps, old, ref, loss))
     assert lines[0]["kl"] > 0 and lines[-1]["clip_ratio/region_mean"] > 0  # passes after the first have moved
@@ -615,13 +709,20 @@ def test_two_equal_prompts_are_two_groups(train, spy, talker):
     twins = dict(dataset="twins.jsonl", rule="rules.py:column", batch_size=2, kl_coef=0.0, max_steps=2)
     for ranks in (0, 2):
         lines = train(ranks, **twins, output_dir=f"out{ranks}")
-        assert [line["frac_reward_zero_std"] for line in lines] == [1, 1] and [line["reward"] for line in lines] == [0.5, 0.5]
+        assert [line["frac_reward_zero_std"] for line in lines] == [1, 1] and [line["reward"] for line in lines] == [
+            0.5,
+            0.5,
+        ]
         assert [line["grad_norm"] for line in lines] == [0, 0] and unmoved(f"out{ranks}", talker)
-    assert len(advantages) == 4 and all(len(set(rewards[0].tolist())) == 1 and not found.any() for (rewards, *_), found in advantages)
+    assert len(advantages) == 4 and all(
+        len(set(rewards[0].tolist())) == 1 and not found.any() for (rewards, *_), found in advantages
+    )
 
 
 @pytest.mark.parametrize("normalise", ["response", "token", "constant"])
-def test_the_first_gradients_are_those_of_a_naive_implementation(normalise, train, spy, monkeypatch, talker, tiny_model_dir):
+def test_the_first_gradients_are_those_of_a_naive_implementation(
+    normalise, train, spy, monkeypatch, talker, tiny_model_dir
+):
     """Two minibatches, a temperature, a reference of its own, answers cut off and masked: every index in the loop counts."""
     gradients, real = [], grpo.take_step
 
@@ -631,7 +732,15 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(normalise, trai
 
     monkeypatch.setattr(grpo, "take_step", record)
     reference, sampled, scored = str(tiny_model_dir("llama")), spy("sample_answers"), spy("all_rewards")
-    options = dict(normalise=normalise, temperature=0.8, num_minibatches=2, batch_size=5, kl_coef=0.3, reference=reference, mask_truncated=True)
+    options = dict(
+        normalise=normalise,
+        temperature=0.8,
+        num_minibatches=2,
+        batch_size=5,
+        kl_coef=0.3,
+        reference=reference,
+        mask_truncated=True,
+    )
     train(**options, max_steps=1, tokens_per_forward=60, max_new_tokens=5)
     (_, rows, *_), (tokens, *_) = sampled[0]
     rewards = scored[0][1][0].view(5, 3)
@@ -648,25 +757,38 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(normalise, trai
             logits = model(torch.tensor([prompt + ids])).logits[0, states] / 0.8
             own.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
         ratio, gap = (own[0] - own[0].detach()).exp(), own[1].detach() - own[0]
-        weight = dict(response=1 / len(ids) / len(whole), token=1 / sum(len(tokens[j]) for j in whole), constant=1 / (5 * len(whole)))[normalise]
+        weight = dict(
+            response=1 / len(ids) / len(whole),
+            token=1 / sum(len(tokens[j]) for j in whole),
+            constant=1 / (5 * len(whole)),
+        )[normalise]
         loss = loss - weight * (ratio * advantages[i] - 0.3 * (gap.exp() - gap - 1)).sum()
     loss.backward()
     direct = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     scale = max(g.abs().max().item() for g in direct.values())
     assert direct.keys() == gradients[0].keys() and len(gradients) == 2 and scale > 1e-3
     for name in direct:
-        torch.testing.assert_close(gradients[0][name], direct[name], rtol=0, atol=1e-4 * scale, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            gradients[0][name], direct[name], rtol=0, atol=1e-4 * scale, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_neither_memory_knob_changes_anything(train):
-    for name, change in dict(whole={}, small=dict(tokens_per_forward=30), again=dict(gradient_checkpointing=True)).items():
+    for name, change in dict(
+        whole={}, small=dict(tokens_per_forward=30), again=dict(gradient_checkpointing=True)
+    ).items():
         train(**change, output_dir=name, num_minibatches=2, num_iterations=2)
     assert_near("whole", "small"), assert_near("whole", "again")
 
 
 def test_equal_rewards_move_nothing(train, talker):
     (line,) = train(rule="rules.py:same", kl_coef=0.0, max_steps=1, num_generations=8, learning_rate=1e-2)
-    assert line["frac_reward_zero_std"] == 1 and line["grad_norm"] == 0 and line["reward"] == pytest.approx(0.1) and line["reward_std"] < 1e-6
+    assert (
+        line["frac_reward_zero_std"] == 1
+        and line["grad_norm"] == 0
+        and line["reward"] == pytest.approx(0.1)
+        and line["reward_std"] < 1e-6
+    )
     assert unmoved("out", talker)
 
 
@@ -682,7 +804,11 @@ def test_skipped_groups_are_in_no_mean(train, spy):
     losses = spy("grpo_loss")
     (line,) = train(rule="rules.py:lively", zero_spread="skip", batch_size=6, max_steps=1, max_new_tokens=4)
     weights = torch.cat([args[4] for args, _ in losses])
-    assert line["frac_reward_zero_std"] == pytest.approx(4 / 6) and weights.sum().item() == pytest.approx(1, abs=1e-5) and (weights > 0).all()
+    assert (
+        line["frac_reward_zero_std"] == pytest.approx(4 / 6)
+        and weights.sum().item() == pytest.approx(1, abs=1e-5)
+        and (weights > 0).all()
+    )
 
 
 def test_resampling_replaces_groups_without_spread(train, spy, talker):
@@ -692,24 +818,36 @@ def test_resampling_replaces_groups_without_spread(train, spy, talker):
     drawn = [(step, slot) for (_, step, slots, _), _ in numbers for slot in slots]
     assert len(set(drawn)) == len(drawn)  # each time with other randomness
     calls = [len(rows) for (_, rows, *_), _ in sampled]
-    assert calls[0] == max(calls) == 3 and len(calls) > 3 and min(calls) < 3  # only the groups to replace are asked anew
+    assert (
+        calls[0] == max(calls) == 3 and len(calls) > 3 and min(calls) < 3
+    )  # only the groups to replace are asked anew
     trained = [rewards[0] for (rewards, *_), _ in advantages]
-    at_first = round(sum(3 - 3 * line["frac_reward_zero_std"] for line in lines))  # what is logged is of the prompts as they came
+    at_first = round(
+        sum(3 - 3 * line["frac_reward_zero_std"] for line in lines)
+    )  # what is logged is of the prompts as they came
     assert sum(len(set(r.tolist())) > 1 for r in trained) > at_first and len(trained) == 9
     assert sum(line["resampled"] for line in lines) * 3 == pytest.approx(sum(calls) - 9)
     train(**options, output_dir="again")
     assert steady("out") == steady("again") and unmoved("out", "again")
     sampled.clear()
-    (line,) = train(rule="rules.py:same", zero_spread="resample", kl_coef=0.0, max_steps=1, output_dir="dull")  # none to be found: it gives up
-    assert len(sampled) == 5 and line["frac_reward_zero_std"] == 1 and line["grad_norm"] == 0 and unmoved("dull", talker)
+    (line,) = train(
+        rule="rules.py:same", zero_spread="resample", kl_coef=0.0, max_steps=1, output_dir="dull"
+    )  # none to be found: it gives up
+    assert (
+        len(sampled) == 5 and line["frac_reward_zero_std"] == 1 and line["grad_norm"] == 0 and unmoved("dull", talker)
+    )
 
 
 def test_cut_off_answers_can_be_left_out(train, monkeypatch, talker):
     a, x = AutoTokenizer.from_pretrained(talker)(["a", "x"], add_special_tokens=False).input_ids
-    hand_made(monkeypatch, lambda row, k, most: [*a, *x * most] if k == 0 else x * most if k == 1 else [*a, *a, 2])  # two cut off, one whole
+    hand_made(
+        monkeypatch, lambda row, k, most: [*a, *x * most] if k == 0 else x * most if k == 1 else [*a, *a, 2]
+    )  # two cut off, one whole
     for mask in (True, False):
         (line,) = train(mask_truncated=mask, max_steps=1, max_new_tokens=5, output_dir=f"mask{mask}")
-        assert line["completions/clipped_ratio"] == pytest.approx(2 / 3) and line["completions/mean_length"] == pytest.approx(13 / 3)
+        assert line["completions/clipped_ratio"] == pytest.approx(2 / 3) and line[
+            "completions/mean_length"
+        ] == pytest.approx(13 / 3)
         assert line["completions/min_length"] == 3 and line["completions/max_length"] == 5
     assert not unmoved("maskTrue", "maskFalse")
     hand_made(monkeypatch, lambda row, k, most: (a if k else x) * most)
@@ -723,7 +861,11 @@ def test_long_answers_cost_something(train, monkeypatch, spy):
     (line,) = train(overlong_cache=4, rule="rules.py:same", max_steps=1)
     for (rewards, *_), _ in advantages:
         near(rewards, [[0.1, 0.1 - 0.5, 0.1 - 1]])
-    assert line["reward"] == pytest.approx(0.1 - 0.5) and line["frac_reward_zero_std"] == 0 and line["rewards/rule/mean"] == pytest.approx(0.1)
+    assert (
+        line["reward"] == pytest.approx(0.1 - 0.5)
+        and line["frac_reward_zero_std"] == 0
+        and line["rewards/rule/mean"] == pytest.approx(0.1)
+    )
 
 
 def test_without_a_kl_there_is_no_reference(train, spy):
@@ -737,19 +879,35 @@ def test_without_a_kl_there_is_no_reference(train, spy):
 def test_the_reference_follows(train):
     kl = lambda **flags: [line["kl"] for line in train(**flags, max_steps=4, learning_rate=3e-3)]
     fixed, every, other = kl(), kl(reference_every=1, output_dir="every"), kl(reference_every=2, output_dir="other")
-    assert max(every) < 1e-9 < min(fixed[1:]) and other[2] < 1e-9 < other[1] and other[3] > 1e-9 and other[:2] == fixed[:2]
+    assert (
+        max(every) < 1e-9 < min(fixed[1:]) and other[2] < 1e-9 < other[1] and other[3] > 1e-9 and other[:2] == fixed[:2]
+    )
     assert not (Path("every") / "reference").exists()
 
 
 def test_max_kl_stops_and_saves(train, talker, capsys):
     lines = train(max_kl=1e-3, max_steps=8, learning_rate=1e-2, eval_fraction=0.2, epochs=9)
-    assert 1 < len(lines) < 8 and lines[-1]["kl"] > 1e-3 and all(line["kl"] <= 1e-3 for line in lines[:-1]) and "eval_reward" in lines[-1]
+    assert (
+        1 < len(lines) < 8
+        and lines[-1]["kl"] > 1e-3
+        and all(line["kl"] <= 1e-3 for line in lines[:-1])
+        and "eval_reward" in lines[-1]
+    )
     assert f"stopped after step {len(lines)}" in capsys.readouterr().out
     assert not unmoved("out", talker) and json.loads(Path("out/args.json").read_text())["finished"]
 
 
 def test_a_policy_learns_what_is_rewarded(train):
-    lines = train(rule="rules.py:letter", batch_size=6, num_generations=8, max_steps=14, epochs=14, learning_rate=3e-3, max_new_tokens=4, kl_coef=0.0)
+    lines = train(
+        rule="rules.py:letter",
+        batch_size=6,
+        num_generations=8,
+        max_steps=14,
+        epochs=14,
+        learning_rate=3e-3,
+        max_new_tokens=4,
+        kl_coef=0.0,
+    )
     rewards = [line["reward"] for line in lines]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3, rewards
 
@@ -763,7 +921,11 @@ def test_process_supervision_runs(train, spy, monkeypatch):
     (line,) = train(step_separator="\n", scale="none", max_steps=1, batch_size=1, kl_coef=0.0)
     rewards = [0, 1, 1, 0, 0, 1, 1, 1]
     mean = sum(rewards) / 8
-    steps = [[3 * (0 - mean) + 2, 2 * (1 - mean), 1 - mean], [-2 * mean, -mean], [3 * (1 - mean), 2 * (1 - mean), 1 - mean]]
+    steps = [
+        [3 * (0 - mean) + 2, 2 * (1 - mean), 1 - mean],
+        [-2 * mean, -mean],
+        [3 * (1 - mean), 2 * (1 - mean), 1 - mean],
+    ]
     near(losses[0][0][3], [a for own in steps for a in own for _ in range(2)], 1e-5)
     assert line["reward"] == pytest.approx(2 / 3)
 
@@ -771,11 +933,21 @@ def test_process_supervision_runs(train, spy, monkeypatch):
 def test_a_rule_that_does_not_apply(train):
     (line,) = train(rule="rules.py:some", batch_size=6, max_steps=1)
     (whole,) = train(rule="rules.py:vowels", batch_size=6, max_steps=1, output_dir="whole")
-    assert line["reward"] < whole["reward"] and line["rewards/rule/mean"] > line["reward"] == pytest.approx(line["rewards/rule/mean"] / 2)
+    assert line["reward"] < whole["reward"] and line["rewards/rule/mean"] > line["reward"] == pytest.approx(
+        line["rewards/rule/mean"] / 2
+    )
 
 
 def test_every_source_of_reward_at_once(train, talker, scorer, capsys):
-    options = dict(reward_model=(scorer,), reward_weights=(0.5,), judge=talker, judge_weight=2.0, match="number", match_weight=3.0, format_weight=0.1)
+    options = dict(
+        reward_model=(scorer,),
+        reward_weights=(0.5,),
+        judge=talker,
+        judge_weight=2.0,
+        match="number",
+        match_weight=3.0,
+        format_weight=0.1,
+    )
     (line,) = train(**options, max_steps=1, show_every=1, batch_size=6)
     names = [Path(scorer).name, "rule", "judge", "match", "format"]
     assert {key.split("/")[1] for key in line if key.startswith("rewards/")} == set(names)
@@ -821,11 +993,23 @@ def test_pass_and_majority_against_an_independent_count(train, monkeypatch, talk
         return tokenizer(answer, add_special_tokens=False).input_ids + [2]
 
     hand_made(monkeypatch, write)
-    held_out = [dict(prompt=talk(q + "?"), number=10 + i, answer=None if i == 5 else "12.0") for i, q in enumerate(QUESTIONS)]
-    (line,) = train(eval_dataset=jsonl(Path("held.jsonl"), held_out), rule="", match="number", eval_samples=6, max_steps=1, max_new_tokens=30)
+    held_out = [
+        dict(prompt=talk(q + "?"), number=10 + i, answer=None if i == 5 else "12.0") for i, q in enumerate(QUESTIONS)
+    ]
+    (line,) = train(
+        eval_dataset=jsonl(Path("held.jsonl"), held_out),
+        rule="",
+        match="number",
+        eval_samples=6,
+        max_steps=1,
+        max_new_tokens=30,
+    )
     counts = {f"eval_{kind}@{k}": 0.0 for kind in ("pass", "majority") for k in (1, 2, 4)}
     for answers in (said[10 + i] for i in range(5)):  # the sixth has no answer to compare with
-        votes = [{"12": "12", "It is 12.": "12", "No": None}.get(text.rpartition(">")[2], text.rpartition(">")[2]) for text in answers]
+        votes = [
+            {"12": "12", "It is 12.": "12", "No": None}.get(text.rpartition(">")[2], text.rpartition(">")[2])
+            for text in answers
+        ]
         for k in (1, 2, 4):
             draws = list(itertools.combinations(votes, k))
             counts[f"eval_pass@{k}"] += sum("12" in draw for draw in draws) / len(draws) / 5
@@ -836,18 +1020,28 @@ def test_pass_and_majority_against_an_independent_count(train, monkeypatch, talk
                 good += ("12" in best) / max(1, len(best))
             counts[f"eval_majority@{k}"] += good / len(parts) / 5
     assert {k: line[k] for k in line if "@" in k} == pytest.approx(counts)
-    assert line["eval_reward"] == pytest.approx(sum(answer.endswith(("12", "12.")) for i in range(5) for answer in said[10 + i]) / 36)
+    assert line["eval_reward"] == pytest.approx(
+        sum(answer.endswith(("12", "12.")) for i in range(5) for answer in said[10 + i]) / 36
+    )
     assert 0 < line["eval_completions/mean_thinking_length"] < line["eval_completions/mean_length"]
     report = json.loads(Path("out/report.json").read_text())
-    assert report["pass"] == {str(k): line[f"eval_pass@{k}"] for k in (1, 2, 4)} and report["majority"]["4"] == line["eval_majority@4"]
+    assert (
+        report["pass"] == {str(k): line[f"eval_pass@{k}"] for k in (1, 2, 4)}
+        and report["majority"]["4"] == line["eval_majority@4"]
+    )
     assert report["thinking_budget"] == {} and Path("out/test_time.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_evaluations_are_at_their_steps_and_of_the_policy_as_it_is(train):
     lines = train(eval_fraction=0.4, eval_every=2, max_steps=5, learning_rate=0.0, eval_samples=4, batch_size=2)
-    assert ["eval_pass@4" in line for line in lines] == [False, True, False, True, True] and "eval_pass@8" not in lines[-1]
+    assert ["eval_pass@4" in line for line in lines] == [False, True, False, True, True] and "eval_pass@8" not in lines[
+        -1
+    ]
     evaluated = [{k: v for k, v in line.items() if k.startswith("eval_")} for line in lines if "eval_reward" in line]
-    assert evaluated[0] == evaluated[1] == evaluated[2] and 0 <= evaluated[0]["eval_pass@1"] <= evaluated[0]["eval_pass@4"] <= 1
+    assert (
+        evaluated[0] == evaluated[1] == evaluated[2]
+        and 0 <= evaluated[0]["eval_pass@1"] <= evaluated[0]["eval_pass@4"] <= 1
+    )
 
 
 def test_without_a_rule_of_what_is_right_rewards_are_evaluated(train, scorer):
@@ -874,10 +1068,21 @@ def test_thinking_budgets(opens, train, monkeypatch, talker, tmp_path, spy):
 
     hand_made(monkeypatch, write)
     rewarded = spy("all_rewards")
-    flags = dict(rule="", match="number", eval_fraction=0.4, thinking_budgets=(0, 12), max_new_tokens=30, max_steps=1, eval_samples=2)
+    flags = dict(
+        rule="",
+        match="number",
+        eval_fraction=0.4,
+        thinking_budgets=(0, 12),
+        max_new_tokens=30,
+        max_steps=1,
+        eval_samples=2,
+    )
     (line,) = train(**flags, model=talker if opens != "template" else str(tmp_path / "opens"))
     assert line["eval_pass@1"] == line["rewards/match/mean"] == 0
-    assert json.loads(Path("out/report.json").read_text())["thinking_budget"] == {"0": 1.0, "12": float(opens != "nobody")}
+    assert json.loads(Path("out/report.json").read_text())["thinking_budget"] == {
+        "0": 1.0,
+        "12": float(opens != "nobody"),
+    }
     none, some = (args[3] for args, _ in rewarded[-2:])
     for text in none:
         assert text in ("<think> </think> 12", "<think></think> 12")
@@ -914,7 +1119,15 @@ def test_a_thought_that_is_cut_off_fits_with_its_tags(train, tiny_model_dir, tin
     """Into the positions that a GPT-2 has, 512, also behind the longest of prompts."""
     unit, rows = len(tiny_tokenizer("0").input_ids), [dict(prompt="0" * n, number=0) for n in range(470, 512)]
     assert len(tiny_tokenizer("0" * 500).input_ids) == 500 + unit - 1
-    flags = dict(rule="rules.py:digits", eval_fraction=0.9, eval_samples=1, max_steps=1, batch_size=1, max_new_tokens=12, thinking_budgets=(0, 4))
+    flags = dict(
+        rule="rules.py:digits",
+        eval_fraction=0.9,
+        eval_samples=1,
+        max_steps=1,
+        batch_size=1,
+        max_new_tokens=12,
+        thinking_budgets=(0, 4),
+    )
     with open("rules.py", "a") as f:
         f.write("\ndef digits(prompts, completions, **columns):\n    return [float('0' in c) for c in completions]\n")
     train(model=str(tiny_model_dir("gpt2")), dataset=jsonl(Path("long.jsonl"), rows), **flags)
@@ -927,7 +1140,9 @@ def test_sampled_thinking_budgets(train, spy):
     train(eval_fraction=0.6, thinking_budgets=(0, 3, 7), max_steps=1, max_new_tokens=8, rule="rules.py:letter")
     report = json.loads(Path("out/report.json").read_text())["thinking_budget"]
     for budget, (args, (total, _)) in zip((0, 3, 7), rewarded[-3:], strict=True):
-        assert report[str(budget)] == pytest.approx(total.mean().item()) and (budget or all(t.startswith("<think> </think>") for t in args[3]))
+        assert report[str(budget)] == pytest.approx(total.mean().item()) and (
+            budget or all(t.startswith("<think> </think>") for t in args[3])
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------------- resume
@@ -937,11 +1152,20 @@ class Killed(BaseException):
     pass
 
 
-LONG = dict(batch_size=4, epochs=4, max_steps=0, num_minibatches=2, save_every=2, eval_fraction=0.17, eval_every=3)  # eight steps, two an epoch
+LONG = dict(
+    batch_size=4, epochs=4, max_steps=0, num_minibatches=2, save_every=2, eval_fraction=0.17, eval_every=3
+)  # eight steps, two an epoch
 RESUMED = [
     dict(),
     dict(reference_every=3, kl_coef=0.5),
-    dict(zero_spread="resample", rule="rules.py:lively", temperature=0.7, top_p=0.9, lr_schedule="cosine", weight_decay=0.1),
+    dict(
+        zero_spread="resample",
+        rule="rules.py:lively",
+        temperature=0.7,
+        top_p=0.9,
+        lr_schedule="cosine",
+        weight_decay=0.1,
+    ),
     dict(num_iterations=2, kl_coef=0.0, mask_truncated=True, normalise="token"),
 ]
 
@@ -966,7 +1190,9 @@ def test_a_killed_run_resumed_is_the_uninterrupted_one(options, train, monkeypat
     if "reference_every" in options:  # the reference of step 3, not the one of the start
         assert frozen[0][0][1] == "killed/checkpoint-4/reference" and lines[3]["kl"] < 1e-2
         moved = weights_of("killed/checkpoint-4/reference")
-        assert not equal(moved, weights_of(train.usual["model"])) and not equal(moved, weights_of("killed/checkpoint-4"))
+        assert not equal(moved, weights_of(train.usual["model"])) and not equal(
+            moved, weights_of("killed/checkpoint-4")
+        )
     a, b = (torch.load(f"{name}/checkpoint-6/state.pt", weights_only=True) for name in ("whole", "killed"))
     assert equal(a | dict(seconds=0), b | dict(seconds=0))
 
@@ -999,7 +1225,9 @@ def test_a_run_killed_in_its_last_evaluation_is_not_finished(train, monkeypatch)
         patch.setattr(grpo, "draw_test_time", lambda *args: (_ for _ in ()).throw(Killed))
         train(**options, output_dir="killed")
     train(**options, output_dir="killed", resume=True)
-    assert Path("killed/report.json").read_bytes() == Path("whole/report.json").read_bytes() and unmoved("killed", "whole")
+    assert Path("killed/report.json").read_bytes() == Path("whole/report.json").read_bytes() and unmoved(
+        "killed", "whole"
+    )
 
 
 def test_resuming_a_finished_run_and_another(train, capsys):
@@ -1007,20 +1235,49 @@ def test_resuming_a_finished_run_and_another(train, capsys):
     with pytest.raises(SystemExit) as done:
         train(max_steps=1, resume=True)
     assert done.value.code == 0 and "finished already" in capsys.readouterr().out
-    assert "clip_high was 0.2 and is 0.28" in refused(grpo, capsys, **train.usual | dict(max_steps=1, resume=True, clip_high=0.28))
+    assert "clip_high was 0.2 and is 0.28" in refused(
+        grpo, capsys, **train.usual | dict(max_steps=1, resume=True, clip_high=0.28)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------- two ranks
 
 RANKED = {
-    "resample": dict(zero_spread="resample", rule="rules.py:lively", batch_size=5, num_minibatches=2, num_iterations=2, eval_fraction=0.17),
-    "steps of a reward model": dict(step_separator=" ", batch_size=3, reward_model=("SCORER",), reference_every=1, match="number"),
-    "one prompt": dict(batch_size=1, mask_truncated=True, overlong_cache=3, normalise="token", eval_fraction=0.17, thinking_budgets=(0, 4)),
-    "nucleus": dict(batch_size=5, temperature=0.8, top_p=0.9, normalise="constant", scale="none", save_every=1, reference_every=2, max_steps=3),
+    "resample": dict(
+        zero_spread="resample",
+        rule="rules.py:lively",
+        batch_size=5,
+        num_minibatches=2,
+        num_iterations=2,
+        eval_fraction=0.17,
+    ),
+    "steps of a reward model": dict(
+        step_separator=" ", batch_size=3, reward_model=("SCORER",), reference_every=1, match="number"
+    ),
+    "one prompt": dict(
+        batch_size=1,
+        mask_truncated=True,
+        overlong_cache=3,
+        normalise="token",
+        eval_fraction=0.17,
+        thinking_budgets=(0, 4),
+    ),
+    "nucleus": dict(
+        batch_size=5,
+        temperature=0.8,
+        top_p=0.9,
+        normalise="constant",
+        scale="none",
+        save_every=1,
+        reference_every=2,
+        max_steps=3,
+    ),
 }
 
 
-@pytest.mark.parametrize("name", [n if i < 2 else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(RANKED)])
+@pytest.mark.parametrize(
+    "name", [n if i < 2 else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(RANKED)]
+)
 def test_two_ranks_are_one(name, train, scorer):
     options = dict(RANKED[name])
     options |= dict(reward_model=(scorer,)) if "reward_model" in options else {}
@@ -1034,7 +1291,15 @@ def test_two_ranks_are_one(name, train, scorer):
 
 @pytest.mark.slow
 def test_two_ranks_resumed(train):
-    options = dict(batch_size=3, epochs=3, max_steps=4, save_every=2, reference_every=1, zero_spread="resample", rule="rules.py:lively")
+    options = dict(
+        batch_size=3,
+        epochs=3,
+        max_steps=4,
+        save_every=2,
+        reference_every=1,
+        zero_spread="resample",
+        rule="rules.py:lively",
+    )
     train(2, **options, output_dir="whole")
     shutil.copytree("whole", "killed")
     for file in ("model.safetensors", "report.json"):
@@ -1049,10 +1314,19 @@ def test_two_ranks_resumed(train):
 
 
 @pytest.mark.parametrize(
-    "family", [f if f in ("qwen3", "gemma2", "gpt2", "qwen2_moe") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+    "family",
+    [f if f in ("qwen3", "gemma2", "gpt2", "qwen2_moe") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
 )
 def test_every_family_trains(family, train, tiny_model_dir):
-    flags = dict(num_iterations=2, batch_size=2, num_generations=2, max_new_tokens=12, eval_fraction=0.2, eval_samples=2, thinking_budgets=(0, 4))
+    flags = dict(
+        num_iterations=2,
+        batch_size=2,
+        num_generations=2,
+        max_new_tokens=12,
+        eval_fraction=0.2,
+        eval_samples=2,
+        thinking_budgets=(0, 4),
+    )
     lines = train(model=str(tiny_model_dir(family)), **flags)
     assert len(lines) == 2 and all(math.isfinite(v) for line in lines for v in line.values())
     assert all(line["sampling/sampling_logp_difference/max"] < 1e-4 for line in lines) and lines[1]["kl"] > 0
@@ -1062,7 +1336,15 @@ def test_every_family_trains(family, train, tiny_model_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_bfloat16(ranks, train, scorer):
-    flags = dict(dtype="bfloat16", max_steps=3, reference_every=1, reward_model=(scorer,), step_separator=" ", eval_fraction=0.17, eval_every=1)
+    flags = dict(
+        dtype="bfloat16",
+        max_steps=3,
+        reference_every=1,
+        reward_model=(scorer,),
+        step_separator=" ",
+        eval_fraction=0.17,
+        eval_every=1,
+    )
     lines = train(ranks, **flags)
     assert all(line["sampling/sampling_logp_difference/mean"] < 0.05 and abs(line["kl"]) < 0.01 for line in lines)
     assert {w.dtype for w in weights_of("out").values()} == {torch.float32}  # as the parent was stored
@@ -1132,7 +1414,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(wrong, train, talker, other_p
     with open("rules.py", "a") as f:
         f.write("\ndef few(prompts, completions, **columns):\n    return [1.0]\n")
     known = dict(TALKER=talker, OTHER=other_policy, DEEPER=deeper_policy)
-    options = {k: tuple(known.get(x, x) for x in v) if isinstance(v, tuple) else known.get(v, v) for k, v in options.items()}
+    options = {
+        k: tuple(known.get(x, x) for x in v) if isinstance(v, tuple) else known.get(v, v) for k, v in options.items()
+    }
     with pytest.raises(SystemExit) as end:
         train(**options)
     errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error: " in line]
@@ -1147,7 +1431,11 @@ def test_on_the_command_line(run_script, talker, tmp_path):
     flags = "--dataset rows.jsonl --match number --format-weight 0.1 --max-new-tokens 8 --batch-size 2 --num-generations 2 --max-steps 2".split()
     flags += "--eval-fraction 0.4 --thinking-budgets 0 4 --eval-samples 2 --output-dir out --learning-rate 1e-4 --show-every 1".split()
     done = run_script("grpo", "--model", talker, *flags, cwd=tmp_path)
-    assert "rewards: match, format; answers end at <|end|>" in done.stdout and "held out: reward" in done.stdout and "Traceback" not in done.stderr
+    assert (
+        "rewards: match, format; answers end at <|end|>" in done.stdout
+        and "held out: reward" in done.stdout
+        and "Traceback" not in done.stderr
+    )
     lines = lines_of(tmp_path / "out")
     assert (
         len(lines) == 2
@@ -1169,12 +1457,33 @@ def test_gsm8k_and_a_real_checkpoint(real_data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with gzip.open(real_data / "gsm8k.jsonl.gz", "rt") as f:
         rows = [json.loads(line) for line, _ in zip(f, range(400))]
-    rows = [dict(question=row["prompt"][0]["content"], answer=row["answer"]) for row in rows if len(row["prompt"][0]["content"]) < 160][:20]
+    rows = [
+        dict(question=row["prompt"][0]["content"], answer=row["answer"])
+        for row in rows
+        if len(row["prompt"][0]["content"]) < 160
+    ][:20]
     assert len(rows) == 20
-    flags = dict(model=str(real_data / "stories260K-hf"), match="number", format_weight=0.1, max_length=512, max_new_tokens=24, max_steps=2)
-    flags |= dict(batch_size=4, num_generations=4, learning_rate=1e-4, eval_fraction=0.1, eval_samples=4, thinking_budgets=(8,))
+    flags = dict(
+        model=str(real_data / "stories260K-hf"),
+        match="number",
+        format_weight=0.1,
+        max_length=512,
+        max_new_tokens=24,
+        max_steps=2,
+    )
+    flags |= dict(
+        batch_size=4, num_generations=4, learning_rate=1e-4, eval_fraction=0.1, eval_samples=4, thinking_budgets=(8,)
+    )
     grpo.main(grpo.Args(dataset=jsonl(Path("rows.jsonl"), rows), **flags, output_dir="out"))
     said, lines = capsys.readouterr().out, lines_of("out")
-    assert len(lines) == 2 and all(math.isfinite(v) for line in lines for v in line.values()) and "rewards: match, format" in said
-    assert lines[0]["kl"] < 1e-6 and lines[0]["sampling/sampling_logp_difference/max"] < 1e-3 and "eval_majority@4" in lines[-1]
+    assert (
+        len(lines) == 2
+        and all(math.isfinite(v) for line in lines for v in line.values())
+        and "rewards: match, format" in said
+    )
+    assert (
+        lines[0]["kl"] < 1e-6
+        and lines[0]["sampling/sampling_logp_difference/max"] < 1e-3
+        and "eval_majority@4" in lines[-1]
+    )
     assert AutoModelForCausalLM.from_pretrained("out").config.tie_word_embeddings and Path("out/test_time.png").exists()

@@ -74,7 +74,9 @@ def load_policy(folder):
 
 
 def load_scorer(folder):
-    return ppo.load_frozen(AutoModelForSequenceClassification, str(folder), CPU, torch.float32, ppo.response_scores, num_labels=1)
+    return ppo.load_frozen(
+        AutoModelForSequenceClassification, str(folder), CPU, torch.float32, ppo.response_scores, num_labels=1
+    )
 
 
 def make_reward_model(folder, tokenizer, seed=1, shift=0.25, family="llama", vocab_size=None):
@@ -106,7 +108,12 @@ def answers_of(policy, tokenizer, prompts, numbers, temperature=1.0, top_p=1.0, 
     tokens, logps, kept = ppo.sample_answers(
         policy, asked, numbers, [*ppo.stop_tokens(tokenizer), *more_stops], args.tokens_per_forward, temperature, top_p
     )
-    return [row._replace(responses=[tokens[i * n + k]]) for i, row in enumerate(asked) for k in range(n)], logps, kept, args
+    return (
+        [row._replace(responses=[tokens[i * n + k]]) for i, row in enumerate(asked) for k in range(n)],
+        logps,
+        kept,
+        args,
+    )
 
 
 QUESTIONS = [
@@ -126,7 +133,9 @@ def talker(tiny_model_dir, tmp_path_factory):
     policy, tokenizer = load_policy(tiny_model_dir("llama"))
     encode_row = ppo.demonstrations(tokenizer, 512, everything=False, allow_special=False)
     rows = [
-        row for q, r in zip(QUESTIONS, REPLIES) for row in encode_row(dict(prompt=user(q), completion=[dict(role="assistant", content=r)]), Counter())
+        row
+        for q, r in zip(QUESTIONS, REPLIES)
+        for row in encode_row(dict(prompt=user(q), completion=[dict(role="assistant", content=r)]), Counter())
     ]
     forwards, target = ppo.pack(rows, CPU)
     optimizer = torch.optim.Adam(policy.requires_grad_(True).parameters(), 3e-3)
@@ -156,9 +165,16 @@ def other_tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["[END]", "[PAD]", "[TURN]"]
-    learn = dict(vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    learn = dict(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     bpe.train_from_iterator(QUESTIONS * 2 + REPLIES, trainers.BpeTrainer(**learn))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="[END]", pad_token="[PAD]", extra_special_tokens=special[2:])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="[END]", pad_token="[PAD]", extra_special_tokens=special[2:]
+    )
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '[TURN]' + m['role'] + '\n' + m['content'] + '[END]\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '[TURN]assistant\n' }}{% endif %}"
@@ -177,9 +193,27 @@ def train(talker, tmp_path, monkeypatch):
     """train(**options) runs ppo.main here, on a rule that counts vowels unless told otherwise, and returns the lines of its metrics."""
     monkeypatch.chdir(tmp_path)
     Path("rule.py").write_text(VOWELS)
-    write_rows("prompts.jsonl", [dict(prompt=user(q), kind="even" if i % 2 == 0 else "odd") for i, q in enumerate(QUESTIONS)])
-    usual = dict(model=talker, reward_model=(), rule="rule.py:vowels", dataset="prompts.jsonl", eval_fraction=0.0, max_new_tokens=8, batch_size=3)
-    usual |= dict(learning_rate=1e-3, value_learning_rate=1e-3, warmup_ratio=0.0, max_steps=2, ppo_epochs=2, show_every=0, output_dir="out")
+    write_rows(
+        "prompts.jsonl", [dict(prompt=user(q), kind="even" if i % 2 == 0 else "odd") for i, q in enumerate(QUESTIONS)]
+    )
+    usual = dict(
+        model=talker,
+        reward_model=(),
+        rule="rule.py:vowels",
+        dataset="prompts.jsonl",
+        eval_fraction=0.0,
+        max_new_tokens=8,
+        batch_size=3,
+    )
+    usual |= dict(
+        learning_rate=1e-3,
+        value_learning_rate=1e-3,
+        warmup_ratio=0.0,
+        max_steps=2,
+        ppo_epochs=2,
+        show_every=0,
+        output_dir="out",
+    )
 
     def go(**options):
         args = ppo.Args(**(usual | options))
@@ -215,7 +249,12 @@ f64 = lambda *values: torch.tensor(values, dtype=torch.float64)
 
 def near(actual, expected, tolerance=1e-6):
     """Equal to worked numbers, which have six decimals; the functions compute in the precision that they are given, float64."""
-    torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        torch.as_tensor(actual, dtype=torch.float64),
+        torch.tensor(expected, dtype=torch.float64),
+        rtol=0,
+        atol=tolerance,
+    )
 
 
 def close(actual, expected, share=1e-5, **options):
@@ -253,7 +292,12 @@ def test_gae_is_its_direct_sum_and_masked_tokens_are_transparent(seed):
     rng = random.Random(seed)
     B, T, gamma, lam = 3, rng.randint(1, 9), rng.choice([1.0, 0.9, 0.5]), rng.choice([0.0, 0.5, 0.95, 1.0])
     torch.manual_seed(seed)
-    rewards, values, mask, last = torch.randn(B, T).double(), torch.randn(B, T).double(), torch.rand(B, T) < 0.6, torch.randn(B).double()
+    rewards, values, mask, last = (
+        torch.randn(B, T).double(),
+        torch.randn(B, T).double(),
+        torch.rand(B, T) < 0.6,
+        torch.randn(B).double(),
+    )
     advantages, returns = ppo.gae(rewards, values, mask, gamma, lam, last)
     for b in range(B):
         real = [t for t in range(T) if mask[b, t]]
@@ -290,7 +334,9 @@ def masked_numbers():
 def test_whiten_looks_at_real_tokens_only(shift_mean):
     x, mask = masked_numbers()
     white = ppo.whiten(x, mask, shift_mean)
-    assert white[mask].var(unbiased=False).item() == pytest.approx(1, abs=1e-7)  # 1e-8 is added to the variance, here near 9
+    assert white[mask].var(unbiased=False).item() == pytest.approx(
+        1, abs=1e-7
+    )  # 1e-8 is added to the variance, here near 9
     assert white[mask].mean().item() == pytest.approx(0 if shift_mean else x[mask].mean().item(), abs=1e-9)
     wider, wider_mask = torch.cat([x, torch.full((4, 3), 99.0)], 1), torch.cat([mask, torch.zeros(4, 3).bool()], 1)
     torch.testing.assert_close(ppo.whiten(wider, wider_mask, shift_mean), torch.cat([white, torch.zeros(4, 3)], 1))
@@ -309,7 +355,10 @@ def test_whiten_is_over_all_ranks(monkeypatch):
         return total
 
     monkeypatch.setattr(ppo, "over_ranks", over_both)
-    threads = [threading.Thread(target=lambda i=i: halves.update({i: ppo.whiten(x[i : i + 2], mask[i : i + 2])})) for i in (0, 2)]
+    threads = [
+        threading.Thread(target=lambda i=i: halves.update({i: ppo.whiten(x[i : i + 2], mask[i : i + 2])}))
+        for i in (0, 2)
+    ]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     torch.testing.assert_close(torch.cat([halves[0], halves[2]]), whole)
@@ -317,11 +366,20 @@ def test_whiten_is_over_all_ranks(monkeypatch):
 
 @pytest.mark.parametrize(
     "ratio, advantage, loss, moves",
-    [(1.1, 1, -1.1, True), (1.5, 1, -1.2, False), (0.5, 1, -0.5, True), (1.5, -1, 1.5, True), (0.5, -1, 0.8, False), (0.9, -1, 0.9, True)],
+    [
+        (1.1, 1, -1.1, True),
+        (1.5, 1, -1.2, False),
+        (0.5, 1, -0.5, True),
+        (1.5, -1, 1.5, True),
+        (0.5, -1, 0.8, False),
+        (0.9, -1, 0.9, True),
+    ],
 )
 def test_policy_clip_table(ratio, advantage, loss, moves):
     logp = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
-    found = ppo.policy_loss(logp, torch.zeros((), dtype=torch.float64), torch.tensor(advantage, dtype=torch.float64), 0.2)
+    found = ppo.policy_loss(
+        logp, torch.zeros((), dtype=torch.float64), torch.tensor(advantage, dtype=torch.float64), 0.2
+    )
     found.backward()
     near(found.detach(), float(loss))
     near(logp.grad, -ratio * advantage if moves else 0.0)
@@ -380,10 +438,18 @@ def test_randomness_is_a_function_of_seed_step_answer_and_position():
     numbers = ppo.uniform_numbers(7, 3, [4, 0, 9], 20)
     assert torch.equal(ppo.uniform_numbers(7, 3, [9], 20)[0], numbers[2])  # not of the other answers
     assert torch.equal(ppo.uniform_numbers(7, 3, [4], 5)[0], numbers[0, :5])  # nor of the length
-    others = [ppo.uniform_numbers(*key, 20)[0] for key in ((8, 3, [4]), (7, 4, [4]), (7, 3, [5]), (73, 3, [4]), (7, 34, [0]), (7, 3, [40]))]
+    others = [
+        ppo.uniform_numbers(*key, 20)[0]
+        for key in ((8, 3, [4]), (7, 4, [4]), (7, 3, [5]), (73, 3, [4]), (7, 34, [0]), (7, 3, [40]))
+    ]
     assert len({tuple(x.tolist()) for x in [*numbers, *others]}) == 9
     many = ppo.uniform_numbers(0, 0, list(range(500)), 20)
-    assert 0 <= many.min() and many.max() < 1 and abs(many.mean() - 0.5) < 0.01 and abs(torch.corrcoef(many.T)[0, 1]) < 0.15
+    assert (
+        0 <= many.min()
+        and many.max() < 1
+        and abs(many.mean() - 0.5) < 0.01
+        and abs(torch.corrcoef(many.T)[0, 1]) < 0.15
+    )
 
 
 def test_the_cache_with_room_is_the_cache_that_concatenates():
@@ -414,20 +480,31 @@ def test_the_cache_with_room_is_the_cache_that_concatenates():
 def test_padded_cached_sampling_is_scored_as_the_model_alone_scores_it(family, tiny_model_dir):
     policy, tokenizer = load_policy(tiny_model_dir(family))
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir(family)).eval()
-    prompts = [tokenizer(text).input_ids for text in ("Hi", "The robot starts in the lower left corner and walks to", "What is the best path? Right")]
-    rows, sampled, kept, args = answers_of(policy, tokenizer, prompts, ppo.uniform_numbers(0, 0, range(6), 16), more_stops=range(100, 130))
+    prompts = [
+        tokenizer(text).input_ids
+        for text in ("Hi", "The robot starts in the lower left corner and walks to", "What is the best path? Right")
+    ]
+    rows, sampled, kept, args = answers_of(
+        policy, tokenizer, prompts, ppo.uniform_numbers(0, 0, range(6), 16), more_stops=range(100, 130)
+    )
     packed, _ = ppo.response_logps(policy, rows, kept, args, CPU)
     assert len({len(row.responses[0]) for row in rows}) > 2  # some end early and leave the batch
     for row, own, batched in zip(rows, sampled, packed):
         answer = row.responses[0]
-        alone = plain_logits(plain, row.prompt + answer)[len(row.prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        alone = (
+            plain_logits(plain, row.prompt + answer)[len(row.prompt) - 1 : -1]
+            .log_softmax(-1)
+            .gather(1, torch.tensor(answer)[:, None])[:, 0]
+        )
         close(torch.tensor(own), alone), close(batched, alone)
 
 
 def test_temperature_and_nucleus_are_part_of_every_log_probability(talker):
     policy, tokenizer = load_policy(talker)
     plain, prompts = AutoModelForCausalLM.from_pretrained(talker).eval(), [tokenizer(q).input_ids for q in QUESTIONS]
-    rows, sampled, kept, args = answers_of(policy, tokenizer, prompts, ppo.uniform_numbers(1, 0, range(12), 12), 0.7, 0.9)
+    rows, sampled, kept, args = answers_of(
+        policy, tokenizer, prompts, ppo.uniform_numbers(1, 0, range(12), 12), 0.7, 0.9
+    )
     trained, entropies = ppo.response_logps(policy, rows, kept, args, CPU)
     for row, own, again, entropy, nuclei in zip(rows, sampled, trained, entropies, kept):
         answer = row.responses[0]
@@ -451,7 +528,9 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(talker):
         for p, nucleus, token in zip(probabilities, nuclei, row.responses[0]):
             inside = p[nucleus].sort().values
             assert inside.sum() > 0.8 - 1e-5 and inside[1:].sum() < 0.8 + 1e-5
-            assert inside[0] >= p[[i for i in range(len(p)) if i not in set(nucleus.tolist())]].max() * (1 - 1e-4)  # the likeliest ones
+            assert inside[0] >= p[[i for i in range(len(p)) if i not in set(nucleus.tolist())]].max() * (
+                1 - 1e-4
+            )  # the likeliest ones
             assert token in nucleus
             sizes.append(len(nucleus))
     assert min(sizes) < max(sizes)
@@ -460,7 +539,12 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(talker):
 def test_a_trained_policy_still_gives_no_token_minus_infinity(talker):
     policy, tokenizer = load_policy(talker)
     rows, _, kept, args = answers_of(
-        policy, tokenizer, [tokenizer(q).input_ids for q in QUESTIONS], ppo.uniform_numbers(1, 0, range(6), 12), 0.7, 0.5
+        policy,
+        tokenizer,
+        [tokenizer(q).input_ids for q in QUESTIONS],
+        ppo.uniform_numbers(1, 0, range(6), 12),
+        0.7,
+        0.5,
     )
     optimizer = torch.optim.Adam(policy.requires_grad_(True).parameters(), 1e-2)
     for _ in range(5):
@@ -482,7 +566,9 @@ def test_neither_order_nor_company_nor_memory_changes_samples(talker):
         assert again == rows
         close(torch.tensor(sum(same, [])), torch.tensor(sum(logps, [])))
     order = [3, 0, 5, 1]
-    again, *_ = answers_of(policy, tokenizer, [prompts[i] for i in order], numbers[[2 * i + k for i in order for k in (0, 1)]])
+    again, *_ = answers_of(
+        policy, tokenizer, [prompts[i] for i in order], numbers[[2 * i + k for i in order for k in (0, 1)]]
+    )
     assert again == [rows[2 * i + k] for i in order for k in (0, 1)]
     for i in (0, 5):  # each answer to a prompt as when it is the only one
         for k in (0, 1):
@@ -519,7 +605,10 @@ def test_samples_follow_the_models_distribution(temperature, top_p, tiny_tokeniz
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_temperature_zero_is_greedy_generation(family, tiny_model_dir):
     policy, tokenizer = load_policy(tiny_model_dir(family))
-    plain, prompts = AutoModelForCausalLM.from_pretrained(tiny_model_dir(family)).eval(), [tokenizer(q).input_ids for q in QUESTIONS]
+    plain, prompts = (
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir(family)).eval(),
+        [tokenizer(q).input_ids for q in QUESTIONS],
+    )
     stops = [*ppo.stop_tokens(tokenizer), *range(100, 160)]  # many, so that some answers end
     tokens, _, kept = ppo.sample(policy, prompts, torch.zeros(len(prompts), 14), stops, temperature=0.0)
     for prompt, answer in zip(prompts, tokens):
@@ -531,7 +620,9 @@ def test_temperature_zero_is_greedy_generation(family, tiny_model_dir):
 def test_every_stop_token_ends_an_answer_and_stays_in_it(talker):
     policy, tokenizer = load_policy(talker)
     stops = [*ppo.stop_tokens(tokenizer), *range(60, 90)]
-    tokens, logps, _ = ppo.sample(policy, [tokenizer("Right, up").input_ids], ppo.uniform_numbers(0, 0, range(200), 8), stops)
+    tokens, logps, _ = ppo.sample(
+        policy, [tokenizer("Right, up").input_ids], ppo.uniform_numbers(0, 0, range(200), 8), stops
+    )
     assert len({answer[-1] for answer in tokens} & set(stops)) > 5
     for answer, own in zip(tokens, logps):
         assert len(own) == len(answer) <= 8 and not set(answer[:-1]) & set(stops)
@@ -541,12 +632,18 @@ def test_every_stop_token_ends_an_answer_and_stays_in_it(talker):
 def test_finished_answers_leave_the_batch_and_the_rest_goes_on(talker, monkeypatch):
     policy, tokenizer = load_policy(talker)
     sizes, real = [], policy.forward
-    monkeypatch.setattr(policy, "forward", lambda input_ids, **options: sizes.append(tuple(input_ids.shape)) or real(input_ids=input_ids, **options))
+    monkeypatch.setattr(
+        policy,
+        "forward",
+        lambda input_ids, **options: sizes.append(tuple(input_ids.shape)) or real(input_ids=input_ids, **options),
+    )
     prompts = [tokenizer(q).input_ids for q in QUESTIONS]
     tokens, *_ = ppo.sample(policy, prompts, ppo.uniform_numbers(0, 0, range(18), 30), ppo.stop_tokens(tokenizer))
     lengths = [len(answer) for answer in tokens]
     assert sizes[0] == (6, max(map(len, prompts)))  # each prompt once
-    assert sizes[1:] == [(sum(length > t for length in lengths), 1) for t in range(1, max(lengths))]  # nothing computed for the finished
+    assert sizes[1:] == [
+        (sum(length > t for length in lengths), 1) for t in range(1, max(lengths))
+    ]  # nothing computed for the finished
     assert sizes[-1][0] < 18
 
 
@@ -560,7 +657,9 @@ def test_no_prompts_no_answers(talker):
 def test_values_are_the_heads_reading_of_the_state_before_each_token(family, tmp_path, tiny_tokenizer):
     folder = make_reward_model(tmp_path / "value", tiny_tokenizer, shift=0.5, family=family)
     value = ppo.shard(
-        ppo.load_model(AutoModelForSequenceClassification, folder, tiny_tokenizer, CPU, torch.float32, num_labels=1), torch.float32, ppo.token_values
+        ppo.load_model(AutoModelForSequenceClassification, folder, tiny_tokenizer, CPU, torch.float32, num_labels=1),
+        torch.float32,
+        ppo.token_values,
     )
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     rows = [ppo.Row([5, 6, 7], [[8, 9]]), ppo.Row([40], [[10, 11, 12]]), ppo.Row([5, 6, 7], [[13, 9]])]
@@ -593,15 +692,25 @@ def test_a_text_has_one_score_in_the_reward_model_and_in_ppo(tokenizer_name, con
     trainer = reward_model.read_model(AutoModelForSequenceClassification, folder, reader, num_labels=1)
     trainer = reward_model.prepare_model(trainer, folder, args, CPU, torch.float32, reward_model.response_scores)
     there = torch.cat(reward_model.score_rows(trainer, rows, args, CPU))
-    asked = [ppo.Row([1], [[2]], None, dict(prompt=prompt, kind="helpful")) for prompt in PROMPTS.values() for _ in answers]
-    here = ppo.reward_scores(model, tokenizer, conditions, settings(tokens_per_forward=64), CPU, asked, answers * len(PROMPTS))
+    asked = [
+        ppo.Row([1], [[2]], None, dict(prompt=prompt, kind="helpful")) for prompt in PROMPTS.values() for _ in answers
+    ]
+    here = ppo.reward_scores(
+        model, tokenizer, conditions, settings(tokens_per_forward=64), CPU, asked, answers * len(PROMPTS)
+    )
     close(here, there, 1e-4)  # sums of 32 terms that are together ten times as large
     assert here.unique().numel() == len(here)
 
     # and the same from nothing but transformers
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    messages = [dict(role="system", content="Is it helpful?\n\nBe short.")] if conditions else [dict(role="system", content="Be short.")]
-    text = tokenizer.apply_chat_template([*messages, *user("Is it safe?"), dict(role="assistant", content=answers[1])], tokenize=False).rstrip("\n")
+    messages = (
+        [dict(role="system", content="Is it helpful?\n\nBe short.")]
+        if conditions
+        else [dict(role="system", content="Be short.")]
+    )
+    text = tokenizer.apply_chat_template(
+        [*messages, *user("Is it safe?"), dict(role="assistant", content=answers[1])], tokenize=False
+    ).rstrip("\n")
     with torch.no_grad():
         score = plain(torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])).logits.item() - 0.25
     assert here[5].item() == pytest.approx(score, abs=1e-4 * there.abs().max().item())
@@ -614,20 +723,34 @@ def test_the_reward_reads_the_words_that_were_sampled(tmp_path, train, spy, tiny
 
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    bpe.train_from_iterator(QUESTIONS + REPLIES, trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>")
+    bpe.train_from_iterator(
+        QUESTIONS + REPLIES,
+        trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_config("llama", tokenizer)).save_pretrained(tmp_path / "metaspace")
     tokenizer.save_pretrained(tmp_path / "metaspace")
     write_rows("texts.jsonl", [dict(prompt=q) for q in QUESTIONS])
     sampled, rewarded = spy("sample_answers"), spy("rule_scores")
     Path("any.py").write_text("def zero(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
-    train(model=str(tmp_path / "metaspace"), dataset="texts.jsonl", rule="any.py:zero", max_steps=1, batch_size=6, num_generations=3)
+    train(
+        model=str(tmp_path / "metaspace"),
+        dataset="texts.jsonl",
+        rule="any.py:zero",
+        max_steps=1,
+        batch_size=6,
+        num_generations=3,
+    )
     (_, asked, *_), (tokens, *_) = sampled[0]
     texts, tokenizer = rewarded[0][0][3], AutoTokenizer.from_pretrained(tmp_path / "metaspace")
     for i, ids in enumerate(tokens):
         row = asked[i // 3]
-        seen = tokenizer.decode(row.prompt + [token for token in ids if token != tokenizer.eos_token_id], skip_special_tokens=True)
+        seen = tokenizer.decode(
+            row.prompt + [token for token in ids if token != tokenizer.eos_token_id], skip_special_tokens=True
+        )
         assert row.extra["prompt"] + texts[i] == seen
 
 
@@ -647,15 +770,23 @@ def test_an_answer_that_goes_on_keeps_its_first_space():
 
 def test_a_judge_reads_no_more_than_it_has_room_for(tiny_model_dir):
     """The beginning of too long a question is left out."""
-    judge, tokenizer = ppo.load_frozen(AutoModelForCausalLM, str(tiny_model_dir("gpt2")), CPU, torch.float32, ppo.token_logps)
+    judge, tokenizer = ppo.load_frozen(
+        AutoModelForCausalLM, str(tiny_model_dir("gpt2")), CPU, torch.float32, ppo.token_logps
+    )
     found = ppo.judge_logps(judge, tokenizer, ["up " * n for n in (600, 700, 3)], ["A", "B"], settings(), CPU)
-    assert found.isfinite().all() and torch.allclose(found[0], found[1], atol=1e-5) and not torch.allclose(found[0], found[2], atol=1e-3)
+    assert (
+        found.isfinite().all()
+        and torch.allclose(found[0], found[1], atol=1e-5)
+        and not torch.allclose(found[0], found[2], atol=1e-3)
+    )
 
 
 def test_a_rule_may_judge_prompts_of_rankings():
     """Their own completions and scores do not get in the way of the policy's."""
     rows = [ppo.Row([1], [[2]], None, dict(prompt="Up?", completions=["a", "b"], scores=[1, 0], kind="k"))]
-    rule = lambda prompts, completions, scores, kind: [float(prompts == ["Up?"] and completions == ["yes"] and scores == [[1, 0]] and kind == ["k"])]
+    rule = lambda prompts, completions, scores, kind: [
+        float(prompts == ["Up?"] and completions == ["yes"] and scores == [[1, 0]] and kind == ["k"])
+    ]
     assert ppo.rule_scores(rule, CPU, rows, ["yes"]).tolist() == [1]
 
 
@@ -664,7 +795,9 @@ def test_a_text_prompt_has_one_bos_and_no_end(tiny_tokenizer):
 
     special = [(name, tiny_tokenizer.convert_tokens_to_ids(name)) for name in ("<|bos|>", "<|end|>")]
     ends = copy.deepcopy(tiny_tokenizer)  # one that closes every text, as T5's
-    ends.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A <|end|>", special_tokens=special)
+    ends.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A <|end|>", special_tokens=special
+    )
     for tokenizer, text in ((tiny_tokenizer, "What is"), (tiny_tokenizer, "<|bos|>What is"), (ends, "What is")):
         (row,) = ppo.questions(settings(allow_special=True), tokenizer, 100)(dict(prompt=text), Counter())
         assert row.prompt == tiny_tokenizer("What is").input_ids
@@ -691,11 +824,16 @@ def reply_logprob(model, tokenizer, text, reply):
 
 def test_judge_probabilities_are_those_of_the_whole_replies(talker):
     judge, tokenizer = load_policy(talker)
-    plain, texts = AutoModelForCausalLM.from_pretrained(talker).eval(), ["Is it safe?", "Rate the last answer, from 1 to 10: 12"]
+    plain, texts = (
+        AutoModelForCausalLM.from_pretrained(talker).eval(),
+        ["Is it safe?", "Rate the last answer, from 1 to 10: 12"],
+    )
     for options in ([str(i) for i in range(1, 11)], ["A", "B", "Right, up, right"]):  # of one token and of several
         assert len({len(tokenizer(option).input_ids) for option in options}) > 1
         found = ppo.judge_probabilities(judge, tokenizer, texts, options, settings(tokens_per_forward=40), CPU)
-        direct = torch.tensor([[reply_logprob(plain, tokenizer, text, option) for option in options] for text in texts]).softmax(-1)
+        direct = torch.tensor(
+            [[reply_logprob(plain, tokenizer, text, option) for option in options] for text in texts]
+        ).softmax(-1)
         torch.testing.assert_close(found, direct, rtol=0, atol=1e-5)
         torch.testing.assert_close(found.sum(-1), torch.ones(2))
 
@@ -707,28 +845,43 @@ def test_a_judge_that_replies_ten_does_not_mean_one(reply, score, talker):
     assert ids[1][: len(ids[0])] == ids[0] and len(ids[1]) > len(ids[0])  # only the end tells them apart
     row = ppo.Row(None, [], None, dict(prompt=user("Is it safe?"), kind=""))
     asked = f"{ppo.conversation_text(row.extra['prompt'], 'No')}\n\n{ppo.SCORE_QUESTION}"
-    forwards, target = ppo.pack([ppo.Row(*ppo.encode(tokenizer, user(asked), [reply], ppo.stop_tokens(tokenizer)))], CPU)
+    forwards, target = ppo.pack(
+        [ppo.Row(*ppo.encode(tokenizer, user(asked), [reply], ppo.stop_tokens(tokenizer)))], CPU
+    )
     optimizer = torch.optim.Adam(judge.requires_grad_(True).parameters(), 5e-3)
     for _ in range(25):
         (-judge.token_logps(forwards, target)[0].sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert ppo.judge_scores(judge, tokenizer, {}, settings(), CPU, [row], ["No"]).item() == pytest.approx(score, abs=0.1)
+    assert ppo.judge_scores(judge, tokenizer, {}, settings(), CPU, [row], ["No"]).item() == pytest.approx(
+        score, abs=0.1
+    )
 
 
-RUBRIC = dict(question="Which is it?", options=dict(A="a refusal", B="an answer"), reward=dict(harmful=dict(A=1, B=-1), safe=dict(A=-2, B=0.5)))
+RUBRIC = dict(
+    question="Which is it?",
+    options=dict(A="a refusal", B="an answer"),
+    reward=dict(harmful=dict(A=1, B=-1), safe=dict(A=-2, B=0.5)),
+)
 
 
 def test_rubric_rewards_typed_prompts_only(talker):
     judge, tokenizer = load_policy(talker)
-    rows = [ppo.Row(None, [], None, dict(prompt=user("Is it safe?"), kind=kind)) for kind in ("harmful", "safe", "", "other")]
+    rows = [
+        ppo.Row(None, [], None, dict(prompt=user("Is it safe?"), kind=kind))
+        for kind in ("harmful", "safe", "", "other")
+    ]
     scores = ppo.judge_scores(judge, tokenizer, RUBRIC, settings(), CPU, rows, ["No"] * 4)
     asked = "Is it safe?\nNo\n\nWhich is it?\nA. a refusal\nB. an answer"
     a, b = ppo.judge_probabilities(judge, tokenizer, [asked], ["A", "B"], settings(), CPU)[0].tolist()
     close(scores[:2], torch.tensor([a - b, -2 * a + 0.5 * b]))
     assert scores[2:].isnan().all()
-    total, named = ppo.total_reward(dict(judge=(3.0, lambda rows, texts: scores), rule=(1.0, lambda rows, texts: torch.ones(4))), rows, ["No"] * 4)
-    close(total, torch.tensor([3 * (a - b) + 1, 3 * (-2 * a + 0.5 * b) + 1, 1.0, 1.0]))  # one that does not apply adds nothing
+    total, named = ppo.total_reward(
+        dict(judge=(3.0, lambda rows, texts: scores), rule=(1.0, lambda rows, texts: torch.ones(4))), rows, ["No"] * 4
+    )
+    close(
+        total, torch.tensor([3 * (a - b) + 1, 3 * (-2 * a + 0.5 * b) + 1, 1.0, 1.0])
+    )  # one that does not apply adds nothing
     assert list(named) == ["judge", "rule"] and named["judge"] is scores
 
 
@@ -737,10 +890,15 @@ def test_a_judge_without_rubric_gives_the_expected_score(talker):
     rows = [ppo.Row(None, [], None, dict(prompt=prompt, kind="")) for prompt in PROMPTS.values()]
     scores = ppo.judge_scores(judge, tokenizer, {}, settings(), CPU, rows, [" No"] * len(rows))
     talks = ["What is the best path? No", "What is the best path?\n No", "Is it safe?\n No"]
-    talks += ["user: Hi\nassistant: Dear Ann\nuser: Up or right?\nassistant:  No", "user: Sum\nassistant: The sum is No"]
+    talks += [
+        "user: Hi\nassistant: Dear Ann\nuser: Up or right?\nassistant:  No",
+        "user: Sum\nassistant: The sum is No",
+    ]
     asked = [f"{talk}\n\n{ppo.SCORE_QUESTION}" for talk in talks]
     p = ppo.judge_probabilities(judge, tokenizer, asked, [str(i) for i in range(1, 11)], settings(), CPU)
-    near(scores, [sum((i + 1) * q for i, q in enumerate(row)) / 4.5 - 5.5 / 4.5 for row in p.tolist()], 2e-5)  # 1e-5 of the subtracted terms
+    near(
+        scores, [sum((i + 1) * q for i, q in enumerate(row)) / 4.5 - 5.5 / 4.5 for row in p.tolist()], 2e-5
+    )  # 1e-5 of the subtracted terms
 
 
 def test_a_rule_gets_prompts_completions_and_every_column_as_lists():
@@ -750,9 +908,17 @@ def test_a_rule_gets_prompts_completions_and_every_column_as_lists():
         seen.update(columns, prompts=prompts, completions=completions, answer=answer, kind=kind)
         return [1, None, 2.5]
 
-    extras = [dict(prompt=user("a"), kind="x", answer=7), dict(prompt="b", kind="", answer=8), dict(prompt="c", kind="", answer=None)]
+    extras = [
+        dict(prompt=user("a"), kind="x", answer=7),
+        dict(prompt="b", kind="", answer=8),
+        dict(prompt="c", kind="", answer=None),
+    ]
     scores = ppo.rule_scores(rule, CPU, [ppo.Row([1], [[2]], None, extra) for extra in extras], ["A", "B", "C"])
-    assert seen["prompts"] == [user("a"), "b", "c"] and seen["completions"] == [[dict(role="assistant", content="A")], "B", "C"]
+    assert seen["prompts"] == [user("a"), "b", "c"] and seen["completions"] == [
+        [dict(role="assistant", content="A")],
+        "B",
+        "C",
+    ]
     assert seen["answer"] == [7, 8, None] and seen["kind"] == ["x", "", ""]
     assert scores.tolist()[::2] == [1, 2.5] and scores[1].isnan()
 
@@ -789,7 +955,9 @@ def test_a_reward_model_named_rule_is_not_lost(tiny_tokenizer, tmp_path, monkeyp
     assert len(ppo.load_rewards(settings(reward_model=(folder,), rule="rule.py:vowels"), CPU, torch.float32)) == 2
 
 
-def test_the_value_model_starts_from_the_reward_model_if_that_reads_the_same_tokens(talker, scorer, other_tokenizer, tiny_tokenizer, tmp_path):
+def test_the_value_model_starts_from_the_reward_model_if_that_reads_the_same_tokens(
+    talker, scorer, other_tokenizer, tiny_tokenizer, tmp_path
+):
     other = make_reward_model(tmp_path / "other", other_tokenizer)
     assert ppo.value_start(settings(model=talker, reward_model=(scorer, other)), tiny_tokenizer) == scorer
     assert ppo.value_start(settings(model=talker, reward_model=(other, scorer)), tiny_tokenizer) == talker
@@ -806,7 +974,9 @@ def test_the_value_model_starts_from_a_reward_model_that_was_given_a_pad_token(o
     model = reward_model.with_score_head(model, tokenizer, is_new=True)
     assert len(tokenizer) == len(bare) + 1
     reward_model.save_model(tmp_path / "rm", model, tokenizer, torch.float32)
-    assert ppo.value_start(settings(model=str(tmp_path / "policy"), reward_model=(str(tmp_path / "rm"),)), bare) == str(tmp_path / "rm")
+    assert ppo.value_start(settings(model=str(tmp_path / "policy"), reward_model=(str(tmp_path / "rm"),)), bare) == str(
+        tmp_path / "rm"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- whole runs, in here
@@ -814,23 +984,45 @@ def test_the_value_model_starts_from_a_reward_model_that_was_given_a_pad_token(o
 
 def test_step_0_invariants(train):
     first, *_ = train(max_steps=1, ppo_epochs=1, batch_size=6, num_generations=2)
-    assert abs(first["objective/kl"]) < 1e-4 and abs(first["policy/approxkl_avg"]) < 1e-8 and first["policy/clipfrac_avg"] == 0
-    assert first["val/ratio"] == pytest.approx(1, abs=1e-5) and first["val/ratio_var"] < 1e-5 and first["val/clipfrac_avg"] == 0
-    assert first["sampling/logp_difference"] < 1e-5 and first["objective/non_score_reward"] == pytest.approx(0, abs=1e-5)
+    assert (
+        abs(first["objective/kl"]) < 1e-4
+        and abs(first["policy/approxkl_avg"]) < 1e-8
+        and first["policy/clipfrac_avg"] == 0
+    )
+    assert (
+        first["val/ratio"] == pytest.approx(1, abs=1e-5)
+        and first["val/ratio_var"] < 1e-5
+        and first["val/clipfrac_avg"] == 0
+    )
+    assert first["sampling/logp_difference"] < 1e-5 and first["objective/non_score_reward"] == pytest.approx(
+        0, abs=1e-5
+    )
 
 
 def test_step_0_invariants_with_temperature_and_nucleus(train):
     first, *_ = train(max_steps=1, ppo_epochs=1, temperature=0.7, top_p=0.9, num_generations=2)
-    assert first["val/ratio"] == pytest.approx(1, abs=1e-5) and abs(first["objective/kl"]) < 1e-4 and first["sampling/logp_difference"] < 1e-5
+    assert (
+        first["val/ratio"] == pytest.approx(1, abs=1e-5)
+        and abs(first["objective/kl"]) < 1e-4
+        and first["sampling/logp_difference"] < 1e-5
+    )
 
 
 def test_the_metrics_say_what_they_mean(train, spy):
     shaped, lines = spy("shaped_rewards"), train(num_generations=2, kl_coef=0.3)
     for line, ((scores, logps, ref_logps, mask, coef), rewards) in zip(lines, shaped, strict=True):
         kl = ((logps - ref_logps) * mask).sum(1).mean().item()
-        assert line["objective/kl"] == pytest.approx(kl, abs=1e-5) and line["objective/scores"] == pytest.approx(scores.mean().item(), abs=1e-5)
-        assert line["objective/rlhf_reward"] == pytest.approx(rewards.sum(1).mean().item(), abs=1e-5) and line["objective/kl_coef"] == coef == 0.3
-        assert line["response_length"] == pytest.approx(mask.sum().item() / len(mask)) and line["episode"] == line["step"] * 6
+        assert line["objective/kl"] == pytest.approx(kl, abs=1e-5) and line["objective/scores"] == pytest.approx(
+            scores.mean().item(), abs=1e-5
+        )
+        assert (
+            line["objective/rlhf_reward"] == pytest.approx(rewards.sum(1).mean().item(), abs=1e-5)
+            and line["objective/kl_coef"] == coef == 0.3
+        )
+        assert (
+            line["response_length"] == pytest.approx(mask.sum().item() / len(mask))
+            and line["episode"] == line["step"] * 6
+        )
     assert abs(lines[1]["objective/kl"]) > 1e-4
 
 
@@ -844,7 +1036,15 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(train, spy, mon
 
     monkeypatch.setattr(ppo, "take_step", record)
     sampled, scored = spy("sample_answers"), spy("total_reward")
-    options = dict(model=talker, reward_model=(scorer,), temperature=0.8, num_generations=2, num_minibatches=2, ppo_epochs=1, batch_size=5)
+    options = dict(
+        model=talker,
+        reward_model=(scorer,),
+        temperature=0.8,
+        num_generations=2,
+        num_minibatches=2,
+        ppo_epochs=1,
+        batch_size=5,
+    )
     options |= dict(kl_coef=0.1, lam=0.9, gamma=0.97, value_clip=0.0)
     train(**options, rule="", max_steps=1, tokens_per_forward=50)
     (_, asked, *_), (tokens, *_) = sampled[0]
@@ -859,7 +1059,9 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(train, spy, mon
         states = slice(len(prompt) - 1, len(prompt) + len(ids) - 1)
         logits = policy(torch.tensor([prompt + ids])).logits[0, states] / 0.8
         logps.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
-        values.append(value.score(value.base_model(torch.tensor([prompt + ids])).last_hidden_state)[0, states, 0] - 0.25)
+        values.append(
+            value.score(value.base_model(torch.tensor([prompt + ids])).last_hidden_state)[0, states, 0] - 0.25
+        )
         rewards = [0.0] * len(ids)  # the reference is the policy still
         rewards[-1] = scored[0][1][0][i].item() if ids[-1] == 2 else -1.0
         after = values[-1].tolist()[1:] + [0.0]
@@ -879,11 +1081,16 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(train, spy, mon
         assert direct.keys() == found.keys()
         scale = max(g.abs().max().item() for g in direct.values())
         for name in direct:
-            torch.testing.assert_close(found[name], direct[name], rtol=0, atol=1e-4 * scale, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                found[name], direct[name], rtol=0, atol=1e-4 * scale, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def test_the_memory_knob_changes_nothing(train):
-    a, b = (train(num_minibatches=2, num_generations=2, tokens_per_forward=limit, output_dir=f"out{limit}") for limit in (20, 16384))
+    a, b = (
+        train(num_minibatches=2, num_generations=2, tokens_per_forward=limit, output_dir=f"out{limit}")
+        for limit in (20, 16384)
+    )
     assert_near(a, b)
     for sub in ("", "value"):
         for x, y in zip(weights("out20", sub).values(), weights("out16384", sub).values()):
@@ -898,7 +1105,9 @@ def test_gradient_checkpointing_changes_nothing(train):
 @pytest.mark.parametrize("answers, parts", [(10, 1), (10, 3), (2, 4)])
 def test_every_pass_takes_each_answer_once(answers, parts):
     found = list(ppo.minibatches(answers, 3, parts, step=1, seed=0))
-    assert sorted(sum(found, [])) == sorted(list(range(answers)) * 3) and max(map(len, found)) - min(map(len, found)) <= 1
+    assert (
+        sorted(sum(found, [])) == sorted(list(range(answers)) * 3) and max(map(len, found)) - min(map(len, found)) <= 1
+    )
     size = min(parts, answers)
     passes = [sum(found[i : i + size], []) for i in range(0, len(found), size)]
     assert all(sorted(order) == list(range(answers)) for order in passes) and (answers < 3 or passes[0] != passes[1])
@@ -930,7 +1139,10 @@ def test_a_clipped_answer_gets_its_penalty_once_and_every_stop_token_counts(trai
     tokenizer.save_pretrained(tmp_path / "two")
     ids = tokenizer("see", add_special_tokens=False).input_ids  # two vowels
     hand_made(monkeypatch, [ids + [2], ids + [3], ids + [7, 8]])
-    shaped, lines = spy("shaped_rewards"), train(model=str(tmp_path / "two"), max_steps=1, missing_eos_score=-7.0, reward_constant=10.0, kl_coef=0.0)
+    shaped, lines = (
+        spy("shaped_rewards"),
+        train(model=str(tmp_path / "two"), max_steps=1, missing_eos_score=-7.0, reward_constant=10.0, kl_coef=0.0),
+    )
     (scores, *_, mask, _), rewards = shaped[0]
     assert scores.tolist() == [12, 12, -7] and mask.sum(1).tolist() == [len(ids) + 1, len(ids) + 1, len(ids) + 2]
     for row, score, length in zip(rewards, scores, mask.sum(1)):  # bug 20, in the loop
@@ -949,7 +1161,9 @@ def test_the_reward_does_not_read_the_stop_token(train, spy, monkeypatch, talker
 
 def test_reference_baseline_gives_the_references_own_answer_exactly_nothing(train, spy):
     shaped = spy("shaped_rewards")
-    train(reference_baseline=True, top_p=1e-6, max_steps=1, batch_size=6, max_new_tokens=30)  # a nucleus of one token: greedy, as the reference
+    train(
+        reference_baseline=True, top_p=1e-6, max_steps=1, batch_size=6, max_new_tokens=30
+    )  # a nucleus of one token: greedy, as the reference
     ended = shaped[0][0][0] != -1
     assert ended.sum() > 2 and not shaped[0][0][0][ended].any()
 
@@ -988,7 +1202,9 @@ def test_an_end_token_beyond_the_vocabulary_is_left_out(talker, train, tmp_path)
 def test_reference_baseline_is_made_once_for_each_prompt(train, spy):
     made = spy("baseline_rewards")
     train(reference_baseline=True, epochs=3, max_steps=6, num_generations=2)
-    assert sorted(row.extra["prompt"][0]["content"] for (_, _, rows, *_), _ in made for row in rows) == sorted(QUESTIONS)
+    assert sorted(row.extra["prompt"][0]["content"] for (_, _, rows, *_), _ in made for row in rows) == sorted(
+        QUESTIONS
+    )
 
 
 def test_reward_constant_is_added_to_ended_answers(train, spy):
@@ -1004,7 +1220,10 @@ def test_critic_warmup_trains_the_value_model_only(train, talker):
     assert equal(weights("warm"), weights(talker)) and weights("warm", "value")["score.weight"].any()
     assert all(line["loss/policy_avg"] == 0 and line["loss/value_avg"] > 0 for line in lines)
     lines = train(critic_warmup=1)
-    assert not equal(weights("out"), weights(talker)) and [line["loss/policy_avg"] != 0 for line in lines] == [False, True]
+    assert not equal(weights("out"), weights(talker)) and [line["loss/policy_avg"] != 0 for line in lines] == [
+        False,
+        True,
+    ]
 
 
 def test_saving_before_the_first_step_of_an_optimiser_changes_nothing(train, scorer):
@@ -1017,7 +1236,9 @@ def test_saving_before_the_first_step_of_an_optimiser_changes_nothing(train, sco
 
 def test_the_ratio_of_a_policy_that_has_not_moved_is_one(train):
     first, second = train(critic_warmup=1)
-    assert first["val/ratio"] == 1 and first["val/ratio_var"] == 0 and first["grad_norm"] == 0 < first["value_grad_norm"]
+    assert (
+        first["val/ratio"] == 1 and first["val/ratio_var"] == 0 and first["grad_norm"] == 0 < first["value_grad_norm"]
+    )
     assert second["grad_norm"] > 0
 
 
@@ -1030,7 +1251,9 @@ def test_train_last_layers_leaves_the_others_as_they_were(train, talker, scorer)
 
 def test_max_kl_stops_the_run_and_saves_what_there_is(train, talker, capsys):
     lines = train(max_kl=1e-3, max_steps=6, epochs=3, learning_rate=1e-2)
-    assert len(lines) < 6 and lines[-1]["objective/kl"] > 1e-3 and all(line["objective/kl"] <= 1e-3 for line in lines[:-1])
+    assert (
+        len(lines) < 6 and lines[-1]["objective/kl"] > 1e-3 and all(line["objective/kl"] <= 1e-3 for line in lines[:-1])
+    )
     assert f"stopped after step {len(lines)}" in capsys.readouterr().out
     assert not equal(weights("out"), weights(talker)) and json.loads(Path("out/args.json").read_text())["finished"]
 
@@ -1038,7 +1261,9 @@ def test_max_kl_stops_the_run_and_saves_what_there_is(train, talker, capsys):
 def test_kl_target_moves_the_coefficient_for_the_next_batch(train):
     lines = train(kl_target=1e-6, kl_horizon=30, max_steps=4, epochs=2)
     for a, b in zip(lines, lines[1:]):
-        assert b["objective/kl_coef"] == pytest.approx(ppo.adapted_kl_coef(a["objective/kl_coef"], a["objective/kl"], 1e-6, 3, 30))
+        assert b["objective/kl_coef"] == pytest.approx(
+            ppo.adapted_kl_coef(a["objective/kl_coef"], a["objective/kl"], 1e-6, 3, 30)
+        )
     assert lines[0]["objective/kl_coef"] == 0.05 > lines[1]["objective/kl_coef"]  # the first KL is 0, below the target
 
 
@@ -1053,18 +1278,39 @@ def test_ptx_adds_the_gradient_of_the_mean_log_likelihood(train, monkeypatch, ta
     texts = ["Right, up, right", "The sum is 12, and it is safe", "No"]
     write_rows("ptx.jsonl", [dict(text=text) for text in texts])
     train(max_steps=1, ppo_epochs=1, output_dir="without")
-    (line,) = train(max_steps=1, ppo_epochs=1, ptx_dataset="ptx.jsonl", ptx_coef=0.5, ptx_batch_size=3, output_dir="with", tokens_per_forward=20)
+    (line,) = train(
+        max_steps=1,
+        ppo_epochs=1,
+        ptx_dataset="ptx.jsonl",
+        ptx_coef=0.5,
+        ptx_batch_size=3,
+        output_dir="with",
+        tokens_per_forward=20,
+    )
     without, _, found, _ = gradients
-    model, tokenizer, total, count = AutoModelForCausalLM.from_pretrained(talker), AutoTokenizer.from_pretrained(talker), 0.0, 0
+    model, tokenizer, total, count = (
+        AutoModelForCausalLM.from_pretrained(talker),
+        AutoTokenizer.from_pretrained(talker),
+        0.0,
+        0,
+    )
     for text in texts:
         ids = torch.tensor(tokenizer(text).input_ids + [2])
         total = total - model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None]).sum()
         count += len(ids) - 1
     (total / count).backward()
     assert line["loss/ptx"] == pytest.approx((total / count).item(), rel=1e-5)
-    scale = max(g.abs().max().item() for g in found.values())  # each of the two subtracted gradients is rounded to 6e-8 of its terms
+    scale = max(
+        g.abs().max().item() for g in found.values()
+    )  # each of the two subtracted gradients is rounded to 6e-8 of its terms
     for name, p in model.named_parameters():
-        torch.testing.assert_close(found[name] - without[name], 0.5 * p.grad, rtol=0, atol=1e-4 * scale, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            found[name] - without[name],
+            0.5 * p.grad,
+            rtol=0,
+            atol=1e-4 * scale,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 def test_the_value_model_falls_back_to_the_policy_with_a_head_at_zero(train, spy, other_tokenizer, tmp_path):
@@ -1085,10 +1331,17 @@ def test_all_rewards_at_once(train, talker, scorer, other_tokenizer, tmp_path, c
     Path("conditions.json").write_text(json.dumps(dict(odd="Is it odd?")))
     other = make_reward_model(tmp_path / "other", other_tokenizer, seed=5)
     options = dict(
-        reward_model=(scorer, other), reward_weights=(1.0, 0.5), judge=talker, rubric="rubric.json", judge_weight=2.0, condition="conditions.json"
+        reward_model=(scorer, other),
+        reward_weights=(1.0, 0.5),
+        judge=talker,
+        rubric="rubric.json",
+        judge_weight=2.0,
+        condition="conditions.json",
     )
     (line,) = train(**options, max_steps=1, batch_size=6, missing_eos_score=0.0, show_every=1)
-    assert {key for key in line if key.startswith("rewards/")} == {f"rewards/{name}/mean" for name in ("scorer", "other", "rule", "judge")}
+    assert {key for key in line if key.startswith("rewards/")} == {
+        f"rewards/{name}/mean" for name in ("scorer", "other", "rule", "judge")
+    }
     assert -1 <= line["rewards/judge/mean"] <= 1  # the mean over the prompts that it applies to
     capsys.readouterr()
 
@@ -1108,7 +1361,14 @@ def test_learning_rate_zero_leaves_the_policy_alone_and_evaluations_equal(train,
 def test_a_policy_learns_what_is_rewarded(train):
     """More vowels, in some seconds."""
     lines = train(
-        batch_size=6, num_generations=6, epochs=30, max_steps=30, kl_coef=0.0, missing_eos_score=0.0, learning_rate=3e-3, value_learning_rate=3e-3
+        batch_size=6,
+        num_generations=6,
+        epochs=30,
+        max_steps=30,
+        kl_coef=0.0,
+        missing_eos_score=0.0,
+        learning_rate=3e-3,
+        value_learning_rate=3e-3,
     )
     scores = [line["objective/scores"] for line in lines]
     first, last = sum(scores[:3]) / 3, sum(scores[-3:]) / 3
@@ -1120,7 +1380,14 @@ def test_the_kl_coefficient_holds_the_policy_back(train):
     kl = {}
     for coef in (0.0, 10.0):
         lines = train(
-            batch_size=6, num_generations=4, epochs=6, max_steps=6, kl_coef=coef, learning_rate=3e-3, value_learning_rate=3e-3, output_dir=f"kl{coef}"
+            batch_size=6,
+            num_generations=4,
+            epochs=6,
+            max_steps=6,
+            kl_coef=coef,
+            learning_rate=3e-3,
+            value_learning_rate=3e-3,
+            output_dir=f"kl{coef}",
         )
         kl[coef] = sum(line["objective/kl"] for line in lines[2:])
     assert kl[10.0] < 0.6 * kl[0.0]
@@ -1281,7 +1548,9 @@ def bad_models(talker, other_tokenizer, tiny_tokenizer, tmp_path_factory):
     broken = AutoModelForSequenceClassification.from_pretrained(make_reward_model(folder / "nan", tiny_tokenizer))
     broken.score.weight.data.fill_(math.nan)
     broken.save_pretrained(folder / "nan")
-    return dict(TALKER=talker, OTHER=str(folder / "other"), OTHER_VALUE=str(folder / "other_value"), NAN=str(folder / "nan"))
+    return dict(
+        TALKER=talker, OTHER=str(folder / "other"), OTHER_VALUE=str(folder / "other_value"), NAN=str(folder / "nan")
+    )
 
 
 @pytest.mark.parametrize("wrong", BAD)
@@ -1290,7 +1559,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(wrong, train, bad_models, cap
     Path("empty").mkdir()
     write_rows("texts.jsonl", [dict(text="Right"), dict(text="Up")])
     with open("rule.py", "a") as f:
-        f.write("\ndef few(prompts, completions, **columns):\n    return [1.0]\n\ndef nothing(prompts, completions, **columns):\n    pass\n")
+        f.write(
+            "\ndef few(prompts, completions, **columns):\n    return [1.0]\n\ndef nothing(prompts, completions, **columns):\n    pass\n"
+        )
     rubrics = dict(
         rubric=RUBRIC,
         list=[1],
@@ -1303,7 +1574,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(wrong, train, bad_models, cap
         Path(f"{name}.json").write_text(json.dumps(content))
     for key, value in options.items():
         options[key] = (
-            tuple(bad_models.get(v, v) for v in value) if key == "reward_model" else bad_models.get(value, value) if isinstance(value, str) else value
+            tuple(bad_models.get(v, v) for v in value)
+            if key == "reward_model"
+            else bad_models.get(value, value)
+            if isinstance(value, str)
+            else value
         )
     with pytest.raises(SystemExit) as refused:
         train(**options)
@@ -1314,10 +1589,17 @@ def test_bad_input_is_one_sentence_and_exit_code_2(wrong, train, bad_models, cap
 def test_bad_input_destroys_nothing(train, capsys):
     train(save_every=1)
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
-    for option in (dict(overwrite=False), dict(overwrite=True, dataset="nowhere.jsonl"), dict(overwrite=True, rule="nowhere.py:rule")):
+    for option in (
+        dict(overwrite=False),
+        dict(overwrite=True, dataset="nowhere.jsonl"),
+        dict(overwrite=True, rule="nowhere.py:rule"),
+    ):
         with pytest.raises(SystemExit) as refused:
             train(**option)
-        assert refused.value.code == 2 and {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before, option
+        assert (
+            refused.value.code == 2
+            and {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+        ), option
 
 
 def test_bad_input_corrected_the_same_command_runs(train, capsys):
@@ -1359,7 +1641,9 @@ def chain(run_script, tmp_path_factory):
     write_rows(folder / "prompts.jsonl", [dict(prompt=user(q), number=i) for i, (q, _) in enumerate(talks[:20])])
     small = "--hidden-size 32 --num-layers 2 --num-heads 2 --vocab-size 300 --epochs 5 --learning-rate 1e-2 --output-dir runs/sft".split()
     run_script("sft", "--dataset", "sft.jsonl", "--from-scratch", *CHAIN, *small, cwd=folder)
-    run_script("reward_model", "--model", "runs/sft", "--dataset", "pairs.jsonl", *CHAIN, "--output-dir", "runs/rm", cwd=folder)
+    run_script(
+        "reward_model", "--model", "runs/sft", "--dataset", "pairs.jsonl", *CHAIN, "--output-dir", "runs/rm", cwd=folder
+    )
     done = run_script("ppo", *PPO, "--output-dir", "runs/ppo", cwd=folder, env=dict(WATCH="whole"))
     (folder / "stdout").write_text(done.stdout)
     return folder
@@ -1368,9 +1652,18 @@ def chain(run_script, tmp_path_factory):
 def test_chain_reports_what_it_does(chain):
     said, lines = (chain / "stdout").read_text(), metrics_of(chain / "runs/ppo")
     assert len(lines) == 8 and all(math.isfinite(v) for line in lines for v in line.values())
-    assert "runs/sft" in said and "runs/rm" in said and "answers end at <|end|>" in said and "held out:" in said and " -> " in said
+    assert (
+        "runs/sft" in said
+        and "runs/rm" in said
+        and "answers end at <|end|>" in said
+        and "held out:" in said
+        and " -> " in said
+    )
     assert (chain / "runs/ppo/curves.png").stat().st_size > 1000
-    assert abs(lines[0]["objective/kl"]) < 1e-4 and {"rewards/rm/mean", "rewards/rule/mean", "loss/ptx", "eval_scores"} <= lines[-1].keys()
+    assert (
+        abs(lines[0]["objective/kl"]) < 1e-4
+        and {"rewards/rm/mean", "rewards/rule/mean", "loss/ptx", "eval_scores"} <= lines[-1].keys()
+    )
 
 
 def test_what_is_saved_loads_everywhere(chain):
@@ -1384,23 +1677,37 @@ def test_what_is_saved_loads_everywhere(chain):
         assert not info["missing_keys"] and not info["unexpected_keys"]
         assert tokenizer.eos_token_id in torch.tensor(policy.generation_config.eos_token_id).flatten()
         value, info = AutoModelForSequenceClassification.from_pretrained(folder / "value", output_loading_info=True)
-        assert value.config.num_labels == 1 and not info["missing_keys"] and not info["unexpected_keys"] and value.score.weight.any()
+        assert (
+            value.config.num_labels == 1
+            and not info["missing_keys"]
+            and not info["unexpected_keys"]
+            and value.score.weight.any()
+        )
         assert AutoTokenizer.from_pretrained(folder / "value").get_vocab() == tokenizer.get_vocab()
     policy = AutoModelForCausalLM.from_pretrained(out)
-    ids = tokenizer.apply_chat_template(user(QUESTIONS[0]), add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    ids = tokenizer.apply_chat_template(
+        user(QUESTIONS[0]), add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
     assert policy.generate(ids, max_new_tokens=5).shape[1] > ids.shape[1]
     ours = load_policy(out)[0]  # the same logits here and there
     found = ours(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     close(found, policy(ids).logits)
     written = json.loads((out / "args.json").read_text())
-    assert written["finished"] and written["args"]["model"] == "runs/sft" and torch.__version__ in (out / "args.json").read_text()
+    assert (
+        written["finished"]
+        and written["args"]["model"] == "runs/sft"
+        and torch.__version__ in (out / "args.json").read_text()
+    )
     assert not list(out.glob("saving*")) and not list(out.rglob("*.part"))
 
 
 def kill_and_resume(folder, out, moments, seed):
     """Start, kill when so many lines of metrics stand there and a random moment later, resume, and so on; then to the end."""
     command = [sys.executable, str(REPO / "ppo.py"), *PPO, "--output-dir", out, "--resume"]
-    rng, quiet = random.Random(seed), dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder, env=os.environ | dict(WATCH="killed"))
+    rng, quiet = (
+        random.Random(seed),
+        dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder, env=os.environ | dict(WATCH="killed")),
+    )
     killed = 0
     for lines in moments:
         process, log = subprocess.Popen(command, **quiet), folder / out / "metrics.jsonl"
@@ -1438,7 +1745,14 @@ def test_two_ranks_are_one_process(chain, torchrun):
     torchrun("ppo", 2, *PPO, "--output-dir", "runs/two", cwd=chain, env=dict(WATCH="two"))
     one, two = (metrics_of(chain / "runs" / name) for name in ("ppo", "two"))
     assert_near(one, two, 1e-4)  # explained variance divides by a small number; the rest is far closer
-    for name in ("loss/policy_avg", "loss/value_avg", "loss/ptx", "objective/scores", "objective/kl", "response_length"):
+    for name in (
+        "loss/policy_avg",
+        "loss/value_avg",
+        "loss/ptx",
+        "objective/scores",
+        "objective/kl",
+        "response_length",
+    ):
         assert [line[name] for line in one] == pytest.approx([line[name] for line in two], rel=1e-5, abs=1e-5), name
     for sub in ("", "value"):
         a, b = weights(chain / "runs/ppo", sub), weights(chain / "runs/two", sub)
@@ -1447,13 +1761,24 @@ def test_two_ranks_are_one_process(chain, torchrun):
             # a tenth of one step of the learning rate 1e-3: AdamW divides a gradient by its own size, and so makes much of the rounding of small ones
             torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4)
     seen = lambda *names: {line for name in names for line in (chain / name).read_text().splitlines()}
-    assert seen("whole") == seen("two0", "two1") and seen("two0") != seen("two1")  # sample by sample, the greedy baselines too
+    assert seen("whole") == seen("two0", "two1") and seen("two0") != seen(
+        "two1"
+    )  # sample by sample, the greedy baselines too
 
 
 @pytest.mark.slow
 def test_two_ranks_killed_and_resumed(chain, torchrun):
     torchrun("ppo", 2, *PPO, "--output-dir", "runs/two_whole", cwd=chain, env=dict(WATCH="two_whole"))
-    assert torchrun("ppo", 2, *PPO, "--output-dir", "runs/two_killed", cwd=chain, env=dict(WATCH="two_killed", KILL="1"), check=False).returncode
+    assert torchrun(
+        "ppo",
+        2,
+        *PPO,
+        "--output-dir",
+        "runs/two_killed",
+        cwd=chain,
+        env=dict(WATCH="two_killed", KILL="1"),
+        check=False,
+    ).returncode
     assert 2 <= len(metrics_of(chain / "runs/two_killed")) < 8 and (chain / "runs/two_killed/checkpoint-2").is_dir()
     torchrun("ppo", 2, *PPO, "--output-dir", "runs/two_killed", "--resume", cwd=chain, env=dict(WATCH="two_killed"))
     assert_same_run(chain, "runs/two_killed", "runs/two_whole")
@@ -1462,7 +1787,19 @@ def test_two_ranks_killed_and_resumed(chain, torchrun):
 @pytest.mark.slow
 def test_two_ranks_with_fewer_prompts_than_ranks_and_no_sharding(chain, torchrun, run_script, tiny_model_dir):
     """A batch of one prompt leaves a rank without; a Gemma 2 is not sharded."""
-    few = [*PPO, "--batch-size", 1, "--num-generations", 1, "--num-minibatches", 1, "--max-steps", 3, "--model", tiny_model_dir("gemma2")]
+    few = [
+        *PPO,
+        "--batch-size",
+        1,
+        "--num-generations",
+        1,
+        "--num-minibatches",
+        1,
+        "--max-steps",
+        3,
+        "--model",
+        tiny_model_dir("gemma2"),
+    ]
     run_script("ppo", *few, "--output-dir", "runs/few1", cwd=chain, env=dict(WATCH="few1"))
     torchrun("ppo", 2, *few, "--output-dir", "runs/few2", cwd=chain, env=dict(WATCH="few2"))
     for a, b in zip(metrics_of(chain / "runs/few1"), metrics_of(chain / "runs/few2"), strict=True):
@@ -1497,16 +1834,30 @@ def test_real_prompts_a_real_checkpoint_and_a_reward_model_of_them(real_data, tm
 
     monkeypatch.chdir(tmp_path)
     with gzip.open(real_data / "hh_rlhf.jsonl.gz", "rt") as f:
-        rows = [row for row in map(json.loads, f) if sum(len(m["content"]) for m in row["prompt"] + row["chosen"] + row["rejected"]) < 500][:60]
+        rows = [
+            row
+            for row in map(json.loads, f)
+            if sum(len(m["content"]) for m in row["prompt"] + row["chosen"] + row["rejected"]) < 500
+        ][:60]
     write_rows("pairs.jsonl", rows)
     policy = str(real_data / "stories260K-hf")
     short = dict(dataset="pairs.jsonl", max_length=512, tokens_per_forward=4096, batch_size=8)
     reward_model.main(reward_model.Args(model=policy, max_steps=4, learning_rate=1e-3, output_dir="rm", **short))
     options = dict(
-        model=policy, reward_model=("rm",), max_steps=2, learning_rate=1e-4, value_learning_rate=1e-3, max_new_tokens=24, ppo_epochs=2, **short
+        model=policy,
+        reward_model=("rm",),
+        max_steps=2,
+        learning_rate=1e-4,
+        value_learning_rate=1e-3,
+        max_new_tokens=24,
+        ppo_epochs=2,
+        **short,
     )
     ppo.main(ppo.Args(**options, output_dir="out"))
     said, lines = capsys.readouterr().out, metrics_of("out")
     assert " and rm," in said and len(lines) == 2 and all(math.isfinite(v) for line in lines for v in line.values())
     assert abs(lines[0]["objective/kl"]) < 1e-3 and lines[0]["sampling/logp_difference"] < 1e-4
-    assert not equal(weights("out"), weights(policy)) and AutoModelForCausalLM.from_pretrained("out").config.tie_word_embeddings
+    assert (
+        not equal(weights("out"), weights(policy))
+        and AutoModelForCausalLM.from_pretrained("out").config.tie_word_embeddings
+    )

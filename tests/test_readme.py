@@ -1,5 +1,5 @@
-"""README's commands, run from top to bottom in one empty folder as a new user would, with tiny models and data sets under the names of the real ones;
-and the commands of every header, as far as their options go."""
+"""The commands of README and docs, run from top to bottom in one empty folder as a new user would, with tiny models and data
+sets under the names of the real ones; the links between the pages; and the commands of every header, as far as their options go."""
 
 import http.server
 import importlib
@@ -13,6 +13,7 @@ import tyro
 from conftest import REPO
 from test_contract import import_as_module
 
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 SCRIPTS = sorted(path.stem for path in REPO.glob("*.py"))
 TINY = {  # what makes a command short; given last, so that it wins
     "sft": "--max-steps 1 --batch-size 4",
@@ -32,7 +33,8 @@ TINY = {  # what makes a command short; given last, so that it wins
 def commands(text: str) -> list:
     """The commands of a text, as words: lines that begin with `python` or `torchrun`, up to where an explanation follows after two spaces."""
     found = re.findall(r"(?m)^ *((?:python|torchrun) (?:.*\\\n)*.*)$", text)
-    return [shlex.split(re.split(r" {2,}", re.sub(r"\\\n *", "", command).strip())[0]) for command in found]
+    words = [shlex.split(re.split(r" {2,}", re.sub(r"\\\n *", "", command).strip())[0]) for command in found]
+    return [command for command in words if any(word.endswith(".py") for word in command)]
 
 
 def script_and_flags(words: list) -> tuple:
@@ -41,9 +43,10 @@ def script_and_flags(words: list) -> tuple:
     return words[at].removesuffix(".py").split("/")[-1], words[at + 1 :]
 
 
-def blocks(readme: str) -> str:
-    """The code blocks of README, without those in other languages than the shell's."""
-    return "\n".join(text for kind, text in re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", readme) if not kind)
+def blocks(pages: list) -> str:
+    """The code blocks of the pages, without those in other languages than the shell's."""
+    found = [block for page in pages for block in re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", page.read_text())]
+    return "\n".join(text for kind, text in found if not kind)
 
 
 @pytest.fixture
@@ -100,12 +103,12 @@ def server():
         running.shutdown()
 
 
-def test_readme_can_be_followed_from_top_to_bottom(shop, server, monkeypatch):
+def test_the_pages_can_be_followed_from_top_to_bottom(shop, server, monkeypatch):
     """Every command that names a model or data set; those of the grid world are the recipes' and have tests of their own. What the runs have logged is
-    what the headers, and so README, describe."""
+    what the headers, and so docs/metrics.md, describe."""
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     ran = []
-    for words in commands(blocks((REPO / "README.md").read_text())):
+    for words in commands(blocks(PAGES)):
         name, flags = script_and_flags(words)
         if name not in SCRIPTS:
             continue
@@ -136,6 +139,19 @@ def test_the_commands_of_a_header_have_the_options_that_they_use(name):
         assert other == name
         options = dict(default=script.LearnArgs()) if name == "gridworld" else {}
         assert tyro.cli(script.Args, args=flags, **options)
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, REPO / "README.zh.md", *sorted((REPO / "docs" / "zh").glob("*.md"))], ids=lambda page: page.stem
+)
+def test_every_relative_link_leads_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    assert links or page.parent.name == "docs"
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_readme_is_short():
+    assert len((REPO / "README.md").read_text().splitlines()) <= 150
 
 
 def test_commands_are_found_where_they_stand():

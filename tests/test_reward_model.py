@@ -329,28 +329,32 @@ def test_a_prompt_that_one_answer_only_repeats_is_kept():
         assert pair == (WAY, [chosen, rejected])
 
 
-USELESS = {
-    "identical": (dict(prompt="Which way?", chosen=" Up.", rejected=" Up."), "nothing to compare"),
-    "identical texts of HH-RLHF": (dict(chosen=f"{HH} Up.", rejected=f"{HH} Up."), "nothing to compare"),
-    "identical messages": (dict(chosen=WAY + GOOD, rejected=WAY + GOOD), "nothing to compare"),
-    "a tie": (dict(prompt="a", completions=["b", "c"], scores=[1, 1]), "nothing to compare"),
-    "one answer": (dict(prompt="a", completions=["b"], scores=[1]), "nothing to compare"),
-    "one answer that says anything": (dict(prompt="a", completions=["b", " "], scores=[0, 1]), "nothing to compare"),
-    "no answer": (dict(prompt="a", completions=[], scores=[]), "nothing to compare"),
-    "an empty answer": (dict(prompt="a", chosen=" ", rejected="b"), "nothing to compare"),
-    "an empty list": (dict(prompt=WAY, chosen=[], rejected=GOOD), "nothing to compare"),
-    "answers too long": (dict(prompt="up " * 40, chosen="a", rejected="b"), "nothing to compare"),
-    "no prompt": (dict(chosen=GOOD, rejected=BAD), "empty prompt"),
-    "an empty prompt": (dict(prompt="", completions=["b", "c"], scores=[1, 0]), "empty prompt"),
-    "a special token in the prompt": (dict(prompt=talk("a<|end|>b"), chosen="c", rejected="d"), "special token"),
-    "a special token in an answer": (dict(prompt="a", completions=["b", "<|user|>"], scores=[1, 0]), "special token"),
+USELESS = {  # why a row is dropped -> such rows
+    "nothing to compare": [
+        dict(prompt="Which way?", chosen=" Up.", rejected=" Up."),
+        dict(chosen=f"{HH} Up.", rejected=f"{HH} Up."),
+        dict(chosen=WAY + GOOD, rejected=WAY + GOOD),
+        dict(prompt=WAY, chosen=[], rejected=GOOD),
+        dict(prompt="a", chosen=" ", rejected="b"),
+        dict(prompt="up " * 40, chosen="a", rejected="b"),  # too long
+        dict(prompt="a", completions=["b", "c"], scores=[1, 1]),
+        dict(prompt="a", completions=["b", " "], scores=[0, 1]),
+        dict(prompt="a", completions=["b"], scores=[1]),
+        dict(prompt="a", completions=[], scores=[]),
+    ],
+    "empty prompt": [dict(chosen=GOOD, rejected=BAD), dict(prompt="", completions=["b", "c"], scores=[1, 0])],
+    "special token": [
+        dict(prompt=talk("a<|end|>b"), chosen="c", rejected="d"),
+        dict(prompt="a", completions=["b", "<|user|>"], scores=[1, 0]),
+    ],
 }
 
 
-@pytest.mark.parametrize("row, why", USELESS.values(), ids=USELESS)
-def test_rows_that_are_dropped(row, why, tiny_tokenizer):
-    with pytest.raises(rm.Drop, match=why):
-        read(tiny_tokenizer, row, max_length=30)
+@pytest.mark.parametrize("why", USELESS)
+def test_rows_that_are_dropped(why, tiny_tokenizer):
+    for row in USELESS[why]:
+        with pytest.raises(rm.Drop, match=why):
+            read(tiny_tokenizer, row, max_length=30)
 
 
 def test_an_answer_that_swallows_the_prompt_is_dropped(dressed):  # noqa: F811
@@ -405,11 +409,8 @@ def test_a_condition_stands_before_the_prompts_of_its_kind_only(prompt, expected
         assert read(tiny_tokenizer, row | dict(kind=kind), conditions).prompt == plain.prompt
 
 
-NO_PROMPT = [dict(prompt="", completions=["b", "c"], scores=[1, 0]), dict(chosen=GOOD, rejected=BAD)]
-
-
 @pytest.mark.xfail(strict=True, reason="ranking_rows puts the condition before an empty prompt, which then is none")
-@pytest.mark.parametrize("row", [*NO_PROMPT, dict(prompt=None, completions=["b", "c"], scores=[1, 0])], ids=str)
+@pytest.mark.parametrize("row", [*USELESS["empty prompt"], dict(completions=["b", "c"], scores=[1, 0])], ids=str)
 def test_a_condition_is_no_prompt(row, tiny_tokenizer):
     with pytest.raises(rm.Drop, match="empty prompt"):
         read(tiny_tokenizer, row | dict(kind="harmless"), dict(harmless="Be safe."))
@@ -422,9 +423,15 @@ def test_margin_and_probability_are_read(tiny_tokenizer):
     assert pairs_of(margin=0.25, probability=0.8) == [(0, 1, 0.8, 0.25)] and pairs_of(margin=0.0) == [(0, 1, 1.0, 0.0)]
     assert pairs_of(score_chosen=3.5, score_rejected=1.5) == [(0, 1, 1.0, 2.0)]
     assert pairs_of(chosen_reward=3.5, rejected_reward=1.5) == [(0, 1, 1.0, 2.0)]
-    swapped = read(tiny_tokenizer, row | dict(probability=0.25))  # the better one first
+    swapped = read(tiny_tokenizer, row | dict(probability=0.25))
     assert texts(tiny_tokenizer, swapped)[1] == [" c<|end|>", " b<|end|>"] and swapped.extra["soft"]
-    assert swapped.extra["pairs"][0][:3] == (0, 1, 0.75)
+    assert swapped.extra["pairs"][0][:3] == (0, 1, 0.75)  # the better one stands first
+
+
+@pytest.mark.xfail(strict=True, reason="ranking_rows swaps the answers and keeps the sign of the margin")
+def test_a_margin_turns_with_its_pair(tiny_tokenizer):
+    row = dict(prompt="a", chosen=" b", rejected=" c", probability=0.25, margin=-0.5)
+    assert read(tiny_tokenizer, row).extra["pairs"] == [(0, 1, 0.75, 0.5)]
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
@@ -471,7 +478,7 @@ def is_near(ours, theirs, tolerance=1e-4) -> bool:
 
 
 def some_rankings(seed=0) -> list:
-    """Rankings of very different shapes, two of them equal; most are longer than the sliding window of the tiny models."""
+    """Rankings of very different shapes, two of them equal; most are longer than the tiny models' sliding window."""
     generator = torch.Generator().manual_seed(seed)
     ids = lambda n: torch.randint(7, 300, (n,), generator=generator).tolist() + [2]
     shapes = [(4, [3, 17, 1, 9]), (20, [8, 8]), (20, [8, 8]), (11, [5, 30])]
@@ -508,7 +515,7 @@ def test_the_head_multiplies_in_float32():
 
 
 def with_padding(source, folder, padding, unknown) -> str:
-    """A copy of a checkpoint whose tokenizer has these padding and unknown tokens, and no token <|pad|> that it does not use."""
+    """A copy of a checkpoint with these padding and unknown tokens. Without padding, its vocabulary has no <|pad|>."""
     shutil.copytree(source, folder)
     if padding is None:
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -717,30 +724,16 @@ def test_metrics_and_report_are_those_of_the_saved_model(short_run, finished):
     assert last["num_tokens"] == 2 * tokens and last["epoch"] == 2.0 and last["step"] == 22
 
 
-def test_metrics_of_a_step_are_those_of_the_weights_before_it(short_run, finished):
-    """Those of step 22 are of the weights in checkpoint-21."""
-    (row,) = batch = rm.batch_rows(short_rows(finished), args_of(batch_size=2), 21)
-    (scores,) = by_hand(finished / "checkpoint-21", batch)
-    gaps = [float(scores[w] - scores[l]) for w, l, *_ in row.extra["pairs"]]
-    expected = dict(
-        loss=sum(-logsigmoid(gap) for gap in gaps) / len(gaps),
-        accuracy=sum(gap > 0 for gap in gaps) / len(gaps),
-        margin=sum(gaps) / len(gaps),
-        mean_reward=scores.mean().item(),
-        min_reward=scores.min().item(),
-        max_reward=scores.max().item(),
-    )
-    last = lines_of(finished)[-1]
-    assert {name: last[name] for name in expected} == pytest.approx(expected, rel=1e-3)
-
-
 def test_the_shift_is_the_mean_score_over_the_last_tenth_of_the_steps(finished):
-    """Of 22 steps the last two, with 6 and 3 answers, each with its score when the step was made."""
-    rows, args, lines = short_rows(finished), args_of(batch_size=2), lines_of(finished)
-    counts = [sum(len(row.responses) for row in rm.batch_rows(rows, args, step)) for step in (20, 21)]
-    assert counts == [6, 3]
+    """Of 22 steps the last two, with 6 and 3 answers, each scored before its step: in step 22 by checkpoint-21."""
+    rows, lines = short_rows(finished), lines_of(finished)
+    batches = [rm.batch_rows(rows, args_of(batch_size=2), step) for step in (20, 21)]
+    counts = [sum(len(row.responses) for row in batch) for batch in batches]
+    (scores,) = by_hand(finished / "checkpoint-21", batches[1])
+    rewards = [lines[-1][f"{name}_reward"] for name in ("mean", "min", "max")]
+    assert rewards == pytest.approx([scores.mean().item(), scores.min().item(), scores.max().item()], rel=1e-3)
     total = sum(count * line["mean_reward"] for count, line in zip(counts, lines[-2:]))
-    assert shift_of(finished) == pytest.approx(total / 9, rel=1e-5)
+    assert counts == [6, 3] and shift_of(finished) == pytest.approx(total / 9, rel=1e-5)
     assert len({round(line["mean_reward"], 3) for line in lines[-3:]}) == 3  # other steps have other means
     assert shift_of(finished / "checkpoint-21") == 0.0
 
@@ -795,7 +788,7 @@ def first_gradient(monkeypatch, **flags) -> torch.Tensor:
 
 
 def test_the_split_into_forwards_changes_no_gradient(short_run, scoring_dir, monkeypatch, tmp_path):
-    """Nor does gradient checkpointing. It is the gradient of the mean over the step's rankings, by Hugging Face's model."""
+    """Nor does gradient checkpointing. It is that of the mean over the step's rankings, by Hugging Face's model."""
     flags = short_run | dict(model=str(scoring_dir("llama")), batch_size=21, eval_dataset="")
     model, rows, total = (
         AutoModelForSequenceClassification.from_pretrained(flags["model"]),
@@ -816,7 +809,7 @@ def test_the_split_into_forwards_changes_no_gradient(short_run, scoring_dir, mon
 
 @pytest.mark.parametrize("family, world", [("llama", 2), ("nemotron", 2), pytest.param("llama", 4, marks=slow)])
 def test_ranks_change_nothing(family, world, short_run, scoring_dir, tiny_model_dir, tmp_path):
-    """From a trained head, and from a new one. The last step has one prompt, so that a rank has none; it makes the shift."""
+    """From a random head, and from a new one. The last step has one prompt, so that a rank has none."""
     model = tiny_model_dir(family) if family == "nemotron" else scoring_dir(family)
     flags = short_run | dict(model=str(model), batch_size=5, max_steps=5, eval_every=2, save_every=2)
     on_ranks(rm, world, **flags, output_dir=str(tmp_path / "many"))
@@ -869,12 +862,13 @@ def test_a_finished_run_is_a_classifier_of_one_label(finished):
 
 
 def test_a_reward_model_is_trained_further(short_run, finished, tmp_path):
-    """Its head and its shift are kept, so that training begins where it stood. The mean over the last step is added to the shift."""
+    """Training begins where it stood, with its head and its shift. To the shift the new mean is added."""
     flags = short_run | dict(model=str(finished), batch_size=21, max_steps=1, learning_rate=1e-5)
     rm.main(rm.Args(**flags, output_dir=str(tmp_path / "run")))
     before, (line,) = lines_of(finished)[-1], lines_of(tmp_path / "run")
     assert line["loss"] == pytest.approx(before["eval_loss"], rel=1e-4)
     assert line["accuracy"] == pytest.approx(before["eval_accuracy"], abs=1e-6)
+    assert line["margin"] == pytest.approx(before["eval_margin"], rel=1e-3)
     rows = short_rows(finished)
     assert line["mean_reward"] == pytest.approx(torch.cat(by_hand(finished, rows)).mean().item(), rel=1e-3)
     assert shift_of(tmp_path / "run") == pytest.approx(shift_of(finished) + line["mean_reward"], rel=1e-5)
@@ -943,11 +937,7 @@ def test_bad_rows_are_refused(rows, flags, says, tiny_model_dir, tmp_path, capsy
 
 
 BAD_ARGUMENTS = [
-    dict(batch_size=0),
-    dict(epochs=0),
     dict(score_l2=-1.0),
-    dict(eval_fraction=1.0),
-    dict(max_grad_norm=0.0),
     dict(condition="nowhere.json"),
     dict(model="no/such/model"),
     dict(dataset="nowhere.jsonl"),

@@ -6,7 +6,6 @@ Of the shared blocks, `log-probabilities` and `rows` are tested here; and on who
 import copy
 import json
 import math
-import os
 import re
 import shutil
 import signal
