@@ -10,10 +10,11 @@ import shutil
 from collections import Counter
 from itertools import product
 
-import gridworld as g
-import ppo
 import pytest
 import torch
+
+import gridworld as g
+import ppo
 from gridworld import assistant, user
 
 f64 = lambda *values: torch.tensor(values, dtype=torch.float64)
@@ -1067,7 +1068,7 @@ def test_scores_of_one_to_ten_follow_the_quality(demonstrations):
 
 
 def revisions(demonstrations, *principles):
-    for grid, (asked, critique, request, revised) in demonstrations["revision"]:
+    for grid, (asked, critique, _, revised) in demonstrations["revision"]:
         text, _, principle = asked["content"].partition("\n\ncritique: ")
         if principle in principles:
             yield grid, text.split("\n")[-1], critique["content"], revised["content"], principle

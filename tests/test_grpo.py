@@ -10,13 +10,14 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import grpo
 import pytest
 import torch
 from conftest import FAMILIES, tiny_config
-from grpo import Row
 from test_plumbing import CPU, equal, in_child, jsonl, lasting, lines_of, on_ranks, refused, talk, weights_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import grpo
+from grpo import Row
 
 f64 = lambda *values: torch.tensor(values, dtype=torch.float64)
 

@@ -17,16 +17,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-import dpo
 import pytest
+import torch
+from conftest import tiny_config
+from test_plumbing import CPU, dressed, jsonl, on_ranks, snapshot, talk  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import dpo
 import reward_model
 import rlaif
 import sft
-import torch
-from conftest import tiny_config
 from rlaif import Judge, Row
-from test_plumbing import CPU, dressed, jsonl, on_ranks, snapshot, talk  # noqa: F401
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 f64 = lambda *values: torch.tensor(values, dtype=torch.float64)
 sigmoid = lambda x: 1 / (1 + math.exp(-x))
