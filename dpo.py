@@ -159,8 +159,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-# ------------------------------------------------------------------------------------------------------------ the
-# method
+# ------------------------------------------------------------------------------------------------------ the method
 
 
 def dpo_loss(h, beta: float, label_smoothing: float = 0.0):
@@ -289,8 +288,7 @@ def main(args: Args):
     finish_run(out, models, ["loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"])
 
 
-# ------------------------------------------------------------------------------------------------------------ dpo.py
-# alone
+# -------------------------------------------------------------------------------------------------- dpo.py alone
 
 
 def check_options(args):
@@ -392,8 +390,7 @@ def keep_mask(x, share: float, largest: bool, generator):
     return distribute_tensor(mask, x.device_mesh, x.placements) if isinstance(x, DTensor) else mask
 
 
-# ==================================== below this line, every block stands word for word in all scripts that have it
-# ====
+# ============================== every block below stands word for word in all scripts that have it ================
 # ---- preferences: pairs and rankings of answers
 
 
@@ -1334,11 +1331,9 @@ def make_optimizer(model, args):
 
 
 def check_first_step(name: str, value: float, theory: float, dtype, scale: float):
-    """Fails where a value that is known before the first update is another: then two forward passes are not the same
-    function."""
+    """Fails where a value is not what theory says before the first update: then two forward passes differ."""
     if not abs(value - theory) < (1e-4 if dtype == torch.float32 else 0.05) * scale:
-        what = f"{name} is {value:.4f} before the first update and must be {theory:.4f}"
-        fail(f"{what}: policy and reference do not compute the same")
+        fail(f"{name} is {value:.4f} before the first update, not {theory:.4f}: this model's forward pass is wrong")
 
 
 def take_step(model, optimizer, args, step: int, steps: int) -> tuple:

@@ -145,8 +145,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-# ------------------------------------------------------------------------------------------------------------ the
-# method
+# ------------------------------------------------------------------------------------------------------ the method
 
 
 def log1mexp(x):
@@ -258,8 +257,7 @@ def main(args: Args):
     finish_run(out, models, ["loss", "nll_loss", "rewards/accuracies", "logps/chosen", "logps/rejected"])
 
 
-# ----------------------------------------------------------------------------------------------------------- orpo.py
-# alone
+# ------------------------------------------------------------------------------------------------- orpo.py alone
 
 
 def train_prompt(row):
@@ -283,8 +281,7 @@ def content_sums(values, rows: list):
     return response_sums(values, rows)
 
 
-# ==================================== below this line, every block stands word for word in all scripts that have it
-# ====
+# ============================== every block below stands word for word in all scripts that have it ================
 # ---- preferences: pairs and rankings of answers
 
 
@@ -1191,11 +1188,9 @@ def make_optimizer(model, args):
 
 
 def check_first_step(name: str, value: float, theory: float, dtype, scale: float):
-    """Fails where a value that is known before the first update is another: then two forward passes are not the same
-    function."""
+    """Fails where a value is not what theory says before the first update: then two forward passes differ."""
     if not abs(value - theory) < (1e-4 if dtype == torch.float32 else 0.05) * scale:
-        what = f"{name} is {value:.4f} before the first update and must be {theory:.4f}"
-        fail(f"{what}: policy and reference do not compute the same")
+        fail(f"{name} is {value:.4f} before the first update, not {theory:.4f}: this model's forward pass is wrong")
 
 
 def take_step(model, optimizer, args, step: int, steps: int) -> tuple:

@@ -155,8 +155,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceCla
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-# ------------------------------------------------------------------------------------------------------------ the
-# method
+# ------------------------------------------------------------------------------------------------------ the method
 
 
 def pair_loss(better, worse, margin=0.0):
@@ -259,8 +258,12 @@ def main(args: Args):
     out, last, signature = open_run(args, args.model, args.dataset, args.eval_dataset, args.condition)
     source, started = str(last or args.model), time.time()
 
-    # 1. rows: a prompt, its answers, and which of them is better than which
-    tokenizer, conditions = load_tokenizer(source), load_conditions(args.condition)
+    # 1. the model, its head at zero unless it is a reward model, and rows: a prompt, its answers, and how they rank
+    tokenizer, conditions, is_new = load_tokenizer(source), load_conditions(args.condition), not is_reward_model(source)
+    model = read_model(AutoModelForSequenceClassification, source, tokenizer, num_labels=1)
+    add_padding(model, tokenizer)
+    if is_new:
+        zero_head(model)
     encode_row = partial(ranking_rows, args, tokenizer, fit_length(args, source), conditions)
     rows, held_out = prepare_split(args, tokenizer, encode_row)
     check_soft_labels(args, rows + held_out)
@@ -269,11 +272,7 @@ def main(args: Args):
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
     steps = min(steps_per_epoch * args.epochs, args.max_steps or sys.maxsize)
 
-    # 2. the model, its optimiser, and the state of an interrupted run
-    is_new = not is_reward_model(source)
-    model = with_score_head(
-        read_model(AutoModelForSequenceClassification, source, tokenizer, num_labels=1), tokenizer, is_new
-    )
+    # 2. its optimiser, and the state of an interrupted run
     model = prepare_model(model, source, args, device, dtype, response_scores)
     optimizer = make_optimizer(model, args)
     models, optimizers = {"": (model, tokenizer)}, {"": optimizer}
@@ -289,11 +288,8 @@ def main(args: Args):
     catch_signals()
     for step in (bar := progress("reward model", state["step"], steps)):
         batch, sums, clock = batch_rows(rows, args, step), {}, time.time()
-        prompts, pairs, answers = (
-            len(batch),
-            sum(len(row.extra["pairs"]) for row in batch),
-            sum(len(row.responses) for row in batch),
-        )
+        prompts, answers = len(batch), sum(len(row.responses) for row in batch)
+        pairs = sum(len(row.extra["pairs"]) for row in batch)
         extremes = torch.full((2,), -math.inf, device=device)  # of -score and of score
         for group, weight, inputs, _ in forwards(batch, args, model, device):
             # 4. the score of every answer, its prompt computed once, and the loss, averaged over the step's prompts
@@ -337,8 +333,7 @@ def main(args: Args):
     finish_run(out, models, ["loss", "accuracy", "margin", "mean_reward"])
 
 
-# --------------------------------------------------------------------------------------------------- reward_model.py
-# alone
+# ----------------------------------------------------------------------------------------- reward_model.py alone
 
 
 def check_options(args):
@@ -398,6 +393,8 @@ def ranking_rows(args, tokenizer, max_length: int, conditions: dict, row: dict, 
             raise ValueError(f"probability must be between 0 and 1, it is {probability}")
         if probability is not None and probability < 0.5:  # the better one first
             responses, probability = responses[::-1], 1 - probability
+    if not prompt:
+        raise Drop("empty prompt")
     kind = row.get("kind") or ""
     filled = [i for i, response in enumerate(responses) if has_content(response)]
     notes["answers dropped: empty"] += len(responses) - len(filled)
@@ -443,23 +440,25 @@ def balance_rows(args, rows: list) -> list:
     return rows
 
 
-def with_score_head(model, tokenizer, is_new: bool):
-    """The model with its head at zero if it is new, and with a padding token that ends no answer: transformers reads
-    the score before it."""
-    if not hasattr(model, "score") or model.config.num_labels != 1:
-        fail(f"{type(model).__name__} has no head `score` of one label; only decoder models are supported")
-    if is_new:
-        torch.nn.init.zeros_(model.score.weight)
+def zero_head(model):
+    """Sets the head to zero, so that all scores are 0 at first."""
+    if not hasattr(model, "score"):
+        fail(f"{type(model).__name__} keeps its head elsewhere than in `score`; only decoder models are supported")
+    torch.nn.init.zeros_(model.score.weight)
+
+
+def add_padding(model, tokenizer):
+    """Gives both a padding token that ends no answer, since transformers reads the score before the padding."""
     spare = [token for token in (tokenizer.pad_token, tokenizer.unk_token) if token]
     spare = [token for token in spare if tokenizer.convert_tokens_to_ids(token) not in stop_tokens(tokenizer)]
     if not spare:
         spare = ["<|pad|>"]
         tokenizer.add_special_tokens(dict(pad_token=spare[0]))
+        special_tokens.cache_clear()
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
     tokenizer.pad_token = spare[0]
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model
 
 
 def held_out_metrics(args, rows: list, scores: list) -> dict:
@@ -539,8 +538,7 @@ def print_report(rows: list, scores: list, tokenizer) -> dict:
     return report
 
 
-# ==================================== below this line, every block stands word for word in all scripts that have it
-# ====
+# ============================== every block below stands word for word in all scripts that have it ================
 # ---- scores: what a reward model gives to answers
 
 
@@ -560,10 +558,13 @@ def score_rows(model, rows: list, args, device) -> list:
 
 
 def is_reward_model(name: str) -> bool:
-    """Whether a checkpoint has a trained head with one score."""
+    """Whether a checkpoint has a trained head with one score; fails on a classifier of several labels."""
     with user_input(f"{name}: no configuration can be loaded from it"):
         config = AutoConfig.from_pretrained(name)
-    return "SequenceClassification" in "".join(config.architectures or []) and config.num_labels == 1
+    is_classifier = "SequenceClassification" in "".join(config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        fail(f"{name}: is a classifier of {config.num_labels} labels; a reward model has one label, its score")
+    return is_classifier
 
 
 # ---- data: rows of published formats to token ids
@@ -1316,11 +1317,9 @@ def make_optimizer(model, args):
 
 
 def check_first_step(name: str, value: float, theory: float, dtype, scale: float):
-    """Fails where a value that is known before the first update is another: then two forward passes are not the same
-    function."""
+    """Fails where a value is not what theory says before the first update: then two forward passes differ."""
     if not abs(value - theory) < (1e-4 if dtype == torch.float32 else 0.05) * scale:
-        what = f"{name} is {value:.4f} before the first update and must be {theory:.4f}"
-        fail(f"{what}: policy and reference do not compute the same")
+        fail(f"{name} is {value:.4f} before the first update, not {theory:.4f}: this model's forward pass is wrong")
 
 
 def take_step(model, optimizer, args, step: int, steps: int) -> tuple:

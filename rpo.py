@@ -163,8 +163,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-# ------------------------------------------------------------------------------------------------------------ the
-# method
+# ------------------------------------------------------------------------------------------------------ the method
 
 
 def bernoulli_kl(p, q):
@@ -283,8 +282,7 @@ def main(args: Args):
     finish_run(out, models, ["loss", "gap_error", "rewards/margins", "logps/chosen", "logps/rejected"])
 
 
-# ------------------------------------------------------------------------------------------------------------ rpo.py
-# alone
+# -------------------------------------------------------------------------------------------------- rpo.py alone
 
 
 def check_first_loss(args, batch: list, loss: float, dtype):
@@ -349,8 +347,7 @@ def add_scores(args, device, dtype, option: str, data: Dataset) -> Dataset:
     return data.add_column(MODEL_SCORES, scores)
 
 
-# ==================================== below this line, every block stands word for word in all scripts that have it
-# ====
+# ============================== every block below stands word for word in all scripts that have it ================
 # ---- preferences: pairs and rankings of answers
 
 
@@ -458,10 +455,13 @@ def score_rows(model, rows: list, args, device) -> list:
 
 
 def is_reward_model(name: str) -> bool:
-    """Whether a checkpoint has a trained head with one score."""
+    """Whether a checkpoint has a trained head with one score; fails on a classifier of several labels."""
     with user_input(f"{name}: no configuration can be loaded from it"):
         config = AutoConfig.from_pretrained(name)
-    return "SequenceClassification" in "".join(config.architectures or []) and config.num_labels == 1
+    is_classifier = "SequenceClassification" in "".join(config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        fail(f"{name}: is a classifier of {config.num_labels} labels; a reward model has one label, its score")
+    return is_classifier
 
 
 # ---- log-probabilities: of the answers' tokens, without the logits of a whole batch in memory
@@ -1316,11 +1316,9 @@ def make_optimizer(model, args):
 
 
 def check_first_step(name: str, value: float, theory: float, dtype, scale: float):
-    """Fails where a value that is known before the first update is another: then two forward passes are not the same
-    function."""
+    """Fails where a value is not what theory says before the first update: then two forward passes differ."""
     if not abs(value - theory) < (1e-4 if dtype == torch.float32 else 0.05) * scale:
-        what = f"{name} is {value:.4f} before the first update and must be {theory:.4f}"
-        fail(f"{what}: policy and reference do not compute the same")
+        fail(f"{name} is {value:.4f} before the first update, not {theory:.4f}: this model's forward pass is wrong")
 
 
 def take_step(model, optimizer, args, step: int, steps: int) -> tuple:

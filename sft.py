@@ -157,8 +157,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-# ------------------------------------------------------------------------------------------------------------ the
-# method
+# ------------------------------------------------------------------------------------------------------ the method
 
 
 def sft_loss(logps):
@@ -239,8 +238,7 @@ def main(args: Args):
     finish_run(out, models, ["loss", "mean_token_accuracy", "entropy", "grad_norm"])
 
 
-# ------------------------------------------------------------------------------------------------------------ sft.py
-# alone
+# -------------------------------------------------------------------------------------------------- sft.py alone
 
 
 def check_options(args):
@@ -349,8 +347,7 @@ def new_model(args, tokenizer):
     return model
 
 
-# ==================================== below this line, every block stands word for word in all scripts that have it
-# ====
+# ============================== every block below stands word for word in all scripts that have it ================
 # ---- log-probabilities: of the answers' tokens, without the logits of a whole batch in memory
 
 
@@ -1203,11 +1200,9 @@ def make_optimizer(model, args):
 
 
 def check_first_step(name: str, value: float, theory: float, dtype, scale: float):
-    """Fails where a value that is known before the first update is another: then two forward passes are not the same
-    function."""
+    """Fails where a value is not what theory says before the first update: then two forward passes differ."""
     if not abs(value - theory) < (1e-4 if dtype == torch.float32 else 0.05) * scale:
-        what = f"{name} is {value:.4f} before the first update and must be {theory:.4f}"
-        fail(f"{what}: policy and reference do not compute the same")
+        fail(f"{name} is {value:.4f} before the first update, not {theory:.4f}: this model's forward pass is wrong")
 
 
 def take_step(model, optimizer, args, step: int, steps: int) -> tuple:

@@ -1,4 +1,4 @@
-"""What the tests share: a quiet, offline, one-thread environment; tiny models of every family; the scripts as a user runs them."""
+"""What the tests share: a quiet, offline, one-thread environment; tiny models; the scripts as a user runs them."""
 
 import atexit
 import os
@@ -27,30 +27,32 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real data and a real checkpoint that the environment variable REAL_DATA names; without one, the test is skipped."""
+    """The folder of real data and a real checkpoint that REAL_DATA names. Without one, the test is skipped."""
     folder = Path(os.environ.get("REAL_DATA") or "no such folder").resolve()
     if not folder.is_dir():
         pytest.skip("REAL_DATA names no folder")
     return folder
 
 
-# ------------------------------------------------------------------------------------------------------------------- tiny models
+# ---------------------------------------------------------------------------------------------------------- tiny models
 
 SENTENCES = """The robot starts in the lower left corner and walks to the upper right. It may go up or right, one cell at a time.
 What is the best path? Right, up, right, up: that is 4 and 3 and 5, and the sum is 12. No, I cannot help with that; the path is not safe.
 Write a short letter to a friend. Dear Ann, thank you for the book! I read it in one evening, and I'd like to talk about it."""
 
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """Byte-level BPE with a chat template that puts the BOS token; so does plain `tokenizer(text)`, as Llama 3's. Copy it before you change it.
+    """Byte-level BPE. The chat template and plain `tokenizer(text)` both write the BOS token, as Llama 3's. Read only.
 
-    Beside a Qwen2 model, AutoTokenizer loads any tokenizer as Qwen2's, with its way to split text and its <|endoftext|>: so this one has them too."""
+    Beside a Qwen2 model, AutoTokenizer loads any tokenizer as Qwen2's, which splits text in its own way and has
+    <|endoftext|>. So this one does the same."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -103,7 +105,7 @@ def tiny_config(family: str, tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tiny_tokenizer, tmp_path_factory):
-    """tiny_model_dir(family) -> directory of a random causal language model of that family (one of FAMILIES) with the tiny tokenizer. Read only."""
+    """tiny_model_dir(family) -> directory of a random model of that family, with the tiny tokenizer. Read only."""
     made = {}
 
     def make(family: str = "llama") -> Path:
@@ -124,11 +126,11 @@ def tiny_model_dir(tiny_tokenizer, tmp_path_factory):
     return make
 
 
-# ------------------------------------------------------------------------------------------------------------------- the scripts
+# ---------------------------------------------------------------------------------------------------------- the scripts
 
 
 def run(command, cwd, check, timeout, env):
-    """Run a command to its end; past the timeout, stop it and all that it started (a torchrun stops its workers when asked politely)."""
+    """Run a command to its end. Past the timeout, stop it and all that it started (torchrun needs SIGTERM for that)."""
     command, env = [str(word) for word in command], os.environ | (env or {})
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **pipes)
@@ -152,7 +154,8 @@ def run(command, cwd, check, timeout, env):
 def run_script():
     """run_script("sft", "--max-steps", 2, cwd=tmp_path) runs sft.py as a user would; flags are turned into strings.
 
-    Returns the CompletedProcess (returncode, stdout, stderr). With check, an exit code other than 0 fails the test; env adds variables."""
+    Returns the CompletedProcess (returncode, stdout, stderr). check: an exit code other than 0 fails the test; env adds
+    variables."""
 
     def go(name, *flags, cwd, check=True, timeout=600, env=None):
         return run([sys.executable, REPO / f"{name}.py", *flags], cwd, check, timeout, env)
@@ -162,8 +165,9 @@ def run_script():
 
 @pytest.fixture(scope="session")
 def torchrun():
-    """torchrun("sft", 2, "--max-steps", 2, cwd=tmp_path): the same under torchrun, with so many processes on this machine;
-    launch: what to tell torchrun in place of --standalone."""
+    """torchrun("sft", 2, "--max-steps", 2, cwd=tmp_path): the same under torchrun, with so many processes.
+
+    launch: options of torchrun in place of --standalone."""
 
     def go(name, nproc, *flags, cwd, check=True, timeout=600, env=None, launch=("--standalone",)):
         launch = [sys.executable, "-m", "torch.distributed.run", *launch, "--nproc-per-node", nproc]

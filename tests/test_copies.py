@@ -2,8 +2,9 @@
 
     python tests/test_copies.py --sync dpo.py           carries dpo.py's blocks into the other scripts that have them
 
-A script has the method, `main`, its own helpers, the ruler line, blocks, and the call of `main`. A block reaches from its
-marker line, `# ---- NAME: ...`, to the next one. Blocks stand in a fixed order. A script has a block whole or not at all.
+A script has the method, `main`, its own helpers, the ruler line, blocks, and the call of `main`. A block reaches from
+its marker line, `# ---- NAME: ...`, to the next one. Blocks stand in a fixed order. A script has each block whole or
+not at all.
 """
 
 import re
@@ -17,7 +18,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 FIRST_DRAFT = {"gridworld.py", "grpo.py", "ppo.py", "rlaif.py"}  # have no blocks; see test_first_draft.py
 ORDER = "preferences reference scores log-probabilities data rows models runs".split()
-RULER = f"\n# {'=' * 36} below this line, every block stands word for word in all scripts that have it ====\n"
+RULER = f"\n# {'=' * 35} below this line, every block stands word for word in all scripts that have it ====\n"
 END = '\n\n\nif __name__ == "__main__":\n    main(args)\n'
 
 

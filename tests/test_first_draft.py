@@ -1,7 +1,7 @@
-"""The scripts that have not been rewritten share functions by copying them. Their copies are equal and in the same order.
+"""The scripts that have not been rewritten share functions by copying them. The copies are equal and in the same order.
 
-A definition is a top-level function or class with its decorators and comments. Classes whose name ends in Args, and `main`,
-are each script's own. This file goes when the last of these scripts has blocks; test_copies.py compares those.
+A definition is a top-level function or class with its decorators and comments. Classes whose name ends in Args, and
+`main`, are each script's own. This file goes when the last of these scripts has blocks; test_copies.py compares those.
 """
 
 import ast
@@ -30,7 +30,7 @@ def definitions(text: str) -> dict:
 
 
 def drift(texts: dict) -> list:
-    """One sentence for each definition that differs between two scripts, and for each pair that orders them differently."""
+    """One sentence for each definition that differs between two scripts, and for each pair with different orders."""
     scripts, found = {script: definitions(text) for script, text in texts.items()}, []
     for a in scripts:
         for b in scripts:

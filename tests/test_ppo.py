@@ -971,7 +971,7 @@ def test_the_value_model_starts_from_a_reward_model_that_was_given_a_pad_token(o
     bare.save_pretrained(tmp_path / "policy")
     policy, tokenizer = str(tmp_path / "policy"), reward_model.load_tokenizer(str(tmp_path / "policy"))
     model = reward_model.read_model(AutoModelForSequenceClassification, policy, tokenizer, num_labels=1)
-    model = reward_model.with_score_head(model, tokenizer, is_new=True)
+    reward_model.add_padding(model, tokenizer)
     assert len(tokenizer) == len(bare) + 1
     reward_model.save_model(tmp_path / "rm", model, tokenizer, torch.float32)
     assert ppo.value_start(settings(model=str(tmp_path / "policy"), reward_model=(str(tmp_path / "rm"),)), bare) == str(

@@ -409,7 +409,6 @@ def test_a_condition_stands_before_the_prompts_of_its_kind_only(prompt, expected
         assert read(tiny_tokenizer, row | dict(kind=kind), conditions).prompt == plain.prompt
 
 
-@pytest.mark.xfail(strict=True, reason="ranking_rows puts the condition before an empty prompt, which then is none")
 @pytest.mark.parametrize("row", [*USELESS["empty prompt"], dict(completions=["b", "c"], scores=[1, 0])], ids=str)
 def test_a_condition_is_no_prompt(row, tiny_tokenizer):
     with pytest.raises(rm.Drop, match="empty prompt"):
@@ -426,12 +425,6 @@ def test_margin_and_probability_are_read(tiny_tokenizer):
     swapped = read(tiny_tokenizer, row | dict(probability=0.25))
     assert texts(tiny_tokenizer, swapped)[1] == [" c<|end|>", " b<|end|>"] and swapped.extra["soft"]
     assert swapped.extra["pairs"][0][:3] == (0, 1, 0.75)  # the better one stands first
-
-
-@pytest.mark.xfail(strict=True, reason="ranking_rows swaps the answers and keeps the sign of the margin")
-def test_a_margin_turns_with_its_pair(tiny_tokenizer):
-    row = dict(prompt="a", chosen=" b", rejected=" c", probability=0.25, margin=-0.5)
-    assert read(tiny_tokenizer, row).extra["pairs"] == [(0, 1, 0.75, 0.5)]
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
@@ -460,7 +453,9 @@ def loaded(folder):
     """A model as main prepares it, in evaluation mode."""
     name, tokenizer = str(folder), tokenizer_of(folder)
     model = rm.read_model(AutoModelForSequenceClassification, name, tokenizer, num_labels=1)
-    model = rm.with_score_head(model, tokenizer, not rm.is_reward_model(name))
+    rm.add_padding(model, tokenizer)
+    if not rm.is_reward_model(name):
+        rm.zero_head(model)
     return rm.prepare_model(model, name, args_of(), CPU, torch.float32, rm.response_scores).eval()
 
 
@@ -550,7 +545,6 @@ def test_the_padding_token_ends_no_answer(padding, unknown, tiny_model_dir, tmp_
             assert is_near(model(**batch).logits[:, 0] - model.config.score_shift, scores)
 
 
-@pytest.mark.xfail(strict=True, reason="main reads the rows before with_score_head adds the padding token")
 def test_a_resumed_run_reads_the_same_rows_where_a_padding_token_is_added(tiny_model_dir, tmp_path, capsys):
     """A text may hold what becomes the padding token."""
     rows = [dict(prompt=talk(f"Walk {i}!"), chosen=("up", "<|pad|>")[i % 2], rejected="no") for i in range(4)]
@@ -691,16 +685,9 @@ def test_a_new_head_is_zero_and_the_first_loss_is_known(flags, k, expected, tiny
 
 
 def test_another_first_loss_than_the_known_one_is_refused(short_run, monkeypatch, tmp_path, capsys):
-    real = rm.with_score_head
-
-    def not_zero(*arguments):
-        model = real(*arguments)
-        torch.nn.init.normal_(model.score.weight)
-        return model
-
-    monkeypatch.setattr(rm, "with_score_head", not_zero)
+    monkeypatch.setattr(rm, "zero_head", lambda model: torch.nn.init.normal_(model.score.weight))
     said = refused(rm, capsys, **short_run | dict(eval_dataset=""), output_dir=str(tmp_path / "run"))
-    assert "before the first update and must be 0.6931" in said
+    assert "before the first update, not 0.6931" in said
 
 
 def test_metrics_and_report_are_those_of_the_saved_model(short_run, finished):
@@ -730,8 +717,8 @@ def test_the_shift_is_the_mean_score_over_the_last_tenth_of_the_steps(finished):
     batches = [rm.batch_rows(rows, args_of(batch_size=2), step) for step in (20, 21)]
     counts = [sum(len(row.responses) for row in batch) for batch in batches]
     (scores,) = by_hand(finished / "checkpoint-21", batches[1])
-    rewards = [lines[-1][f"{name}_reward"] for name in ("mean", "min", "max")]
-    assert rewards == pytest.approx([scores.mean().item(), scores.min().item(), scores.max().item()], rel=1e-3)
+    rewards = torch.tensor([lines[-1][f"{name}_reward"] for name in ("mean", "min", "max")])
+    assert is_near(rewards, torch.stack([scores.mean(), scores.min(), scores.max()]))
     total = sum(count * line["mean_reward"] for count, line in zip(counts, lines[-2:]))
     assert counts == [6, 3] and shift_of(finished) == pytest.approx(total / 9, rel=1e-5)
     assert len({round(line["mean_reward"], 3) for line in lines[-3:]}) == 3  # other steps have other means
@@ -742,7 +729,7 @@ def test_the_shift_is_taken_from_one_step_at_least(short_run, scoring_dir, tmp_p
     flags = short_run | dict(model=str(scoring_dir("llama")), max_steps=3, eval_dataset="")
     rm.main(rm.Args(**flags, output_dir=str(tmp_path / "run")))
     *_, before, last = (line["mean_reward"] for line in lines_of(tmp_path / "run"))
-    assert shift_of(tmp_path / "run") == pytest.approx(last, rel=1e-5) != pytest.approx(before, rel=1e-3)
+    assert shift_of(tmp_path / "run") == pytest.approx(last, rel=1e-5) and abs(last - before) > 0.01 * abs(last)
 
 
 def killed_before(args, name: str):
@@ -976,9 +963,6 @@ def test_length_buckets_that_leave_nothing_are_refused(tiny_model_dir, tmp_path,
     assert "--length-buckets" in refused(rm, capsys, **flags, output_dir=str(tmp_path / "run"))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the message says only that weights do not fit: main reads the model as one of one label"
-)
 def test_a_classifier_of_three_labels_is_refused(short_run, tiny_model_dir, tmp_path, capsys):
     other = tmp_path / "three"
     AutoModelForSequenceClassification.from_pretrained(tiny_model_dir("llama"), num_labels=3).save_pretrained(other)

