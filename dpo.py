@@ -6,32 +6,34 @@
 # ///
 """Direct preference optimisation: learn from preferences without a reward model.
 
-    loss(pi) = -E log sigmoid(beta h),   h = log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x)       DPO, eq. 7
-    r(x, y) = beta log pi(y|x)/ref(y|x)                the implicit reward, eq. 5 up to a term that depends on x alone
+    loss(pi) = -E log sigmoid(beta h),   h = log[pi(y_w|x) / ref(y_w|x)] - log[pi(y_l|x) / ref(y_l|x)]      DPO, eq. 7
+    r(x, y) = beta log[pi(y|x) / ref(y|x)]            the implicit reward, eq. 5 up to a term that depends on x alone
 
-Rafailov et al. 2023, arXiv 2305.18290. The log-probability of an answer is the sum over its tokens, its end included.
+Rafailov et al. 2023, arXiv 2305.18290. y_w is the better answer to the prompt x, y_l the worse one; log pi(y|x) is the
+sum over the answer's tokens, its end included. pi starts from an SFT model, which also is the reference.
 
 Departures from the paper
   1. AdamW with a cosine schedule to a tenth, where the authors used RMSprop at a constant rate.
   2. The reference's log-probabilities are computed once, before training, so that one model is in memory.
-  3. A ranking of K answers gives all its pairs; each prompt counts once, whatever its number of pairs.
+  3. A ranking of K answers gives all its pairs, in place of the paper's Plackett-Luce loss; each row counts once.
 
 Options, all off by default
   4. --label-smoothing: this share of the labels is assumed to be wrong (conservative DPO, in the authors' code).
-  5. --loss ipo: (h - 1 / (2 beta))^2, with token means in h (Azar et al. 2023, arXiv 2310.12036, eq. 17).
-  6. --nll-coef: adds the mean negative log-likelihood of the best answer (Pang et al. 2024; Llama 3: 0.2).
+  5. --loss ipo: (h - 1 / (2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, eq. 17), with means over tokens as in TRL.
+  6. --nll-coef: adds the mean negative log-likelihood of the best answer (Pang et al. 2024, arXiv 2404.19733).
   7. --mask-format-tokens: h leaves out headers and end-of-turn tokens (Llama 3, arXiv 2407.21783).
   8. --optimizer ondare, onties: online merging optimisers (Qwen2; Lu et al. 2024, arXiv 2405.17931, eqs. 2-7).
 
-Reads prompt + chosen + rejected, or chosen + rejected that both contain the prompt (text or messages; HH-RLHF too), or
-prompt + completions + scores. Writes a Hugging Face directory, args.json, metrics.jsonl and curves.png to --output-dir.
+Reads prompt + chosen + rejected, or chosen + rejected that both contain the prompt (HH-RLHF too), or prompt +
+completions + scores; messages go through the chat template, text is used as it is. Writes a Hugging Face directory,
+args.json, metrics.jsonl and curves.png to --output-dir.
 
   python dpo.py --model runs/sft --dataset data/grid/preferences.jsonl --learning-rate 1e-4    the grid world
   python dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized              one GPU
   torchrun --nproc-per-node 8 dpo.py --model Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback_binarized  many GPUs
 
 Metric               at step 1      then            if not
-loss                 ln 2 = 0.693   falls           flat: raise --learning-rate; below 0.1 early: the pairs are too easy
+preference_loss      ln 2 = 0.693   falls           flat: raise --learning-rate; below 0.1 early: the pairs are too easy
 rewards/accuracies   0 (all tied)   0.6 to 0.8      0.5: the labels are noise, or --learning-rate is too low
 rewards/margins      0              rises           without bound: stop earlier, --label-smoothing, or --loss ipo
 logps/chosen         -              falls a little  DPO lowers both; if samples get worse, raise --beta or --nll-coef
@@ -88,7 +90,7 @@ class Args:
     merge_base: str = ""
     """the pre-trained checkpoint from which the reference was fine-tuned"""
     merge_keep: float = 0.5
-    """share of entries kept of each step and of that difference (paper's script: 0.01)"""
+    """share of entries kept of each step, which shrinks by it, and of that difference (paper's script: 0.01)"""
     merge_weight: float = 1e-6
     """alpha, weight of that difference in each step (paper: 1e-7 to 1e-5)"""
     learning_rate: float = 1e-6
@@ -111,7 +113,7 @@ class Args:
     eval_every: int = 0
     """optimiser steps between evaluations (0: at the end only)"""
     save_every: int = 0
-    """optimiser steps between resumable checkpoints, checkpoint-N/ (0: none)"""
+    """optimiser steps between resumable checkpoints, checkpoint-N/, all of which are kept (0: none)"""
     resume: bool = False
     """continue from the last checkpoint in --output-dir; a finished run is left as it is"""
     overwrite: bool = False
@@ -122,6 +124,7 @@ class Args:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
+    # until training begins, Ctrl-C just ends the program
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\ninterrupted before training"))
 
 import contextlib
@@ -156,8 +159,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
 # ------------------------------------------------------------------------------------------------------ the method
 
@@ -175,19 +177,17 @@ def ipo_loss(h, beta: float):
 
 
 def dpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
-    """The loss of B prompts and the metrics beside it, each a sum over the prompts.
+    """The loss of B prompts, whose R answers form P pairs, and the metrics beside it: scalars, each a sum over prompts.
 
-    logps, entropy, is_argmax: of every trained token [N], as token_logps returns them. R answers form P pairs."""
+    logps, entropy, is_argmax: of every trained token [N], as token_logps returns them."""
     chosen, rejected, share, best = pair_indices(rows, logps.device)
     policy_logps = content_sums(logps, rows)  # log pi(y|x), [R]
     ref_logps = torch.cat([row.extra["ref_logps"] for row in rows]).to(logps.device)  # log ref(y|x), [R]
     log_ratios = policy_logps - ref_logps
-    if args.loss == "sigmoid":
-        h = log_ratios[chosen] - log_ratios[rejected]  # [P]
-        losses = dpo_loss(h, args.beta, args.label_smoothing)
-    else:
-        mean_log_ratios = log_ratios / content_sums(torch.ones_like(logps), rows).clamp(min=1)
-        losses = ipo_loss(mean_log_ratios[chosen] - mean_log_ratios[rejected], args.beta)
+    if args.loss == "ipo":  # means over the tokens
+        log_ratios = log_ratios / content_sums(torch.ones_like(logps), rows).clamp(min=1)
+    h = log_ratios[chosen] - log_ratios[rejected]  # [P]
+    losses = ipo_loss(h, args.beta) if args.loss == "ipo" else dpo_loss(h, args.beta, args.label_smoothing)
     lengths = response_sums(torch.ones_like(logps), rows)
     # format tokens count here, so that the policy still ends its turns
     nll = -(response_sums(logps, rows) / lengths)[best]  # [B]
@@ -245,6 +245,7 @@ def main(args: Args):
     policy = load_model(AutoModelForCausalLM, source, tokenizer, args, device, dtype, token_logps)
     optimizer = make_optimizer(policy, args)
     models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
+    announce(policy, args, f"{steps} steps of {args.batch_size} prompts", device, dtype)
     tau = learnt_since_base(optimizer, tokenizer, args, device, dtype) if args.merge_base else None
     if last:
         state = load_checkpoint(last, models, optimizers)
@@ -255,8 +256,7 @@ def main(args: Args):
     set_reference_logps(rows + held_out, state["ref_logps"])
     if args.merge_base:  # only now: loading the state of AdamW makes a step, which must not be merged
         merge_online(args, optimizer, tau)
-    started -= state["seconds"]
-    announce(policy, args, f"{steps} steps of {args.batch_size} prompts", device, dtype)
+    started -= state["seconds"]  # of all parts of a resumed run
 
     # 3. for each batch of prompts
     catch_signals()
@@ -358,6 +358,8 @@ def optimizer_parameters(optimizer) -> list:
 def merge_online(args, optimizer, tau: list):
     """From now on `online_merge` replaces every step of the optimiser."""
     parameters, before, ties = optimizer_parameters(optimizer), [], args.optimizer == "onties"
+    if ties:  # its entries that are kept never change
+        tau = [t * keep_mask(t, args.merge_keep, ties, None) for t in tau]
 
     def remember(*_):
         before[:] = [p.detach().clone() for p in parameters]
@@ -369,10 +371,12 @@ def merge_online(args, optimizer, tau: list):
                 seed = random.Random(f"{args.seed}-{int(optimizer.state[p]['step'])}-{i}").getrandbits(63)
                 generator = torch.Generator(p.device).manual_seed(seed)
                 step = p - old
-                masks = [keep_mask(x, args.merge_keep, ties, generator) for x in (step, t)]
-                merged = online_merge(step, t, *masks, args.merge_weight, ties)
+                step_mask = keep_mask(step, args.merge_keep, ties, generator)
+                tau_mask = 1.0 if ties else keep_mask(t, args.merge_keep, ties, generator)
+                merged = online_merge(step, t, step_mask, tau_mask, args.merge_weight, ties)
                 # where the step is unchanged, AdamW's result stays as it is to the last bit
                 p.copy_(torch.where(merged == step, p, old + merged))
+        before.clear()
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(merge)
@@ -381,16 +385,17 @@ def merge_online(args, optimizer, tau: list):
 def keep_mask(x, share: float, largest: bool, generator):
     """F of online merging: 1 for the entries that are kept, the largest by magnitude or a random share, else 0. Sharded
     as x is."""
-    full = x.full_tensor() if isinstance(x, DTensor) else x
     if largest:
+        full = x.full_tensor() if isinstance(x, DTensor) else x
         kept = full.abs().flatten().topk(max(1, round(share * full.numel())), sorted=False).indices
         mask = torch.zeros(full.numel(), device=full.device).index_fill_(0, kept, 1.0).view_as(full)
     else:
-        mask = (torch.rand(full.shape, generator=generator, device=full.device) < share).to(full.dtype)
+        mask = (torch.rand(x.shape, generator=generator, device=x.device) < share).to(x.dtype)
     return distribute_tensor(mask, x.device_mesh, x.placements) if isinstance(x, DTensor) else mask
 
 
 # ============================== every block below stands word for word in all scripts that have it ================
+# A parameter that this script never passes serves another one.
 # ---- preferences: pairs and rankings of answers
 
 
@@ -400,7 +405,7 @@ def preference_rows(tokenizer, max_length: int, row: dict, notes: Counter, rewar
     rewards_of(row): scores in place of the labels; given that, two answers of equal scores form a pair too."""
     if row.get("completions") is not None:
         prompt, responses = as_prompt(row), row["completions"]
-        scores = row.get("scores") or [0.0] * len(responses)
+        scores = row.get("scores") or [0.0] * len(responses)  # without scores all are tied
         if len(responses) != len(scores) or any(s is None or math.isnan(s) for s in scores):
             raise ValueError(f"{len(responses)} completions need as many scores, none missing; they are {scores}")
     else:
@@ -458,6 +463,7 @@ def reference_logps(policy, rows: list, sums_of, tokenizer, args, device, dtype)
         if load_tokenizer(args.reference).get_vocab() != tokenizer.get_vocab():
             fail(f"--reference {args.reference}: its tokenizer differs from that of --model")
         model = load_model(AutoModelForCausalLM, args.reference, tokenizer, args, device, dtype, token_logps)
+    print0(f"reference: log-probabilities of {sum(len(row.responses) for row in rows)} answers")
     values_of = lambda group, inputs, target: sums_of(model.token_logps(**inputs, target=target)[0], group)
     logps = response_values(values_of, model, rows, args, device)
     model = values_of = None
@@ -475,6 +481,8 @@ def free_memory():
 
 def set_reference_logps(rows: list, ref_logps):
     """Gives each row its part of what `reference_logps` returned."""
+    if len(ref_logps) != sum(len(row.responses) for row in rows):
+        fail("--resume: the data set gives other rows than when the run began; start again with --overwrite")
     for row, values in zip(rows, ref_logps.split([len(row.responses) for row in rows])):
         row.extra["ref_logps"] = values
 
@@ -565,19 +573,19 @@ def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: 
     """Prints the policy's likeliest answers to a few prompts. All ranks take part, since the weights may be spread over
     them."""
     policy.eval()
+    policy.set_attn_implementation("eager")  # the model's own attention, which knows caches
     stops = stop_tokens(tokenizer)
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", 2**20)
     for row in rows[:count]:
         ids = torch.tensor([row.prompt], device=next(policy.parameters()).device)
         room = max(1, min(max_new_tokens, positions - len(row.prompt)))
         options = dict(do_sample=False, max_new_tokens=room, eos_token_id=stops, pad_token_id=stops[0])
-        answer = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[
-            0, len(row.prompt) :
-        ].tolist()
+        output = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0]
+        answer = output[len(row.prompt) :].tolist()
         ending = "" if answer[-1] in stops else " (cut off)"
         if RANK == 0:
-            prompt, answer = tokenizer.decode(row.prompt)[-200:], tokenizer.decode(answer)[:300]
-            tqdm.write(f"  {prompt!r}\n    -> {answer!r}{ending}")
+            tqdm.write(f"  {tokenizer.decode(row.prompt)[-200:]!r}\n    -> {tokenizer.decode(answer)[:300]!r}{ending}")
+    policy.set_attn_implementation("packed_rows" if policy.packs else "eager")
     policy.train()
 
 
@@ -690,13 +698,14 @@ def with_system(row: dict, messages: list) -> list:
 
 
 def as_pair(row: dict):
-    """(prompt, [chosen, rejected]) of any published layout: the prompt apart, inside both, or given twice; text or
-    messages."""
+    """(prompt, [chosen, rejected]) of any published layout: text or messages, the prompt apart or inside both (or, as
+    messages, both)."""
     prompt, chosen, rejected = as_prompt(row), row["chosen"], row["rejected"]
-    if isinstance(chosen, list) and not isinstance(prompt, list):  # a prompt in words is their first turn, or not there
+    if isinstance(chosen, list) and not isinstance(row.get("prompt"), list):  # a prompt in words is their first turn
         chosen, rejected = as_messages(chosen), as_messages(rejected)
-        if not chosen or not rejected or chosen[0]["role"] == "assistant":
+        if not chosen or not rejected or "assistant" in (chosen[0]["role"], rejected[0]["role"]):
             return as_messages(prompt or [], "user"), [chosen, rejected]
+        chosen, rejected = with_system(row, chosen), with_system(row, rejected)
         n = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
         # where they part at a user's turn, the answer before it belongs to both
         while n and chosen[n - 1]["role"] == "assistant":
@@ -704,8 +713,9 @@ def as_pair(row: dict):
         return chosen[:n], [chosen[n:], rejected[n:]]
     if prompt and isinstance(prompt, list):
         prompt, talks = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
-        is_given_twice = all(talk[: len(prompt)] == prompt and len(talk) > len(prompt) for talk in talks)
-        return prompt, [talk[len(prompt) :] for talk in talks] if is_given_twice else talks
+        own = as_messages(row["prompt"]) if isinstance(row.get("prompt"), list) else prompt
+        is_given_twice = all(talk[: len(own)] == own and len(talk) > len(own) for talk in talks)
+        return prompt, [talk[len(own) :] for talk in talks] if is_given_twice else talks
     if prompt:
         return prompt, [chosen, rejected]
     speaker = "\n\nAssistant:"  # HH-RLHF
@@ -807,8 +817,9 @@ def refuse_special(tokenizer, *values):
     """Drops a row that holds a special token in any of its texts: data must not be able to end a turn or to begin
     one."""
     text = json.dumps(values, ensure_ascii=False, default=str)
-    if any(token in text for token in special_tokens(tokenizer).values()):
-        raise Drop("special token in the text; write a conversation as messages")
+    for token in special_tokens(tokenizer).values():
+        if token in text:
+            raise Drop(f"special token {token} in the text; write a conversation as messages")
 
 
 def encode(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tuple:
@@ -840,7 +851,8 @@ def encode(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tup
     if not n:
         raise Drop("prompt and response share no token boundary")
     for reply, marks in zip(replies, trained):
-        if reply[0]["role"] == "assistant" and True in marks:  # tokens that only other responses share with the prompt
+        # n is before this response's own start if another one's first token has merged with the prompt's last
+        if reply[0]["role"] == "assistant" and True in marks:
             marks[n : marks.index(True)] = [True] * (marks.index(True) - n)
     return wholes[0][:n], [whole[n:] for whole in wholes], [marks[n:] for marks in trained]
 
@@ -939,7 +951,7 @@ def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_colum
             what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
             columns = ", ".join(data.column_names)
             hint = f"its columns are {columns}; see 'Reads' in --help"
-            fail(f"{option} {name}, row {number}: not in a known format ({what}); {hint}")
+            fail(f"{option} {name}, row {number} (from 0): not in a known format ({what}); {hint}")
     counts = ", ".join(f"{n} {note}" for note, n in notes.items() if n) or "none dropped, none cut"
     if not rows:
         columns = ", ".join(data.column_names)
@@ -971,12 +983,26 @@ def prepare_split(args, tokenizer, encode_row, by_prompt: bool = True, add_colum
     return [row for row, key in zip(rows, keys) if key not in held], held_out
 
 
-# ---- rows: a prompt and its K responses lie end to end, the prompt computed once, nothing padded
+# ---- rows: packed, a prompt and its K responses lie end to end, the prompt computed once, nothing padded
+#
+#      P1 R1a R1b P2 R2a R2b ...     R1b attends to P1 and itself; its positions start at len(P1)
 
 
-def count_tokens(row: Row, packs: bool = True) -> int:
-    """Tokens that a forward pass computes for a row: packed, its prompt counts once; padded, once for each response."""
-    return (1 if packs else len(row.responses)) * len(row.prompt) + sum(map(len, row.responses))
+def count_tokens(row: Row) -> int:
+    """Tokens of a row, its prompt counted once."""
+    return len(row.prompt) + sum(map(len, row.responses))
+
+
+def padded_width(row: Row) -> int:
+    """Tokens of the longest response with its prompt."""
+    return len(row.prompt) + max(map(len, row.responses))
+
+
+def forward_tokens(rows: list, packs: bool) -> int:
+    """Tokens that a forward pass computes for rows, packed or padded."""
+    if packs:
+        return sum(map(count_tokens, rows))
+    return sum(len(row.responses) for row in rows) * max(map(padded_width, rows))
 
 
 def segment_lengths(row: Row) -> tuple:
@@ -1052,8 +1078,6 @@ def rows_attention(
     """Attention over packed rows: a response sees its own prompt and itself. q [1, H, T, D]; k, v [1, G, T, D].
 
     softcap: of Gemma 2's scores; s_aux [H]: GPT-OSS's sinks, a score beside those of the keys."""
-    if rows is None:  # generation: not packed
-        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
     options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     is_plain = softcap is None and s_aux is None
@@ -1100,34 +1124,27 @@ def rows_attention(
     return torch.cat(out, 1).transpose(0, 1)[None], None  # [1, T, H, D]
 
 
-def rows_mask(*args, attention_mask=None, **kwargs):
-    """No mask for packed rows. Elsewhere the ordinary one, made whole, since it alone holds a sliding window."""
-    if attention_mask is None:
-        return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False})
-
-
 AttentionInterface.register("packed_rows", rows_attention)
-AttentionMaskInterface.register("packed_rows", rows_mask)
+AttentionMaskInterface.register("packed_rows", lambda *args, **kwargs: None)  # rows_attention makes its own
 
 
 def forwards(rows: list, args, model, device):
     """This rank's rows in forward passes of at most --tokens-per-forward tokens: yields (rows, weight, inputs, target),
     the last two from `pack` or `pad`.
 
-    All ranks make equally many, as FSDP needs; a rank that has run out repeats a row with weight 0."""
-    groups, total = [], math.inf
-    for row in sorted(rows[RANK::WORLD], key=segment_lengths):
-        cost = count_tokens(row, model.packs)
-        if total + cost > args.tokens_per_forward:
-            groups.append([])
-            total = 0
-        groups[-1].append(row)
-        total += cost
+    A longer row is a pass of its own. All ranks make equally many passes, as FSDP needs; one that has run out repeats
+    a row with weight 0."""
+    groups, layout, key = [], pack, segment_lengths
+    if not model.packs:
+        layout, key = pad, padded_width
+    for row in sorted(rows[RANK::WORLD], key=key):
+        if groups and forward_tokens([*groups[-1], row], model.packs) <= args.tokens_per_forward:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
     most = len(groups)
     if WORLD > 1:
         most = int(over_ranks(torch.tensor(most, device=device), dist.ReduceOp.MAX))
-    layout = pack if model.packs else pad
     for i in range(most):
         group, weight = (groups[i], 1.0) if i < len(groups) else (rows[:1], 0.0)
         yield group, weight, *layout(group, device)
@@ -1482,16 +1499,17 @@ def open_run(args, *inputs) -> tuple:
         if any(out.resolve() in (file.resolve(), *file.resolve().parents) for file in files):
             error = f"--output-dir {out}: holds what the run reads; choose another"
         elif before:
-            old = before["signature"]
+            old = before.get("signature", {})
             names = sorted(name for name in {*old, *signature} if old.get(name) != signature.get(name))
             changed = "; ".join(f"{name} was {old.get(name)!r} and is {signature.get(name)!r}" for name in names)
             if changed:
-                error = f"--resume: {out} holds another run ({changed[:500]}); choose another directory, or --overwrite"
-            date = datetime.fromisoformat(before["date"])
+                error = f"--resume: {out} holds another run ({changed[:500]}); choose another --output-dir"
+            date = datetime.fromisoformat(before.get("date", date.isoformat()))
             last = str(max(checkpoints, key=lambda d: int(d.name[11:]))) if checkpoints else None
             last = "finished" if before["finished"] else last
         elif is_used and not args.overwrite:
-            error = f"--output-dir {out}: is not empty; choose another, --resume what stands there, or --overwrite it"
+            what = "is not empty, and holds no args.json to resume from" if args.resume else "is not empty"
+            error = f"--output-dir {out}: {what}; choose another, --resume a run that stands there, or --overwrite it"
     if WORLD > 1:
         shared = [error, last, signature, date]
         dist.broadcast_object_list(shared)
@@ -1742,4 +1760,7 @@ def draw_curves(path: Path, lines: list, names: list):
 
 
 if __name__ == "__main__":
-    main(args)
+    try:
+        main(args)
+    except torch.OutOfMemoryError as e:
+        fail(f"out of memory; lower --tokens-per-forward, or set --gradient-checkpointing ({str(e)[:150]})")

@@ -103,7 +103,7 @@ class Args:
     eval_every: int = 0
     """optimiser steps between evaluations (0: at the end only)"""
     save_every: int = 0
-    """optimiser steps between resumable checkpoints, checkpoint-N/ (0: none)"""
+    """optimiser steps between resumable checkpoints, checkpoint-N/, all of which are kept (0: none)"""
     resume: bool = False
     """continue from the last checkpoint in --output-dir; a finished run is left as it is"""
     overwrite: bool = False
@@ -114,6 +114,7 @@ class Args:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
+    # until training begins, Ctrl-C just ends the program
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\ninterrupted before training"))
 
 import contextlib
@@ -154,8 +155,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
 # ------------------------------------------------------------------------------------------------------ the method
 
@@ -202,7 +202,7 @@ def main(args: Args):
     else:
         clear_run(args, out, signature)
         state = dict(step=0, num_tokens=0, seconds=0.0)
-    started -= state["seconds"]
+    started -= state["seconds"]  # of all parts of a resumed run
     announce(policy, args, f"{steps} steps of {args.batch_size} rows", device, dtype)
 
     # 3. for each batch of demonstrations
@@ -348,6 +348,7 @@ def new_model(args, tokenizer):
 
 
 # ============================== every block below stands word for word in all scripts that have it ================
+# A parameter that this script never passes serves another one.
 # ---- log-probabilities: of the answers' tokens, without the logits of a whole batch in memory
 
 
@@ -434,19 +435,19 @@ def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: 
     """Prints the policy's likeliest answers to a few prompts. All ranks take part, since the weights may be spread over
     them."""
     policy.eval()
+    policy.set_attn_implementation("eager")  # the model's own attention, which knows caches
     stops = stop_tokens(tokenizer)
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", 2**20)
     for row in rows[:count]:
         ids = torch.tensor([row.prompt], device=next(policy.parameters()).device)
         room = max(1, min(max_new_tokens, positions - len(row.prompt)))
         options = dict(do_sample=False, max_new_tokens=room, eos_token_id=stops, pad_token_id=stops[0])
-        answer = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[
-            0, len(row.prompt) :
-        ].tolist()
+        output = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0]
+        answer = output[len(row.prompt) :].tolist()
         ending = "" if answer[-1] in stops else " (cut off)"
         if RANK == 0:
-            prompt, answer = tokenizer.decode(row.prompt)[-200:], tokenizer.decode(answer)[:300]
-            tqdm.write(f"  {prompt!r}\n    -> {answer!r}{ending}")
+            tqdm.write(f"  {tokenizer.decode(row.prompt)[-200:]!r}\n    -> {tokenizer.decode(answer)[:300]!r}{ending}")
+    policy.set_attn_implementation("packed_rows" if policy.packs else "eager")
     policy.train()
 
 
@@ -559,13 +560,14 @@ def with_system(row: dict, messages: list) -> list:
 
 
 def as_pair(row: dict):
-    """(prompt, [chosen, rejected]) of any published layout: the prompt apart, inside both, or given twice; text or
-    messages."""
+    """(prompt, [chosen, rejected]) of any published layout: text or messages, the prompt apart or inside both (or, as
+    messages, both)."""
     prompt, chosen, rejected = as_prompt(row), row["chosen"], row["rejected"]
-    if isinstance(chosen, list) and not isinstance(prompt, list):  # a prompt in words is their first turn, or not there
+    if isinstance(chosen, list) and not isinstance(row.get("prompt"), list):  # a prompt in words is their first turn
         chosen, rejected = as_messages(chosen), as_messages(rejected)
-        if not chosen or not rejected or chosen[0]["role"] == "assistant":
+        if not chosen or not rejected or "assistant" in (chosen[0]["role"], rejected[0]["role"]):
             return as_messages(prompt or [], "user"), [chosen, rejected]
+        chosen, rejected = with_system(row, chosen), with_system(row, rejected)
         n = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
         # where they part at a user's turn, the answer before it belongs to both
         while n and chosen[n - 1]["role"] == "assistant":
@@ -573,8 +575,9 @@ def as_pair(row: dict):
         return chosen[:n], [chosen[n:], rejected[n:]]
     if prompt and isinstance(prompt, list):
         prompt, talks = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
-        is_given_twice = all(talk[: len(prompt)] == prompt and len(talk) > len(prompt) for talk in talks)
-        return prompt, [talk[len(prompt) :] for talk in talks] if is_given_twice else talks
+        own = as_messages(row["prompt"]) if isinstance(row.get("prompt"), list) else prompt
+        is_given_twice = all(talk[: len(own)] == own and len(talk) > len(own) for talk in talks)
+        return prompt, [talk[len(own) :] for talk in talks] if is_given_twice else talks
     if prompt:
         return prompt, [chosen, rejected]
     speaker = "\n\nAssistant:"  # HH-RLHF
@@ -676,8 +679,9 @@ def refuse_special(tokenizer, *values):
     """Drops a row that holds a special token in any of its texts: data must not be able to end a turn or to begin
     one."""
     text = json.dumps(values, ensure_ascii=False, default=str)
-    if any(token in text for token in special_tokens(tokenizer).values()):
-        raise Drop("special token in the text; write a conversation as messages")
+    for token in special_tokens(tokenizer).values():
+        if token in text:
+            raise Drop(f"special token {token} in the text; write a conversation as messages")
 
 
 def encode(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tuple:
@@ -709,7 +713,8 @@ def encode(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tup
     if not n:
         raise Drop("prompt and response share no token boundary")
     for reply, marks in zip(replies, trained):
-        if reply[0]["role"] == "assistant" and True in marks:  # tokens that only other responses share with the prompt
+        # n is before this response's own start if another one's first token has merged with the prompt's last
+        if reply[0]["role"] == "assistant" and True in marks:
             marks[n : marks.index(True)] = [True] * (marks.index(True) - n)
     return wholes[0][:n], [whole[n:] for whole in wholes], [marks[n:] for marks in trained]
 
@@ -808,7 +813,7 @@ def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_colum
             what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
             columns = ", ".join(data.column_names)
             hint = f"its columns are {columns}; see 'Reads' in --help"
-            fail(f"{option} {name}, row {number}: not in a known format ({what}); {hint}")
+            fail(f"{option} {name}, row {number} (from 0): not in a known format ({what}); {hint}")
     counts = ", ".join(f"{n} {note}" for note, n in notes.items() if n) or "none dropped, none cut"
     if not rows:
         columns = ", ".join(data.column_names)
@@ -840,12 +845,26 @@ def prepare_split(args, tokenizer, encode_row, by_prompt: bool = True, add_colum
     return [row for row, key in zip(rows, keys) if key not in held], held_out
 
 
-# ---- rows: a prompt and its K responses lie end to end, the prompt computed once, nothing padded
+# ---- rows: packed, a prompt and its K responses lie end to end, the prompt computed once, nothing padded
+#
+#      P1 R1a R1b P2 R2a R2b ...     R1b attends to P1 and itself; its positions start at len(P1)
 
 
-def count_tokens(row: Row, packs: bool = True) -> int:
-    """Tokens that a forward pass computes for a row: packed, its prompt counts once; padded, once for each response."""
-    return (1 if packs else len(row.responses)) * len(row.prompt) + sum(map(len, row.responses))
+def count_tokens(row: Row) -> int:
+    """Tokens of a row, its prompt counted once."""
+    return len(row.prompt) + sum(map(len, row.responses))
+
+
+def padded_width(row: Row) -> int:
+    """Tokens of the longest response with its prompt."""
+    return len(row.prompt) + max(map(len, row.responses))
+
+
+def forward_tokens(rows: list, packs: bool) -> int:
+    """Tokens that a forward pass computes for rows, packed or padded."""
+    if packs:
+        return sum(map(count_tokens, rows))
+    return sum(len(row.responses) for row in rows) * max(map(padded_width, rows))
 
 
 def segment_lengths(row: Row) -> tuple:
@@ -921,8 +940,6 @@ def rows_attention(
     """Attention over packed rows: a response sees its own prompt and itself. q [1, H, T, D]; k, v [1, G, T, D].
 
     softcap: of Gemma 2's scores; s_aux [H]: GPT-OSS's sinks, a score beside those of the keys."""
-    if rows is None:  # generation: not packed
-        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
     options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     is_plain = softcap is None and s_aux is None
@@ -969,34 +986,27 @@ def rows_attention(
     return torch.cat(out, 1).transpose(0, 1)[None], None  # [1, T, H, D]
 
 
-def rows_mask(*args, attention_mask=None, **kwargs):
-    """No mask for packed rows. Elsewhere the ordinary one, made whole, since it alone holds a sliding window."""
-    if attention_mask is None:
-        return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False})
-
-
 AttentionInterface.register("packed_rows", rows_attention)
-AttentionMaskInterface.register("packed_rows", rows_mask)
+AttentionMaskInterface.register("packed_rows", lambda *args, **kwargs: None)  # rows_attention makes its own
 
 
 def forwards(rows: list, args, model, device):
     """This rank's rows in forward passes of at most --tokens-per-forward tokens: yields (rows, weight, inputs, target),
     the last two from `pack` or `pad`.
 
-    All ranks make equally many, as FSDP needs; a rank that has run out repeats a row with weight 0."""
-    groups, total = [], math.inf
-    for row in sorted(rows[RANK::WORLD], key=segment_lengths):
-        cost = count_tokens(row, model.packs)
-        if total + cost > args.tokens_per_forward:
-            groups.append([])
-            total = 0
-        groups[-1].append(row)
-        total += cost
+    A longer row is a pass of its own. All ranks make equally many passes, as FSDP needs; one that has run out repeats
+    a row with weight 0."""
+    groups, layout, key = [], pack, segment_lengths
+    if not model.packs:
+        layout, key = pad, padded_width
+    for row in sorted(rows[RANK::WORLD], key=key):
+        if groups and forward_tokens([*groups[-1], row], model.packs) <= args.tokens_per_forward:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
     most = len(groups)
     if WORLD > 1:
         most = int(over_ranks(torch.tensor(most, device=device), dist.ReduceOp.MAX))
-    layout = pack if model.packs else pad
     for i in range(most):
         group, weight = (groups[i], 1.0) if i < len(groups) else (rows[:1], 0.0)
         yield group, weight, *layout(group, device)
@@ -1351,16 +1361,17 @@ def open_run(args, *inputs) -> tuple:
         if any(out.resolve() in (file.resolve(), *file.resolve().parents) for file in files):
             error = f"--output-dir {out}: holds what the run reads; choose another"
         elif before:
-            old = before["signature"]
+            old = before.get("signature", {})
             names = sorted(name for name in {*old, *signature} if old.get(name) != signature.get(name))
             changed = "; ".join(f"{name} was {old.get(name)!r} and is {signature.get(name)!r}" for name in names)
             if changed:
-                error = f"--resume: {out} holds another run ({changed[:500]}); choose another directory, or --overwrite"
-            date = datetime.fromisoformat(before["date"])
+                error = f"--resume: {out} holds another run ({changed[:500]}); choose another --output-dir"
+            date = datetime.fromisoformat(before.get("date", date.isoformat()))
             last = str(max(checkpoints, key=lambda d: int(d.name[11:]))) if checkpoints else None
             last = "finished" if before["finished"] else last
         elif is_used and not args.overwrite:
-            error = f"--output-dir {out}: is not empty; choose another, --resume what stands there, or --overwrite it"
+            what = "is not empty, and holds no args.json to resume from" if args.resume else "is not empty"
+            error = f"--output-dir {out}: {what}; choose another, --resume a run that stands there, or --overwrite it"
     if WORLD > 1:
         shared = [error, last, signature, date]
         dist.broadcast_object_list(shared)
@@ -1611,4 +1622,7 @@ def draw_curves(path: Path, lines: list, names: list):
 
 
 if __name__ == "__main__":
-    main(args)
+    try:
+        main(args)
+    except torch.OutOfMemoryError as e:
+        fail(f"out of memory; lower --tokens-per-forward, or set --gradient-checkpointing ({str(e)[:150]})")

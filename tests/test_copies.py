@@ -18,8 +18,8 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 FIRST_DRAFT = {"gridworld.py", "grpo.py", "ppo.py", "rlaif.py"}  # have no blocks; see test_first_draft.py
 ORDER = "preferences reference scores log-probabilities data rows models runs".split()
-RULER = f"\n# {'=' * 35} below this line, every block stands word for word in all scripts that have it ====\n"
-END = '\n\n\nif __name__ == "__main__":\n    main(args)\n'
+RULER = f"\n# {'=' * 30} every block below stands word for word in all scripts that have it {'=' * 16}\n"
+CALL = '\n\n\nif __name__ == "__main__":\n'  # the call of main, with what catches its errors, counts as the last block
 
 
 def scripts(folder: Path) -> list:
@@ -32,20 +32,21 @@ def split(script: Path) -> tuple:
     above, ruler, below = text.partition(RULER)
     if not ruler or "\n# ====" in above + below:
         raise ValueError(f"{script.name}: needs one ruler line, the same as in the other scripts")
-    if not below.endswith(END):
+    below, call, body = below.rpartition(CALL)
+    if not re.fullmatch(r"(?=(?s:.*) main\(args\)\n)(    .*\n)+", body):
         raise ValueError(f"{script.name}: must end with the call of main, below two empty lines")
-    before, *blocks = re.split(r"(?m)^(?=# ---- )", below.removesuffix(END))
+    before, *blocks = re.split(r"(?m)^(?=# ---- )", below)
     names = [re.sub(r"# ---- ([\w-]+): \S.*", r"\1", block.split("\n")[0]) for block in blocks]
     if before or not blocks or names != [name for name in ORDER if name in names]:
         raise ValueError(
             f"{script.name}: has the blocks {', '.join(names)}; allowed, in this order: {', '.join(ORDER)}"
         )
-    return above + ruler, dict(zip(names, blocks))
+    return above + ruler, dict(zip(names, blocks)) | {"call of main": call + body}
 
 
 def drift(folder: Path) -> list:
     """One sentence for each block whose copies differ, and for each script that has another structure."""
-    copies, found = {name: {} for name in ORDER}, []  # name -> text -> the scripts that have it
+    copies, found = {name: {} for name in [*ORDER, "call of main"]}, []  # name -> text -> the scripts that have it
     for script in scripts(folder):
         try:
             for name, block in split(script)[1].items():
@@ -64,7 +65,7 @@ def sync(source: Path) -> list:
     for script, (above, blocks) in parts.items():
         theirs = {name: parts[source][1].get(name, block) for name, block in blocks.items()}
         if theirs != blocks:
-            script.write_bytes((above + "".join(theirs.values()) + END).encode("utf-8"))
+            script.write_bytes((above + "".join(theirs.values())).encode("utf-8"))
             changed += [f"{script.name}: {name}" for name in blocks if theirs[name] != blocks[name]]
     return changed
 
@@ -113,6 +114,7 @@ def test_main_stands_directly_below_the_method(script):
 # ------------------------------------------------------------------------------------------------- tests of this tool
 
 TOP = '"""A script."""\n\n\ndef main(args):\n    print(f(args))\n\n'
+END = f"{CALL}    main(args)\n"
 BLOCKS = {
     "data": "# ---- data: of a run\n\n\n# why\n@cache\ndef f(x):\n    return x  # as it is\n\n\n",
     "rows": "# ---- rows: of it\n\n\nROWS = []\n\n\n",
@@ -179,6 +181,8 @@ def test_a_drifted_block_is_found_and_mended(old, new, folder):
         (RULER, RULER + RULER[1:], "needs one ruler line"),
         (END, END + "x = 1\n", "must end with the call of main"),
         (END, END[1:], "must end with the call of main"),
+        (END, END.replace("main(args)", "run(args)"), "must end with the call of main"),
+        (END, END.replace("    main(args)", "main(args)"), "must end with the call of main"),
     ],
 )
 def test_another_structure_is_found_and_not_overwritten(old, new, complaint, folder):
@@ -190,6 +194,14 @@ def test_another_structure_is_found_and_not_overwritten(old, new, complaint, fol
         with pytest.raises(ValueError, match="b.py"):
             sync(folder / source)
     assert contents(folder) == before
+
+
+def test_the_call_of_main_is_a_block(folder):
+    other = f"{CALL}    try:\n        main(args)\n    except KeyboardInterrupt:\n        pass\n"
+    write(folder, "b.py", (folder / "b.py").read_text().replace(END, other))
+    assert drift(folder) == ["block call of main differs: a.py, c.py | b.py"]
+    assert sync(folder / "b.py") == ["a.py: call of main", "c.py: call of main"] and drift(folder) == []
+    assert (folder / "a.py").read_text().endswith(BLOCKS["runs"] + other)
 
 
 def test_the_command(folder):

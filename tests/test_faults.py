@@ -100,7 +100,7 @@ def outcome(script: str, capsys, begins: bool = False, **flags) -> tuple:
     return "finished", capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# -------------------------------------------------------------------------------------------------------------- numbers
 
 
 def numbers_of(args) -> list:
@@ -146,7 +146,7 @@ def test_a_number_at_the_end_of_its_range(script, name, kind, value, usual, tmp_
     outcome(script, capsys, begins=True, **flags, output_dir=str(tmp_path / "run"))
 
 
-# ----------------------------------------------------------------------------------------------------------- data sets
+# ------------------------------------------------------------------------------------------------------------ data sets
 
 
 def answers_in(row: dict) -> list:
@@ -221,37 +221,51 @@ BROKEN_ROWS = {  # one row, broken
         dict(prompt=row["prompt"], completions=["a", "b"], scores=[None, 1.0]) if "chosen" in row else row
     ),
 }
-HARMLESS = {  # what some scripts may use as it is, even in every row
-    "content is empty", "the user alone", "the assistant alone", "the system alone", "two users in a row", "zero bytes", "an unknown role", "a lone surrogate",
-    "a million characters", "scores that are no numbers", "a role that is a number", "a pair of equals", "no role",
-}  # fmt: skip
+HARMLESS = set(  # what some scripts may use as it is, even in every row
+    """
+    content is empty, the user alone, the assistant alone, the system alone, two users in a row, zero bytes, an unknown role,
+    a lone surrogate, a million characters, scores that are no numbers, a role that is a number, a pair of equals, no role
+    """.replace("\n    ", " ")
+    .strip()
+    .split(", ")
+)
 
 
-@pytest.mark.parametrize("how", BROKEN_ROWS)
-@every_script
+def is_changed(how: str, kind: str) -> bool:
+    """Whether a way to break rows does so with the rows that a script, or a task of that kind, reads."""
+    row = rows_for(kind)[3]
+    return BROKEN_ROWS[how](copy.deepcopy(row)) != row
+
+
+def broken_rows(readers: dict, *fast):
+    """Parametrises over (reader, how) for readers: name -> kind of rows. A million characters are slow, but for `fast`."""
+    cases = [(name, how) for name, kind in readers.items() for how in BROKEN_ROWS if is_changed(how, kind)]
+    mark = lambda name, how: slow if how == "a million characters" and name not in fast else ()
+    return [pytest.param(name, how, marks=mark(name, how)) for name, how in cases]
+
+
+SCRIPT_ROWS = {script: script for script in SCRIPTS}
+
+
+@pytest.mark.parametrize("script, how", broken_rows(SCRIPT_ROWS, "sft", "grpo"))
 def test_rows_that_are_all_broken(script, how, usual, tmp_path, capsys):
     """There is nothing to train on, and that is said."""
-    rows = [BROKEN_ROWS[how](copy.deepcopy(row)) for row in rows_for(script)]
-    if rows == rows_for(script):
-        pytest.skip("no such column here")
-    data = jsonl(tmp_path / "rows.jsonl", rows[:2] if how == "a million characters" else rows)  # two take long enough
+    rows = [BROKEN_ROWS[how](row) for row in rows_for(script)]
+    data = jsonl(tmp_path / "rows.jsonl", rows[:1] if how == "a million characters" else rows)  # one takes long enough
     what, said = outcome(script, capsys, **usual(script) | dict(dataset=data), output_dir=str(tmp_path / "run"))
     assert (what == "refused" and "--dataset" in said) or how in HARMLESS, said
 
 
 @slow
-@pytest.mark.parametrize("how", BROKEN_ROWS)
-@every_script
+@pytest.mark.parametrize("script, how", broken_rows(SCRIPT_ROWS))
 def test_a_broken_row_among_good_ones(script, how, usual, tmp_path, capsys):
     """It is dropped and counted, or the data set is refused, or it was usable after all."""
     rows = rows_for(script)
-    if BROKEN_ROWS[how](copy.deepcopy(rows[3])) == rows[3]:
-        pytest.skip("no such column here")
     rows[3] = BROKEN_ROWS[how](rows[3])
     data = jsonl(tmp_path / "rows.jsonl", rows)
     what, said = outcome(script, capsys, **usual(script) | dict(dataset=data), output_dir=str(tmp_path / "run"))
     assert "--dataset" in said
-    assert what == "refused" or "dropped" in said or how in HARMLESS, said
+    assert what == "refused" or "dropped: " in said or how in HARMLESS, said
 
 
 def gzip_cut(path: Path, text: str) -> str:
@@ -338,7 +352,7 @@ def test_good_rows_in_other_layouts(script, usual, tmp_path, capsys):
     assert logs[0] == logs[1] and len(logs[0][0]) >= 2
 
 
-# ------------------------------------------------------------------------------------------------------------ models that cannot serve
+# --------------------------------------------------------------------------------------------- models that cannot serve
 
 
 def without(name: str):
@@ -403,7 +417,10 @@ def own_code(folder):
     )
 
 
-ESCAPE = "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{% if c.__name__ == 'Popen' %}{{ c(['touch', 'CANARY']) }}{% endif %}{% endfor %}"
+ESCAPE = (
+    "{% for c in ''.__class__.__mro__[1].__subclasses__() %}"
+    "{% if c.__name__ == 'Popen' %}{{ c(['touch', 'CANARY']) }}{% endif %}{% endfor %}"
+)
 BROKEN_MODELS = {
     "no config": without("config.json"),
     "no weights": without("model.safetensors"),
@@ -447,7 +464,7 @@ def test_a_template_is_kept_in_its_sandbox(script, usual, tiny_model_dir, tmp_pa
     assert what == "refused" and "unsafe" in said and not (tmp_path / "canary").exists()  # jinja2's own word
 
 
-OPENED = []  # the files that this process opens, and the hosts that it looks up, while a test looks; an audit hook can never be taken off again
+OPENED = []  # files that this process opens and hosts that it looks up; an audit hook can never be taken off again
 
 
 def watch_files():
@@ -503,7 +520,7 @@ def test_ctrl_c_before_training_ends_in_one_line(script, usual, tmp_path, capfd)
     assert not (tmp_path / "run").exists()
 
 
-# --------------------------------------------------------------------------------------------- numbers at the edge of sense
+# ----------------------------------------------------------------------------------------- numbers at the edge of sense
 
 
 RULES = """
@@ -565,7 +582,7 @@ def test_a_reward_model_with_damaged_weights_is_refused(script, usual, tiny_mode
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @every_script
 def test_weights_that_overflow_end_before_their_step(script, dtype, usual, tiny_model_dir, tmp_path, capfd):
-    """Finite weights whose products are not: the run says so, or its numbers are finite; it never saves weights that are no numbers."""
+    """Finite weights whose products are not: the run says so, or its numbers are finite. It saves finite weights only."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"))
@@ -591,7 +608,7 @@ def test_weights_that_overflow_end_before_their_step(script, dtype, usual, tiny_
         assert all(w.isfinite().all() for w in weights_of(file.parent).values())
 
 
-# ---------------------------------------------------------------------------------------------------------- the tasks of rlaif.py
+# ------------------------------------------------------------------------------------------------ the tasks of rlaif.py
 
 TASKS = {  # name -> (class, flags, the kind of rows it reads)
     "label": ("LabelArgs", dict(min_mass=0.0), "dpo"),
@@ -666,10 +683,19 @@ def ending(tasks, task: str, capsys, **more) -> tuple:
     return "finished", "", capsys.readouterr().out
 
 
-FINE_FOR_JUDGES = {  # what is judged is stripped of special tokens, and label asks for no scores; where a file ends empty, that is said
-    "the end of a turn", "a role that ends a turn", "a name that ends a turn", "a tool that ends a turn", "a ranking without scores",
-    "a ranking of one", "a ranking of nothing",
-}  # fmt: skip
+TASK_ROWS = {task: TASKS[task][2] for task in READERS}
+STRIPPED = set(  # fine for judges, who see texts without special tokens, and for label, which asks for no scores
+    """
+    the end of a turn, a role that ends a turn, a name that ends a turn, a tool that ends a turn, a ranking without scores,
+    a ranking of one, a ranking of nothing
+    """.replace("\n    ", " ")
+    .strip()
+    .split(", ")
+)
+
+
+def is_fine(task: str, how: str) -> bool:
+    return how in HARMLESS or TASK_ROWS[task] == "dpo" and how in STRIPPED
 
 
 TASK_NUMBERS = [
@@ -687,40 +713,23 @@ def test_a_task_with_a_number_below_or_beside_its_range(task, name, kind, tasks,
         assert what == "refused" and f"--{name.replace('_', '-')}" in said or name == "seed", (what, said)
 
 
-@pytest.mark.parametrize("how", BROKEN_ROWS)
-@pytest.mark.parametrize("task", READERS)
+@pytest.mark.parametrize("task, how", broken_rows(TASK_ROWS))
 def test_a_task_on_rows_that_are_all_broken(task, how, tasks, tmp_path, capsys):
-    kind, fine = TASKS[task][2], HARMLESS | (FINE_FOR_JUDGES if TASKS[task][2] == "dpo" else set())
-    rows = [BROKEN_ROWS[how](copy.deepcopy(row)) for row in rows_for(kind)]
-    if rows == rows_for(kind):
-        pytest.skip("no such column here")
-    data = jsonl(tmp_path / "rows.jsonl", rows[:2] if how == "a million characters" else rows)
+    rows = [BROKEN_ROWS[how](row) for row in rows_for(TASK_ROWS[task])]
+    data = jsonl(tmp_path / "rows.jsonl", rows[:1] if how == "a million characters" else rows)
     what, said, _ = ending(tasks, task, capsys, dataset=data, output_dir=str(tmp_path / "run"))
-    assert what == "refused" and "--dataset" in said or how in fine, said
+    assert what == "refused" and "--dataset" in said or is_fine(task, how), said
 
 
 @slow
-@pytest.mark.parametrize("how", BROKEN_ROWS)
-@pytest.mark.parametrize("task", READERS)
+@pytest.mark.parametrize("task, how", broken_rows(TASK_ROWS))
 def test_a_task_with_a_broken_row_among_good_ones(task, how, tasks, tmp_path, capsys):
-    rows = [row | dict(kind="k") for row in rows_for(TASKS[task][2])]
-    if BROKEN_ROWS[how](copy.deepcopy(rows[3])) == rows[3]:
-        pytest.skip("no such column here")
+    rows = [row | dict(kind="k") for row in rows_for(TASK_ROWS[task])]
     rows[3] = BROKEN_ROWS[how](rows[3])
-    what, said, printed = ending(
-        tasks, task, capsys, dataset=jsonl(tmp_path / "rows.jsonl", rows), output_dir=str(tmp_path / "run")
-    )
-    fine = HARMLESS | (FINE_FOR_JUDGES if TASKS[task][2] == "dpo" else set())
-    assert (
-        what == "refused"
-        and "--dataset" in said
-        or "dropped" in printed
-        and "none dropped" not in printed
-        or how in fine
-    ), (
-        said,
-        printed,
-    )
+    data = jsonl(tmp_path / "rows.jsonl", rows)
+    what, said, printed = ending(tasks, task, capsys, dataset=data, output_dir=str(tmp_path / "run"))
+    is_counted = "dropped" in printed and "none dropped" not in printed
+    assert what == "refused" and "--dataset" in said or is_counted or is_fine(task, how), (said, printed)
 
 
 @pytest.mark.parametrize("task, how", [crashes(task, how) for task in READERS for how in BROKEN_FILES])

@@ -55,7 +55,7 @@ def short_answers():
         yield
 
 
-# ------------------------------------------------------------------------------------------------------------- helpers
+# -------------------------------------------------------------------------------------------------------------- helpers
 
 
 def jsonl(path: Path, rows: list) -> str:
@@ -203,7 +203,7 @@ def killed_at_rename(script, args, number: int):
     script.main(args)
 
 
-# ---------------------------------------------------------------------------- chat templates, as published models have them
+# ------------------------------------------------------------------------ chat templates, as published models have them
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -425,7 +425,7 @@ def test_shared_prefix(a, b):
     assert a[:n] == b[:n] and (n == min(len(a), len(b)) or a[n] != b[n])
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 ROWS = [dict(text="one"), dict(text="two ü\u2028")]
 
@@ -554,7 +554,7 @@ def test_a_changed_data_set_has_another_fingerprint(save, tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
+# ----------------------------------------------------------------------------------------------------------------- rows
 
 token = st.integers(0, 99)
 ids = st.lists(token, min_size=1, max_size=6)
@@ -660,7 +660,7 @@ def split_of(rows: list, fraction: float, seed: int, by_prompt: bool) -> tuple:
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=40), st.floats(0, 0.99), st.integers(0, 5), st.booleans())
 def test_held_out_rows_are_not_trained_on(prompts, fraction, seed, by_prompt):
-    """A prompt is held out with all its rows, or a row for itself. Rows keep their order, and one is left to train on."""
+    """A prompt is held out with all its rows, or a row for itself. Rows keep their order, and one is left at least."""
     every = [Row([7, prompt], [[i]], [[True]], {}) for i, prompt in enumerate(prompts)]
     rows, held = split_of(every, fraction, seed, by_prompt)
     number = lambda row: row.responses[0][0]
@@ -686,7 +686,7 @@ def test_of_plain_text_rows_are_held_out(short_run, tmp_path):
     assert line["epoch"] == pytest.approx(1 / 6) and math.isfinite(line["eval_loss"])
 
 
-# --------------------------------------------------------------------------------------------------- optimiser steps
+# ------------------------------------------------------------------------------------------------------ optimiser steps
 
 
 def options(**flags) -> sft.Args:
@@ -776,7 +776,7 @@ def test_dropout_is_off_unless_asked(tiny_model_dir):
     assert on.training and off.training and not same(on) and same(off)
 
 
-# ------------------------------------------------------------------------------------------------- output directories
+# --------------------------------------------------------------------------------------------------- output directories
 
 
 def conversation(i: int) -> dict:
