@@ -32,11 +32,11 @@ args.json, metrics.jsonl and curves.png to --output-dir.
   python dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized              one GPU
   torchrun --nproc-per-node 8 dpo.py --model Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback_binarized  many GPUs
 
-Metric               at step 1      then            if not
-preference_loss      ln 2 = 0.693   falls           flat: raise --learning-rate; below 0.1 early: the pairs are too easy
-rewards/accuracies   0 (all tied)   0.6 to 0.8      0.5: the labels are noise, or --learning-rate is too low
-rewards/margins      0              rises           without bound: stop earlier, --label-smoothing, or --loss ipo
-logps/chosen         -              falls a little  DPO lowers both; if samples get worse, raise --beta or --nll-coef
+  Metric               at step 1      then            if not
+  preference_loss      ln 2 = 0.693   falls           flat: raise --learning-rate; below 0.1 early: pairs too easy
+  rewards/accuracies   0 (all tied)   0.6 to 0.8      0.5: the labels are noise, or --learning-rate is too low
+  rewards/margins      0              rises           without bound: stop earlier, --label-smoothing, or --loss ipo
+  logps/chosen         -              falls a little  DPO lowers both; if samples get worse, raise --beta or --nll-coef
 """
 
 import signal
@@ -682,11 +682,13 @@ def as_prompt(row: dict):
     """A row's prompt, text or messages: prompt, question, or instruction with its input; after the system text, if the
     row has one."""
     prompt = row.get("prompt")
-    if prompt is None and row.get("question"):
-        prompt = as_messages(row["question"], "user")
-    elif prompt is None and row.get("instruction"):
+    if prompt is None:
+        asked = row.get("question", row.get("instruction"))
         material = row.get("input") or row.get("context")
-        prompt = as_messages("\n\n".join(filter(None, [row["instruction"], material])), "user")
+        if asked == "":
+            raise Drop("empty prompt")
+        if asked is not None:
+            prompt = as_messages(f"{asked}\n\n{material}" if material else asked, "user")
     return with_system(row, as_messages(prompt, "user")) if prompt and row.get("system") else prompt
 
 
@@ -809,8 +811,12 @@ def template_options(row: dict) -> dict:
 
 
 def without_end(tokenizer, messages: list) -> list:
-    """Messages less the end-of-sequence token that their texts may end with already."""
-    return [message | dict(content=message["content"].removesuffix(tokenizer.eos_token)) for message in messages]
+    """Messages less the end-of-sequence token that the assistant's texts may end with already."""
+    eos, cut = tokenizer.eos_token, []
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        cut.append(message | dict(content=message["content"].removesuffix(eos)) if is_answer else message)
+    return cut
 
 
 def refuse_special(tokenizer, *values):

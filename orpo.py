@@ -32,12 +32,12 @@ args.json, metrics.jsonl and curves.png to --output-dir.
   python orpo.py --model Qwen/Qwen3-0.6B-Base --dataset trl-lib/ultrafeedback_binarized          one GPU
   torchrun --nproc-per-node 8 orpo.py --model Qwen/Qwen3-8B-Base --dataset trl-lib/ultrafeedback_binarized  many GPUs
 
-Metric               at step 1      then            if not
-nll_loss             of the base    falls           flat: raise --learning-rate
-rewards/accuracies   about 0.5      rises           flat: raise --odds-ratio-coef; 1.0: the pairs are too easy
-log_odds_chosen      about 0        rises           the log odds ratio; as for the accuracy
-logps/chosen         -              rises           falls: lambda is too large (token means; paper: both fall at 1.0)
-logps/rejected       -              rises less      as fast as logps/chosen: lambda is too small (paper: falls at 0.5)
+  Metric               at step 1      then            if not
+  nll_loss             of the base    falls           flat: raise --learning-rate
+  rewards/accuracies   about 0.5      rises           flat: raise --odds-ratio-coef; 1.0: the pairs are too easy
+  log_odds_chosen      about 0        rises           the log odds ratio; as for the accuracy
+  logps/chosen         -              rises           falls: lambda is too large (token means; paper: both fall at 1.0)
+  logps/rejected       -              rises less      as fast as logps/chosen: lambda is too small (paper: falls at 0.5)
 """
 
 import signal
@@ -533,11 +533,13 @@ def as_prompt(row: dict):
     """A row's prompt, text or messages: prompt, question, or instruction with its input; after the system text, if the
     row has one."""
     prompt = row.get("prompt")
-    if prompt is None and row.get("question"):
-        prompt = as_messages(row["question"], "user")
-    elif prompt is None and row.get("instruction"):
+    if prompt is None:
+        asked = row.get("question", row.get("instruction"))
         material = row.get("input") or row.get("context")
-        prompt = as_messages("\n\n".join(filter(None, [row["instruction"], material])), "user")
+        if asked == "":
+            raise Drop("empty prompt")
+        if asked is not None:
+            prompt = as_messages(f"{asked}\n\n{material}" if material else asked, "user")
     return with_system(row, as_messages(prompt, "user")) if prompt and row.get("system") else prompt
 
 
@@ -660,8 +662,12 @@ def template_options(row: dict) -> dict:
 
 
 def without_end(tokenizer, messages: list) -> list:
-    """Messages less the end-of-sequence token that their texts may end with already."""
-    return [message | dict(content=message["content"].removesuffix(tokenizer.eos_token)) for message in messages]
+    """Messages less the end-of-sequence token that the assistant's texts may end with already."""
+    eos, cut = tokenizer.eos_token, []
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        cut.append(message | dict(content=message["content"].removesuffix(eos)) if is_answer else message)
+    return cut
 
 
 def refuse_special(tokenizer, *values):

@@ -33,11 +33,11 @@ AutoModelForSequenceClassification, args.json, metrics.jsonl, curves.png and rep
   python reward_model.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized              one GPU
   torchrun --nproc-per-node 8 reward_model.py --model Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback_binarized  many GPUs
 
-Metric          at step 1         then            if not
-loss            ln 2; PL: ln K!   0.4 to 0.65     flat: the labels are noise; below 0.3: the pairs are too easy
-accuracy        0 (all tied)      0.6 to 0.75     0.5: is `chosen` the better column? 1.0: a leak
-mean_reward     0                 drifts freely   far from 0 is harmless; --score-l2 and --barrier hold it
-max_reward      0                 grows           beyond 10: overconfident; fewer --epochs (InstructGPT: 1)
+  Metric          at step 1         then            if not
+  loss            ln 2; PL: ln K!   0.4 to 0.65     flat: the labels are noise; below 0.3: the pairs are too easy
+  accuracy        0 (all tied)      0.6 to 0.75     0.5: is `chosen` the better column? 1.0: a leak
+  mean_reward     0                 drifts freely   far from 0 is harmless; --score-l2 and --barrier hold it
+  max_reward      0                 grows           beyond 10: overconfident; fewer --epochs (InstructGPT: 1)
 """
 
 import signal
@@ -661,11 +661,13 @@ def as_prompt(row: dict):
     """A row's prompt, text or messages: prompt, question, or instruction with its input; after the system text, if the
     row has one."""
     prompt = row.get("prompt")
-    if prompt is None and row.get("question"):
-        prompt = as_messages(row["question"], "user")
-    elif prompt is None and row.get("instruction"):
+    if prompt is None:
+        asked = row.get("question", row.get("instruction"))
         material = row.get("input") or row.get("context")
-        prompt = as_messages("\n\n".join(filter(None, [row["instruction"], material])), "user")
+        if asked == "":
+            raise Drop("empty prompt")
+        if asked is not None:
+            prompt = as_messages(f"{asked}\n\n{material}" if material else asked, "user")
     return with_system(row, as_messages(prompt, "user")) if prompt and row.get("system") else prompt
 
 
@@ -788,8 +790,12 @@ def template_options(row: dict) -> dict:
 
 
 def without_end(tokenizer, messages: list) -> list:
-    """Messages less the end-of-sequence token that their texts may end with already."""
-    return [message | dict(content=message["content"].removesuffix(tokenizer.eos_token)) for message in messages]
+    """Messages less the end-of-sequence token that the assistant's texts may end with already."""
+    eos, cut = tokenizer.eos_token, []
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        cut.append(message | dict(content=message["content"].removesuffix(eos)) if is_answer else message)
+    return cut
 
 
 def refuse_special(tokenizer, *values):

@@ -36,12 +36,12 @@ args.json, metrics.jsonl and curves.png to --output-dir.
   python rpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --reward-model runs/rm       one GPU
   torchrun --nproc-per-node 8 rpo.py --model Qwen/Qwen3-8B --dataset NAME --reward-model runs/rm               many GPUs
 
-Metric               at step 1      then            if not
-preference_loss      D[0 || eta g]  falls           flat: raise --learning-rate; large: eta g is large, see target_gap
-target_gap           eta g          -               beyond 5 or so only its sign counts, as in DPO: lower --eta
-gap_error            |eta g|        falls           of |beta h - eta g|; flat while the loss falls: a few gaps dominate
-rewards/accuracies   0 (all tied)   0.6 to 0.9      0.5: the rewards are noise (ties count as wrong)
-logps/chosen         -              falls a little  if samples get worse, raise --beta or --nll-coef
+  Metric               at step 1      then            if not
+  preference_loss      D[0 || eta g]  falls           flat: raise --learning-rate; large: eta g is large, see target_gap
+  target_gap           eta g          -               beyond 5 or so only its sign counts, as in DPO: lower --eta
+  gap_error            |eta g|        falls           flat while the loss falls: a few large gaps dominate
+  rewards/accuracies   0 (all tied)   0.6 to 0.9      0.5: the rewards are noise (ties count as wrong)
+  logps/chosen         -              falls a little  if samples get worse, raise --beta or --nll-coef
 """
 
 import signal
@@ -664,11 +664,13 @@ def as_prompt(row: dict):
     """A row's prompt, text or messages: prompt, question, or instruction with its input; after the system text, if the
     row has one."""
     prompt = row.get("prompt")
-    if prompt is None and row.get("question"):
-        prompt = as_messages(row["question"], "user")
-    elif prompt is None and row.get("instruction"):
+    if prompt is None:
+        asked = row.get("question", row.get("instruction"))
         material = row.get("input") or row.get("context")
-        prompt = as_messages("\n\n".join(filter(None, [row["instruction"], material])), "user")
+        if asked == "":
+            raise Drop("empty prompt")
+        if asked is not None:
+            prompt = as_messages(f"{asked}\n\n{material}" if material else asked, "user")
     return with_system(row, as_messages(prompt, "user")) if prompt and row.get("system") else prompt
 
 
@@ -791,8 +793,12 @@ def template_options(row: dict) -> dict:
 
 
 def without_end(tokenizer, messages: list) -> list:
-    """Messages less the end-of-sequence token that their texts may end with already."""
-    return [message | dict(content=message["content"].removesuffix(tokenizer.eos_token)) for message in messages]
+    """Messages less the end-of-sequence token that the assistant's texts may end with already."""
+    eos, cut = tokenizer.eos_token, []
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        cut.append(message | dict(content=message["content"].removesuffix(eos)) if is_answer else message)
+    return cut
 
 
 def refuse_special(tokenizer, *values):

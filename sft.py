@@ -29,12 +29,12 @@ output or response; text. Writes a Hugging Face directory, args.json, metrics.js
   python sft.py --model Qwen/Qwen3-0.6B-Base --dataset trl-lib/Capybara                                        one GPU
   torchrun --nproc-per-node 8 sft.py --model Qwen/Qwen3-8B-Base --dataset trl-lib/Capybara                     many GPUs
 
-Metric               at step 1                   then           if not
-loss                 1 to 3; from scratch ln V   falls          rises: lower --learning-rate; flat, or 0 at once: see
-                                                                what the printed example trains
-mean_token_accuracy  0.4 to 0.6; scratch 1/V     rises          -
-entropy              1 to 2; from scratch ln V   falls          near 0: memorised; fewer --epochs
-grad_norm            0.5 to 10                   falls, steady  spikes: lower --learning-rate or raise --warmup-ratio
+  Metric               at step 1                   then           if not
+  loss                 1 to 3; from scratch ln V   falls          rises: lower --learning-rate; flat, or 0 at once:
+                                                                  see what the printed example trains
+  mean_token_accuracy  0.4 to 0.6; scratch 1/V     rises          -
+  entropy              1 to 2; from scratch ln V   falls          near 0: memorised; fewer --epochs
+  grad_norm            0.5 to 10                   falls, steady  spikes: lower --learning-rate or raise --warmup-ratio
 """
 
 import signal
@@ -266,8 +266,8 @@ def demonstration_rows(tokenizer, max_length: int, train_all: bool, row: dict, n
     )
     for column in ("completion", "answer", "output", "response"):
         answer = row.get(column) if answer is None else answer
-    if talk or isinstance(prompt, list):
-        before = [] if talk else as_messages(prompt)
+    if talk or isinstance(prompt, list) or isinstance(answer, list):
+        before = [] if talk else as_messages(prompt or [], "user")
         after = with_system(row, as_messages(talk)) if talk else as_messages(answer)
         messages = without_end(tokenizer, before + after)
         refuse_special(tokenizer, messages, options)
@@ -305,7 +305,18 @@ def new_tokenizer(args):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     data = load_rows("--dataset", args.dataset, "train")
-    columns = [c for c in ("text", "messages", "conversations", "prompt", "completion") if c in data.column_names]
+    columns = {
+        "text",
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "question",
+        "instruction",
+        "input",
+        "context",
+    }
+    columns = [c for c in data.column_names if c in columns | {"answer", "output", "response", "system"}]
     with user_input(f"--dataset {args.dataset}: no text can be read from its columns {', '.join(data.column_names)}"):
         texts = ["\n".join(m["content"] for c in columns if row[c] for m in as_messages(row[c])) for row in data]
     bpe = Tokenizer(models.BPE())
@@ -544,11 +555,13 @@ def as_prompt(row: dict):
     """A row's prompt, text or messages: prompt, question, or instruction with its input; after the system text, if the
     row has one."""
     prompt = row.get("prompt")
-    if prompt is None and row.get("question"):
-        prompt = as_messages(row["question"], "user")
-    elif prompt is None and row.get("instruction"):
+    if prompt is None:
+        asked = row.get("question", row.get("instruction"))
         material = row.get("input") or row.get("context")
-        prompt = as_messages("\n\n".join(filter(None, [row["instruction"], material])), "user")
+        if asked == "":
+            raise Drop("empty prompt")
+        if asked is not None:
+            prompt = as_messages(f"{asked}\n\n{material}" if material else asked, "user")
     return with_system(row, as_messages(prompt, "user")) if prompt and row.get("system") else prompt
 
 
@@ -671,8 +684,12 @@ def template_options(row: dict) -> dict:
 
 
 def without_end(tokenizer, messages: list) -> list:
-    """Messages less the end-of-sequence token that their texts may end with already."""
-    return [message | dict(content=message["content"].removesuffix(tokenizer.eos_token)) for message in messages]
+    """Messages less the end-of-sequence token that the assistant's texts may end with already."""
+    eos, cut = tokenizer.eos_token, []
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        cut.append(message | dict(content=message["content"].removesuffix(eos)) if is_answer else message)
+    return cut
 
 
 def refuse_special(tokenizer, *values):

@@ -574,7 +574,7 @@ def sft_vs_rlhf_numbers(runs: Runs) -> dict:
     small, found, folder = runs.tiny, {}, runs.folder
     paths = dict(sft="sft", ppo="ppo", dpo="dpo", chosen="sft-vs-rlhf/chosen")
     policies = {name: world.load_policy(str(folder / path)) for name, path in paths.items()}
-    for model, tokenizer in policies.values():
+    for model, _ in policies.values():
         model.cpu()
     model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model", dtype=torch.float32).eval()
 

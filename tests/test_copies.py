@@ -4,7 +4,7 @@
 
 A script has the method, `main`, its own helpers, the ruler line, blocks, and the call of `main`. A block reaches from
 its marker line, `# ---- NAME: ...`, to the next one. Blocks stand in a fixed order. A script has each block whole or
-not at all.
+not at all. The ruler line, with comments below it, and the call of `main` are compared and carried as blocks too.
 """
 
 import re
@@ -18,8 +18,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 FIRST_DRAFT = {"gridworld.py", "grpo.py", "ppo.py", "rlaif.py"}  # have no blocks; see test_first_draft.py
 ORDER = "preferences reference scores log-probabilities data rows models runs".split()
-RULER = f"\n# {'=' * 30} every block below stands word for word in all scripts that have it {'=' * 16}\n"
-CALL = '\n\n\nif __name__ == "__main__":\n'  # the call of main, with what catches its errors, counts as the last block
+CALL = '\n\n\nif __name__ == "__main__":\n'
 
 
 def scripts(folder: Path) -> list:
@@ -27,35 +26,36 @@ def scripts(folder: Path) -> list:
 
 
 def split(script: Path) -> tuple:
-    """A script's text down to the ruler line, and the blocks below it, {name: text}. ValueError: another structure."""
+    """A script's text above the ruler line, and the blocks from there on, {name: text}. ValueError: other structure."""
     text = script.read_bytes().decode("utf-8")  # read_text would change line endings
-    above, ruler, below = text.partition(RULER)
-    if not ruler or "\n# ====" in above + below:
-        raise ValueError(f"{script.name}: needs one ruler line, the same as in the other scripts")
-    below, call, body = below.rpartition(CALL)
-    if not re.fullmatch(r"(?=(?s:.*) main\(args\)\n)(    .*\n)+", body):
+    above, *below = re.split(r"(?m)^(?=# ====)", text)
+    if len(below) != 1:
+        raise ValueError(f"{script.name}: needs one ruler line, # ====")
+    below, call, body = below[0].rpartition(CALL)
+    if not re.fullmatch(r"(    .*\n)+", body) or " main(args)\n" not in body:
         raise ValueError(f"{script.name}: must end with the call of main, below two empty lines")
-    before, *blocks = re.split(r"(?m)^(?=# ---- )", below)
+    ruler, *blocks = re.split(r"(?m)^(?=# ---- )", below)
     names = [re.sub(r"# ---- ([\w-]+): \S.*", r"\1", block.split("\n")[0]) for block in blocks]
-    if before or not blocks or names != [name for name in ORDER if name in names]:
-        raise ValueError(
-            f"{script.name}: has the blocks {', '.join(names)}; allowed, in this order: {', '.join(ORDER)}"
-        )
-    return above + ruler, dict(zip(names, blocks)) | {"call of main": call + body}
+    if not blocks or names != [name for name in ORDER if name in names]:
+        found, order = ", ".join(names), ", ".join(ORDER)
+        raise ValueError(f"{script.name}: has the blocks {found}; allowed, in this order: {order}")
+    if not re.fullmatch(r"(# .*\n)+", ruler):
+        raise ValueError(f"{script.name}: has something else than comments between the ruler line and the first block")
+    return above, {"ruler": ruler, **dict(zip(names, blocks)), "call of main": call + body}
 
 
 def drift(folder: Path) -> list:
     """One sentence for each block whose copies differ, and for each script that has another structure."""
-    copies, found = {name: {} for name in [*ORDER, "call of main"]}, []  # name -> text -> the scripts that have it
+    copies, found = {}, []  # copies: name -> text -> the scripts that have it
     for script in scripts(folder):
         try:
             for name, block in split(script)[1].items():
-                copies[name].setdefault(block, []).append(script.name)
+                copies.setdefault(name, {}).setdefault(block, []).append(script.name)
         except ValueError as error:
             found.append(str(error))
     for name, versions in copies.items():
         if len(versions) > 1:
-            found.append(f"block {name} differs: {' | '.join(map(', '.join, versions.values()))}")
+            found.append(f"{name} differs: {' | '.join(map(', '.join, versions.values()))}")
     return found
 
 
@@ -74,10 +74,8 @@ def command(argv: list) -> int:
     """Exit code 0: all copies are equal; 1: they are not, or a script has another structure; 2: a wrong command."""
     names = [script.name for script in scripts(REPO)]
     if argv and not (len(argv) == 2 and argv[0] == "--sync" and Path(argv[1]).name in names):
-        print(
-            f"usage: python tests/test_copies.py [--sync FILE], where FILE is one of {', '.join(names)}",
-            file=sys.stderr,
-        )
+        usage = "usage: python tests/test_copies.py [--sync FILE], where FILE is one of"
+        print(usage, ", ".join(names), file=sys.stderr)
         return 2
     if argv:
         try:
@@ -114,6 +112,7 @@ def test_main_stands_directly_below_the_method(script):
 # ------------------------------------------------------------------------------------------------- tests of this tool
 
 TOP = '"""A script."""\n\n\ndef main(args):\n    print(f(args))\n\n'
+RULER = "# ======== every block below is the same\n# in all scripts\n"
 END = f"{CALL}    main(args)\n"
 BLOCKS = {
     "data": "# ---- data: of a run\n\n\n# why\n@cache\ndef f(x):\n    return x  # as it is\n\n\n",
@@ -161,7 +160,7 @@ def test_a_drifted_block_is_found_and_mended(old, new, folder):
     write(folder, "b.py", before["b.py"].decode().replace(BLOCKS["data"], BLOCKS["data"].replace(old, new)))
     drifted = contents(folder)
     assert drifted["b.py"] != before["b.py"]
-    assert drift(folder) == ["block data differs: a.py, c.py | b.py"]
+    assert drift(folder) == ["data differs: a.py, c.py | b.py"]
     assert sync(folder / "a.py") == ["b.py: data"] and contents(folder) == before and drift(folder) == []
     write(folder, "b.py", drifted["b.py"].decode())
     assert sync(folder / "b.py") == ["a.py: data", "c.py: data"] and drift(folder) == []
@@ -176,9 +175,9 @@ def test_a_drifted_block_is_found_and_mended(old, new, folder):
         (BLOCKS["rows"], 2 * BLOCKS["rows"], "has the blocks data, rows, rows, runs"),
         ("# ---- rows: of", "# ---- lines: of", "has the blocks data, lines, runs"),
         ("# ---- rows: of it", "# ---- rows", "has the blocks data, # ---- rows, runs"),
-        (RULER, f"{RULER}x = 1\n", "has the blocks data, rows, runs"),
-        (RULER, RULER.replace("stands", "is"), "needs one ruler line"),
-        (RULER, RULER + RULER[1:], "needs one ruler line"),
+        (RULER, f"{RULER}x = 1\n", "has something else than comments"),
+        (RULER, "", "needs one ruler line"),
+        (RULER, 2 * RULER, "needs one ruler line"),
         (END, END + "x = 1\n", "must end with the call of main"),
         (END, END[1:], "must end with the call of main"),
         (END, END.replace("main(args)", "run(args)"), "must end with the call of main"),
@@ -196,12 +195,19 @@ def test_another_structure_is_found_and_not_overwritten(old, new, complaint, fol
     assert contents(folder) == before
 
 
-def test_the_call_of_main_is_a_block(folder):
-    other = f"{CALL}    try:\n        main(args)\n    except KeyboardInterrupt:\n        pass\n"
-    write(folder, "b.py", (folder / "b.py").read_text().replace(END, other))
-    assert drift(folder) == ["block call of main differs: a.py, c.py | b.py"]
-    assert sync(folder / "b.py") == ["a.py: call of main", "c.py: call of main"] and drift(folder) == []
-    assert (folder / "a.py").read_text().endswith(BLOCKS["runs"] + other)
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("ruler", RULER, "# ======== every block below is the same\n"),
+        ("call of main", END, f"{CALL}    try:\n        main(args)\n    except KeyboardInterrupt:\n        pass\n"),
+    ],
+)
+def test_ruler_and_call_of_main_are_compared_too(name, old, new, folder):
+    text = (folder / "a.py").read_text()
+    write(folder, "b.py", (folder / "b.py").read_text().replace(old, new))
+    assert drift(folder) == [f"{name} differs: a.py, c.py | b.py"]
+    assert sync(folder / "b.py") == [f"a.py: {name}", f"c.py: {name}"] and drift(folder) == []
+    assert (folder / "a.py").read_text() == text.replace(old, new) != text
 
 
 def test_the_command(folder):
@@ -214,7 +220,7 @@ def test_the_command(folder):
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
         return done.returncode, done.stdout.splitlines()
 
-    assert run() == (1, ["block data differs: a.py, c.py | b.py"])
+    assert run() == (1, ["data differs: a.py, c.py | b.py"])
     assert run("--sync", "ppo.py")[0] == run("--sync")[0] == run("a.py")[0] == 2 and drift(folder)
     assert run("--sync", "a.py") == (0, ["b.py: data", "all copies are equal"])
     assert run("--sync", "./a.py") == (0, ["nothing to carry over", "all copies are equal"])

@@ -38,7 +38,7 @@ from test_plumbing import (
 )
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import dpo
 import orpo
@@ -305,7 +305,7 @@ def test_another_first_loss_than_the_known_one_is_refused(flags, capsys):
         for wrong in (theory + 2 * tolerance * scale, math.nan):
             with pytest.raises(SystemExit):
                 dpo.check_first_loss(args, wrong, dtype)
-    assert f"must be {theory:.4f}" in capsys.readouterr().err
+    assert f"{theory:.4f}" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- online merging
@@ -408,47 +408,33 @@ def trained_texts(tokenizer, row: Row) -> list:
     return list(map(tokenizer.decode, kept))
 
 
+SPOKEN = ("human", "Which way?"), ("gpt", "Up."), ("gpt", "Right.")
 GOOD, BAD = ([dict(role="assistant", content=text)] for text in ("Up.", "Right."))
 WAY, HH = talk("Which way?"), "\n\nHuman: A?\n\nAssistant: B.\n\nHuman: Which way?\n\nAssistant:"
-SHAREGPT = [{"from": "human", "value": "Which way?"}]
+SHAREGPT, UP, RIGHT = ([{"from": role, "value": text}] for role, text in SPOKEN)
 CHAT = ("<|bos|><|user|>Which way?<|end|><|assistant|>", ["Up.<|end|>", "Right.<|end|>"])
 TEXT = ("<|bos|>Which way?", [" Up.<|end|>", " Right.<|end|>"])
+MATERIAL = ("<|bos|><|user|>Which\n\nway?<|end|><|assistant|>", CHAT[1])
 SYSTEM = ("<|bos|><|system|>Be short.<|end|>" + CHAT[0].removeprefix("<|bos|>"), CHAT[1])
-LAYOUTS = {
-    "prompt apart, text": (dict(prompt="Which way?", chosen=" Up.", rejected=" Right."), TEXT),
-    "prompt apart, messages": (dict(prompt=WAY, chosen=GOOD, rejected=BAD), CHAT),
-    "prompt in words, answers as messages": (dict(prompt="Which way?", chosen=GOOD, rejected=BAD), CHAT),
-    "prompt inside, messages": (dict(chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),
-    "prompt inside, ShareGPT": (
-        dict(
-            chosen=SHAREGPT + [{"from": "gpt", "value": "Up."}],
-            rejected=SHAREGPT + [{"from": "gpt", "value": "Right."}],
-        ),
-        CHAT,
-    ),
-    "prompt inside, and once more in words": (
-        dict(prompt="Which way?", chosen=WAY + GOOD, rejected=WAY + BAD),
-        CHAT,
-    ),
-    "prompt apart in messages, and once more inside": (dict(prompt=WAY, chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),
-    "question": (dict(question="Which way?", chosen="Up.", rejected="Right."), CHAT),
-    "instruction and input": (
-        dict(instruction="Which", input="way?", chosen="Up.", rejected="Right."),
-        (CHAT[0].replace("Which way", "Which\n\nway"), CHAT[1]),
-    ),
-    "system": (dict(system="Be short.", prompt="Which way?", chosen="Up.", rejected="Right."), SYSTEM),
-    "HH-RLHF": (
-        dict(chosen=f"{HH} Up, I think.", rejected=f"{HH} Up."),
-        (f"<|bos|>{HH}", [" Up, I think.<|end|>", " Up.<|end|>"]),
-    ),
-    "ranking, text": (dict(prompt="Which way?", completions=[" Up.", " Right."], scores=[1, 0]), TEXT),
-    "ranking, messages": (dict(prompt=WAY, completions=[GOOD, BAD], scores=[0.5, 0.1]), CHAT),
-}
+LAYOUTS = [
+    (dict(prompt="Which way?", chosen=" Up.", rejected=" Right."), TEXT),
+    (dict(prompt=WAY, chosen=GOOD, rejected=BAD), CHAT),
+    (dict(prompt="Which way?", chosen=GOOD, rejected=BAD), CHAT),
+    (dict(chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),
+    (dict(chosen=SHAREGPT + UP, rejected=SHAREGPT + RIGHT), CHAT),
+    (dict(prompt="Which way?", chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),  # the prompt once more in words
+    (dict(prompt=WAY, chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),  # and in messages
+    (dict(question="Which way?", chosen="Up.", rejected="Right."), CHAT),
+    (dict(instruction="Which", input="way?", chosen="Up.", rejected="Right."), MATERIAL),
+    (dict(system="Be short.", prompt="Which way?", chosen="Up.", rejected="Right."), SYSTEM),
+    (dict(chosen=f"{HH} Up.", rejected=f"{HH} Right."), (f"<|bos|>{HH}", TEXT[1])),  # HH-RLHF
+    (dict(prompt="Which way?", completions=[" Up.", " Right."], scores=[1, 0]), TEXT),
+    (dict(prompt=WAY, completions=[GOOD, BAD], scores=[0.5, 0.1]), CHAT),
+]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout(name, tiny_tokenizer, tmp_path):
-    row, expected = LAYOUTS[name]
+@pytest.mark.parametrize("row, expected", LAYOUTS, ids=lambda value: "+".join(value) if isinstance(value, dict) else "")
+def test_every_layout(row, expected, tiny_tokenizer, tmp_path):
     data = dpo.load_rows("--dataset", jsonl(tmp_path / "rows.jsonl", [row, dict.fromkeys(row)]), "train")
     row = read(tiny_tokenizer, data[0])
     assert texts(tiny_tokenizer, row) == expected and trained_texts(tiny_tokenizer, row) == expected[1]
@@ -456,7 +442,7 @@ def test_every_layout(name, tiny_tokenizer, tmp_path):
 
 
 def test_answers_in_words_need_a_prompt(tiny_tokenizer):
-    with pytest.raises(ValueError, match="need a column prompt"):
+    with pytest.raises(ValueError, match="need a prompt"):
         read(tiny_tokenizer, dict(chosen="Which way? Up.", rejected="Which way? Right."))
     with pytest.raises(dpo.Drop, match="share no prompt"):
         read(tiny_tokenizer, dict(chosen=f"{HH} Up.", rejected="\n\nHuman: No\n\nAssistant: Right."))
@@ -479,28 +465,10 @@ def test_the_best_answer_has_the_highest_score():
     assert dpo.pair_indices([row], CPU)[3].tolist() == [2]
 
 
-def test_rewards_take_the_place_of_labels(tiny_tokenizer):
-    """Then two answers of equal rewards form a pair too, unless they are one text."""
-    row, pair = dict(prompt=WAY, completions=["a", "b", " ", "a"], scores=[3, 2, 1, 0]), LAYOUTS["question"][0]
-    rewards = dict(tied=[1, 1, 9, 1], other=[0, 1, 9, 2])
-    tied, other = (read(tiny_tokenizer, row, rewards_of=lambda row, name=name: rewards[name]) for name in rewards)
-    assert tied.extra == dict(pairs=[(0, 1), (1, 2)], scores=[1.0, 1.0, 1.0])
-    assert other.extra == dict(pairs=[(1, 0), (2, 1)], scores=[0.0, 1.0, 2.0])
-    assert read(tiny_tokenizer, pair, rewards_of=lambda row: [-1, 1]).extra["pairs"] == [(1, 0)]
-    with pytest.raises(dpo.Drop, match="nothing to compare"):
-        read(tiny_tokenizer, dict(prompt=WAY, completions=["a", "a"], scores=[1, 0]), rewards_of=lambda row: [1, 0])
-
-
-def text_of(tokenizer, word: str, n: int) -> str:
-    """A text of n tokens."""
-    assert len(tokenizer(word * n, add_special_tokens=False).input_ids) == n
-    return word * n
-
-
 def test_long_answers_are_cut_and_prompts_never(tiny_tokenizer):
     """A prompt of 20 tokens, answers of 40 and 30, and room for 50: 30 of each are left."""
-    words = (("prompt", " up", 19), ("chosen", " right", 39), ("rejected", " the", 29))
-    row, notes = {column: text_of(tiny_tokenizer, word, n) for column, word, n in words}, Counter()
+    row, notes = dict(prompt=" up" * 19, chosen=" right" * 39, rejected=" the" * 29), Counter()
+    assert list(map(len, read(tiny_tokenizer, row, max_length=500).responses)) == [40, 30]
     kept = read(tiny_tokenizer, row, notes, max_length=50)
     assert len(kept.prompt) == 20 and list(map(len, kept.responses)) == [30, 30] == list(map(len, kept.trained))
     assert notes["answers cut at --max-length"] == 1
@@ -523,25 +491,23 @@ def test_an_answer_left_without_trained_tokens_by_the_cut_is_dropped(rewards_of,
         read(tiny_tokenizer, dict(prompt=WAY, completions=[best, "Up."], scores=[2, 1]), max_length=30, **options)
 
 
-USELESS = {
-    "identical": (dict(prompt=WAY, chosen="Up.", rejected="Up."), "nothing to compare"),
-    "identical, prompt inside": (dict(chosen=WAY + GOOD, rejected=WAY + GOOD), "nothing to compare"),
-    "a tie": (dict(prompt=WAY, completions=["b", "c"], scores=[1, 1]), "nothing to compare"),
-    "no scores": (dict(prompt=WAY, completions=["b", "c"]), "nothing to compare"),
-    "an empty answer": (dict(prompt=WAY, chosen=" ", rejected="b"), "nothing to compare"),
-    "no answer": (dict(prompt=WAY, chosen=[], rejected=BAD), "nothing to compare"),
-    "one answer": (dict(prompt=WAY, completions=["b"], scores=[1]), "nothing to compare"),
-    "alike where it is cut": (
-        dict(prompt=WAY, chosen="up " * 40, rejected="up " * 39 + "right"),
-        "nothing to compare",
-    ),
-    "no prompt": (dict(chosen=GOOD, rejected=BAD), "empty prompt"),
-    "an empty prompt": (dict(prompt="", chosen=GOOD, rejected=BAD), "empty prompt"),
-    "a special token": (dict(prompt="a", completions=["b", "<|user|>"], scores=[1, 0]), "special token"),
-}
+LONG = "up " * 40
+USELESS = [
+    (dict(prompt=WAY, chosen="Up.", rejected="Up."), "nothing to compare"),
+    (dict(chosen=WAY + GOOD, rejected=WAY + GOOD), "nothing to compare"),
+    (dict(prompt=WAY, completions=["b", "c"], scores=[1, 1]), "nothing to compare"),
+    (dict(prompt=WAY, completions=["b", "c"]), "nothing to compare"),
+    (dict(prompt=WAY, chosen=" ", rejected="b"), "nothing to compare"),
+    (dict(prompt=WAY, chosen=[], rejected=BAD), "nothing to compare"),
+    (dict(prompt=WAY, completions=["b"], scores=[1]), "nothing to compare"),
+    (dict(prompt=WAY, chosen=LONG, rejected=LONG + "right"), "nothing to compare"),  # alike where they are cut
+    (dict(chosen=GOOD, rejected=BAD), "empty prompt"),
+    (dict(prompt="", chosen=GOOD, rejected=BAD), "empty prompt"),
+    (dict(prompt="a", completions=["b", "<|user|>"], scores=[1, 0]), "special token"),
+]
 
 
-@pytest.mark.parametrize("row, why", USELESS.values(), ids=USELESS)
+@pytest.mark.parametrize("row, why", USELESS, ids=lambda value: str(value)[:70])
 def test_rows_that_are_dropped(row, why, tiny_tokenizer):
     with pytest.raises(dpo.Drop, match=why):
         read(tiny_tokenizer, row, max_length=30)
@@ -781,26 +747,31 @@ def pair_mean(rows, of) -> float:
 
 
 FIRST = [  # gpt2 has dropout in its configuration
-    ("llama", dict()),
     ("gpt2", dict(label_smoothing=0.1, beta=0.5)),
     ("llama", dict(loss="ipo", beta=0.01)),
-    ("gpt2", dict(loss="ipo")),
     ("gpt2", dict(mask_format_tokens=True, nll_coef=100.0)),
+    *[(f, dict()) if f in ("gemma2", "qwen2_moe") else pytest.param(f, dict(), marks=slow) for f in FAMILIES],
 ]
 
 
 @pytest.mark.parametrize("family, flags", FIRST, ids=str)
 def test_the_first_loss_is_known(family, flags, short_run, tiny_model_dir, tmp_path):
-    """ln 2, or 1 / (4 beta^2): policy and reference are one model."""
-    run = short_run | dict(model=str(tiny_model_dir(family)), max_steps=1, eval_dataset="")
+    """ln 2, or 1 / (4 beta^2): policy and reference are one model. The second loss is another."""
+    run = short_run | dict(model=str(tiny_model_dir(family)), max_steps=2, save_every=0, eval_dataset="")
     dpo.main(dpo.Args(**run | flags, output_dir=str(tmp_path / "run")))
-    (line,) = lines_of(tmp_path / "run")
+    line, second = lines_of(tmp_path / "run")
     expected = 1 / (4 * flags.get("beta", 0.1) ** 2) if flags.get("loss") == "ipo" else math.log(2)
     assert line["preference_loss"] == pytest.approx(expected, rel=1e-5)
     assert line["loss"] == pytest.approx(expected + flags.get("nll_coef", 0) * line["nll_loss"], rel=1e-5)
+    assert abs(second["preference_loss"] / expected - 1) > 1e-4
     rewards = [line[f"rewards/{name}"] for name in ("chosen", "rejected", "margins")]
-    assert rewards == pytest.approx([0] * 3, abs=1e-4)
-    assert 0 <= line["rewards/accuracies"] <= 1 and line["nll_loss"] > 0
+    assert rewards == pytest.approx([0] * 3, abs=1e-4) and 0 <= line["rewards/accuracies"] <= 1
+    rows = [read(tokenizer_of(run["model"]), row) for row in walks(21)]
+    batch = dpo.batch_rows(rows, args_of(batch_size=5), 0)
+    if not flags:  # log-probabilities are logged as Hugging Face's model computes them
+        logps = sums_by_hand(run["model"], batch)
+        assert line["logps/chosen"] == pytest.approx(pair_mean(batch, lambda n, i, j: logps[n][i]), rel=1e-4)
+        assert line["logps/rejected"] == pytest.approx(pair_mean(batch, lambda n, i, j: logps[n][j]), rel=1e-4)
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -820,25 +791,9 @@ def test_a_reference_that_computes_something_else_is_refused(
     if reference:
         dpo.main(dpo.Args(**flags, reference=base_dir))
     else:
-        assert "before the first update and must be 0.6931" in refused(dpo, capsys, **flags)
+        said = refused(dpo, capsys, **flags)
+        assert "before the first update" in said and "0.6931" in said
         assert not json.loads((tmp_path / "run" / "args.json").read_text())["finished"]
-
-
-SOME = ("gemma2", "qwen2_moe")
-
-
-@pytest.mark.parametrize("family", [f if f in SOME else pytest.param(f, marks=slow) for f in FAMILIES])
-def test_every_family_trains(family, short_run, tiny_model_dir, tmp_path):
-    """Its log-probabilities are logged as Hugging Face's model computes them."""
-    flags = short_run | dict(model=str(tiny_model_dir(family)), max_steps=2, save_every=0, eval_dataset="")
-    dpo.main(dpo.Args(**flags, output_dir=str(tmp_path / "run")))
-    first, second = lines_of(tmp_path / "run")
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(second["loss"] - math.log(2)) > 1e-3
-    rows = [read(tokenizer_of(tmp_path / "run"), row) for row in walks(21)]
-    batch = dpo.batch_rows(rows, args_of(batch_size=5), 0)
-    logps = sums_by_hand(tiny_model_dir(family), batch)
-    assert first["logps/chosen"] == pytest.approx(pair_mean(batch, lambda n, i, j: logps[n][i]), rel=1e-4)
-    assert first["logps/rejected"] == pytest.approx(pair_mean(batch, lambda n, i, j: logps[n][j]), rel=1e-4)
 
 
 def first_gradient(monkeypatch, **flags) -> torch.Tensor:
@@ -1003,38 +958,27 @@ def test_merging_on_ranks_keeps_the_entries_of_whole_weights(optimizer, world, t
     assert len(ours) == 4 and all(is_near(a, b, 1e-6) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("optimizer", ["ondare", pytest.param("onties", marks=slow)])
-def test_a_run_that_merges_nothing_is_that_of_adamw(optimizer, short_run, base_dir, whole, tmp_path):
-    flags = short_run | dict(optimizer=optimizer, merge_base=base_dir, merge_keep=1.0, merge_weight=0.0)
-    dpo.main(dpo.Args(**flags, output_dir=str(tmp_path / "run")))
-    same_run(tmp_path / "run", whole("adamw"))
+MERGED = [
+    ("onties", "llama", False),
+    ("ondare", "gpt2", False),
+    ("ondare", "mixtral", False),
+    ("ondare", "llama", True),
+]
 
 
-MERGED = [("onties", "llama"), ("ondare", "gpt2"), ("ondare", "mixtral"), pytest.param("ondare", "llama", marks=slow)]
-
-
-@pytest.mark.parametrize("optimizer, family", MERGED)
+@pytest.mark.parametrize("optimizer, family, other", MERGED)
 def test_merging_with_weight_1_adds_what_the_reference_has_learnt(
-    optimizer, family, short_run, tiny_model_dir, tmp_path
+    optimizer, family, other, short_run, tiny_model_dir, tmp_path
 ):
-    """At every step, and nothing else. Also where embeddings are tied, and where an expert had no token."""
-    source, base = tiny_model_dir(family), another(tiny_model_dir(family), tmp_path / "base")
-    flags = short_run | dict(model=str(source), eval_dataset="", max_steps=3, save_every=0)
+    """At every step, and nothing else. Also where embeddings are tied, where an expert had no token, and where the
+    policy is another model than the reference."""
+    source, base = str(tiny_model_dir(family)), another(tiny_model_dir(family), tmp_path / "base")
+    reference = another(source, tmp_path / "reference", seed=5) if other else source
+    flags = short_run | dict(model=source, reference=reference, eval_dataset="", max_steps=3, save_every=0)
     flags |= dict(optimizer=optimizer, merge_base=base, merge_keep=1.0, merge_weight=1.0)
     dpo.main(dpo.Args(**flags, output_dir=str(tmp_path / "run")))
-    start, base, end = (weights_of(folder) for folder in (source, base, tmp_path / "run"))
-    assert all(torch.allclose(end[k], start[k] + 3 * (start[k] - base[k]), atol=1e-5) for k in start)
-
-
-def test_what_is_merged_is_what_the_reference_has_learnt(short_run, base_dir, tiny_model_dir, tmp_path):
-    """Not what the policy has, where the two differ."""
-    reference = another(tiny_model_dir("llama"), tmp_path / "reference", seed=5)
-    flags = short_run | dict(reference=reference, eval_dataset="", max_steps=1)
-    flags |= dict(optimizer="ondare", merge_base=base_dir, merge_keep=1.0, merge_weight=1.0)
-    dpo.main(dpo.Args(**flags, output_dir=str(tmp_path / "run")))
-    folders = (short_run["model"], reference, base_dir, tmp_path / "run")
-    start, tuned, base, end = map(weights_of, folders)
-    assert all(torch.allclose(end[k], start[k] + tuned[k] - base[k], atol=1e-5) for k in start)
+    start, tuned, base, end = map(weights_of, (source, reference, base, tmp_path / "run"))
+    assert all(torch.allclose(end[k], start[k] + 3 * (tuned[k] - base[k]), atol=1e-5) for k in start)
 
 
 LEARNING = [
@@ -1066,17 +1010,10 @@ def test_likely_answers_are_printed_at_each_evaluation(short_run, tmp_path, caps
     assert [line["step"] for line in lines_of(tmp_path / "run") if "eval_loss" in line] == [2, 4]
 
 
-def test_a_finished_run_is_a_model(short_run, whole, tmp_path):
-    """For Hugging Face's library, and for another run, whose reference it then is."""
-    out = whole("adamw")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
-    options = dict(add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    ids = tokenizer.apply_chat_template(talk("Walk 1!"), **options)
-    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1] and not model.training
-    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id] and tokenizer.chat_template == TEMPLATE
-    flags = short_run | dict(model=str(out), batch_size=21, max_steps=1, eval_dataset="")
+def test_a_finished_run_is_the_model_and_reference_of_another(short_run, whole, tmp_path):
+    flags = short_run | dict(model=str(whole("adamw")), batch_size=21, max_steps=1, eval_dataset="")
     dpo.main(dpo.Args(**flags, output_dir=str(tmp_path / "run")))
-    (line,), before = lines_of(tmp_path / "run"), lines_of(out)[-1]
+    (line,), before = lines_of(tmp_path / "run"), lines_of(whole("adamw"))[-1]
     assert line["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert line["logps/chosen"] == pytest.approx(before["eval_logps/chosen"], rel=1e-4)
 
@@ -1091,22 +1028,6 @@ def pairs_run(tiny_model_dir, tmp_path_factory):
     data = jsonl(tmp_path_factory.mktemp("pairs") / "rows.jsonl", [row | dict(margin=0.5) for row in rows])
     flags = dict(model=str(tiny_model_dir("llama")), dataset=data, batch_size=3, max_steps=1)
     return flags | dict(learning_rate=1e-3, eval_fraction=0.25)
-
-
-@pytest.mark.parametrize("script", [dpo, orpo, rpo, reward_model], ids=lambda script: script.__name__)
-def test_no_prompt_of_the_training_is_held_out(script, pairs_run, monkeypatch, tmp_path):
-    parts, real = [], script.prepare_split
-
-    def spy(*arguments, **options):
-        parts[:] = real(*arguments, **options)
-        return tuple(parts)
-
-    monkeypatch.setattr(script, "prepare_split", spy)
-    script.main(script.Args(**pairs_run, output_dir=str(tmp_path / "run")))
-    ours, theirs = ({tuple(row.prompt) for row in part} for part in parts)
-    assert not ours & theirs and list(map(len, (ours, theirs, *parts))) == [3, 1, 9, 3]
-    (line,) = lines_of(tmp_path / "run")
-    assert line["epoch"] == pytest.approx(1 / 3) and "eval_loss" in line
 
 
 FREED = [
@@ -1163,8 +1084,6 @@ BAD_ARGUMENTS = [
     dict(merge_weight=1.5),
     dict(nll_coef=-1.0),
     dict(model="no/such/model"),
-    dict(reference="no/such/model"),
-    dict(optimizer="ondare", merge_base="no/such/model"),
 ]
 
 
@@ -1172,17 +1091,7 @@ BAD_ARGUMENTS = [
 def test_bad_arguments_are_refused(flags, short_run, tmp_path, capsys):
     said = refused(dpo, capsys, **short_run | flags, output_dir=str(tmp_path / "run"))
     *_, name = flags
-    assert "no/such/model" in said if "no/such/model" in flags.values() else f"--{name.replace('_', '-')}" in said
-
-
-CHANGES = [dict(intermediate_size=48), dict(num_hidden_layers=1), dict(num_hidden_layers=3)]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_a_merge_base_of_another_shape_is_refused(change, short_run, tiny_tokenizer, tmp_path, capsys):
-    base = made("llama", tiny_tokenizer, tmp_path / "base", **change)
-    flags = short_run | dict(optimizer="ondare", merge_base=base)
-    assert "--merge-base" in refused(dpo, capsys, **flags, output_dir=str(tmp_path / "run"))
+    assert f"--{name.replace('_', '-')}" in said or "no/such/model" in said
 
 
 def test_a_reference_of_another_shape_is_refused_for_merging_only(short_run, tiny_tokenizer, tmp_path, capsys):
@@ -1194,37 +1103,33 @@ def test_a_reference_of_another_shape_is_refused_for_merging_only(short_run, tin
     assert "--reference" in refused(dpo, capsys, **flags, output_dir=str(tmp_path / "run"))
 
 
-def with_another_token(tiny_tokenizer, folder) -> str:
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.add_tokens(["<new>"])
-    return made("llama", tokenizer, folder)
+BAD_MODELS = [  # option, and how the model differs (None: there is none)
+    ("reference", None),
+    ("reference", "vocabulary"),
+    ("merge_base", None),
+    ("merge_base", dict(intermediate_size=48)),
+    ("merge_base", dict(num_hidden_layers=1)),
+    ("merge_base", dict(num_hidden_layers=3)),
+]
 
 
-def test_a_reference_with_another_tokenizer_is_refused(short_run, tiny_tokenizer, tmp_path, capsys):
-    other = with_another_token(tiny_tokenizer, tmp_path / "other")
-    said = refused(dpo, capsys, **short_run, reference=other, output_dir=str(tmp_path / "run"))
-    assert f"--reference {other}" in said
-
-
-@pytest.mark.parametrize("option", ["reference", "merge_base"])
-@pytest.mark.parametrize("how", ["missing", "unfit"])
-def test_a_bad_second_model_does_not_touch_the_directory(option, how, short_run, tiny_tokenizer, tmp_path, capsys):
+@pytest.mark.parametrize("option, change", BAD_MODELS, ids=str)
+def test_a_bad_second_model_does_not_touch_the_directory(option, change, short_run, tiny_tokenizer, tmp_path, capsys):
     """Neither one that is to be overwritten, nor a new one, for which the corrected command then works."""
-    if how == "missing":
-        bad = "no/such/model"
-    elif option == "reference":
-        bad = with_another_token(tiny_tokenizer, tmp_path / "other")
-    else:
-        bad = made("llama", tiny_tokenizer, tmp_path / "other", num_hidden_layers=3)
+    bad, tokenizer = "no/such/model", copy.deepcopy(tiny_tokenizer)
+    if change == "vocabulary":
+        tokenizer.add_tokens(["<new>"])
+    if change:
+        bad = made("llama", tokenizer, tmp_path / "other", **{} if change == "vocabulary" else change)
     flags = short_run | dict(max_steps=1, eval_dataset="")
     flags |= dict(optimizer="ondare") if option == "merge_base" else {}
     out = tmp_path / "run"
-    out.mkdir()
+    (out / "checkpoint-3").mkdir(parents=True)
     (out / "metrics.jsonl").write_text('{"step": 1}\n')
-    (out / "checkpoint-3").mkdir()
     (out / "checkpoint-3" / "state.pt").write_text("of an earlier run")
     before = snapshot(out)
-    refused(dpo, capsys, **flags | {option: bad}, output_dir=str(out), overwrite=True)
+    said = refused(dpo, capsys, **flags | {option: bad}, output_dir=str(out), overwrite=True)
+    assert f"--{option.replace('_', '-')}" in said if change else bad in said
     assert snapshot(out) == before
     refused(dpo, capsys, **flags | {option: bad}, output_dir=str(tmp_path / "new"))
     dpo.main(dpo.Args(**flags | {option: short_run["model"]}, output_dir=str(tmp_path / "new")))
@@ -1277,15 +1182,3 @@ def test_real_preferences(name, real_data, tmp_path, capsys):
     said, (first, last) = capsys.readouterr().out, lines_of(tmp_path / "run")
     assert f"{len(rows)} rows from 20" in said and f"{notes['pairs']} pairs" in said
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4) and math.isfinite(last["eval_loss"])
-
-
-@pytest.mark.parametrize("flags", [dict(), pytest.param(dict(loss="ipo"), marks=slow)], ids=str)
-def test_real_politeness_is_learnt(flags, real_data, tmp_path):
-    """On held-out instructions, from a checkpoint that knows only stories."""
-    data = dpo.load_rows("--dataset", str(real_data / "pref_polite.jsonl"), "train")
-    data.select(range(300)).to_json(tmp_path / "rows.jsonl")
-    run = dict(model=str(real_data / "stories260K-hf"), dataset=str(tmp_path / "rows.jsonl"), max_length=256)
-    run |= dict(max_steps=10, batch_size=16, learning_rate=1e-3, eval_fraction=0.25)
-    dpo.main(dpo.Args(**run, **flags, output_dir=str(tmp_path / "run")))
-    last = lines_of(tmp_path / "run")[-1]
-    assert last["eval_rewards/accuracies"] > 0.6 and last["eval_rewards/margins"] > 0

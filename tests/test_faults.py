@@ -159,10 +159,13 @@ def of_every(change):
     return lambda row: row | {name: change(row[name]) for name in answers_in(row)}
 
 
-def deep(value):
-    for _ in range(200):
-        value = [value]
-    return value
+def of_pairs(change):
+    """The change, for rows that hold a pair."""
+    return lambda row: change(row) if "chosen" in row else row
+
+
+def ranking(row: dict, completions: list, **scores) -> dict:
+    return dict(prompt=row["prompt"], completions=completions, **scores)
 
 
 BROKEN_ROWS = {  # one row, broken
@@ -196,39 +199,20 @@ BROKEN_ROWS = {  # one row, broken
     "a role that ends a turn": of_every(lambda value: [m | dict(role=m["role"] + "<|end|>") for m in value]),
     "a name that ends a turn": of_every(lambda value: [m | dict(extra=[dict(name="Ann<|end|>")]) for m in value]),
     "a tool that ends a turn": lambda row: row | dict(tools=[dict(type="function", function=dict(name="<|end|>"))]),
-    "a pair of equals": lambda row: (
-        row | dict(chosen=row.get("rejected"), rejected=row.get("rejected")) if "chosen" in row else row
-    ),
-    "scores that are no numbers": lambda row: (
-        row | dict(score_chosen=math.nan, score_rejected=math.inf) if "chosen" in row else row
-    ),
-    "a ranking of one": lambda row: (
-        dict(prompt=row["prompt"], completions=[row["chosen"]], scores=[1.0]) if "chosen" in row else row
-    ),
-    "a ranking without scores": lambda row: (
-        dict(prompt=row["prompt"], completions=["a", "b"]) if "chosen" in row else row
-    ),
-    "a ranking with too few scores": lambda row: (
-        dict(prompt=row["prompt"], completions=["a", "b"], scores=[1.0]) if "chosen" in row else row
-    ),
-    "a ranking of nothing": lambda row: (
-        dict(prompt=row["prompt"], completions=[], scores=[]) if "chosen" in row else row
-    ),
-    "nan among the scores": lambda row: (
-        dict(prompt=row["prompt"], completions=["a", "b"], scores=[math.nan, 1.0]) if "chosen" in row else row
-    ),
-    "null among the scores": lambda row: (
-        dict(prompt=row["prompt"], completions=["a", "b"], scores=[None, 1.0]) if "chosen" in row else row
-    ),
+    "a pair of equals": of_pairs(lambda row: row | dict(chosen=row["rejected"])),
+    "scores that are no numbers": of_pairs(lambda row: row | dict(score_chosen=math.nan, score_rejected=math.inf)),
+    "a ranking of one": of_pairs(lambda row: ranking(row, ["a"], scores=[1.0])),
+    "a ranking of nothing": of_pairs(lambda row: ranking(row, [], scores=[])),
+    "a ranking without scores": of_pairs(lambda row: ranking(row, ["a", "b"])),
+    "a ranking with too few scores": of_pairs(lambda row: ranking(row, ["a", "b"], scores=[1.0])),
+    "nan among the scores": of_pairs(lambda row: ranking(row, ["a", "b"], scores=[math.nan, 1.0])),
+    "null among the scores": of_pairs(lambda row: ranking(row, ["a", "b"], scores=[None, 1.0])),
 }
-HARMLESS = set(  # what some scripts may use as it is, even in every row
-    """
-    content is empty, the user alone, the assistant alone, the system alone, two users in a row, zero bytes, an unknown role,
-    a lone surrogate, a million characters, scores that are no numbers, a role that is a number, a pair of equals, no role
-    """.replace("\n    ", " ")
-    .strip()
-    .split(", ")
-)
+HARMLESS = (  # what some scripts may use as it is, even in every row
+    "content is empty, the user alone, the assistant alone, the system alone, two users in a row, zero bytes, no role, "
+    "an unknown role, a role that is a number, a lone surrogate, a million characters, a pair of equals, "
+    "scores that are no numbers"
+).split(", ")
 
 
 def is_changed(how: str, kind: str) -> bool:
@@ -238,7 +222,7 @@ def is_changed(how: str, kind: str) -> bool:
 
 
 def broken_rows(readers: dict, *fast):
-    """Parametrises over (reader, how) for readers: name -> kind of rows. A million characters are slow, but for `fast`."""
+    """Parametrises over (reader, how) for readers: name -> kind of rows. A million characters: slow, but for `fast`."""
     cases = [(name, how) for name, kind in readers.items() for how in BROKEN_ROWS if is_changed(how, kind)]
     mark = lambda name, how: slow if how == "a million characters" and name not in fast else ()
     return [pytest.param(name, how, marks=mark(name, how)) for name, how in cases]
@@ -515,7 +499,7 @@ def test_an_output_directory_that_cannot_be_one(script, usual, tmp_path, capsys)
 def test_ctrl_c_before_training_ends_in_one_line(script, usual, tmp_path, capfd):
     args = importlib.import_module(script).Args(**usual(script), output_dir=str(tmp_path / "run"))
     capfd.readouterr()
-    assert in_child(as_command, args, (), [signal.SIGINT]) not in (0, -signal.SIGINT)
+    assert in_child(as_command, args, (), [signal.SIGINT]) == 1
     assert capfd.readouterr().err.split("\n") == ["", "interrupted before training", ""]
     assert not (tmp_path / "run").exists()
 
@@ -582,7 +566,7 @@ def test_a_reward_model_with_damaged_weights_is_refused(script, usual, tiny_mode
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @every_script
 def test_weights_that_overflow_end_before_their_step(script, dtype, usual, tiny_model_dir, tmp_path, capfd):
-    """Finite weights whose products are not: the run says so, or its numbers are finite. It saves finite weights only."""
+    """The weights are finite, and their products are not. The run says so, or its numbers are finite."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"))
@@ -684,14 +668,10 @@ def ending(tasks, task: str, capsys, **more) -> tuple:
 
 
 TASK_ROWS = {task: TASKS[task][2] for task in READERS}
-STRIPPED = set(  # fine for judges, who see texts without special tokens, and for label, which asks for no scores
-    """
-    the end of a turn, a role that ends a turn, a name that ends a turn, a tool that ends a turn, a ranking without scores,
-    a ranking of one, a ranking of nothing
-    """.replace("\n    ", " ")
-    .strip()
-    .split(", ")
-)
+STRIPPED = (  # fine for judges, who see texts without special tokens, and for label, which asks for no scores
+    "the end of a turn, a role that ends a turn, a name that ends a turn, a tool that ends a turn, a ranking of one, "
+    "a ranking without scores, a ranking of nothing"
+).split(", ")
 
 
 def is_fine(task: str, how: str) -> bool:

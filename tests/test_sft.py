@@ -50,6 +50,10 @@ import sft
 from sft import Row
 
 slow = pytest.mark.slow
+# ATEN_CPU_CAPABILITY=default on a processor with more: torch's own attention raises "pack_vnni2 is only supported …"
+needs_bfloat16 = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="torch cannot compute attention in bfloat16"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -306,14 +310,9 @@ def with_tools(tiny_tokenizer):
     return tokenizer
 
 
-WORDS_FIRST = pytest.mark.xfail(
-    strict=True, reason="demonstration_rows takes a prompt in words for a sign that the answer is in words too"
-)
-
-
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=WORDS_FIRST) if n == "text as prompt, messages as completion" else n for n in FORMATS],
+    [n if n == "text as prompt, messages as completion" else n for n in FORMATS],
 )
 @pytest.mark.parametrize("source", ["row", "jsonl", "parquet"])
 def test_every_format(source, name, with_tools, tmp_path):
@@ -474,16 +473,15 @@ def test_a_new_model_depends_on_the_seed_only(tmp_path):
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-UNREAD = pytest.mark.xfail(strict=True, reason="new_tokenizer reads no columns but text, messages, prompt, completion")
 SCRATCH_ROWS = [
     dict(text=WALKS[0]),
     dict(messages=talk("Walk!", WALKS[0])),
     dict(prompt="Walk! ", completion=WALKS[0]),
     dict(prompt=talk("Walk!"), completion=[dict(role="assistant", content=WALKS[0])]),
     dict(conversations=[{"from": "human", "value": "Walk!"}, {"from": "gpt", "value": WALKS[0]}]),
-    pytest.param(dict(question="Walk!", answer=WALKS[0]), marks=UNREAD),
-    pytest.param(dict(instruction="Walk!", output=WALKS[0]), marks=UNREAD),
-    pytest.param(dict(instruction="Walk!", response=WALKS[0]), marks=UNREAD),
+    dict(question="Walk!", answer=WALKS[0]),
+    dict(instruction="Walk!", output=WALKS[0]),
+    dict(instruction="Walk!", response=WALKS[0]),
 ]
 
 
@@ -863,12 +861,8 @@ def test_an_evaluation_is_a_sum_over_rows_by_a_total(limit, tiny_tokenizer):
     assert found == pytest.approx(dict(eval_logps=total / 7, eval_rows=len(rows) / 7), rel=1e-4) and model.training
 
 
-UNLIKE = pytest.mark.xfail(
-    strict=True,
-    reason="without rows, `rows_attention` knows neither windows nor soft caps nor sinks; generate passes no mask",
-)
 GENERATING = ["llama", "gpt2", "nemotron", "lfm2"]
-GENERATING += [pytest.param(f, marks=UNLIKE) for f in ("mistral", "gemma3", "qwen2 in windows", "capped", "gpt_oss")]
+GENERATING += [f for f in ("mistral", "gemma3", "qwen2 in windows", "capped", "gpt_oss")]
 
 
 @pytest.mark.parametrize("family", GENERATING)
@@ -1110,7 +1104,7 @@ def test_two_nodes_need_one_disk(torchrun, tmp_path):
     assert "--output-dir out: rank 1 does not see it; choose one on a disk that all nodes share" in apart[1].stderr
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=slow)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=[slow, needs_bfloat16])])
 def test_two_ranks_resume(dtype, uneven, tiny_model_dir, tmp_path):
     """With dropout, for which each rank needs random numbers of its own."""
     flags = uneven | dict(model=str(tiny_model_dir("gpt2")), batch_size=3, save_every=2, eval_every=2, dtype=dtype)
@@ -1124,6 +1118,7 @@ def test_two_ranks_resume(dtype, uneven, tiny_model_dir, tmp_path):
     same_run(parts, whole)
 
 
+@needs_bfloat16
 def test_a_bfloat16_run_resumes(uneven, tiny_model_dir, tmp_path):
     """Its weights and moments are float32 in the checkpoint. Killed while the model is saved."""
     flags = uneven | dict(model=str(tiny_model_dir("gpt2")), save_every=2, dtype="bfloat16")
@@ -1138,6 +1133,7 @@ def test_a_bfloat16_run_resumes(uneven, tiny_model_dir, tmp_path):
     same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@needs_bfloat16
 def test_bfloat16_on_ranks_is_near_float32(uneven, tmp_path):
     """The computation has 8 bits, so that a loss is off by about a hundredth; the weights are whole."""
     flags = uneven | dict(eval_every=3, tokens_per_forward=70)
@@ -1152,6 +1148,7 @@ def test_bfloat16_on_ranks_is_near_float32(uneven, tmp_path):
     assert {w.dtype for w in weights_of(tmp_path / "half").values()} == {torch.float32}
 
 
+@needs_bfloat16
 def test_a_tiny_learning_rate_moves_every_weight(uneven, tmp_path):
     """In bfloat16 too the weights and the optimiser are float32: the weight of a norm is 1.0, to which bfloat16 cannot
     add 1e-6."""
@@ -1417,7 +1414,7 @@ def test_real_conversations(name, real_data, tmp_path, capsys):
         fits = len(tokenizer(head, add_special_tokens=False).input_ids) < 512
         plain = not any(token in text for text in texts for token in ("<s>", "</s>", "<unk>"))
         kept += fits and plain and bool(texts[-1].strip())
-    assert 10 < kept < len(rows)
+    assert 10 < kept <= len(rows)
     flags = dict(
         model=model,
         dataset=str(tmp_path / "rows.jsonl"),

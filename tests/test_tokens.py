@@ -468,26 +468,17 @@ def test_a_text_that_holds_its_end_already_gets_no_second_one(tokenizer_of):
 # -------------------------------------------------------------------------------------------------------- begun answers
 
 
-@pytest.mark.parametrize("template", [PLAIN, EMPTY_THINKING, THINKS, NEWLINE, TRIM])
 @pytest.mark.parametrize("begun", ["<think>\nlet me", "The answer", "The answer ", "a", "One.\nTwo"])
-def test_a_begun_answer_is_prompt_in_training_and_in_sampling(template, begun, tokenizer_of):
+@pytest.mark.parametrize("template", [PLAIN, EMPTY_THINKING, THINKS, NEWLINE, TRIM])
+def test_a_begun_answer_is_prompt_in_training_and_in_sampling(template, begun, tokenizer_of, request):
     if template is TRIM and begun.endswith(" "):
-        pytest.skip("tested apart")
+        request.applymarker(fault("the text that the template has trimmed is taken"))
     tokenizer = tokenizer_of(template)
     prompt = [user("Hi?"), assistant(begun)]
     opening = tokenizer.apply_chat_template(prompt[:1], tokenize=False, add_generation_prompt=True)
     expected = opening + (begun.removeprefix("<think>\n") if opening.endswith("<think>\n") else begun)
     assert tokenizer.decode(dpo.prompt_ids(tokenizer, prompt, {})) == expected
     assert answers(tokenizer, prompt, [" + 4.", " + 5."]) == [expected, "[[ + 4.<|end|>]]", "[[ + 5.<|end|>]]"]
-
-
-@fault("the text that the template has trimmed is taken")
-def test_a_begun_answer_keeps_its_last_space_though_the_template_trims(tokenizer_of):
-    found = answers(tokenizer_of(TRIM), [user("Hi?"), assistant("The answer ")], ["is 4.", "is 5."])
-    assert (
-        found[0] + found[1].replace("[[", "").replace("]]", "")
-        == "<|user|>Hi?<|end|><|assistant|>The answer is 4.<|end|>"
-    )
 
 
 @fault("the header is left out as thinking is")
