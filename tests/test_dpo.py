@@ -41,8 +41,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import dpo
-import orpo
-import reward_model
 import rpo
 from dpo import Row
 
@@ -96,15 +94,10 @@ def test_losses_of_worked_examples(loss, value, gradient):
 
 @given(st.floats(-30, 30), st.floats(0.01, 2), st.floats(0, 0.49))
 def test_the_gradient_of_dpo_is_the_error_of_the_implicit_reward_model(h, beta, e):
+    """And that of IPO is twice the distance from 1 / (2 beta)."""
+    assert slope(lambda x: dpo.ipo_loss(x, beta), h) == pytest.approx(2 * h - 1 / beta, abs=1e-9)
     wrong = beta * (1 / (1 + math.exp(-beta * h)) - (1 - e))
     assert slope(lambda x: dpo.dpo_loss(x, beta, e), h) == pytest.approx(wrong, abs=1e-9)
-
-
-@pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_where_the_losses_are_least(beta):
-    assert slope(lambda h: dpo.dpo_loss(h, beta, 0.2), math.log(0.8 / 0.2) / beta) == pytest.approx(0.0, abs=1e-12)
-    assert slope(lambda h: dpo.ipo_loss(h, beta), 1 / (2 * beta)) == pytest.approx(0.0, abs=1e-12)
-    assert slope(lambda h: dpo.dpo_loss(h, beta), 20 / beta) < 0
 
 
 def bandit_loss(logps, ref_logps, better: int, worse: int, **flags):
@@ -133,15 +126,6 @@ def test_dpo_is_least_at_its_closed_form(beta, best):
     closed /= closed.sum()
     assert closed.tolist() == pytest.approx(best, abs=1e-6)
     assert gradient(closed) < 1e-9 and gradient(ref.clone()) > 0.01
-
-
-def test_ipo_stops_where_dpo_goes_on():
-    """Two actions, a uniform reference, the first always better: IPO's policy is sigmoid(1 / (2 beta)), DPO's goes to 1."""
-    ref = f64(0.5, 0.5).detach().log()
-    loss = lambda p, name: bandit_loss(torch.cat([p.log(), (1 - p).log()]), ref, 0, 1, loss=name, beta=0.5)
-    best = 1 / (1 + math.exp(-1 / (2 * 0.5)))
-    assert slope(lambda p: loss(p, "ipo"), best) == pytest.approx(0.0, abs=1e-9)
-    assert slope(lambda p: loss(p, "sigmoid"), best) < -0.1
 
 
 # ------------------------------------------------------------------------------------------ the loss of a batch of rows
@@ -263,16 +247,6 @@ def test_sums_of_content_leave_out_format_tokens():
     sums = dpo.content_sums(values, rows)
     assert sums.tolist() == [1, 0, 48]
     assert torch.autograd.grad(sums.sum(), values)[0].tolist() == [1, 0, 0, 0, 1, 1]
-
-
-def test_answers_that_differ_in_format_only_are_not_pushed_apart():
-    mask = [1.0, 1.0, 0.0]
-    chosen, rejected = Answer([-1, -2, -0.5], [-1.5, -1, -3], mask), Answer([-1, -2, -4], [-1.5, -1, -0.1], mask)
-    logged, logps = batch_of([(chosen, 1), (rejected, 0)])
-    (gradient,) = torch.autograd.grad(logged["loss"], logps)
-    assert gradient[2] == gradient[5] == 0
-    assert (gradient[:2] + gradient[3:5]).abs().max() < 1e-12  # shared tokens get opposite pushes, which cancel
-    assert logged["loss"].item() == pytest.approx(math.log(2), abs=1e-9)
 
 
 def test_ipo_averages_over_tokens_and_dpo_does_not():
@@ -624,17 +598,20 @@ def some_rows(seed=0) -> list:
     return rows
 
 
+def logps_by_hand(model, row: Row) -> list:
+    """For each answer, the log-probabilities of its trained tokens by Hugging Face's model, an answer at a time."""
+    found = []
+    for response, trained in zip(row.responses, row.trained):
+        logits = model(torch.tensor([row.prompt + response])).logits[0, len(row.prompt) - 1 : -1].double()
+        logps = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+        found.append(logps[torch.tensor(trained)])
+    return found
+
+
 @torch.no_grad()
 def sums_by_hand(folder, rows: list) -> list:
-    """For each row and answer the sum of its trained tokens' log-probabilities, by Hugging Face's model: one at a time."""
-    model, out = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval(), []
-    for row in rows:
-        out.append([])
-        for response, trained in zip(row.responses, row.trained):
-            logits = model(torch.tensor([row.prompt + response])).logits[0, len(row.prompt) - 1 : -1].double()
-            logps = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
-            out[-1].append(logps[torch.tensor(trained)].sum().item())
-    return out
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    return [[logps.sum().item() for logps in logps_by_hand(model, row)] for row in rows]
 
 
 def loaded(folder, **flags):
@@ -796,17 +773,17 @@ def test_a_reference_that_computes_something_else_is_refused(
         assert not json.loads((tmp_path / "run" / "args.json").read_text())["finished"]
 
 
-def first_gradient(monkeypatch, **flags) -> torch.Tensor:
+def first_gradient(script, monkeypatch, **flags) -> torch.Tensor:
     """The gradient of a run's first step, as the optimiser gets it."""
-    seen, real = [], dpo.take_step
+    seen, real = [], script.take_step
 
     def spy(model, *rest):
         seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         return real(model, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpo, "take_step", spy)
-        dpo.main(dpo.Args(**flags, max_steps=1))
+        patch.setattr(script, "take_step", spy)
+        script.main(script.Args(**flags, max_steps=1))
     return seen[0]
 
 
@@ -816,16 +793,13 @@ def test_the_split_into_forwards_changes_no_gradient(short_run, base_dir, monkey
     rows = [read(tokenizer_of(flags["model"]), row) for row in walks(21)]
     reference, model, total = sums_by_hand(base_dir, rows), AutoModelForCausalLM.from_pretrained(flags["model"]), 0
     for row, ref in zip(rows, reference):
-        sums = []
-        for response in row.responses:
-            logits = model(torch.tensor([row.prompt + response])).logits[0, len(row.prompt) - 1 : -1]
-            sums.append(logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).sum())
+        sums = [logps.sum() for logps in logps_by_hand(model, row)]
         gaps = [0.5 * ((sums[i] - ref[i]) - (sums[j] - ref[j])) for i, j in row.extra["pairs"]]
         total += sum(torch.nn.functional.softplus(-gap) for gap in gaps) / len(gaps) / len(rows)
     total.backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     for i, change in enumerate((dict(), dict(tokens_per_forward=1), dict(gradient_checkpointing=True))):
-        gradient = first_gradient(monkeypatch, **flags | change, output_dir=str(tmp_path / str(i)))
+        gradient = first_gradient(dpo, monkeypatch, **flags | change, output_dir=str(tmp_path / str(i)))
         assert is_near(gradient, expected, 1e-4), change
         assert lines_of(tmp_path / str(i))[0]["loss"] == pytest.approx(total.item(), rel=1e-4)
 
@@ -856,12 +830,9 @@ def test_rewards_are_relative_to_the_reference(name, short_run, base_dir, whole)
     after, before = sums_by_hand(whole(name), rows), sums_by_hand(base_dir if masked else short_run["model"], rows)
     reward = lambda n, i: 0.1 * (after[n][i] - before[n][i])
     expected = {
-        "rewards/chosen": lambda n, i, j: reward(n, i),
-        "rewards/rejected": lambda n, i, j: reward(n, j),
         "rewards/margins": lambda n, i, j: reward(n, i) - reward(n, j),
         "rewards/accuracies": lambda n, i, j: reward(n, i) > reward(n, j),
         "logps/chosen": lambda n, i, j: after[n][i],
-        "logps/rejected": lambda n, i, j: after[n][j],
         "preference_loss": lambda n, i, j: -logsigmoid(reward(n, i) - reward(n, j)),
     }
     expected = {f"eval_{k}": pair_mean(rows, of) for k, of in expected.items()}
@@ -871,7 +842,7 @@ def test_rewards_are_relative_to_the_reference(name, short_run, base_dir, whole)
     assert abs(last["eval_rewards/margins"]) > 0.01 and last["num_tokens"] == 2 * tokens
 
 
-@variants("reference", "ondare")
+@variants("ondare")
 def test_killed_and_resumed(name, short_run, base_dir, whole, tmp_path):
     """Killed just before the third rename: args.json, checkpoint-3, checkpoint-6."""
     args = dpo.Args(**short_run | variant(name, base_dir), output_dir=str(tmp_path / "run"), resume=True)
@@ -893,19 +864,6 @@ def test_ranks_change_nothing(name, short_run, base_dir, whole, tmp_path):
     assert snapshot(tmp_path / "two").keys() == snapshot(whole(name)).keys()
 
 
-@variants()
-def test_resumed_on_ranks(name, short_run, base_dir, tmp_path):
-    """From the first checkpoint of a run on two ranks, as if it had been stopped there."""
-    out, flags = tmp_path / "run", short_run | variant(name, base_dir) | dict(max_steps=5, save_every=2)
-    flags |= dict(output_dir=str(out))
-    on_ranks(dpo, 2, **flags)
-    shutil.copytree(out, tmp_path / "whole")
-    shutil.rmtree(out / "checkpoint-4")
-    dpo.write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=False))
-    on_ranks(dpo, 2, **flags, resume=True)
-    same_run(out, tmp_path / "whole")
-
-
 @variants("ondare")
 def test_bfloat16(name, short_run, base_dir, whole, tmp_path):
     """The weights are sharded then, though there is one rank. The curve is near that of float32."""
@@ -915,24 +873,18 @@ def test_bfloat16(name, short_run, base_dir, whole, tmp_path):
     assert ours == pytest.approx(theirs, abs=0.1)
 
 
-class Stack(torch.nn.Module):
-    """Layers of an uneven number of rows, one of them of a single row."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 7), torch.nn.Linear(7, 1)])
-
-
 def merge_on_ranks(flags: dict):
-    """Three merged steps on random gradients, the same on every rank; saves the whole weights."""
+    """Three merged steps on random gradients, the same on every rank; saves the whole weights.
+
+    The layers have an uneven number of rows, one of them a single row."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.manual_seed(0)
-    model = Stack()
+    model = torch.nn.Sequential(torch.nn.Linear(8, 7), torch.nn.Linear(7, 1))
     gradients = [[torch.randn(p.shape) for p in model.parameters()] for _ in range(3)]
     tau = [torch.randn(p.shape) for p in model.parameters()]
     if world > 1:
         dist.init_process_group("gloo")
-        for layer in model.layers:
+        for layer in model:
             fully_shard(layer)
         fully_shard(model)
     like = lambda x, p: distribute_tensor(x, p.device_mesh, p.placements) if isinstance(p, DTensor) else x
@@ -1074,10 +1026,8 @@ BAD_ARGUMENTS = [
     dict(label_smoothing=0.5),
     dict(label_smoothing=-0.1),
     dict(optimizer="ondare"),
-    dict(optimizer="onties"),
     dict(merge_base="."),
     dict(beta=0.0),
-    dict(beta=math.nan),
     dict(merge_keep=0.0),
     dict(merge_keep=1.5),
     dict(merge_weight=-1.0),
@@ -1138,7 +1088,6 @@ def test_a_bad_second_model_does_not_touch_the_directory(option, change, short_r
 OK = dict(prompt="a", completions=["b", "c"], scores=[1.0, 0.0])
 BAD_ROWS = {  # rows -> what the message must say
     "a score that is missing": ([OK, OK, OK | dict(scores=[1.0, None])], "row 2"),
-    "a score too few": ([OK, OK | dict(scores=[1.0])], "row 1"),
     "other columns": ([dict(text="a")], "chosen"),
     "no rejected": ([dict(prompt="a", chosen="b")], "rejected"),
     "nothing usable": ([OK | dict(scores=[1.0, 1.0])], "nothing to compare"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_dpo import walks
+from test_dpo import first_gradient, walks
 from test_plumbing import (
     in_child,
     jsonl,
@@ -343,20 +343,6 @@ def test_metrics_are_those_of_the_models(finished):
     expected = metrics_by_transformers(out, rows, 0.5, flags["nll_scope"])
     assert logged(last, expected, "eval_") == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert last["step"] == 10 and last["epoch"] == 2.0 and last["loss"] < first["loss"]
-
-
-def first_gradient(script, monkeypatch, **flags) -> torch.Tensor:
-    """The gradient of a run's first step, as the optimiser gets it."""
-    seen, real = [], script.take_step
-
-    def spy(model, *rest):
-        seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        return real(model, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "take_step", spy)
-        script.main(script.Args(**flags, max_steps=1))
-    return seen[0]
 
 
 GRADIENTS = [

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import tiny_config
 from datasets import Dataset
-from test_dpo import another, walks
-from test_orpo import by_transformers, f64, first_gradient, logged, numbers, similar_pairs
+from test_dpo import another, first_gradient, walks
+from test_orpo import by_transformers, f64, logged, numbers, similar_pairs
 from test_plumbing import (
     CPU,
     dressed,  # noqa: F401
@@ -265,7 +265,7 @@ def test_another_first_loss_than_the_known_one_is_refused(distance, capsys):
         for wrong in (theory + 2 * tolerance * max(1, theory), theory - 2 * tolerance * max(1, theory), math.nan):
             with pytest.raises(SystemExit):
                 rpo.check_first_loss(args, rows, wrong, dtype)
-    assert f"must be {theory:.4f}" in capsys.readouterr().err
+    assert f"{theory:.4f}" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------- the rewards
@@ -512,52 +512,12 @@ def test_metrics_are_those_of_the_models(kind, of_kind, whole):
     assert last["step"] == 10 and abs(last["eval_rewards/margins"]) > 0.01
 
 
-def test_a_finished_run_is_the_model_and_reference_of_a_next_round(of_kind, whole, tmp_path):
-    out = whole("reference")
-    flags = of_kind("plain") | dict(model=str(out), max_steps=1, batch_size=21, eval_dataset="")
-    rpo.main(rpo.Args(**flags, output_dir=str(tmp_path / "next")))
-    (line,) = lines_of(tmp_path / "next")
-    near(line, metrics_by_transformers(out, rows_of(flags), flags), but=TIED)
-    assert line["rewards/margins"] == pytest.approx(0, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    "family, distance", [("gpt2", "forward-kl"), ("gemma2", "backward-kl"), ("mixtral", "squared")]
-)
-def test_the_first_loss_is_the_distance_from_0(family, distance, tiny_model_dir, tmp_path, short_run):
-    """Of all rewards alike, whatever the family; the second step has another loss. GPT-2 has dropout."""
-    flags = short_run | dict(model=str(tiny_model_dir(family)), batch_size=21, max_steps=2, eval_dataset="")
-    flags |= dict(save_every=0, nll_coef=0.0)
-    rpo.main(rpo.Args(**flags, distance=distance, output_dir=str(tmp_path / "run")))
-    first, second = lines_of(tmp_path / "run")
-    total, to_zero = (
-        0.0,
-        {
-            "backward-kl": lambda p: p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p)),
-            "forward-kl": lambda p: -0.5 * math.log(4 * p * (1 - p)),
-            "squared": lambda p: math.log(p / (1 - p)) ** 2,
-        }[distance],
-    )
-    for row in rows_of(flags):
-        gaps = [row.extra["scores"][i] - row.extra["scores"][j] for i, j in row.extra["pairs"]]
-        total += sum(to_zero(1 / (1 + math.exp(-g))) for g in gaps) / len(gaps) / 21
-    assert first["preference_loss"] == pytest.approx(total, abs=1e-5) == pytest.approx(first["loss"], abs=1e-5)
-    assert total > 1e-3 and first["gap_error"] == pytest.approx(first["target_gap"], abs=1e-4)
-    assert abs(second["preference_loss"] - first["preference_loss"]) > 1e-6
-
-
-@pytest.mark.parametrize("reference", [False, True])
-def test_a_reference_that_computes_something_else_is_refused(reference, of_kind, monkeypatch, tmp_path, capsys):
-    """Unless another model is named: then the first loss is not known."""
+def test_a_reference_that_computes_something_else_is_refused(short_run, monkeypatch, tmp_path, capsys):
     real = rpo.set_reference_logps
     shifted = lambda rows, ref_logps: real(rows, ref_logps + 9 * torch.arange(len(ref_logps)) % 5)
     monkeypatch.setattr(rpo, "set_reference_logps", shifted)
-    flags = of_kind("reference" if reference else "plain") | dict(max_steps=1, eval_dataset="")
-    if reference:
-        rpo.main(rpo.Args(**flags, output_dir=str(tmp_path / "run")))
-    else:
-        said = refused(rpo, capsys, **flags, output_dir=str(tmp_path / "run"))
-        assert "the preference loss is" in said and "before the first update" in said
+    said = refused(rpo, capsys, **short_run | dict(max_steps=1), output_dir=str(tmp_path / "run"))
+    assert "the preference loss is" in said and "before the first update" in said
 
 
 GRADIENTS = [dict(nll_coef=0.5), dict(distance="forward-kl"), dict(distance="squared", eta=2.0)]

@@ -461,8 +461,8 @@ def test_a_text_that_holds_its_end_already_gets_no_second_one(tokenizer_of):
         "[[Yes.<|end|>]]",
         "[[No.<|end|>]]",
     ]
-    assert "special token in the text" in answers(tokenizer_of(PLAIN), [user("Hi<|end|>")], ["Yes.", "No."])
-    assert "special token in the text" in answers(tokenizer_of(PLAIN), [user("Hi?")], ["Yes<|sep|>", "No."])
+    assert re.match(r"special token .*in the text", answers(tokenizer_of(PLAIN), [user("Hi<|end|>")], ["Yes.", "No."]))
+    assert re.match(r"special token .*in the text", answers(tokenizer_of(PLAIN), [user("Hi?")], ["Yes<|sep|>", "No."]))
 
 
 # -------------------------------------------------------------------------------------------------------- begun answers
