@@ -319,9 +319,6 @@ def test_columns_that_hold_a_prompt_are_read_by_every_script(columns, prompt, to
         assert encoded(tokenizer, columns | {answer: GOOD}, "sft") == (prompt + GOOD + end, GOOD + end)
 
 
-SYSTEM = fault("the column system is lost, or keeps the prompt that is given twice from being seen")
-
-
 @pytest.mark.parametrize(
     "columns, prompt",
     [
@@ -330,10 +327,10 @@ SYSTEM = fault("the column system is lost, or keeps the prompt that is given twi
         (dict(prompt="What?"), QUESTION),
         (dict(prompt=[user("What?")]), QUESTION),
         (dict(system=""), QUESTION),
-        pytest.param(dict(system="Rules."), RULES, marks=SYSTEM),
-        pytest.param(dict(system="Rules.", prompt="What?"), RULES, marks=SYSTEM),
-        pytest.param(dict(system="Rules.", question="What?"), RULES, marks=SYSTEM),
-        pytest.param(dict(system="Rules.", prompt=[user("What?")]), RULES, marks=SYSTEM),
+        (dict(system="Rules."), RULES),
+        (dict(system="Rules.", prompt="What?"), RULES),
+        (dict(system="Rules.", question="What?"), RULES),
+        (dict(system="Rules.", prompt=[user("What?")]), RULES),
     ],
 )
 def test_a_prompt_that_stands_in_both_conversations_is_read_once(columns, prompt, tokenizer):
