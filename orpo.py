@@ -115,6 +115,7 @@ if __name__ == "__main__":
 
 import contextlib
 import glob
+import gzip
 import hashlib
 import importlib.util
 import inspect
@@ -294,7 +295,8 @@ def preference_rows(tokenizer, max_length: int, row: dict, notes: Counter, rewar
     if row.get("completions") is not None:
         prompt, responses = as_prompt(row), row["completions"]
         scores = row.get("scores") or [0.0] * len(responses)  # without scores all are tied
-        if len(responses) != len(scores) or any(s is None or math.isnan(s) for s in scores):
+        is_complete = len(responses) == len(scores) and not any(s is None or math.isnan(s) for s in scores)
+        if not is_complete and not rewards_of:
             raise ValueError(f"{len(responses)} completions need as many scores, none missing; they are {scores}")
     else:
         (prompt, responses), scores = as_pair(row), [1.0, 0.0]
@@ -475,21 +477,34 @@ def user_input(what: str):
         fail(f"{what} ({type(e).__name__}: {' '.join(str(e.__cause__ or e).split())[:300]})")
 
 
+def split_name(name: str) -> tuple:
+    """(source, config, split) of a data set's name; a path that exists is a source, whatever its colons."""
+    return (name, "", "") if Path(name).exists() else (*name.split(":", 2), "", "")[:3]
+
+
 def load_rows(option: str, name: str, default_split: str) -> Dataset:
     """A data set from a file, a directory (written by save_to_disk, or as downloaded from the hub), or the hub; see
     --dataset."""
-    source, config, split = (*name.split(":", 2), "", "")[:3]
+    source, config, split = split_name(name)
     path = Path(source)
     with user_input(f"{option} {name}: cannot be read as a data set"):
         if path.suffix in (".json", ".jsonl", ".parquet", ".gz") and not path.is_dir():
             if not path.is_file() or not path.stat().st_size:
                 raise FileNotFoundError("the file does not exist" if not path.is_file() else "the file is empty")
+            if config:
+                raise ValueError(f"a file has no configuration {config}; a split is written {source}::{config}")
             kind = "parquet" if ".parquet" in path.suffixes else "json"
             options = dict(encoding="utf-8-sig") if kind == "json" else {}  # also drops a byte-order mark
+            if kind == "json":
+                with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                    if file.read(100).lstrip(b"\xef\xbb\xbf \t\r\n[").startswith(b"null"):
+                        raise ValueError("it begins with null")  # which would crash the reader
             data = load_dataset(kind, data_files=glob.escape(source), split=split or "train", **options)
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             data = load_from_disk(source)
             if isinstance(data, DatasetDict):
+                if (split or default_split) not in data:
+                    raise ValueError(f"it has the splits {', '.join(data)}, and not {split or default_split}")
                 data = data[split or default_split]
             elif split:
                 raise ValueError(f"it was saved without splits, so there is no {split}")
@@ -594,16 +609,18 @@ def special_tokens(tokenizer) -> dict:
 
 def render_text(tokenizer, messages: list, answer_next: bool = False, **options) -> str:
     """A conversation under the chat template, with the generation prompt if answer_next. Raises Drop."""
-    options["add_generation_prompt"], template = answer_next, tokenizer.chat_template
-    if isinstance(template, str) and "strftime_now" in template:
-        # the date of the run's start, also when it is resumed
+    options["add_generation_prompt"] = answer_next
+    template = tokenizer.get_chat_template(tools=options.get("tools"))
+    if "strftime_now" in template:  # the date of the run's start, also when it is resumed
         today = lambda match: repr(RUN_DATE[0].strftime(match[2]))
-        options["chat_template"] = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", today, template)
+        call = r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)"""
+        options["chat_template"] = re.sub(call, today, template)
     texts = [call["arguments"] for call in tool_calls(messages) if isinstance(call.get("arguments"), str)]
+    quoted = [json.dumps(arguments, ensure_ascii=ascii) for arguments in texts for ascii in (True, False)]
     try:
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-            wants_objects = any(json.dumps(arguments) in text for arguments in texts)  # it has quoted the JSON text
+            wants_objects = any(arguments in text for arguments in quoted)
         except Exception:
             if not texts:
                 raise
@@ -612,7 +629,7 @@ def render_text(tokenizer, messages: list, answer_next: bool = False, **options)
             messages = json.loads(json.dumps(messages))
             for call in tool_calls(messages):
                 if isinstance(call.get("arguments"), str):
-                    call["arguments"] = json.loads(call["arguments"])
+                    call["arguments"] = json.loads(call["arguments"] or "{}")
             text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
         return text
     except Exception as e:
@@ -738,9 +755,11 @@ def begun_text(tokenizer, messages: list, options: dict) -> str:
     text, begun = render_text(tokenizer, messages, continue_final_message=True, **options), messages[-1]["content"]
     opening = render_text(tokenizer, messages[:-1], True, **options)
     has_generation_prompt = opening != render_text(tokenizer, messages[:-1], **options)
-    written = text[len(opening) : text.rfind(begun.strip())] if text.startswith(opening) else "?"
-    if not has_generation_prompt or not written.strip():
-        return text
+    start = text.rfind(begun.strip())
+    written = text[len(opening) : start] if text.startswith(opening) else "?"
+    is_header = any(token in written for token in special_tokens(tokenizer).values())
+    if not has_generation_prompt or not written.strip() or is_header:
+        return text[:start] + begun.lstrip()  # which templates may trim
     overlap = max(n for n in range(len(begun) + 1) if opening.endswith(begun[:n]))  # both may open the thinking block
     return opening + begun[overlap:]
 
@@ -772,24 +791,47 @@ def continue_turn(tokenizer, messages: list, options: dict, notes: Counter) -> t
 def encode_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
     """Ids of a conversation up to the end of its last turn, the assistant's, and where that turn begins. Raises
     Drop."""
-    prompt, turn, (end, after) = messages[:-1], messages[-1], turn_end(tokenizer)
+    prompt, turn, special = messages[:-1], messages[-1], special_tokens(tokenizer)
     text, opening = render_text(tokenizer, messages, **options), render_text(tokenizer, prompt, **options).rstrip()
-    while token := next((t for t in special_tokens(tokenizer).values() if opening.endswith(t)), ""):
+    # a template may close the prompt with tokens that it writes elsewhere once a reply follows
+    while token := next((t for t in special.values() if opening.endswith(t)), ""):
         opening = opening.removesuffix(token).rstrip()
     if not text.startswith(opening):
         raise Drop("the chat template changes the prompt once a reply follows")
-    reply = "".join(text[len(opening) :].split())  # without white space, which templates may move
-    if "".join(turn["content"].split()) not in reply:
+    whole, before, reply = ("".join(part.split()) for part in (text, opening, text[len(opening) :]))
+    for content in ("".join(message["content"].split()) for message in prompt):
+        if content in whole and content not in before:
+            raise Drop("the chat template changes the prompt once a reply follows")
+        notes["prompt messages that the chat template leaves out"] += content not in whole
+    content = "".join(turn["content"].split())
+    if content not in reply:
         raise Drop("the chat template leaves out part of the reply")
     if "".join(turn.get("reasoning_content", "").split()) not in reply:
         notes["replies whose reasoning_content the chat template leaves out"] += 1
-    ids, head = text_ids(tokenizer, text), render(tokenizer, prompt, True, **options)
-    ids = ids + [end] if after < 0 else ids[: len(ids) - after]
+    words_alone = {k: v for k, v in turn.items() if k != "tool_calls"}
+    shows_calls = "tool_calls" in turn and render_text(tokenizer, [*prompt, words_alone], **options) != text
+    notes["replies whose tool_calls the chat template leaves out"] += "tool_calls" in turn and not shows_calls
+    if not content and not shows_calls:
+        raise Drop("the reply is empty but for its end-of-turn token")
+    ids, head = end_turn(tokenizer, text_ids(tokenizer, text)), render(tokenizer, prompt, True, **options)
     start = shared_prefix(head, ids)
     if len(ids) - start < 2:
         raise Drop("the reply is empty but for its end-of-turn token")
     notes["replies that do not begin where the generation prompt ends"] += start < len(head)
     return ids, start
+
+
+def end_turn(tokenizer, ids: list) -> list:
+    """Ids of a conversation up to the token that ends its last turn, the assistant's. Raises Drop."""
+    end, after = turn_end(tokenizer)
+    if after < 0:  # the template marks no end
+        return ids + [end]
+    if ids[-1 - after :][:1] == [end]:
+        return ids[: len(ids) - after]
+    ends = [i for i, token in enumerate(ids) if token in special_tokens(tokenizer)]  # a turn that ends in another way
+    if not ends or tokenizer.decode(ids[ends[-1] + 1 :]).strip():
+        raise Drop("the chat template writes no special token at the end of the reply")
+    return ids[: ends[-1] + 1]
 
 
 def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_columns=None) -> list:
@@ -1083,6 +1125,10 @@ def fit_length(args, name: str) -> int:
             if args.max_length > original:
                 what = f"{name} changes its rotary embeddings beyond {original} tokens"
                 fail(f"--max-length {args.max_length}: {what}; set at most {original}")
+    for field in ("index_topk", "keep_window_size"):
+        if getattr(config, field, None) and args.max_length > getattr(config, field):
+            limit = getattr(config, field)  # beyond it transformers' own attention is not causal
+            fail(f"--max-length {args.max_length}: {name} attends to {limit} tokens only; set at most {limit}")
     if positions < args.max_length:
         print0(f"note: --max-length {args.max_length} is lowered to the {positions} positions of {name}")
     return min(args.max_length, positions)
@@ -1115,7 +1161,9 @@ def prepare_model(model, name: str, args, device, dtype, *methods, dropout: bool
     """The model on its device in training mode, with packed rows if it can follow them, `methods` bound, sharded over
     the ranks (FSDP2)."""
     for module in model.modules():  # without noise two forward passes are the same function
-        for field in [k for k, v in vars(module).items() if isinstance(v, float)]:
+        if hasattr(module, "router_jitter_noise"):  # PhiMoE's is a threshold too: its router stays in evaluation mode
+            module.eval().train = lambda mode=True, module=module: module
+        for field in [k for k, v in vars(module).items() if isinstance(v, float) and k != "router_jitter_noise"]:
             if "jitter" in field or not dropout and ("dropout" in field or field == "p"):
                 setattr(module, field, 0.0)
     for method in methods:
@@ -1235,7 +1283,7 @@ RECEIVED = []  # the signals that asked this process to stop
 RUN_DATE = [datetime.now()]  # what chat templates write as the date: that of the run's start, also after --resume
 for library in (transformers.utils.logging, datasets.utils.logging):  # they would break up the script's own lines
     library.disable_progress_bar()
-    library.set_verbosity_error()
+    library.set_verbosity(50)  # critical
 
 
 def print0(*text):
@@ -1345,13 +1393,14 @@ def open_run(args, *inputs) -> tuple:
     out, error, last, signature, date = Path(args.output_dir), None, None, None, RUN_DATE[0]
     if RANK == 0:  # one rank looks, so that all do the same
         with user_input(f"--output-dir {out}: cannot be used"):
-            files = [Path(name) for name in (name.split("::")[0] for name in inputs) if name and Path(name).exists()]
+            paths = [Path(split_name(name)[0]) for name in inputs if name]
+            files = [path for path in paths if path.exists()]
             signature = {k: v for k, v in asdict(args).items() if k not in FREE_OPTIONS}
             signature |= {f"content of {file}": fingerprint(file) for file in files}
             signature = json.loads(json.dumps(signature))  # tuples become lists, as in the file
             record = out / "args.json"
             before = json.loads(record.read_text()) if args.resume and record.exists() else None
-            is_used = out.exists() and any(out.iterdir())
+            is_used = out.exists() and any(file.suffix != ".part" for file in out.iterdir())  # a write that was killed
         checkpoints = [d for d in out.glob("checkpoint-*") if d.name[11:].isdigit()]
         if any(out.resolve() in (file.resolve(), *file.resolve().parents) for file in files):
             error = f"--output-dir {out}: holds what the run reads; choose another"
@@ -1456,8 +1505,11 @@ def save_model(directory: Path, model, tokenizer, dtype):
             {*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))}
         )
         generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
-        if any(getattr(generation, field, None) is not None for field in ("temperature", "top_p", "top_k")):
-            generation.do_sample = True  # greedy search with such a setting is refused by save_pretrained
+        if generation.temperature == 0:  # greedy, which transformers writes as do_sample false alone
+            generation.temperature = None
+        sampling = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+        if any(getattr(generation, field, None) is not None for field in sampling):
+            generation.do_sample = True  # without it save_pretrained refuses such a setting
     config, before = model.config, (model.config.dtype, model.config._attn_implementation)
     config.dtype, config._attn_implementation = dtype, None
     model.save_pretrained(
@@ -1575,9 +1627,20 @@ def log_metrics(args, out: Path, metrics: dict, bar):
 def finish_run(out: Path, models: dict, curves: list):
     """Writes the models into their places and curves.png, then says in args.json that the run is finished."""
     with user_input(f"{out}: cannot be written; make room, then continue with --resume"):
-        for name, (model, tokenizer) in models.items():
-            save_model(out / name, model, tokenizer, model.stored_dtype)
+        part = out / "saving"
         if RANK == 0:
+            shutil.rmtree(part, ignore_errors=True)  # what a killed save left
+        for name, (model, tokenizer) in models.items():
+            save_model(part / name, model, tokenizer, model.stored_dtype)
+        if RANK == 0:
+            for name in models:
+                (out / name).mkdir(exist_ok=True)
+                files = [file for file in (part / name).iterdir() if file.is_file()]
+                for file in files:
+                    os.replace(file, out / name / file.name)
+                for stale in {*(out / name).glob("*.safetensors*")} - {out / name / file.name for file in files}:
+                    stale.unlink()  # of an older model in other shards
+            shutil.rmtree(part)
             lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
             draw_curves(out / "curves.png", lines, curves)
             write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))

@@ -991,23 +991,23 @@ FREED = [
 
 @pytest.mark.parametrize("script, others", FREED, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_one_model_is_in_memory_while_training(script, others, pairs_run, base_dir, monkeypatch, tmp_path):
-    """Every other model is gone when the training is announced."""
+    """Every other model is gone when the first step is taken."""
     with torch.random.fork_rng():
         AutoModelForSequenceClassification.from_pretrained(base_dir, num_labels=1).save_pretrained(tmp_path / "rm")
     tokenizer_of(base_dir).save_pretrained(tmp_path / "rm")
-    models, policies, load, announce = [], [], script.load_model, script.announce
+    models, policies, load, step = [], [], script.load_model, script.take_step
 
     def loads(*arguments, **options):
         model = load(*arguments, **options)
         models.append(weakref.ref(model))
         return model
 
-    def announces(model, *rest):
+    def steps(model, *rest):
         policies.append([ref() is model for ref in models if ref() is not None])
-        announce(model, *rest)
+        return step(model, *rest)
 
     monkeypatch.setattr(script, "load_model", loads)
-    monkeypatch.setattr(script, "announce", announces)
+    monkeypatch.setattr(script, "take_step", steps)
     flags = pairs_run | {name: str(tmp_path / "rm") if name == "reward_model" else base_dir for name in others}
     flags |= dict(optimizer="ondare") if "merge_base" in others else {}
     gc.disable()  # else Python may happen to collect in time; the script may collect by itself

@@ -42,11 +42,6 @@ CPU = torch.device("cpu")
 slow = pytest.mark.slow
 
 
-def fault(reason: str):
-    """Marks a test of something that the script still does wrong."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def short_answers():
     """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
@@ -478,9 +473,6 @@ def as_odd_name(path, rows=ROWS):
     return as_jsonl(path / "run [1] *", rows)
 
 
-COLON = "load_rows splits a file's name at its first colon"
-
-
 def as_name_with_colon(path, rows=ROWS):
     (path / "run 10:30").mkdir()
     return as_jsonl(path / "run 10:30", rows)
@@ -489,7 +481,7 @@ def as_name_with_colon(path, rows=ROWS):
 KINDS = [as_jsonl, as_gzip, as_array, with_byte_order_mark, as_parquet, as_saved, as_splits, as_downloaded, as_odd_name]
 
 
-@pytest.mark.parametrize("save", [*KINDS, pytest.param(as_name_with_colon, marks=fault(COLON))])
+@pytest.mark.parametrize("save", [*KINDS, as_name_with_colon])
 def test_every_kind_of_file_is_read(save, tmp_path):
     assert list(sft.load_rows("--dataset", save(tmp_path), "train")) == ROWS
 
@@ -858,8 +850,7 @@ RENAMES = [  # what this run gives a final name, in order, and how many checkpoi
 ]
 
 
-PART = "args.json.part, which a killed write leaves, makes open_run refuse the directory as not empty"
-KILLS = [pytest.param(1, marks=fault(PART)), 3, 9, *(pytest.param(number, marks=slow) for number in (2, 4, 5, 6, 7, 8))]
+KILLS = [1, 3, 9, *(pytest.param(number, marks=slow) for number in (2, 4, 5, 6, 7, 8))]
 
 
 @pytest.mark.parametrize("number", KILLS)
@@ -909,10 +900,7 @@ def test_a_full_disk_costs_no_checkpoint(number, limit, what, stands, short_run,
     same_run(out, finished)
 
 
-HALF = "finish_run saves directly into the output directory, where a killed save leaves half the weights for ever"
-
-
-@pytest.mark.parametrize("number, stands", [(3, 1), pytest.param(7, 3, marks=fault(HALF))])
+@pytest.mark.parametrize("number, stands", [(3, 1), (7, 3)])
 def test_killed_while_it_writes_weights_and_resumed(number, stands, short_run, finished, tmp_path):
     """Safetensors writes a temporary file: it must end up neither in a checkpoint nor beside the finished model."""
     out = tmp_path / "run"
@@ -1015,12 +1003,7 @@ def test_resuming_with_other_arguments_is_refused(change, short_run, finished, c
     assert snapshot(finished) == before
 
 
-CONFIGURATION = "open_run takes DIRECTORY:CONFIGURATION for a name on the hub, and does not look at the directory"
-
-
-@pytest.mark.parametrize(
-    "what", ["file", "part of a file", pytest.param("configuration", marks=fault(CONFIGURATION)), "model"]
-)
+@pytest.mark.parametrize("what", ["file", "part of a file", "configuration", "model"])
 def test_resuming_with_other_data_is_refused(what, short_run, tmp_path, capsys):
     """The file or directory keeps its name and changes its content."""
     data, model, out = tmp_path / "data" / "chats.jsonl", tmp_path / "model", tmp_path / "run"
@@ -1083,7 +1066,6 @@ def test_a_directory_in_use_is_refused_and_overwritten_only_when_asked(short_run
     assert len(lines_of(out)) == 3 and not list(out.glob("checkpoint-*")) and (out / "letter.txt").exists()
 
 
-@fault("save_model leaves the files of an older model of another number of files")
 @pytest.mark.parametrize("larger", ["before", "after"])
 def test_nothing_of_an_older_model_is_mixed_with_the_new_one(larger, short_run, tmp_path):
     """A large model is saved in several files with an index, of which none may stay beside a new, smaller one."""
@@ -1115,7 +1097,7 @@ def test_bad_input_does_not_touch_the_directory_to_overwrite(mistake, short_run,
 
 @pytest.mark.parametrize(
     "what",
-    ["model", "checkpoint", "dataset", "part of a dataset", pytest.param("configuration", marks=fault(CONFIGURATION))],
+    ["model", "checkpoint", "dataset", "part of a dataset", "configuration"],
 )
 def test_what_is_read_is_not_overwritten(what, short_run, finished, tmp_path, capsys):
     """A run whose output directory is, or holds, its own input."""

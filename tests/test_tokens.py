@@ -20,7 +20,6 @@ import dpo
 import sft
 
 SPECIAL = ["<|tool|>", "<|call|>", "<|sep|>", "<|start|>"]
-fault = lambda reason: pytest.mark.xfail(strict=True, reason=reason)
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +286,6 @@ def test_a_template_that_rewrites_the_call_once_a_result_follows_drops_the_row(t
             )
 
 
-@fault("the check accepts a prompt that is shown shorter without its reply")
 def test_a_result_that_the_prompt_does_not_show_is_never_trained(tokenizer_of):
     """The template shows the tool's result only once an answer follows it."""
     found = turns(tokenizer_of(HIDDEN_TOOL), LOOK)
@@ -296,7 +294,7 @@ def test_a_result_that_the_prompt_does_not_show_is_never_trained(tokenizer_of):
     )
 
 
-@pytest.mark.parametrize("content", ["", None, pytest.param(" \n", marks=fault("blanks count as an answer"))])
+@pytest.mark.parametrize("content", ["", None, " \n"])
 def test_a_turn_of_calls_that_the_template_does_not_show_is_never_trained(content, tokenizer_of, tmp_path, capsys):
     tokenizer, reason = tokenizer_of(PLAIN), "dropped: the reply is empty but for its end-of-turn token"
     silent, good = (
@@ -318,7 +316,6 @@ def test_a_turn_of_calls_that_the_template_does_not_show_is_never_trained(conten
     assert len(rows) == 1 and f"3 {reason}" in printed
 
 
-@fault("only what has a single token is taken for empty")
 @pytest.mark.parametrize("template", [EMPTY_THINKING, THINKS, HEADERS])
 def test_a_turn_that_says_nothing_is_not_trained_though_the_template_writes_something(template, tokenizer_of):
     for silent in (assistant(""), assistant("", **call(dict(city="Oslo")))):
@@ -327,7 +324,6 @@ def test_a_turn_that_says_nothing_is_not_trained_though_the_template_writes_some
         assert isinstance(found, str) or all(len(re.findall(r"\[\[", row)) == 1 and "So." in row for row in found)
 
 
-@fault("calls that are left out beside words are not counted")
 def test_calls_that_the_template_leaves_out_beside_words_are_counted(tokenizer_of):
     notes = Counter()
     found = turns(tokenizer_of(PLAIN), LOOK, notes=notes)
@@ -347,9 +343,7 @@ def test_reasoning_that_the_template_leaves_out_is_counted_and_the_row_stays(tok
 
 @pytest.mark.parametrize("city", ["Oslo", 'a "b" \\ c', "Zürich", "北京", "</x> & 'y'"])
 @pytest.mark.parametrize("template", ["objects", "JSON"])
-def test_arguments_as_json_text_train_what_objects_train(template, city, tokenizer_of, request):
-    if template == "JSON" and not city.isascii():
-        request.applymarker(fault("text is not seen to be quoted twice where the template does not escape its letters"))
+def test_arguments_as_json_text_train_what_objects_train(template, city, tokenizer_of):
     tokenizer, arguments = tokenizer_of(dict(objects=CALLS, JSON=CALLS_JSON)[template]), dict(city=city, days=3)
     for text in (json.dumps(arguments), json.dumps(arguments, ensure_ascii=False)):
         talks = [[user("Sun?"), assistant("Look.", **call(form))] for form in (arguments, text)]
@@ -442,7 +436,6 @@ def test_the_end_of_a_turn_is_the_first_special_token_after_it(template, eos, en
     assert found == [head.replace("[[", ""), f"[[{tail}]]", f"[[{tail.replace('So.', 'No.')}]]"]
 
 
-@fault("the tokens after the end are cut by their number, whatever they are")
 def test_a_turn_that_ends_otherwise_keeps_an_end_of_its_own(tokenizer_of):
     """A call that the template ends with another special token than an answer."""
     for ending in ("'<|sep|>'", "'<|sep|>\n'", "'<|tool|><|sep|>'"):
@@ -470,9 +463,7 @@ def test_a_text_that_holds_its_end_already_gets_no_second_one(tokenizer_of):
 
 @pytest.mark.parametrize("begun", ["<think>\nlet me", "The answer", "The answer ", "a", "One.\nTwo"])
 @pytest.mark.parametrize("template", [PLAIN, EMPTY_THINKING, THINKS, NEWLINE, TRIM])
-def test_a_begun_answer_is_prompt_in_training_and_in_sampling(template, begun, tokenizer_of, request):
-    if template is TRIM and begun.endswith(" "):
-        request.applymarker(fault("the text that the template has trimmed is taken"))
+def test_a_begun_answer_is_prompt_in_training_and_in_sampling(template, begun, tokenizer_of):
     tokenizer = tokenizer_of(template)
     prompt = [user("Hi?"), assistant(begun)]
     opening = tokenizer.apply_chat_template(prompt[:1], tokenize=False, add_generation_prompt=True)
@@ -481,7 +472,6 @@ def test_a_begun_answer_is_prompt_in_training_and_in_sampling(template, begun, t
     assert answers(tokenizer, prompt, [" + 4.", " + 5."]) == [expected, "[[ + 4.<|end|>]]", "[[ + 5.<|end|>]]"]
 
 
-@fault("the header is left out as thinking is")
 def test_a_begun_answer_keeps_a_header_of_special_tokens(tokenizer_of):
     found = answers(tokenizer_of(HEADERS), [user("Hi?"), assistant("The answer")], [" is 4.", " is 5."])
     assert (
@@ -569,7 +559,6 @@ def test_the_childs_generation_config_is_its_parents_with_the_stop_tokens(parent
     } == child
 
 
-@fault("save_pretrained refuses it, or generate refuses what was saved")
 @pytest.mark.parametrize("parent", [dict(min_p=0.1), dict(typical_p=0.5), dict(temperature=0.0)])
 def test_an_odd_generation_config_is_no_reason_to_lose_the_run(parent, tokenizer_of, tmp_path):
     saved_generation(parent, tokenizer_of(PLAIN), tmp_path)
@@ -587,11 +576,8 @@ def test_an_odd_generation_config_is_no_reason_to_lose_the_run(parent, tokenizer
         ('{%- set day = strftime_now("%Y-%m-%d") -%}{{ day }}', "2001-02-03"),
         ("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}never{% endif %}", "2001"),
         ("""{{ strftime_now("it's %Y") }}""", "it's 2001"),
-        pytest.param(*("{{ strftime_now( '%Y' ) }}", "2001"), marks=fault("only literal formats are replaced")),
-        pytest.param(
-            *("{% set form = '%Y' %}{{ strftime_now(form) }}", "2001"), marks=fault("only literal formats are replaced")
-        ),
-        pytest.param(*("{{ strftime_now(format='%Y') }}", "2001"), marks=fault("only literal formats are replaced")),
+        ("{{ strftime_now( '%Y' ) }}", "2001"),
+        ("{{ strftime_now(format='%Y') }}", "2001"),
     ],
 )
 def test_a_template_writes_the_date_of_the_runs_start(written, shown, tokenizer_of, monkeypatch):
@@ -601,7 +587,6 @@ def test_a_template_writes_the_date_of_the_runs_start(written, shown, tokenizer_
     assert answers(tokenizer, TWO[:1], ["Yes.", "No."])[0] == f"{shown}<|user|>Hi?<|end|><|assistant|>"
 
 
-@fault("only a template that is one text is replaced")
 def test_a_named_template_writes_the_date_of_the_runs_start(tokenizer_of, monkeypatch):
     monkeypatch.setattr(dpo, "RUN_DATE", [datetime(2001, 2, 3)])
     tokenizer = tokenizer_of({"default": "{{ strftime_now('%Y') }}" + PLAIN, "rag": PLAIN})
@@ -662,9 +647,6 @@ TALKS = {  # name: (messages, options); every text occurs once
 }
 
 
-FAULTS = "diffusion_gemma gemma4 gemma4_v3 gemma4_v4 gemma4_v5 lfm2 llama3 phi3 phi3_5 qwen2_5_vl deepseek_r1_distill".split()
-
-
 @pytest.fixture(scope="module")
 def published():
     """published(name): a byte-level tokenizer with the special tokens of a published chat template."""
@@ -694,9 +676,7 @@ def published():
 
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("name", NAMES or [pytest.param("-", marks=pytest.mark.skip("trl is not installed"))])
-def test_published_templates_train_the_assistants_turns_and_nothing_else(name, talk, published, request):
-    if talk == "words and call" and name in FAULTS:
-        request.applymarker(fault("the turn loses its end, or the call is left out without a count"))
+def test_published_templates_train_the_assistants_turns_and_nothing_else(name, talk, published):
     tokenizer, (messages, options), notes = published(name), TALKS[talk], Counter()
     if name.startswith("llava"):
         with pytest.raises(dpo.Drop):
