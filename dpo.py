@@ -71,7 +71,7 @@ class Args:
     """the model that h is measured from (empty: --model)"""
     # --- data
     eval_dataset: str = ""
-    """held-out pairs, by default split test of a hub data set (empty: a share of --dataset, --eval-fraction)"""
+    """held-out pairs, from split test unless one is named (empty: a share of --dataset, --eval-fraction)"""
     eval_fraction: float = 0.05
     """share of the prompts of --dataset that is held out (0: no evaluation)"""
     max_length: int = 1024
@@ -263,12 +263,12 @@ def main(args: Args):
     catch_signals()
     for step in (bar := progress("dpo", state["step"], steps)):
         batch, sums, clock = batch_rows(rows, args, step), {}, time.time()
-        for group, weight, inputs, target in forwards(batch, args, policy, device):
+        for group, weight, inputs, target in forwards(batch, args, policy, device):  # weight 0: only keeps step
             # 4. log pi of every token of the answers, and the loss, averaged over the step's prompts
             logged = dpo_batch(args, group, *policy.token_logps(**inputs, target=target))
             (logged["loss"] * weight * WORLD / len(batch)).backward()  # FSDP averages the gradients over the ranks
             add_scalars(sums, logged, weight / len(batch))
-        # 5. one step of the optimiser
+        # 5. one step of AdamW
         grad_norm, learning_rate = take_step(policy, optimizer, args, step, steps)
         # 6. metrics, evaluation, checkpoint
         metrics = dict(step=step + 1, epoch=(step + 1) / steps_per_epoch) | sum_over_ranks(sums)
@@ -578,15 +578,15 @@ def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: 
     policy.set_attn_implementation("eager")  # the model's own attention, which knows caches
     stops = stop_tokens(tokenizer)
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", 2**20)
-    for row in rows[:count]:
-        ids = torch.tensor([row.prompt], device=next(policy.parameters()).device)
-        room = max(1, min(max_new_tokens, positions - len(row.prompt)))
+    for prompt in [row.extra.get("prompt", row.prompt) for row in rows[:count]]:
+        ids = torch.tensor([prompt], device=next(policy.parameters()).device)
+        room = max(1, min(max_new_tokens, positions - len(prompt)))
         options = dict(do_sample=False, max_new_tokens=room, eos_token_id=stops, pad_token_id=stops[0])
         output = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0]
-        answer = output[len(row.prompt) :].tolist()
+        answer = output[len(prompt) :].tolist()
         ending = "" if answer[-1] in stops else " (cut off)"
         if RANK == 0:
-            tqdm.write(f"  {tokenizer.decode(row.prompt)[-200:]!r}\n    -> {tokenizer.decode(answer)[:300]!r}{ending}")
+            tqdm.write(f"  {tokenizer.decode(prompt)[-200:]!r}\n    -> {tokenizer.decode(answer)[:300]!r}{ending}")
     policy.set_attn_implementation("packed_rows" if policy.packs else "eager")
     policy.train()
 

@@ -15,14 +15,13 @@ odds ratio separates them, more gently than a ratio of probabilities would.
 Departures from the paper and from the authors' code
   1. The authors' code leaves the end of the answer out of the likelihood and counts one position too many in the odds;
      here both cover the answer's tokens, its end included. log P counts as at most -1e-6, which keeps the odds finite.
-  2. The likelihood is a mean over each answer's tokens, then over prompts (TRL: over all tokens of the batch).
+  2. The likelihood is a mean over each answer's tokens, then over prompts (there and in TRL: over all tokens).
   3. A ranking of K answers gives all its pairs, and the likelihood of its best answer; each prompt counts once.
-  4. Zephyr-141B (alignment handbook) uses --odds-ratio-coef 0.05. Its inverse square root schedule and the
-     load-balancing loss of its experts are left out.
+  4. A cosine schedule and the last checkpoint, in place of an inverse square root and the best one by evaluation.
 
 Options
-  5. --odds-ratio-coef: lambda (TRL calls it beta). At 0 this is fine-tuning on the chosen answers.
-  6. --nll-scope all: the likelihood covers prompt and answer (the authors' code, TRL), not the answer alone (eq. 2).
+  5. --odds-ratio-coef: lambda (TRL calls it beta; Zephyr-141B: 0.05). At 0 this is fine-tuning on the chosen answers.
+  6. --nll-scope all: the likelihood covers prompt and answer (the authors' code by default, TRL), not the answer alone.
 
 Reads prompt + chosen + rejected, or chosen + rejected that both contain the prompt (HH-RLHF too), or prompt +
 completions + scores; messages go through the chat template, text is used as it is. Writes a Hugging Face directory,
@@ -33,9 +32,9 @@ args.json, metrics.jsonl and curves.png to --output-dir.
   torchrun --nproc-per-node 8 orpo.py --model Qwen/Qwen3-8B-Base --dataset trl-lib/ultrafeedback_binarized  many GPUs
 
   Metric               at step 1      then            if not
-  nll_loss             of the base    falls           flat: raise --learning-rate
-  rewards/accuracies   about 0.5      rises           flat: raise --odds-ratio-coef; 1.0: the pairs are too easy
-  log_odds_chosen      about 0        rises           the log odds ratio; as for the accuracy
+  nll_loss             the base's     falls           flat: raise --learning-rate
+  rewards/accuracies   the base's     rises           flat: raise --odds-ratio-coef; 1.0: the pairs are too easy
+  log_odds_chosen      the base's     rises           flat: as for the accuracy (it is the log odds ratio)
   logps/chosen         -              rises           falls: lambda is too large (token means; paper: both fall at 1.0)
   logps/rejected       -              rises less      as fast as logps/chosen: lambda is too small (paper: falls at 0.5)
 """
@@ -65,7 +64,7 @@ class Args:
     """tokens of the likelihood term: the best answer's, or also the prompt's"""
     # --- data
     eval_dataset: str = ""
-    """held-out pairs, by default split test of a hub data set (empty: a share of --dataset, --eval-fraction)"""
+    """held-out pairs, from split test unless one is named (empty: a share of --dataset, --eval-fraction)"""
     eval_fraction: float = 0.05
     """share of the prompts of --dataset that is held out (0: no evaluation)"""
     max_length: int = 2048
@@ -176,10 +175,10 @@ def orpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
     lengths = content_sums(ones, rows)  # of the answers, [R]
     mean_logps = content_sums(logps, rows) / lengths  # log P, eq. 3, [R]
     ratio = log_odds_ratio(mean_logps[chosen], mean_logps[rejected])  # [P]
-    nll = -(response_sums(logps, rows) / response_sums(ones, rows))[
-        best
-    ]  # L_SFT, [B]; with the prompt, if that is trained
+    # L_SFT; with the prompt's tokens, if --nll-scope trains them
+    nll = -(response_sums(logps, rows) / response_sums(ones, rows))[best]  # [B]
 
+    # TRL's names: log_odds_chosen is the log odds ratio, log_odds_ratio its log sigmoid, rewards lambda log P
     rewards = args.odds_ratio_coef * mean_logps.detach()
     per_pair = {
         "odds_ratio_loss": odds_ratio_loss(ratio),
@@ -193,12 +192,12 @@ def orpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
         "entropy": (content_sums(entropy, rows) / lengths)[chosen],
         "mean_token_accuracy": (content_sums(is_argmax.float(), rows) / lengths)[chosen],
     }
-    logged = {
-        name: (values * share).sum() for name, values in per_pair.items()
-    }  # the pairs of a prompt share its weight of 1
-    logged["log_odds_ratio"] = -logged["odds_ratio_loss"]  # TRL's name
+    # the pairs of a prompt share its weight of 1
+    logged = {name: (values * share).sum() for name, values in per_pair.items()}
+    odds_ratio = logged.pop("odds_ratio_loss")
+    logged["log_odds_ratio"] = -odds_ratio
     logged["nll_loss"] = nll.sum()
-    logged["loss"] = logged["nll_loss"] + args.odds_ratio_coef * logged.pop("odds_ratio_loss")
+    logged["loss"] = logged["nll_loss"] + args.odds_ratio_coef * odds_ratio
     return logged
 
 
@@ -213,8 +212,8 @@ def main(args: Args):
     tokenizer = load_tokenizer(source)
     encode_row = partial(preference_rows, tokenizer, fit_length(args, source))
     rows, held_out = prepare_split(args, tokenizer, encode_row)
-    shown = held_out
     if args.nll_scope == "all":
+        print0("  --nll-scope all: the prompt of the best answer is trained too")
         rows, held_out = [train_prompt(row) for row in rows], [train_prompt(row) for row in held_out]
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
     steps = min(steps_per_epoch * args.epochs, args.max_steps or sys.maxsize)
@@ -223,24 +222,24 @@ def main(args: Args):
     policy = load_model(AutoModelForCausalLM, source, tokenizer, args, device, dtype, token_logps)
     optimizer = make_optimizer(policy, args)
     models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
+    announce(policy, args, f"{steps} steps of {args.batch_size} prompts", device, dtype)
     if last:
         state = load_checkpoint(last, models, optimizers)
     else:
         clear_run(args, out, signature)
         state = dict(step=0, num_tokens=0, seconds=0.0)
     started -= state["seconds"]  # of all parts of a resumed run
-    announce(policy, args, f"{steps} steps of {args.batch_size} prompts", device, dtype)
 
     # 3. for each batch of prompts
     catch_signals()
     for step in (bar := progress("orpo", state["step"], steps)):
         batch, sums, clock = batch_rows(rows, args, step), {}, time.time()
-        for group, weight, inputs, target in forwards(batch, args, policy, device):
+        for group, weight, inputs, target in forwards(batch, args, policy, device):  # weight 0: only keeps step
             # 4. log pi of every token of the answers, and the loss, averaged over the step's prompts
             logged = orpo_batch(args, group, *policy.token_logps(**inputs, target=target))
             (logged["loss"] * weight * WORLD / len(batch)).backward()  # FSDP averages the gradients over the ranks
             add_scalars(sums, logged, weight / len(batch))
-        # 5. one step of the optimiser
+        # 5. one step of AdamW
         grad_norm, learning_rate = take_step(policy, optimizer, args, step, steps)
         # 6. metrics, evaluation, checkpoint
         metrics = dict(step=step + 1, epoch=(step + 1) / steps_per_epoch) | sum_over_ranks(sums)
@@ -250,7 +249,7 @@ def main(args: Args):
         metrics |= dict(tokens_per_second=tokens / (time.time() - clock))
         if held_out and is_due(args.eval_every, step + 1, steps):
             metrics |= evaluate(partial(orpo_batch, args), policy, held_out, len(held_out), args, device)
-            show_answers(policy, tokenizer, shown)
+            show_answers(policy, tokenizer, held_out)
         log_metrics(args, out, metrics | dict(seconds=state["seconds"], peak_memory_mb=peak_memory(device)), bar)
         if should_save(args, step + 1, steps, device):
             save_checkpoint(args, out / f"checkpoint-{step + 1}", models, optimizers, state)
@@ -263,16 +262,21 @@ def main(args: Args):
 
 
 def train_prompt(row):
-    """The row with its prompt moved into every answer, but for the first token, which nothing predicts; the best
-    answer's is trained.
+    """The row with a prompt that can be trained: all but its first token, which nothing predicts, moves in front of
+    every answer, and is trained before the best one only. The prompt is then computed once for each answer.
 
-    extra["content"] marks the answers' own tokens among the trained ones."""
+    extra["content"] is 1 for the answers' own trained tokens and 0 for the prompt's."""
     first, prompt, best = row.prompt[:1], row.prompt[1:], row.extra["scores"].index(max(row.extra["scores"]))
     trained, content = [], []
     for i, marks in enumerate(row.trained):
         trained.append([i == best] * len(prompt) + marks)
         content.append([0.0] * (len(prompt) if i == best else 0) + [1.0] * sum(marks))
-    return Row(first, [prompt + response for response in row.responses], trained, row.extra | dict(content=content))
+    return Row(
+        first,
+        [prompt + response for response in row.responses],
+        trained,
+        row.extra | dict(content=content, prompt=row.prompt),
+    )
 
 
 def content_sums(values, rows: list):
@@ -429,15 +433,15 @@ def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: 
     policy.set_attn_implementation("eager")  # the model's own attention, which knows caches
     stops = stop_tokens(tokenizer)
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", 2**20)
-    for row in rows[:count]:
-        ids = torch.tensor([row.prompt], device=next(policy.parameters()).device)
-        room = max(1, min(max_new_tokens, positions - len(row.prompt)))
+    for prompt in [row.extra.get("prompt", row.prompt) for row in rows[:count]]:
+        ids = torch.tensor([prompt], device=next(policy.parameters()).device)
+        room = max(1, min(max_new_tokens, positions - len(prompt)))
         options = dict(do_sample=False, max_new_tokens=room, eos_token_id=stops, pad_token_id=stops[0])
         output = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0]
-        answer = output[len(row.prompt) :].tolist()
+        answer = output[len(prompt) :].tolist()
         ending = "" if answer[-1] in stops else " (cut off)"
         if RANK == 0:
-            tqdm.write(f"  {tokenizer.decode(row.prompt)[-200:]!r}\n    -> {tokenizer.decode(answer)[:300]!r}{ending}")
+            tqdm.write(f"  {tokenizer.decode(prompt)[-200:]!r}\n    -> {tokenizer.decode(answer)[:300]!r}{ending}")
     policy.set_attn_implementation("packed_rows" if policy.packs else "eager")
     policy.train()
 

@@ -12,9 +12,10 @@ InstructGPT (Ouyang et al. 2022, arXiv 2203.02155), eq. 1. All pairs of a prompt
 
 Departures from the paper
   1. The head starts at zero and has no bias. The score is read at the last token of the answer.
-  2. The mean score of the answers in the last tenth of training is stored as score_shift in config.json and subtracted
-     when these scripts load the model; elsewhere all scores are higher by it. InstructGPT centres the demonstrations.
-  3. Tied answers form no pair. Answers beyond --max-length are dropped: a part has not the worth of the whole.
+  2. The mean score of the answers in the last tenth of training is stored as score_shift in config.json. These scripts
+     subtract it from every score; other libraries do not. InstructGPT centres the demonstrations.
+  3. Tied answers form no pair; the mean is over the pairs that remain. Answers beyond --max-length are dropped, since
+     the score of a cut answer says little about the whole one.
 
 Options, all off by default
   4. --loss plackett-luce: the likelihood of the whole ranking (Starling, Zhu et al. 2024, who divide it by K - 1);
@@ -74,7 +75,7 @@ class Args:
     """JSON file {kind: system prompt}; put before the prompts of that kind (InternLM2)"""
     # --- data
     eval_dataset: str = ""
-    """held-out rankings, by default split test of a hub data set (empty: a share of --dataset, --eval-fraction)"""
+    """held-out rankings, from split test unless one is named (empty: a share of --dataset, --eval-fraction)"""
     eval_fraction: float = 0.05
     """share of the prompts of --dataset that is held out (0: no evaluation)"""
     max_length: int = 1024
@@ -165,14 +166,13 @@ def pair_loss(better, worse, margin=0.0):
     return -F.logsigmoid(better - worse - margin)
 
 
-def soft_pair_loss(a, b, p):
-    """Cross-entropy with the probability p that a is better (Constitutional AI, section 4). Scores [P], p [P]; returns
-    [P]."""
-    return -p * F.logsigmoid(a - b) - (1 - p) * F.logsigmoid(b - a)
+def soft_pair_loss(better, worse, p):
+    """Cross-entropy with the probability p of the label (Constitutional AI, section 4). Scores, p [P]; returns [P]."""
+    return -p * F.logsigmoid(better - worse) - (1 - p) * F.logsigmoid(worse - better)
 
 
 def focal_pair_loss(better, worse, gamma: float = 2.0):
-    """Focal ranking loss, InternLM2 eq. 1: a pair that is ranked rightly counts less, the surer the less. Scores [P];
+    """Focal ranking loss, InternLM2 eq. 1: the more surely a pair is ranked correctly, the less it counts. Scores [P];
     returns [P]."""
     p = torch.sigmoid(better - worse)
     return -((1 - 2 * (p - 0.5).clamp(min=0)) ** gamma) * F.logsigmoid(better - worse)
@@ -184,16 +184,15 @@ def plackett_luce_loss(scores, ranks):
 
     scores, ranks [K]; a higher rank is better. Equal ranks do not compete: each is chosen from itself and all below.
     Returns a scalar."""
-    below = (ranks[:, None] > ranks[None, :]) | torch.eye(len(ranks), dtype=torch.bool, device=ranks.device)  # [K, K]
-    log_choice = scores - scores[None, :].masked_fill(~below, -math.inf).logsumexp(
-        -1
-    )  # log-probability of each choice, [K]
-    return -log_choice.sum()
+    itself = torch.eye(len(ranks), dtype=torch.bool, device=ranks.device)
+    competes = (ranks[:, None] > ranks[None, :]) | itself  # [K, K]
+    log_sums = scores[None, :].masked_fill(~competes, -math.inf).logsumexp(-1)  # over those chosen from, [K]
+    return (log_sums - scores).sum()
 
 
 def log_barrier(scores, bound: float = 5.0):
-    """InternLM2 eq. 2: rises as a score nears +-bound. Scores beyond are clamped just inside, as in its code, and have
-    no gradient. [R]."""
+    """InternLM2 eq. 2: rises as a score nears +-bound. Scores outside are clamped just inside, as in the authors' code,
+    and get no gradient. scores [R]; returns [R]."""
     scores = scores.clamp(-bound + 1e-3, bound - 1e-3)
     return -(torch.log(scores + bound) + torch.log(bound - scores))
 
@@ -211,8 +210,7 @@ def ranking_loss(args, rows: list, scores) -> torch.Tensor:
             loss = soft_pair_loss(s[better], s[worse], probability).mean()
         else:
             loss = pair_loss(s[better], s[worse], margin if args.use_margin else 0.0).mean()
-        # the papers write both terms for a pair, summed over its two scores: over all pairs of a ranking, twice the
-        # mean
+        # the papers sum both terms over a pair's two scores: over all pairs of a ranking without ties, twice the mean
         losses.append(loss + 2 * args.barrier * log_barrier(s).mean() + 2 * args.score_l2 * s.square().mean())
     return torch.stack(losses).sum()
 
@@ -260,11 +258,13 @@ def main(args: Args):
     source, started = str(last or args.model), time.time()
 
     # 1. the model, its head at zero unless it is a reward model, and rows: a prompt, its answers, and how they rank
-    tokenizer, conditions, is_new = load_tokenizer(source), load_conditions(args.condition), not is_reward_model(source)
+    tokenizer, conditions = load_tokenizer(source), load_conditions(args.condition)
+    is_new = not is_reward_model(source)
     model = read_model(AutoModelForSequenceClassification, source, tokenizer, num_labels=1)
-    add_padding(model, tokenizer)
+    add_padding(model, tokenizer)  # before the rows, in which its token is special
+    check_score_head(model, source)
     if is_new:
-        zero_head(model)
+        torch.nn.init.zeros_(model.score.weight)
     encode_row = partial(ranking_rows, args, tokenizer, fit_length(args, source), conditions)
     rows, held_out = prepare_split(args, tokenizer, encode_row)
     check_soft_labels(args, rows + held_out)
@@ -277,13 +277,13 @@ def main(args: Args):
     model = prepare_model(model, source, args, device, dtype, response_scores)
     optimizer = make_optimizer(model, args)
     models, optimizers = {"": (model, tokenizer)}, {"": optimizer}
+    announce(model, args, f"{steps} steps of {args.batch_size} prompts", device, dtype)
     if last:
         state = load_checkpoint(last, models, optimizers)
     else:
         clear_run(args, out, signature)
         state = dict(step=0, num_tokens=0, seconds=0.0, late_scores=[0.0, 0])
     started -= state["seconds"]  # of all parts of a resumed run
-    announce(model, args, f"{steps} steps of {args.batch_size} prompts", device, dtype)
 
     # 3. for each batch of prompts with their ranked answers
     catch_signals()
@@ -292,7 +292,7 @@ def main(args: Args):
         prompts, answers = len(batch), sum(len(row.responses) for row in batch)
         pairs = sum(len(row.extra["pairs"]) for row in batch)
         extremes = torch.full((2,), -math.inf, device=device)  # of -score and of score
-        for group, weight, inputs, _ in forwards(batch, args, model, device):
+        for group, weight, inputs, _ in forwards(batch, args, model, device):  # weight 0: only keeps step
             # 4. the score of every answer, its prompt computed once, and the loss, averaged over the step's prompts
             scores = model.response_scores(**inputs)
             logged = ranking_batch(args, group, scores)
@@ -309,7 +309,7 @@ def main(args: Args):
         )
         lowest, highest = over_ranks(extremes, dist.ReduceOp.MAX).tolist()
         metrics |= dict(min_reward=-lowest, max_reward=highest)
-        if step == 0 and is_new:  # all scores are 0: ln 2 for pairs, ln K! for Plackett-Luce
+        if step == 0 and is_new:  # all scores are 0: the loss is ln 2 for plain pairs, ln K! for Plackett-Luce
             theory = ranking_loss(args, batch, torch.zeros(answers)).item() / prompts
             check_first_step("the loss", metrics["loss"], theory, dtype, scale=max(1, abs(theory)))
         if step >= steps - max(1, steps // 10):
@@ -319,18 +319,18 @@ def main(args: Args):
         metrics |= dict(grad_norm=grad_norm, learning_rate=learning_rate, num_tokens=state["num_tokens"])
         metrics |= dict(tokens_per_second=tokens / (time.time() - clock))
         if held_out and is_due(args.eval_every, step + 1, steps):
-            scores = score_rows(model, held_out, args, device)
-            metrics |= held_out_metrics(args, held_out, scores)
+            held_out_scores = score_rows(model, held_out, args, device)
+            metrics |= held_out_metrics(args, held_out, held_out_scores)
         log_metrics(args, out, metrics | dict(seconds=state["seconds"], peak_memory_mb=peak_memory(device)), bar)
         if should_save(args, step + 1, steps, device):
             save_checkpoint(args, out / f"checkpoint-{step + 1}", models, optimizers, state)
 
     # 7. the shift to mean 0, a report on the held-out rankings, and a checkpoint that any library loads
-    total, answers = state["late_scores"]
-    model.config.score_shift = getattr(model.config, "score_shift", 0.0) + total / answers
+    late_sum, late_count = state["late_scores"]
+    model.config.score_shift = getattr(model.config, "score_shift", 0.0) + late_sum / late_count
     print0(f"scores are shifted by {-model.config.score_shift:+.3f}, to mean 0 over the last training answers")
     if held_out and RANK == 0:
-        write_json(out / "report.json", print_report(held_out, scores, tokenizer))
+        write_json(out / "report.json", print_report(held_out, held_out_scores, tokenizer))
     finish_run(out, models, ["loss", "accuracy", "margin", "mean_reward"])
 
 
@@ -379,6 +379,7 @@ def ranking_rows(args, tokenizer, max_length: int, conditions: dict, row: dict, 
     probability, margin = row.get("probability"), row.get("margin")
     if row.get("completions") is not None:
         prompt, responses, ranks = as_prompt(row), row["completions"], row.get("scores") or []
+        probability = None  # which is a pair's
         if len(responses) != len(ranks) or any(rank is None or math.isnan(rank) for rank in ranks):
             raise ValueError(f"{len(responses)} completions need as many scores, none missing; they are {ranks}")
     else:
@@ -439,13 +440,6 @@ def balance_rows(args, rows: list) -> list:
     if not rows:
         fail("--length-buckets: no pair is left; use fewer edges")
     return rows
-
-
-def zero_head(model):
-    """Sets the head to zero, so that all scores are 0 at first."""
-    if not hasattr(model, "score"):
-        fail(f"{type(model).__name__} keeps its head elsewhere than in `score`; only decoder models are supported")
-    torch.nn.init.zeros_(model.score.weight)
 
 
 def add_padding(model, tokenizer):
@@ -557,6 +551,13 @@ def score_rows(model, rows: list, args, device) -> list:
     """The scores of every row's responses, a list of tensors [K], the same on every rank."""
     scores = response_values(lambda group, inputs, target: model.response_scores(**inputs), model, rows, args, device)
     return list(scores.split([len(row.responses) for row in rows]))
+
+
+def check_score_head(model, name: str):
+    """Fails on a classifier whose head is not one linear layer named score, without a bias."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        fail(f"{name}: {type(model).__name__} has no linear head `score` without a bias, as decoder models have")
 
 
 def is_reward_model(name: str) -> bool:

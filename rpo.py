@@ -10,13 +10,13 @@
     h = log pi(y_1|x)/ref(y_1|x) - log pi(y_2|x)/ref(y_2|x),   g = r(x, y_1) - r(x, y_2)
 
 RPO, Nemotron-4 340B, arXiv 2406.11704, section 3.3.2. The loss is least at beta h = eta g: where DPO drives h up
-without bound, a near tie stays near here. That optimum is the one of RL on r with the KL coefficient beta / eta.
+without bound, nearly equal answers stay so here. That optimum is the one of RL on r with KL coefficient beta / eta.
 
 Departures from the paper
   1. AdamW with a cosine schedule. The reference's log-probabilities are computed once, so that one model is in memory.
   2. K answers of a prompt give all their pairs, ties too (g = 0); each prompt counts once.
-  3. The paper trains three rounds, each from and against the last one's checkpoint: run this script again with --model
-     set to the last --output-dir and with fresh answers; --reference follows --model.
+  3. The paper starts from its DPO checkpoint and trains three rounds, each from and against the last one's checkpoint:
+     run this script again with --model set to the last --output-dir; --reference is --model by default.
   4. r is the score that --reward-model gives to the uncut answer, or the data's own: scores, score_chosen and
      score_rejected (chosen_reward and rejected_reward), or margin. r decides which answer counts as chosen.
 
@@ -63,20 +63,20 @@ class Args:
     """where the checkpoint, metrics and curves go"""
     # --- method
     distance: Literal["backward-kl", "forward-kl", "squared"] = "backward-kl"
-    """D: Bernoulli KL with the target first (the paper) or the policy first, or the squared difference"""
+    """D: backward-kl is KL(target || policy), the paper's (forward, to others); forward-kl the other; or the square"""
     beta: float = 0.1
-    """strength of the pull to the reference (paper: tuned between 0.001 and 1; its code: 0.2)"""
+    """with eta, the strength of the pull to the reference, beta / eta (paper: 0.001 to 1; its code: 0.2)"""
     eta: float = 1.0
     """scale of the rewards (paper: 1); choose it so that the metric target_gap, eta g, is around 1 to 3"""
     nll_coef: float = 0.0
     """weight of the best answer's negative log-likelihood"""
     reward_model: str = ""
-    """reward model that scores the answers: hub id or directory (empty: the data set's own scores)"""
+    """reward model that scores the answers, without conditions: hub id or directory (empty: the data's own scores)"""
     reference: str = ""
     """the model that h is measured from (empty: --model)"""
     # --- data
     eval_dataset: str = ""
-    """held-out pairs, by default split test of a hub data set (empty: a share of --dataset, --eval-fraction)"""
+    """held-out pairs, from split test unless one is named (empty: a share of --dataset, --eval-fraction)"""
     eval_fraction: float = 0.05
     """share of the prompts of --dataset that is held out (0: no evaluation)"""
     max_length: int = 1024
@@ -170,9 +170,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 def bernoulli_kl(p, q):
     """KL between Bernoulli(s(p)) and Bernoulli(s(q)), given by their logits. Any shape."""
-    return torch.sigmoid(p) * (F.logsigmoid(p) - F.logsigmoid(q)) + torch.sigmoid(-p) * (
-        F.logsigmoid(-p) - F.logsigmoid(-q)
-    )
+    yes = torch.sigmoid(p) * (F.logsigmoid(p) - F.logsigmoid(q))
+    no = torch.sigmoid(-p) * (F.logsigmoid(-p) - F.logsigmoid(-q))
+    return yes + no
 
 
 def rpo_loss(h, g, beta: float, eta: float, distance: str = "backward-kl"):
@@ -215,9 +215,8 @@ def rpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
         "entropy": (response_sums(entropy, rows) / lengths)[chosen],
         "mean_token_accuracy": (response_sums(is_argmax.float(), rows) / lengths)[chosen],
     }
-    logged = {
-        name: (values * share).sum() for name, values in per_pair.items()
-    }  # the pairs of a prompt share its weight of 1
+    # the pairs of a prompt share its weight of 1
+    logged = {name: (values * share).sum() for name, values in per_pair.items()}
     logged["nll_loss"] = nll.sum()
     logged["loss"] = logged["preference_loss"] + args.nll_coef * logged["nll_loss"]
     return logged
@@ -258,12 +257,12 @@ def main(args: Args):
     catch_signals()
     for step in (bar := progress("rpo", state["step"], steps)):
         batch, sums, clock = batch_rows(rows, args, step), {}, time.time()
-        for group, weight, inputs, target in forwards(batch, args, policy, device):
+        for group, weight, inputs, target in forwards(batch, args, policy, device):  # weight 0: only keeps step
             # 4. log pi of every token of the answers, and the loss, averaged over the step's prompts
             logged = rpo_batch(args, group, *policy.token_logps(**inputs, target=target))
             (logged["loss"] * weight * WORLD / len(batch)).backward()  # FSDP averages the gradients over the ranks
             add_scalars(sums, logged, weight / len(batch))
-        # 5. one step of the optimiser
+        # 5. one step of AdamW
         grad_norm, learning_rate = take_step(policy, optimizer, args, step, steps)
         # 6. metrics, evaluation, checkpoint
         metrics = dict(step=step + 1, epoch=(step + 1) / steps_per_epoch) | sum_over_ranks(sums)
@@ -306,6 +305,8 @@ def rewards_of(row: dict) -> list:
         return rewards
     if row.get("completions") is not None:
         rewards = row.get("scores") or [None]
+        if len(rewards) > 1 and len(rewards) != len(row["completions"]):
+            raise ValueError(f"{len(row['completions'])} completions need as many scores; they are {rewards}")
     else:
         rewards = [
             row.get("score_chosen", row.get("chosen_reward")),
@@ -314,7 +315,9 @@ def rewards_of(row: dict) -> list:
         if None in rewards:
             rewards = [row.get("margin"), 0.0]
     if any(reward is None or not math.isfinite(reward) for reward in rewards):
-        raise Drop("not said by how much an answer is better; give --reward-model, or score_chosen and score_rejected")
+        raise Drop(
+            "no column says by how much an answer is better; give --reward-model, or score_chosen, score_rejected"
+        )
     return rewards
 
 
@@ -329,6 +332,7 @@ def add_scores(args, device, dtype, option: str, data: Dataset) -> Dataset:
     tokenizer = load_tokenizer(args.reward_model)
     auto = AutoModelForSequenceClassification
     model = load_model(auto, args.reward_model, tokenizer, args, device, dtype, response_scores, num_labels=1)
+    check_score_head(model, args.reward_model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     rows, numbers, scores = [], [], [None] * len(data)
     for number, row in enumerate(data):
@@ -461,6 +465,13 @@ def score_rows(model, rows: list, args, device) -> list:
     return list(scores.split([len(row.responses) for row in rows]))
 
 
+def check_score_head(model, name: str):
+    """Fails on a classifier whose head is not one linear layer named score, without a bias."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        fail(f"{name}: {type(model).__name__} has no linear head `score` without a bias, as decoder models have")
+
+
 def is_reward_model(name: str) -> bool:
     """Whether a checkpoint has a trained head with one score; fails on a classifier of several labels."""
     with user_input(f"{name}: no configuration can be loaded from it"):
@@ -560,15 +571,15 @@ def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: 
     policy.set_attn_implementation("eager")  # the model's own attention, which knows caches
     stops = stop_tokens(tokenizer)
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", 2**20)
-    for row in rows[:count]:
-        ids = torch.tensor([row.prompt], device=next(policy.parameters()).device)
-        room = max(1, min(max_new_tokens, positions - len(row.prompt)))
+    for prompt in [row.extra.get("prompt", row.prompt) for row in rows[:count]]:
+        ids = torch.tensor([prompt], device=next(policy.parameters()).device)
+        room = max(1, min(max_new_tokens, positions - len(prompt)))
         options = dict(do_sample=False, max_new_tokens=room, eos_token_id=stops, pad_token_id=stops[0])
         output = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0]
-        answer = output[len(row.prompt) :].tolist()
+        answer = output[len(prompt) :].tolist()
         ending = "" if answer[-1] in stops else " (cut off)"
         if RANK == 0:
-            tqdm.write(f"  {tokenizer.decode(row.prompt)[-200:]!r}\n    -> {tokenizer.decode(answer)[:300]!r}{ending}")
+            tqdm.write(f"  {tokenizer.decode(prompt)[-200:]!r}\n    -> {tokenizer.decode(answer)[:300]!r}{ending}")
     policy.set_attn_implementation("packed_rows" if policy.packs else "eager")
     policy.train()
 

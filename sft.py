@@ -16,7 +16,7 @@ Departures from the paper
   1. The loss covers the assistant's turns only, each with its end-of-turn token, under any chat template (Llama 2,
      arXiv 2307.09288, section 3.1). --train-prompts covers the prompts too.
   2. InstructGPT trains 16 epochs (learning rate 9.65e-6, batch 32, cosine to a tenth, dropout 0.2) and chooses the
-     checkpoint by the reward model's score. Here the number of epochs is an option; dropout follows the model's config.
+     checkpoint by the reward model's score, without warm-up. Here dropout follows the model's config.
 
 Options
   3. --from-scratch, in place of --model: makes a small Llama and its tokenizer from the data, and trains all tokens.
@@ -69,7 +69,7 @@ class Args:
     """from scratch: attention heads"""
     # --- data
     eval_dataset: str = ""
-    """held-out rows, by default split test of a hub data set (empty: a share of --dataset, --eval-fraction)"""
+    """held-out rows, from split test unless one is named (empty: a share of --dataset, --eval-fraction)"""
     eval_fraction: float = 0.02
     """share of the rows of --dataset that is held out (0: no evaluation)"""
     max_length: int = 1024
@@ -198,23 +198,22 @@ def main(args: Args):
     policy = prepare_model(policy, source, args, device, dtype, token_logps, dropout=True)
     optimizer = make_optimizer(policy, args)
     models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
+    announce(policy, args, f"{steps} steps of {args.batch_size} rows", device, dtype)
     if last:
         state = load_checkpoint(last, models, optimizers)
     else:
         clear_run(args, out, signature)
         state = dict(step=0, num_tokens=0, seconds=0.0)
     started -= state["seconds"]  # of all parts of a resumed run
-    announce(policy, args, f"{steps} steps of {args.batch_size} rows", device, dtype)
 
     # 3. for each batch of demonstrations
     catch_signals()
     for step in (bar := progress("sft", state["step"], steps)):
         batch, sums, clock = batch_rows(rows, args, step), {}, time.time()
         total = count_trained(batch)  # N, over all ranks
-        torch.manual_seed(
-            random.Random(f"{args.seed}-{step}-{RANK}").getrandbits(63)
-        )  # dropout is the same after --resume
-        for group, weight, inputs, target in forwards(batch, args, policy, device):
+        seed = random.Random(f"{args.seed}-{step}-{RANK}").getrandbits(63)
+        torch.manual_seed(seed)  # dropout is the same after --resume
+        for group, weight, inputs, target in forwards(batch, args, policy, device):  # weight 0: only keeps step
             # 4. log pi of every trained token, and the loss, averaged over the step's trained tokens
             logged = sft_batch(group, *policy.token_logps(**inputs, target=target))
             (logged["loss"] * weight * WORLD / total).backward()  # FSDP averages the gradients over the ranks
@@ -259,14 +258,9 @@ def count_trained(rows: list) -> int:
 def demonstration_rows(tokenizer, max_length: int, train_all: bool, row: dict, notes: Counter) -> list:
     """One Row, or one for each turn of the assistant where the chat template rewrites earlier turns. train_all: prompts
     are trained too."""
-    talk, prompt, answer, options = (
-        row.get("messages") or row.get("conversations"),
-        as_prompt(row),
-        None,
-        template_options(row),
-    )
-    for column in ("completion", "answer", "output", "response"):
-        answer = row.get(column) if answer is None else answer
+    talk, prompt, options = row.get("messages") or row.get("conversations"), as_prompt(row), template_options(row)
+    columns = ("completion", "answer", "output", "response")
+    answer = next((row[column] for column in columns if row.get(column) is not None), None)
     if talk or isinstance(prompt, list) or isinstance(answer, list):
         before = [] if talk else as_messages(prompt or [], "user")
         after = with_system(row, as_messages(talk)) if talk else as_messages(answer)
@@ -291,11 +285,12 @@ def demonstration_rows(tokenizer, max_length: int, train_all: bool, row: dict, n
             found = [(ids, [True] * len(ids))]
     rows = []
     for ids, trained in found:
+        prompt = ids[: trained.index(True)] or ids[:1]  # for show_answers
         trained = [True] * len(ids) if train_all else trained
         if any(trained[1:max_length]):  # the first token has nothing to be predicted from
             start = trained.index(True, 1)
             notes["rows cut at --max-length"] += len(ids) > max_length
-            rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]], {}))
+            rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]], dict(prompt=prompt)))
     if not rows:
         raise Drop("prompt beyond --max-length")
     return rows
@@ -306,18 +301,9 @@ def new_tokenizer(args):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     data = load_rows("--dataset", args.dataset, "train")
-    columns = {
-        "text",
-        "messages",
-        "conversations",
-        "prompt",
-        "completion",
-        "question",
-        "instruction",
-        "input",
-        "context",
-    }
-    columns = [c for c in data.column_names if c in columns | {"answer", "output", "response", "system"}]
+    read = {"text", "messages", "conversations", "prompt", "completion", "question", "instruction", "input", "context"}
+    read |= {"answer", "output", "response", "system"}
+    columns = [column for column in data.column_names if column in read]
     with user_input(f"--dataset {args.dataset}: no text can be read from its columns {', '.join(data.column_names)}"):
         texts = ["\n".join(m["content"] for c in columns if row[c] for m in as_messages(row[c])) for row in data]
     bpe = Tokenizer(models.BPE())
@@ -450,15 +436,15 @@ def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: 
     policy.set_attn_implementation("eager")  # the model's own attention, which knows caches
     stops = stop_tokens(tokenizer)
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", 2**20)
-    for row in rows[:count]:
-        ids = torch.tensor([row.prompt], device=next(policy.parameters()).device)
-        room = max(1, min(max_new_tokens, positions - len(row.prompt)))
+    for prompt in [row.extra.get("prompt", row.prompt) for row in rows[:count]]:
+        ids = torch.tensor([prompt], device=next(policy.parameters()).device)
+        room = max(1, min(max_new_tokens, positions - len(prompt)))
         options = dict(do_sample=False, max_new_tokens=room, eos_token_id=stops, pad_token_id=stops[0])
         output = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0]
-        answer = output[len(row.prompt) :].tolist()
+        answer = output[len(prompt) :].tolist()
         ending = "" if answer[-1] in stops else " (cut off)"
         if RANK == 0:
-            tqdm.write(f"  {tokenizer.decode(row.prompt)[-200:]!r}\n    -> {tokenizer.decode(answer)[:300]!r}{ending}")
+            tqdm.write(f"  {tokenizer.decode(prompt)[-200:]!r}\n    -> {tokenizer.decode(answer)[:300]!r}{ending}")
     policy.set_attn_implementation("packed_rows" if policy.packs else "eager")
     policy.train()
 

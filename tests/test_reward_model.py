@@ -455,7 +455,7 @@ def loaded(folder):
     model = rm.read_model(AutoModelForSequenceClassification, name, tokenizer, num_labels=1)
     rm.add_padding(model, tokenizer)
     if not rm.is_reward_model(name):
-        rm.zero_head(model)
+        torch.nn.init.zeros_(model.score.weight)
     return rm.prepare_model(model, name, args_of(), CPU, torch.float32, rm.response_scores).eval()
 
 
@@ -685,7 +685,7 @@ def test_a_new_head_is_zero_and_the_first_loss_is_known(flags, k, expected, tiny
 
 
 def test_another_first_loss_than_the_known_one_is_refused(short_run, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(rm, "zero_head", lambda model: torch.nn.init.normal_(model.score.weight))
+    monkeypatch.setattr(torch.nn.init, "zeros_", torch.nn.init.normal_)
     said = refused(rm, capsys, **short_run | dict(eval_dataset=""), output_dir=str(tmp_path / "run"))
     assert "before the first update, not 0.6931" in said
 
