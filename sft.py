@@ -263,7 +263,7 @@ def demonstration_rows(tokenizer, max_length: int, train_all: bool, row: dict, n
     answer = next((row[column] for column in columns if row.get(column) is not None), None)
     if talk or isinstance(prompt, list) or isinstance(answer, list):
         before = [] if talk else as_messages(prompt or [], "user")
-        after = with_system(row, as_messages(talk)) if talk else as_messages(answer)
+        after = with_system(row, as_messages(talk)) if talk else as_messages(answer or [])
         messages = without_end(tokenizer, before + after)
         refuse_special(tokenizer, messages, options)
         if not after or not has_content(after[-1:]):
