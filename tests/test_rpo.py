@@ -322,7 +322,7 @@ NO_REWARDS = [
 
 @pytest.mark.parametrize("columns", NO_REWARDS, ids=str)
 def test_a_pair_without_rewards_is_dropped(columns, tiny_tokenizer):
-    with pytest.raises(rpo.Drop, match="not said by how much"):
+    with pytest.raises(rpo.Drop, match="no column says by how much"):
         read(tiny_tokenizer, PAIR | columns)
 
 
@@ -635,7 +635,7 @@ def test_rankings_need_no_scores_where_a_reward_model_gives_them(of_kind, tmp_pa
     assert lines["bare"] == lines["null"] == lines["other"] and lines["bare"]["target_gap"] > 0.01
     bad = of_kind("plain") | dict(dataset=str(tmp_path / "bare.jsonl"))
     said = refused(rpo, capsys, **bad, output_dir=str(tmp_path / "run"))
-    assert "--dataset" in said and "21 dropped: not said by how much" in said
+    assert "--dataset" in said and "21 dropped: no column says by how much" in said
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -644,7 +644,7 @@ TEXTS = dict(prompt="a", chosen="b", rejected="c")
 BAD_ROWS = {  # rows -> what the message must say
     "pairs without rewards": ([TEXTS], "--reward-model"),
     "half of the rewards": ([TEXTS | dict(score_chosen=1.0)], "score_rejected"),
-    "no reward in any row": ([TEXTS | dict(margin=math.nan)], "1 dropped: not said by how much"),
+    "no reward in any row": ([TEXTS | dict(margin=math.nan)], "1 dropped: no column says by how much"),
     "nothing usable": ([dict(prompt="a", completions=["b", "b"], scores=[1.0, 0.0])], "nothing to compare"),
 }
 
@@ -663,7 +663,7 @@ def test_some_rows_without_rewards_are_dropped_and_counted(short_run, tmp_path, 
     flags = short_run | dict(dataset=jsonl(tmp_path / "rows.jsonl", rows), eval_dataset="", max_steps=1)
     rpo.main(rpo.Args(**flags, output_dir=str(tmp_path / "run")))
     said = capsys.readouterr().out
-    assert "3 rows from 9" in said and "3 pairs" in said and "6 dropped: not said by how much" in said
+    assert "3 rows from 9" in said and "3 pairs" in said and "6 dropped: no column says by how much" in said
 
 
 BAD_ARGUMENTS = [
