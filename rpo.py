@@ -44,6 +44,7 @@ args.json, metrics.jsonl and curves.png to --output-dir.
   logps/chosen         -              falls a little  if samples get worse, raise --beta or --nll-coef
 """
 
+import os
 import signal
 import sys
 from dataclasses import asdict, dataclass
@@ -121,8 +122,13 @@ class Args:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
-    # until training begins, Ctrl-C just ends the program
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("\ninterrupted before training"))
+
+    def interrupted(*_):
+        """Ends the program on Ctrl-C, until training begins; libraries catch what an exception would say."""
+        print("\ninterrupted before training", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
 
 import contextlib
 import gc
@@ -133,7 +139,6 @@ import importlib.util
 import inspect
 import json
 import math
-import os
 import random
 import re
 import resource

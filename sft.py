@@ -37,6 +37,7 @@ output or response; text. Writes a Hugging Face directory, args.json, metrics.js
   grad_norm            0.5 to 10                   falls, steady  spikes: lower --learning-rate or raise --warmup-ratio
 """
 
+import os
 import signal
 import sys
 from dataclasses import asdict, dataclass
@@ -114,8 +115,13 @@ class Args:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
-    # until training begins, Ctrl-C just ends the program
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("\ninterrupted before training"))
+
+    def interrupted(*_):
+        """Ends the program on Ctrl-C, until training begins; libraries catch what an exception would say."""
+        print("\ninterrupted before training", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
 
 import contextlib
 import glob
@@ -125,7 +131,6 @@ import importlib.util
 import inspect
 import json
 import math
-import os
 import random
 import re
 import resource

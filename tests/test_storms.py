@@ -192,8 +192,9 @@ def test_killed_at_three_moments_and_resumed(script, storm, flags_of, whole, tmp
 def near(ours: Path, theirs: Path):
     """Two runs are equal but for rounding.
 
-    Sums in another order differ by some 1e-6 of their size. AdamW divides a gradient by its own size, and so makes the
-    rounding of a small one as large as a share of a step, 1e-3."""
+    Sums in another order differ by some 1e-6 of their size. AdamW divides a gradient by its own size, so that where a
+    gradient is hardly more than rounding, a weight differs by a share of a step, 1e-3: a few weights by a fifth of it, all
+    together by a hundredth."""
     lines, expected = lines_of(ours), lines_of(theirs)
     assert len(lines) == len(expected)
     size = {}
@@ -207,7 +208,8 @@ def near(ours: Path, theirs: Path):
         weights, expected = load_file(ours / file.relative_to(theirs)), load_file(file)
         assert weights.keys() == expected.keys()
         for name in weights:
-            torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=2e-5)
+            difference = weights[name] - expected[name]
+            assert difference.abs().max() < 2e-4 and difference.square().mean().sqrt() < 1e-5, name
 
 
 TOLERANCE = {"val/explained_variance": 5e-4}  # it divides by a small variance
