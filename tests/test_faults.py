@@ -499,7 +499,7 @@ def test_an_output_directory_that_cannot_be_one(script, usual, tmp_path, capsys)
 def test_ctrl_c_before_training_ends_in_one_line(script, usual, tmp_path, capfd):
     args = importlib.import_module(script).Args(**usual(script), output_dir=str(tmp_path / "run"))
     capfd.readouterr()
-    assert in_child(as_command, args, (), [signal.SIGINT]) == 1
+    assert in_child(as_command, args, (), [signal.SIGINT]) == 130  # as a shell says of Ctrl-C
     assert capfd.readouterr().err.split("\n") == ["", "interrupted before training", ""]
     assert not (tmp_path / "run").exists()
 
