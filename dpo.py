@@ -644,7 +644,7 @@ def load_rows(option: str, name: str, default_split: str) -> Dataset:
     with user_input(f"{option} {name}: cannot be read as a data set"):
         if path.suffix in (".json", ".jsonl", ".parquet", ".gz") and not path.is_dir():
             if not path.is_file() or not path.stat().st_size:
-                raise FileNotFoundError("the file does not exist" if not path.is_file() else "the file is empty")
+                raise ValueError("the file is empty" if path.is_file() else "the file does not exist")
             if config:
                 raise ValueError(f"a file has no configuration {config}; a split is written {source}::{config}")
             kind = "parquet" if ".parquet" in path.suffixes else "json"
@@ -722,6 +722,8 @@ def with_system(row: dict, messages: list) -> list:
 def as_pair(row: dict):
     """(prompt, [chosen, rejected]) of any published layout: text or messages, the prompt apart or inside both (or, as
     messages, both)."""
+    if row.get("chosen") is None or row.get("rejected") is None:
+        raise ValueError("it needs chosen and rejected, or prompt, completions and scores")
     prompt, chosen, rejected = as_prompt(row), row["chosen"], row["rejected"]
     if isinstance(chosen, list) and not isinstance(row.get("prompt"), list):  # a prompt in words is their first turn
         chosen, rejected = as_messages(chosen), as_messages(rejected)
