@@ -227,7 +227,7 @@ def main(args: Args):
     policy = load_model(AutoModelForCausalLM, source, tokenizer, args, device, dtype, token_logps)
     optimizer = make_optimizer(policy, args)
     models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
-    announce(policy, args, f"{steps} steps of {args.batch_size} prompts", device, dtype)
+    announce([policy], args, f"{steps} steps of {args.batch_size} prompts", device, dtype)
     if last:
         state = load_checkpoint(last, models, optimizers)
     else:
@@ -239,7 +239,8 @@ def main(args: Args):
     catch_signals()
     for step in (bar := progress("orpo", state["step"], steps)):
         batch, sums, clock = batch_rows(rows, args, step), {}, time.time()
-        for group, weight, inputs, target in forwards(batch, args, policy, device):  # weight 0: only keeps step
+        # weight 0: a row that only keeps the ranks in step
+        for group, weight, inputs, target in forwards(batch[RANK::WORLD], args, policy, device, spare=batch[0]):
             # 4. log pi of every token of the answers, and the loss, averaged over the step's prompts
             logged = orpo_batch(args, group, *policy.token_logps(**inputs, target=target))
             (logged["loss"] * weight * WORLD / len(batch)).backward()  # FSDP averages the gradients over the ranks
@@ -360,16 +361,18 @@ class TargetLogps(torch.autograd.Function):
     chunks in float32."""
 
     @staticmethod
-    def logits(hidden, head, bias, scale, cap):
+    def logits(hidden, head, bias, scale, cap, temperature):
         logits = F.linear(hidden, head, bias).float().mul_(scale)
-        return cap * torch.tanh(logits / cap) if cap else logits  # Gemma 2's soft cap
+        logits = cap * torch.tanh(logits / cap) if cap else logits  # Gemma 2's soft cap
+        return logits if temperature == 1 else logits / temperature
 
     @staticmethod
-    def forward(ctx, hidden, head, bias, target, scale: float, cap: float | None):
+    def forward(ctx, hidden, head, bias, target, scale: float, cap: float | None, temperature: float):
         ctx.save_for_backward(hidden, head, bias, target)
-        ctx.scale, ctx.cap, ctx.chunk, parts = scale, cap, max(256, 2**23 // len(head)), []
+        ctx.scale, ctx.cap, ctx.temperature, parts = scale, cap, temperature, []
+        ctx.chunk = max(256, 2**23 // len(head))
         for h, t in zip(hidden.split(ctx.chunk), target.split(ctx.chunk)):
-            logps = TargetLogps.logits(h, head, bias, scale, cap).log_softmax(-1)  # [n, V]
+            logps = TargetLogps.logits(h, head, bias, scale, cap, temperature).log_softmax(-1)  # [n, V]
             logp = logps.gather(-1, t[:, None])[:, 0]
             entropy = -(logps.exp() * logps).sum(-1)
             parts.append((logp, entropy, logp == logps.amax(-1)))  # amax is several times faster than argmax
@@ -384,32 +387,32 @@ class TargetLogps(torch.autograd.Function):
         d_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for h, t, g, out in zip(*(x.split(ctx.chunk) for x in (hidden, target, grad, d_hidden))):
-            logits = TargetLogps.logits(h, head, bias, ctx.scale, ctx.cap)
+            logits = TargetLogps.logits(h, head, bias, ctx.scale, ctx.cap, ctx.temperature)
             d = logits.softmax(-1).mul_(-g[:, None])
             d[torch.arange(len(t), device=t.device), t] += g
             if ctx.cap:
-                d = d * (1 - (logits / ctx.cap).square())  # the derivative of the soft cap
-            d = d.mul_(ctx.scale).to(head.dtype)
+                d = d * (1 - (logits * ctx.temperature / ctx.cap).square())  # the derivative of the soft cap
+            d = d.mul_(ctx.scale / ctx.temperature).to(head.dtype)
             out.copy_(d @ head)
             if d_head is not None:
                 d_head += d.T @ h
             if d_bias is not None:
                 d_bias += d.sum(0)
         d_head, d_bias = (x if x is None else x.to(head.dtype) for x in (d_head, d_bias))
-        return d_hidden, d_head, d_bias, None, None, None
+        return d_hidden, d_head, d_bias, None, None, None, None
 
 
-def token_logps(self, inputs, source, target, last=None):
+def token_logps(self, inputs, source, target, last=None, temperature: float = 1.0):
     """Log-probability of each trained token, the entropy of its distribution, whether it is the likeliest; each [N]. A
     method of the model.
 
-    inputs, source, target: as `pack` and `pad` return them."""
+    inputs, source, target: as `pack` and `pad` return them; temperature: of the distribution, as in sampling."""
     config, head = self.config.get_text_config(), self.get_output_embeddings()
     hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source]  # [N, d]
     # Cohere scales its logits, Granite divides them, Gemma 2 caps them
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
-    return TargetLogps.apply(hidden, head.weight, head.bias, target, scale, cap)
+    return TargetLogps.apply(hidden, head.weight, head.bias, target, scale, cap, temperature)
 
 
 def response_sums(values, rows: list):
@@ -418,13 +421,16 @@ def response_sums(values, rows: list):
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
+# ---- evaluation: on held-out rows
+
+
 @torch.no_grad()
 def evaluate(batch_loss, policy, rows: list, total: int, args, device) -> dict:
     """What batch_loss(rows, logps, entropy, is_argmax) logs for held-out rows, divided by their total, under the names
     eval_*."""
     policy.eval()
     sums = {}
-    for group, weight, inputs, target in forwards(rows, args, policy, device):
+    for group, weight, inputs, target in forwards(rows[RANK::WORLD], args, policy, device, spare=rows[0]):
         add_scalars(sums, batch_loss(group, *policy.token_logps(**inputs, target=target)), weight / total)
     policy.train()
     return {f"eval_{name}": value for name, value in sum_over_ranks(sums).items()}
@@ -898,6 +904,9 @@ def prepare_split(args, tokenizer, encode_row, by_prompt: bool = True, add_colum
 #      P1 R1a R1b P2 R2a R2b ...     R1b attends to P1 and itself; its positions start at len(P1)
 
 
+SPARE = Row([0], [[0]], [[True]], {})  # for a rank without rows
+
+
 def count_tokens(row: Row) -> int:
     """Tokens of a row, its prompt counted once."""
     return len(row.prompt) + sum(map(len, row.responses))
@@ -906,13 +915,6 @@ def count_tokens(row: Row) -> int:
 def padded_width(row: Row) -> int:
     """Tokens of the longest response with its prompt."""
     return len(row.prompt) + max(map(len, row.responses))
-
-
-def forward_tokens(rows: list, packs: bool) -> int:
-    """Tokens that a forward pass computes for rows, packed or padded."""
-    if packs:
-        return sum(map(count_tokens, rows))
-    return sum(len(row.responses) for row in rows) * max(map(padded_width, rows))
 
 
 def segment_lengths(row: Row) -> tuple:
@@ -946,7 +948,7 @@ def pack(rows: list, device) -> tuple:
             keys += [*range(start, start + length), *range(begin, len(ids))] if others else []
         q_lengths += [first, *others]
         k_lengths += [first, *(first + other for other in others)]
-    tensor = partial(torch.tensor, device=device)
+    tensor = partial(torch.tensor, dtype=torch.long, device=device)
     flash = dict(max_q=max(q_lengths), max_k=max(k_lengths), keys=tensor(keys))
     flash["cu_q"], flash["cu_k"] = (tensor([0, *x]).cumsum(0, dtype=torch.int32) for x in (q_lengths, k_lengths))
     attention = dict(segments=[segment_lengths(row) for row in rows], **flash)
@@ -966,7 +968,7 @@ def pad(rows: list, device) -> tuple:
         source += [first + j - 1 for j, keep in enumerate(trained) if keep]
         target += [token for token, keep in zip(response, trained) if keep]
         last.append(i * width + length - 1)
-    tensor = partial(torch.tensor, device=device)
+    tensor = partial(torch.tensor, dtype=torch.long, device=device)
     inputs = dict(input_ids=tensor(ids), attention_mask=tensor(mask), use_cache=False)
     return dict(inputs=inputs, source=tensor(source), last=tensor(last)), tensor(target)
 
@@ -1038,41 +1040,49 @@ AttentionInterface.register("packed_rows", rows_attention)
 AttentionMaskInterface.register("packed_rows", lambda *args, **kwargs: None)  # rows_attention makes its own
 
 
-def forwards(rows: list, args, model, device):
+def forwards(rows: list, args, model, device, spare: Row = SPARE):
     """This rank's rows in forward passes of at most --tokens-per-forward tokens: yields (rows, weight, inputs, target),
     the last two from `pack` or `pad`.
 
     A longer row is a pass of its own. All ranks make equally many passes, as FSDP needs; one that has run out repeats
-    a row with weight 0."""
-    groups, layout, key = [], pack, segment_lengths
+    a row with weight 0, or, if it has none, the spare one."""
+    groups, layout, key, responses, tokens = [], pack, segment_lengths, 0, 0
     if not model.packs:
         layout, key = pad, padded_width
-    for row in sorted(rows[RANK::WORLD], key=key):
-        if groups and forward_tokens([*groups[-1], row], model.packs) <= args.tokens_per_forward:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+    for row in sorted(rows, key=key):
+        responses += len(row.responses)
+        tokens += count_tokens(row)
+        # padded, every response takes the width of the widest, which is the last
+        size = tokens if model.packs else responses * padded_width(row)
+        if not groups or size > args.tokens_per_forward:
+            groups.append([])
+            responses, tokens = len(row.responses), count_tokens(row)
+        groups[-1].append(row)
     most = len(groups)
     if WORLD > 1:
         most = int(over_ranks(torch.tensor(most, device=device), dist.ReduceOp.MAX))
     for i in range(most):
-        group, weight = (groups[i], 1.0) if i < len(groups) else (rows[:1], 0.0)
+        group, weight = (groups[i], 1.0) if i < len(groups) else ([rows[0] if rows else spare], 0.0)
         yield group, weight, *layout(group, device)
 
 
 @torch.no_grad()
-def response_values(values_of, model, rows: list, args, device) -> torch.Tensor:
-    """values_of(rows, inputs, target), a number for each response, for the responses of all rows in order [R], the same
-    on every rank."""
+def response_values(values_of, model, rows: list, args, device, shared: bool = True) -> torch.Tensor:
+    """values_of(rows, inputs, target), a number for each response, for the responses of all rows in order [R].
+
+    shared: all ranks have the same rows and share the work; else each rank has its own."""
     counts = [len(row.responses) for row in rows]
     first = {id(row): count for row, count in zip(rows, accumulate([0, *counts]))}
+    mine = rows[RANK::WORLD] if shared else rows
     values = torch.zeros(sum(counts), device=device)
     model.eval()
-    for group, weight, inputs, target in forwards(rows, args, model, device):
-        indices = [first[id(row)] + i for row in group for i in range(len(row.responses))]
-        values[torch.tensor(indices, device=device)] += weight * values_of(group, inputs, target)
+    for group, weight, inputs, target in forwards(mine, args, model, device):
+        found = values_of(group, inputs, target)
+        if weight:
+            indices = [first[id(row)] + i for row in group for i in range(len(row.responses))]
+            values[torch.tensor(indices, device=device)] = found
     model.train()
-    return over_ranks(values).cpu()
+    return over_ranks(values).cpu() if shared else values
 
 
 # ---- models: loading, sharding, checking, one optimiser step
@@ -1219,7 +1229,7 @@ def check_model(model, name: str, device, dtype):
     """Sets model.packs: whether packed rows give the hidden states of the same rows padded, under the model's own
     attention, on random tokens. Fails where `token_logps` does not give the log-probabilities of the model's own
     logits."""
-    vocabulary, is_float32 = model.config.get_text_config().vocab_size, dtype == torch.float32
+    vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (25,), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [
         Row(ids[:5], [ids[5:9], ids[9:15]], [[True] * 4, [True] * 6], {}),
@@ -1231,60 +1241,32 @@ def check_model(model, name: str, device, dtype):
         return model.base_model(**batch["inputs"]).last_hidden_state.flatten(0, 1)[batch["source"]].float()
 
     model.eval()
-    with torch.autocast(device.type, dtype, enabled=not is_float32), short_windows(model):
-        theirs = hidden_states(padded)
-        if hasattr(model, "token_logps"):
-            is_known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
-            if is_known:
-                logits = model(**padded["inputs"]).logits.flatten(0, 1)[padded["source"]].float()
-                own = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
-                gap = (model.token_logps(**padded, target=target)[0] - own).abs().max()
-            if not is_known or not gap < (1e-3 if is_float32 else 0.1):
-                fail(f"{name}: the output layer of {type(model).__name__} does more than this script knows")
-        try:
-            model.set_attn_implementation("packed_rows")
-            difference = (hidden_states(packed) - theirs).norm() / theirs.norm()
-            model.packs, why = bool(difference < (1e-3 if is_float32 else 0.05)), f"difference {difference:.1g}"
-        except torch.OutOfMemoryError:
-            raise
-        except (NotImplementedError, TypeError, RuntimeError, ValueError) as e:
-            model.packs, why = False, f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+    for kind in dict.fromkeys((torch.float32, dtype)):  # float32 shows small differences, bfloat16 has FlashAttention
+        is_float32 = kind == torch.float32
+        model.set_attn_implementation("eager")
+        with torch.autocast(device.type, kind, enabled=not is_float32), short_windows(model):
+            theirs = hidden_states(padded)
+            if hasattr(model, "token_logps"):
+                is_known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
+                if is_known:
+                    logits = model(**padded["inputs"]).logits.flatten(0, 1)[padded["source"]].float()
+                    own = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+                    gap = (model.token_logps(**padded, target=target)[0] - own).abs().max()
+                if not is_known or not gap < (1e-3 if is_float32 else 0.1):
+                    fail(f"{name}: the output layer of {type(model).__name__} does more than this script knows")
+            try:
+                model.set_attn_implementation("packed_rows")
+                difference = (hidden_states(packed) - theirs).norm() / theirs.norm()
+                model.packs, why = bool(difference < (1e-3 if is_float32 else 0.05)), f"difference {difference:.1g}"
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, TypeError, RuntimeError, ValueError) as e:
+                model.packs, why = False, f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        if not model.packs:
+            break
     if not model.packs:
         model.set_attn_implementation("eager")
         print0(f"note: {type(model).__name__} cannot follow packed rows ({why}); they are padded, which is slower")
-
-
-def make_optimizer(model, args):
-    """AdamW; matrices decay, vectors (norms, biases) do not. Make it before the first forward, after which FSDP's root
-    holds gathered weights."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
-
-
-def check_first_step(name: str, value: float, theory: float, dtype, scale: float):
-    """Fails where a value is not what theory says before the first update: then two forward passes differ."""
-    if not abs(value - theory) < (1e-4 if dtype == torch.float32 else 0.05) * scale:
-        fail(f"{name} is {value:.4f} before the first update, not {theory:.4f}: this model's forward pass is wrong")
-
-
-def take_step(model, optimizer, args, step: int, steps: int) -> tuple:
-    """One clipped step on the gradients at hand, at the scheduled learning rate; returns the gradients' norm, and that
-    rate."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not math.isfinite(norm):
-        fail(f"step {step + 1}: the norm of the gradients is {norm}; lower --learning-rate, or try --dtype float32")
-    warmup = max(1, round(args.warmup_ratio * steps))
-    done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
-    decay = dict(cosine=0.55 + 0.45 * math.cos(math.pi * done), linear=1 - done, constant=1.0)[args.lr_schedule]
-    learning_rate = args.learning_rate * (min(1.0, (step + 1) / warmup) * decay)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm, learning_rate
 
 
 # ---- runs: ranks, the output directory, checkpoints, metrics
@@ -1382,7 +1364,7 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-RUN_FILES = {"args.json", "metrics.jsonl", "curves.png", "report.json", "value", "wandb"}
+RUN_FILES = {"args.json", "metrics.jsonl", "curves.png", "report.json", "test_time.png", "value", "wandb"}
 # options that change no result
 FREE_OPTIONS = {
     "resume",
@@ -1391,6 +1373,7 @@ FREE_OPTIONS = {
     "output_dir",
     "save_every",
     "tokens_per_forward",
+    "sample_tokens",
     "gradient_checkpointing",
 }
 
@@ -1437,7 +1420,7 @@ def open_run(args, *inputs) -> tuple:
         print0(f"{out}: finished already with the same arguments and data; nothing to do")
         sys.exit(0)
     RUN_DATE[0] = date
-    print0(f"{Path(__file__).name}: loading {', '.join(name for name in inputs if name)}")
+    print0(f"{Path(__file__).name}: loading {', '.join(dict.fromkeys(name for name in inputs if name))}")
     return out, Path(last) if last else None, signature
 
 
@@ -1449,7 +1432,7 @@ def clear_run(args, out: Path, signature: dict):
             out.mkdir(parents=True, exist_ok=True)
             for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
                 shutil.rmtree(stale)
-            for stale in ("metrics.jsonl", "report.json"):
+            for stale in ("metrics.jsonl", "report.json", "test_time.png"):
                 (out / stale).unlink(missing_ok=True)
             versions = dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD)
             record = dict(
@@ -1469,10 +1452,56 @@ def write_json(path: Path, value):
     os.replace(part, path)
 
 
-def announce(model, args, work: str, device, dtype):
+def peak_memory(device) -> int:
+    """Peak memory of this process in MB: the device's, or on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+# ---- training: the optimiser's step, signals, checkpoints, metrics, the finished model
+
+
+def make_optimizer(model, args):
+    """AdamW; matrices decay, vectors (norms, biases) do not. Make it before the first forward, after which FSDP's root
+    holds gathered weights."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def check_first_step(name: str, value: float, theory: float, dtype, scale: float):
+    """Fails where a value is not what theory says before the first update: then two forward passes differ."""
+    if not abs(value - theory) < (1e-4 if dtype == torch.float32 else 0.05) * scale:
+        fail(f"{name} is {value:.4f} before the first update, not {theory:.4f}: this model's forward pass is wrong")
+
+
+def take_step(model, optimizer, args, step: int, steps: int, peak_rate: float | None = None) -> tuple:
+    """One clipped step on the gradients at hand; returns the gradients' norm, and the learning rate that the schedule
+    makes of its peak (--learning-rate unless another one is given)."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not math.isfinite(norm):
+        fail(f"step {step + 1}: the norm of the gradients is {norm}; lower --learning-rate, or try --dtype float32")
+    warmup = max(1, round(args.warmup_ratio * steps))
+    done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    # the cosine falls from 1 to 0.1
+    decay = dict(cosine=0.55 + 0.45 * math.cos(math.pi * done), linear=1 - done, constant=1.0)[args.lr_schedule]
+    peak_rate = args.learning_rate if peak_rate is None else peak_rate
+    learning_rate = peak_rate * (min(1.0, (step + 1) / warmup) * decay)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm, learning_rate
+
+
+def announce(models: list, args, work: str, device, dtype):
     """Prints the run in two lines. A parameter takes 16 bytes: weight, gradient, and AdamW's two moments."""
-    count, limit = sum(p.numel() for p in model.parameters()), args.tokens_per_forward
-    print0(f"model: {type(model).__name__}, {count / 1e6:.2f} M parameters, {16 * count >> 20} MB with AdamW")
+    count, limit = sum(p.numel() for model in models for p in model.parameters()), args.tokens_per_forward
+    names = " and ".join(type(model).__name__ for model in models)
+    print0(f"model: {names}, {count / 1e6:.2f} M parameters, {16 * count >> 20} MB with AdamW")
     print0(f"training: {work}, at most {limit} tokens a forward, on {WORLD} x {device.type} in {str(dtype)[6:]}")
 
 
@@ -1583,18 +1612,17 @@ def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     return state
 
 
-@lru_cache(1)
+@lru_cache(4)
 def epoch_order(n: int, epoch: int, seed: int) -> list:
     """The order of an epoch: a pure function of seed and epoch, so that a resumed run finds its place."""
     return random.Random(f"{seed}-{epoch}").sample(range(n), n)
 
 
-def batch_rows(rows: list, args, step: int) -> list:
-    """The rows of a step, counted from 0."""
-    epoch, at = divmod(step, math.ceil(len(rows) / args.batch_size))
-    return [
-        rows[i] for i in epoch_order(len(rows), epoch, args.seed)[at * args.batch_size : (at + 1) * args.batch_size]
-    ]
+def batch_rows(rows: list, args, step: int, size: int = 0) -> list:
+    """The rows of a step, counted from 0: --batch-size of them unless a size is given."""
+    size = size or args.batch_size
+    epoch, at = divmod(step, math.ceil(len(rows) / size))
+    return [rows[i] for i in epoch_order(len(rows), epoch, args.seed)[at * size : (at + 1) * size]]
 
 
 def progress(name: str, first: int, steps: int):
@@ -1603,19 +1631,13 @@ def progress(name: str, first: int, steps: int):
     return tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=disable)
 
 
-def peak_memory(device) -> int:
-    """Peak memory of this process in MB: the device's, or on a CPU the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
-
-
 def log_metrics(args, out: Path, metrics: dict, bar):
     """Writes a line of metrics.jsonl and shows progress: on the bar, or, where there is no terminal, as a line every
     half minute."""
     if RANK > 0:
         return
-    names = ("loss", "rewards/accuracies", "accuracy", "mean_token_accuracy", "tokens_per_second")
+    names = ("loss", "reward", "objective/scores", "kl", "objective/kl", "rewards/accuracies", "accuracy")
+    names += ("mean_token_accuracy", "tokens_per_second")
     shown = {
         name: f"{metrics[name]:.3g}" for name in names if name in metrics and (metrics["step"] > 1 or name == "loss")
     }
@@ -1670,10 +1692,11 @@ def draw_curves(path: Path, lines: list, names: list):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    names = [name for name in names if any(name in line for line in lines)]
     columns = math.ceil(len(names) / 2)
     figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 5), layout="constrained", squeeze=False)
     for axis, name in zip(axes.flat, names):
-        steps, values = zip(*[(line["step"], line[name]) for line in lines])
+        steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line])
         window = max(1, len(values) // 20)
         means = [sum(values[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(values))]
         axis.plot(steps, values, color="tab:blue", alpha=0.3)
@@ -1694,4 +1717,4 @@ if __name__ == "__main__":
     try:
         main(args)
     except torch.OutOfMemoryError as e:
-        fail(f"out of memory; lower --tokens-per-forward, or set --gradient-checkpointing ({str(e)[:150]})")
+        fail(f"out of memory; --help lists the options that save memory ({str(e)[:150]})")

@@ -995,7 +995,7 @@ def test_one_model_is_in_memory_while_training(script, others, pairs_run, base_d
     with torch.random.fork_rng():
         AutoModelForSequenceClassification.from_pretrained(base_dir, num_labels=1).save_pretrained(tmp_path / "rm")
     tokenizer_of(base_dir).save_pretrained(tmp_path / "rm")
-    models, policies, load, step = [], [], script.load_model, script.take_step
+    models, policies, load, step = [], [], script.prepare_model, script.take_step
 
     def loads(*arguments, **options):
         model = load(*arguments, **options)
@@ -1006,7 +1006,7 @@ def test_one_model_is_in_memory_while_training(script, others, pairs_run, base_d
         policies.append([ref() is model for ref in models if ref() is not None])
         return step(model, *rest)
 
-    monkeypatch.setattr(script, "load_model", loads)
+    monkeypatch.setattr(script, "prepare_model", loads)
     monkeypatch.setattr(script, "take_step", steps)
     flags = pairs_run | {name: str(tmp_path / "rm") if name == "reward_model" else base_dir for name in others}
     flags |= dict(optimizer="ondare") if "merge_base" in others else {}

@@ -600,7 +600,7 @@ def test_forwards_hold_every_row_once_within_the_limit(rows, limit, packs, world
         for counting in (True, False):  # the first time to learn what the largest number of forwards is
             for rank in range(world):
                 patch.setattr(sft, "RANK", rank)
-                made = list(sft.forwards(rows, args, model, CPU))
+                made = list(sft.forwards(rows[rank::world], args, model, CPU))
                 if counting:
                     counts = torch.maximum(counts, torch.tensor(len(made)))
                     continue
@@ -614,12 +614,14 @@ def test_forwards_hold_every_row_once_within_the_limit(rows, limit, packs, world
 
 
 def test_a_rank_without_rows_goes_along(monkeypatch):
-    """Of two ranks, one has three forwards to make and the other no rows: it makes three as well, with weight 0."""
+    """Of two ranks, one has three forwards to make and the other no rows: it makes three as well, with weight 0, of
+    the spare row."""
     monkeypatch.setattr(sft, "WORLD", 2)
     monkeypatch.setattr(sft, "RANK", 1)
     monkeypatch.setattr(sft.dist, "all_reduce", lambda tensor, op: tensor.fill_(3))
     row = Row([5], [[6, 7]], [[True, True]], {})
-    made = list(sft.forwards([row], SimpleNamespace(tokens_per_forward=10), SimpleNamespace(packs=True), CPU))
+    args, model = SimpleNamespace(tokens_per_forward=10), SimpleNamespace(packs=True)
+    made = list(sft.forwards([], args, model, CPU, spare=row))
     assert [(group, weight, len(target)) for group, weight, _, target in made] == [([row], 0.0, 2)] * 3
 
 

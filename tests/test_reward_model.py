@@ -1003,7 +1003,7 @@ def test_real_rankings(real_data, tmp_path, capsys):
     tokenizer, rows, pairs = tokenizer_of(real_data / "stories260K-hf"), 0, 0
     for row in data:
         head = f"<s>user: {row['prompt'][0]['content']}</s>\nassistant: "
-        size = lambda text, head=head: len(tokenizer(f"{head}{text}</s>", add_special_tokens=False).input_ids)
+        size = lambda text, head=head: len(tokenizer(f"{head}{text}</s>\n", add_special_tokens=False).input_ids)
         fit = [score for text, score in zip(row["completions"], row["scores"]) if text.strip() and size(text) <= 512]
         own = sum(a != b for a, b in itertools.combinations(fit, 2))
         rows, pairs = rows + (own > 0), pairs + own

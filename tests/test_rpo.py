@@ -364,7 +364,7 @@ def scores_by_transformers(folder, prompt, answers: list) -> list:
     tokenizer, shift = AutoTokenizer.from_pretrained(folder), getattr(model.config, "score_shift", 0.0)
     for answer in answers:
         messages = [*prompt, dict(role="assistant", content=answer)]
-        text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         scores.append(model(ids).logits.item() - shift)
     return scores
