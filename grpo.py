@@ -1,59 +1,57 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17,<5.40", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
+# dependencies = [
+#   "torch>=2.11,<=2.13.0", "transformers>=5.17,<5.40", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"
+# ]
 # ///
-"""Group relative policy optimisation: reinforcement learning without a critic; verifiable rewards, and thinking before the answer.
+"""Group relative policy optimisation: reinforcement learning without a value model, from rewards that can be verified.
 
-    J(pi) = E_{x, o_1..o_G ~ pi_old} (1/G) sum_i (1/|o_i|) sum_t [ min( rho_t A_i, clip(rho_t, 1 - e, 1 + e) A_i ) - beta KL_t ]
-    rho_t = pi(o_t | x, o_<t) / pi_old(o_t | x, o_<t);
-    A_i = (r_i - mean r) / std r over the G answers to one prompt;       KL_t = pi_ref / pi - log( pi_ref / pi ) - 1, per token
-    GRPO (DeepSeekMath, Shao et al. 2024, arXiv 2402.03300), eqs. 3 and 4. The mean of the group's rewards stands in for PPO's value model.
+    J(pi) = E 1/G sum_i 1/|o_i| sum_t { min( rho_t A_i, clip(rho_t, 1 - e, 1 + e) A_i ) - beta KL_t }        eq. 3
+    rho_t = pi(o_t | x, o_<t) / pi_old(o_t | x, o_<t)        A_i = (r_i - mean r) / std r
+    KL_t  = pi_ref / pi - log(pi_ref / pi) - 1               eq. 4
 
-Departures and options
-  1. The paper does not say which standard deviation: here the sample's, + 1e-4, as in TRL; --scale population, or none (Dr. GRPO).
-  2. --normalise token: every token of an update counts the same (DAPO, arXiv 2503.14476, eq. 12, there over one prompt's group);
-     constant: sums over tokens by --max-new-tokens (Dr. GRPO, arXiv 2503.20783, with --scale none).
-  3. --clip-high 0.28: room for unlikely tokens to rise; --zero-spread resample: groups whose rewards are all equal, which teach nothing, are
-     replaced by other prompts'; --mask-truncated: answers cut off do not count; --overlong-cache N: of an answer, the last N tokens
-     before the limit cost up to 1 (all DAPO).
-  4. --kl-coef 0: no KL and no reference in memory (DAPO, Dr. GRPO). --reference-every N: the reference becomes the policy every N batches
-     (iterative GRPO, Algorithm 1; DeepSeek-R1: 400 updates). Its refreshing of the reward model, with 10% of old rows, is a round of
-     sampling and reward_model.py.
-  5. --step-separator: process supervision (4.1.3): every reward also scores the answer as it stands at the end of each step; step rewards are
-     normalised over the whole group, and a token's advantage is the sum of those from its step on.
-  6. Several rewards add up by weight: --match (against a column `answer`), --format-weight, --reward-model, --judge, --rule. None of them
-     ever sees what stands between <think> and </think>, but the format, which looks at the tags alone; where thinking has not ended, the
-     answer is empty. (DeepSeek-V2, arXiv 2405.04434: rules first, then helpful, safety and rule rewards, of unpublished weights.)
-  7. --eval-samples, --thinking-budgets: accuracy against votes and against thinking tokens, the two axes of OpenAI's o1 post.
-  8. Sampled and scored distributions are the same one: temperature and nucleus are part of every log-probability.
+DeepSeekMath (Shao et al. 2024, arXiv 2402.03300). To each prompt x the policy pi_old samples a group of G answers o_i
+with rewards r_i; the mean of the group's rewards takes the place of PPO's value model.
 
-Reads prompts (column prompt, or question; instructions such as "put the answer in \\boxed{}" are the data's; a column chat_template_kwargs,
-say {"enable_thinking": false}, goes to the template), other columns for the rewards, and a policy. Writes the policy, args.json,
-metrics.jsonl, curves.png and, with --match or --rule, what the last evaluation found, report.json and test_time.png, to --output-dir.
+Departures from the paper
+  1. std r is the sample's, plus 1e-4, as in TRL (the paper does not say which); see --scale.
+  2. Refreshing the reward model (Algorithm 1) is a round of sampling and reward_model.py.
 
-  python grpo.py --model runs/sft --dataset data/grid/reasoning.jsonl --rule gridworld.py:walk_score --batch-size 16 --max-new-tokens 96 \\
-    --learning-rate 1e-4                                                                                           the grid world
-  python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main --match number                     one GPU
-  torchrun --nproc-per-node 8 grpo.py --model Qwen/Qwen2.5-7B-Instruct --gradient-checkpointing --dataset openai/gsm8k:main --match number  many
+Options, all off by default
+  3. --normalise token, --clip-high 0.28, --zero-spread resample, --mask-truncated, --overlong-cache: DAPO (Yu et al.
+     2025, arXiv 2503.14476). --scale none with --normalise constant: Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
+     Both have --kl-coef 0. Here an overlong penalty or a format reward alone also makes a group's rewards differ.
+  4. --kl-coef 0: no KL, and no reference in memory. --reference-every: the reference becomes the policy every so many
+     batches (Algorithm 1; DeepSeek-R1, arXiv 2501.12948).
+  5. --step-separator: process supervision (section 4.1.3), a reward for every step of an answer.
 
-  Metric                                   at step 1  then                 if not
-  reward                                   -          rises                flat: see the next line; raise --learning-rate; look at the samples
-  frac_reward_zero_std                     -          below 0.5            near 1: prompts too hard or too easy for any group to differ;
-                                                                           --zero-spread resample
-  reward_std                               -          falls slowly         0: the same
-  kl                                       0          rises, levels off    beyond 0.1 a token or so: raise --kl-coef, lower --learning-rate
-  entropy                                  -          falls slowly         to 0: collapsed; raise --clip-high or --kl-coef
-  completions/mean_length                  -          rises if it pays     runs into --max-new-tokens: see the next line, --overlong-cache
-  completions/clipped_ratio                -          falls to 0           rises, or near 1 at once: raise --max-new-tokens (a model that thinks
-                                                                           needs thousands)
-  clip_ratio/region_mean                   0          0.001 to 0.05        above 0.2: lower --learning-rate or --num-iterations (one update a
-                                                                           batch: 0)
-  sampling/sampling_logp_difference/mean   ~0         ~0                   above 0.05: sampler and trainer disagree: --dtype float32
-  grad_norm                                -          -                    spikes: lower --learning-rate
+Rewards add up by weight (as in DeepSeek-V2, arXiv 2405.04434). They read what follows </think>: all of an answer
+without thinking, nothing of one whose thinking has not ended; only `format` sees the thinking.
+
+Reads prompts (column prompt, question, ...) and other columns, which the rewards get (match: needs `answer`). Writes a
+Hugging Face directory, args.json, metrics.jsonl and curves.png to --output-dir. Where answers are right or wrong
+(match:, or a function that returned only 0 and 1), also report.json and test_time.png: pass@k and majority votes.
+
+  python grpo.py --model runs/sft --dataset data/grid/reasoning.jsonl --rewards gridworld.py:walk_score \\
+    --batch-size 16 --max-new-tokens 96 --learning-rate 1e-4                                          the grid world
+  python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main --rewards match:number       one GPU
+  torchrun --nproc-per-node 8 grpo.py --model Qwen/Qwen2.5-7B-Instruct --dataset openai/gsm8k:main \\
+    --rewards match:number --max-new-tokens 1024 --gradient-checkpointing                                 many GPUs
+
+  Metric                                  at step 1  then          if not
+  reward                                  -          rises         flat: see the next line; raise --learning-rate
+  frac_reward_zero_std                    -          below 0.5     prompts too hard or easy; --zero-spread resample
+  kl                                      0          rises slowly  above 0.1: raise --kl-coef, lower --learning-rate
+  entropy                                 -          falls slowly  near 0: raise --clip-high or --kl-coef
+  completions/clipped_ratio               -          near 0        answers are cut off: raise --max-new-tokens
+  sampling/sampling_logp_difference/mean  ~0         ~0            above 0.05: sampler and trainer disagree: use float32
 """
 
+import os
+import signal
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, NamedTuple
 
 import tyro
@@ -61,99 +59,80 @@ import tyro
 
 @dataclass
 class Args:
-    # --- required
     model: str
     """policy to start from: hub id or directory"""
     dataset: str
-    """prompts: hub id (name or name:config), .jsonl/.json/.parquet file (also .gz), or saved directory"""
+    """prompts: hub id (name, name:config, name:config:split or name::split), .jsonl/.json/.parquet file (also .gz), or
+    directory"""
+    rewards: tuple[str, ...]
+    """SOURCE[=WEIGHT] ..., whose weighted sum is the reward; weight 0 only measures. SOURCE: a reward model (hub id or
+    directory), file.py:function, match:number, match:boxed, match:hash, match:REGEX, format, or judge:MODEL"""
+    rubric: str = ""
+    """JSON file {"question": text, "options": {"A": text, ...}, "reward": {kind: {"A": number, ...}}} for the judge
+    (empty, or a question alone: a score of 1 to 10)"""
+    condition: str = ""
+    """JSON file {kind: system prompt}; the reward models read it before the prompts of that kind (InternLM2)"""
+    output_dir: str = "runs/grpo"
+    """where the checkpoint, metrics, report and curves go"""
     # --- method
     num_generations: int = 8
     """G, answers to each prompt (DeepSeekMath: 64; DeepSeek-R1 and DAPO: 16)"""
     kl_coef: float = 0.04
-    """beta, weight of the KL to the reference (DeepSeekMath: 0.04; R1: 0.001; 0: none, and no reference in memory)"""
+    """beta, weight of the KL to the reference (DeepSeekMath: 0.04; R1: 0.001; 0: no reference in memory)"""
     clip_low: float = 0.2
     """epsilon below 1 for the ratio"""
     clip_high: float = 0.2
-    """epsilon above 1 (DAPO: 0.28)"""
+    """epsilon above 1 for the ratio (DAPO: 0.28)"""
     scale: Literal["sample", "population", "none"] = "sample"
-    """what a group's centred rewards are divided by: its standard deviation, of either kind, or nothing (Dr. GRPO)"""
+    """the standard deviation that a group's centred rewards are divided by (none: Dr. GRPO)"""
     normalise: Literal["response", "token", "constant"] = "response"
-    """mean over each answer's tokens, then over answers (GRPO); over all tokens (DAPO); sum over tokens by --max-new-tokens (Dr. GRPO)"""
+    """response: mean over each answer's tokens, then over answers (GRPO); token: over all tokens (DAPO); constant: sum
+    over tokens by --max-new-tokens (Dr. GRPO)"""
     num_iterations: int = 1
     """mu, passes over each batch of answers (DeepSeekMath: 1)"""
     num_minibatches: int = 1
-    """optimiser steps per pass (DAPO and R1: 16); each takes whole groups"""
+    """optimiser steps per pass, each on whole groups (DAPO and R1: 16)"""
     zero_spread: Literal["keep", "skip", "resample"] = "keep"
-    """groups with all rewards equal: keep (only their KL acts), skip, or replace by other random prompts', up to 4 times, then skip (DAPO)"""
+    """groups with all rewards equal: keep (only their KL acts), skip, or resample: up to 4 times other prompts in their
+    places (DAPO)"""
     mask_truncated: bool = False
-    """answers cut off at --max-new-tokens do not enter the loss (DAPO's overlong filtering)"""
+    """leave answers cut off at --max-new-tokens out of the loss (DAPO)"""
     overlong_cache: int = 0
-    """last tokens before --max-new-tokens over which an answer's reward loses up to 1 (DAPO: 4096 of 20480; 0: none)"""
-    reference_every: int = 0
-    """batches after which the reference becomes the policy as it is then (DeepSeek-R1: every 400 updates, 25 batches of 16; 0: never)"""
-    max_kl: float = 0.0
-    """stop, with what has been learnt, when the KL per token exceeds this (0: never)"""
-    # --- rewards
-    match: str = ""
-    """1 for the right answer by the column `answer`, as a number or else as text: number (the last), boxed, hash (####), or an expression"""
-    match_weight: float = 1.0
-    """weight of --match"""
-    format_weight: float = 0.0
-    """weight of 1 for <think>...</think>, not empty and once, followed by an answer"""
-    reward_model: tuple[str, ...] = ()
-    """reward models; their weighted scores add up"""
-    reward_weights: tuple[float, ...] = ()
-    """one weight for each reward model (empty: 1 each)"""
-    condition: str = ""
-    """JSON file {kind: system prompt} that the reward models see before prompts of that kind"""
-    rule: str = ""
-    """file.py:name of a function (prompts, completions, **columns) -> list of rewards, None where it does not apply; 1 or more counts as right"""
-    rule_weight: float = 1.0
-    """weight of --rule"""
-    judge: str = ""
-    """causal language model that grades the answers: hub id or directory"""
-    rubric: str = ""
-    """JSON {"question": text, "options": {"A": text, ...}, "reward": {kind: {"A": number, ...}}}; with the question alone, a score of 1 to 10"""
-    judge_weight: float = 1.0
-    """weight of --judge"""
+    """last tokens before --max-new-tokens over which an answer's reward falls by up to 1 (DAPO: 4096 of 20480)"""
     step_separator: str = ""
-    """process supervision: text that ends a step of an answer, e.g. a line break in bash $'\\n' (empty: one reward for the whole answer)"""
-    # --- model
+    """process supervision: text that ends a step of an answer, e.g. a line break in bash $'\\n' (empty: one reward for
+    the whole answer)"""
     reference: str = ""
-    """what the KL is measured to (empty: --model)"""
+    """the model that the KL is measured to (empty: --model)"""
+    reference_every: int = 0
+    """batches after which the reference becomes the policy as it is then (R1: 25 batches of 16 updates; 0: never)"""
+    max_kl: float = 0.0
+    """stop, and save the policy, when the KL per token exceeds this (0: never)"""
     # --- data
-    dataset_split: str = "train"
-    """split, for hub data sets and saved directories"""
     eval_dataset: str = ""
-    """held-out prompts; empty: a part of --dataset"""
-    eval_split: str = "test"
-    """split of --eval-dataset, for hub data sets and saved directories"""
+    """held-out prompts, from split test unless one is named (empty: a share of --dataset, --eval-fraction)"""
     eval_fraction: float = 0.02
-    """share of --dataset held out when there is no --eval-dataset (0: no evaluation)"""
+    """share of the prompts of --dataset that is held out (0: no evaluation)"""
     max_length: int = 2048
     """tokens of prompt and answer; prompts that leave no room for --max-new-tokens are dropped"""
-    allow_special: bool = False
-    """keep rows whose text contains one of the tokenizer's special tokens (else dropped: a user must not be able to end a turn)"""
     # --- sampling
     max_new_tokens: int = 256
     """tokens of an answer, its thinking included (DeepSeekMath: 1024)"""
-    sample_tokens: int = 65536
-    """memory knob of sampling: tokens in the key-value cache, by rank; changes the result by rounding only"""
     temperature: float = 1.0
     """of sampling and of every log-probability"""
-    top_p: float = 1.0
-    """nucleus of sampling and of every log-probability"""
+    sample_tokens: int = 65536
+    """memory knob of sampling: tokens in the key-value cache, per rank; changes the result by rounding only"""
     # --- optimisation
     epochs: int = 1
     """passes over the prompts"""
     max_steps: int = 0
     """stop after this many batches of prompts (0: only by epochs)"""
     batch_size: int = 32
-    """prompts per batch, over all ranks (DeepSeekMath: 16 x 64 answers; R1: 512 x 16 in 16 minibatches)"""
+    """prompts per batch, over all ranks (DeepSeekMath: 16, with 64 answers each; R1: 512, with 16)"""
     tokens_per_forward: int = 16384
-    """memory knob: tokens per forward pass and rank (a longer row goes alone); changes the result by rounding only"""
+    """memory knob: tokens per forward pass and rank; changes the result by rounding only"""
     learning_rate: float = 1e-6
-    """peak of AdamW's learning rate (DeepSeekMath: 1e-6; R1: 3e-6; small models want more)"""
+    """peak (DeepSeekMath: 1e-6; R1: 3e-6; small models want more)"""
     lr_schedule: Literal["cosine", "linear", "constant"] = "constant"
     """after the warm-up: cosine to a tenth, linear to 0, or constant"""
     warmup_ratio: float = 0.03
@@ -167,36 +146,34 @@ class Args:
     gradient_checkpointing: bool = False
     """recompute each layer's activations in the backward pass: less memory, a third more time"""
     # --- run
-    output_dir: str = "runs/grpo"
-    """where checkpoint, metrics, report and curves go"""
     seed: int = 0
-    """of prompt order, sampling and minibatches"""
+    """of the held-out prompts, their order, sampling and minibatches"""
     eval_every: int = 0
     """batches between evaluations (0: at the end only)"""
     eval_samples: int = 8
-    """answers to each held-out prompt, for pass@k and majority@k"""
-    thinking_budgets: tuple[int, ...] = ()
-    """in the last evaluation, also accuracy when thinking is cut off after so many tokens, for each of these"""
-    show_every: int = 10
-    """batches between printed samples (0: never)"""
+    """answers to each held-out prompt, for pass@k and majority votes"""
     save_every: int = 0
     """batches between resumable checkpoints, checkpoint-N/, all of which are kept (0: none)"""
     resume: bool = False
-    """continue from the last checkpoint in --output-dir; a finished run of the same arguments is left as it is"""
+    """continue from the last checkpoint in --output-dir; a finished run is left as it is"""
     overwrite: bool = False
-    """replace what is in --output-dir"""
+    """replace what a run wrote in --output-dir"""
     track: bool = False
-    """also log to Weights & Biases (WANDB_MODE=offline needs no account)"""
-    wandb_project: str = "grpo"
-    """project of --track"""
-    run_name: str = ""
-    """name of the run of --track (empty: the output directory)"""
+    """also log to Weights & Biases (set WANDB_PROJECT, WANDB_NAME)"""
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
 
+    def interrupted(*_):
+        """Ends the program on Ctrl-C, until training begins; libraries catch what an exception would say."""
+        print("\ninterrupted before training", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
+
 import bisect
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -204,18 +181,16 @@ import importlib.util
 import inspect
 import json
 import math
-import os
 import random
 import re
 import resource
 import shutil
-import signal
+import tempfile
 import time
 import traceback
 import types
 from collections import Counter
-from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import accumulate, groupby
@@ -227,54 +202,60 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from jinja2 import TemplateError
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+)
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
-for library in (transformers.utils.logging, datasets.utils.logging):  # their bars and warnings would break up our own lines
-    library.disable_progress_bar()
-    library.set_verbosity_error()
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-STOP = dict(signal=0, agreed=False)  # the signal that asked this process to stop; whether all ranks know
-
-# ---------------------------------------------------------------------------------------------------------------- the method
+# ------------------------------------------------------------------------------------------------------ the method
 
 
 def group_advantages(rewards, scale: str = "sample", epsilon: float = 1e-4):
-    """A_i of outcome supervision: a reward less its group's mean, by the group's standard deviation. rewards [P, G]: a row each prompt."""
-    centred = rewards - rewards[:, :1]  # first less one of them: equal rewards become exact zeros; their mean may be off by rounding
+    """A_i of outcome supervision: the rewards of each group, less their mean, by their standard deviation. rewards
+    [P, G]; returns [P, G]."""
+    # first less one of them: equal rewards become exact zeros, while their mean may be off by rounding
+    centred = rewards - rewards[:, :1]
     centred = centred - centred.mean(1, keepdim=True)
     if scale == "none":
-        return centred  # Dr. GRPO: hard and easy prompts weigh as their rewards spread
+        return centred
     return centred / (rewards.std(1, correction=int(scale == "sample"), keepdim=True) + epsilon)
 
 
 def step_advantages(rewards: list, scale: str = "sample", epsilon: float = 1e-4) -> list:
-    """A_i of process supervision (DeepSeekMath 4.1.3), for one group. rewards: for each answer a tensor [steps].
+    """A_i of process supervision (DeepSeekMath, 4.1.3) for one group. rewards: for each answer a tensor [steps]; so is
+    the result.
 
-    All step rewards of the group are normalised together; a step's advantage is the sum of its own and all later ones of its answer."""
-    every = group_advantages(torch.cat(rewards)[None], scale, epsilon)[0]
-    return [part.flip(0).cumsum(0).flip(0) for part in every.split([len(r) for r in rewards])]
+    All step rewards of the group are normalised together; a step's advantage is the sum of its own and all later ones
+    of its answer."""
+    normalised = group_advantages(torch.cat(rewards)[None], scale, epsilon)[0]
+    return [part.flip(0).cumsum(0).flip(0) for part in normalised.split([len(r) for r in rewards])]
 
 
 def clipped_objective(logps, old_logps, advantages, clip_low: float, clip_high: float):
-    """min( rho A, clip(rho, 1 - clip_low, 1 + clip_high) A ), eq. 3 without its KL, per token; any shape."""
+    """min( rho A, clip(rho, 1 - clip_low, 1 + clip_high) A ), eq. 3 without its KL, per token. Any shape."""
     ratio = (logps - old_logps).exp()  # rho = pi / pi_old
     return torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 
 def kl_estimate(logps, ref_logps):
-    """KL_t, eq. 4 (k3), per token; any shape. Never negative, and unbiased as long as the tokens are pi's own: in a batch's first update."""
+    """KL_t, eq. 4 (k3), per token. Any shape. Never negative; unbiased for tokens that the policy itself has sampled,
+    those of a batch's first update."""
     log_ratio = ref_logps - logps  # log( pi_ref / pi )
     return log_ratio.exp() - log_ratio - 1
 
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, weights, args):
-    """Eq. 3, negated: the sum over tokens by their weights, which add up to the mean that --normalise asks for. All [N]; ref_logps or None."""
+    """Eq. 3, negated: a weighted sum over tokens, with weights from `answer_weights`. All [N]; ref_logps may be
+    None."""
     objective = clipped_objective(logps, old_logps, advantages, args.clip_low, args.clip_high)
     if ref_logps is not None:
         objective = objective - args.kl_coef * kl_estimate(logps, ref_logps)
@@ -282,10 +263,11 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, weights, args):
 
 
 def answer_weights(lengths, counted, normalise: str, longest: int):
-    """The weight of each token of each answer of an update. lengths, counted [answers]: tokens, and whether it counts, 1.0 or 0.0.
+    """The weight of each token of each answer of an update. lengths, counted: tokens of each answer, and 1.0 if it
+    counts, else 0.0; any shape, which the result has too.
 
-    With A answers that count, response: 1 / (A |o_i|), GRPO eq. 3; token: 1 / all their tokens (DAPO eq. 12, there over one prompt's group,
-    here as in its code over the update's); constant: 1 / (A longest), Dr. GRPO."""
+    With A answers that count, response: 1 / (A |o_i|), GRPO, eq. 3; token: 1 / all their tokens (DAPO, eq. 12, there
+    over one prompt's group, here as in its code over the update's); constant: 1 / (A longest), Dr. GRPO."""
     answers, tokens = counted.sum().clamp(min=1), (lengths * counted).sum().clamp(min=1)
     if normalise == "response":
         return counted / (answers * lengths.clamp(min=1))
@@ -293,34 +275,778 @@ def answer_weights(lengths, counted, normalise: str, longest: int):
 
 
 def overlong_penalty(lengths, longest: int, cache: int):
-    """DAPO eq. 13: 0 up to longest - cache tokens, then falling to -1 at the longest. Any shape."""
+    """DAPO, eq. 13: 0 up to longest - cache tokens, then falling to -1 at the longest. Any shape."""
     return ((longest - cache - lengths) / cache).clamp(-1, 0)
 
 
 def pass_at_k(correct: int, n: int, k: int) -> float:
-    """The chance that one of k answers drawn from n, of which so many are correct, is correct (Chen et al. 2021, eq. 1)."""
+    """The probability that one of k answers drawn from n, of which so many are correct, is correct (Chen et al. 2021,
+    arXiv 2107.03374, eq. 1)."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def majority_at_k(votes: list, right: list, k: int) -> float:
-    """How often the most frequent of k votes is right, over the n // k disjoint parts of n answers; a tie counts as its share of right ones.
+    """How often the most frequent of k votes is right, over the n // k disjoint parts of n answers. A tie counts as the
+    share of its votes that are right.
 
     votes: what each answer says, None for nothing; right: whether that is right."""
     shares = []
     for i in range(0, len(votes) - k + 1, k):
-        said = Counter(vote for vote in votes[i : i + k] if vote is not None)
-        most = [vote for vote, count in said.items() if count == max(said.values())]
-        good = {vote for vote, r in zip(votes[i : i + k], right[i : i + k]) if r}
+        counts = Counter(vote for vote in votes[i : i + k] if vote is not None)
+        most = [vote for vote, count in counts.items() if count == max(counts.values())]
+        good = {vote for vote, is_right in zip(votes[i : i + k], right[i : i + k]) if is_right}
         shares.append(sum(vote in good for vote in most) / max(1, len(most)))
     return sum(shares) / len(shares)
 
 
-# ------------------------------------------------------------------------------------------------------- verifiable answers
+def grpo_batch(args, rows: list, logps, entropy, weights) -> dict:
+    """The loss of rows of an update, and the metrics beside it: scalars, each a sum over tokens.
+
+    logps, entropy: of every token of their answers [N], as token_logps returns them; weights: of the tokens of each
+    answer of the batch, by the answer's number."""
+
+    def values(name):
+        return torch.cat([row.extra[name] for row in rows])  # [N]
+
+    advantages, sampled_logps = values("advantages"), values("sampled_logps")
+    old_logps = values("old_logps") if "old_logps" in rows[0].extra else logps.detach()
+    ref_logps = values("ref_logps") if "ref_logps" in rows[0].extra else None
+    loss = grpo_loss(logps, old_logps, ref_logps, advantages, weights[values("answer")], args)
+    kl = kl_estimate(logps.detach(), ref_logps) if ref_logps is not None else torch.zeros_like(logps)
+    ratio, gap = (logps.detach() - old_logps).exp(), (old_logps - sampled_logps).abs()
+    low = (ratio < 1 - args.clip_low) & (advantages < 0)
+    high = (ratio > 1 + args.clip_high) & (advantages > 0)
+    return {
+        "loss": loss,
+        "entropy": entropy.sum(),
+        "kl": kl.sum(),
+        "clip_ratio/low_mean": low.sum(),
+        "clip_ratio/high_mean": high.sum(),
+        "clip_ratio/region_mean": (low | high).sum(),
+        "sampling/sampling_logp_difference/mean": gap.sum(),
+        "sampling/sampling_logp_difference/max": gap.max(),  # the only one that is no sum
+    }
+
+
+def main(args: Args):
+    # 0. options, ranks, the output directory
+    check_options(args)
+    device, dtype = setup_distributed(args)
+    sources = [args.model, args.reference, args.dataset, args.eval_dataset, *reward_files(args)]
+    out, last, signature = open_run(args, *sources)
+    source, started = str(last or args.model), time.time()
+
+    # 1. rewards, and the prompts that they can read
+    tokenizer = load_tokenizer(source)
+    rewards = load_rewards(args, device, dtype)
+    max_prompt = fit_length(args, source) - args.max_new_tokens
+    encode_row = partial(prompt_rows, tokenizer, max_prompt, [reward.check for reward in rewards])
+    rows, held_out = prepare_split(args, tokenizer, encode_row)
+    steps_per_epoch = math.ceil(len(rows) / args.batch_size)
+    steps = min(steps_per_epoch * args.epochs, args.max_steps or sys.maxsize)
+
+    # 2. the policy, its reference (None without a KL), its optimiser, and the state of an interrupted run
+    policy = read_model(AutoModelForCausalLM, source, tokenizer)
+    with short_windows(policy):
+        check_sampler(policy, source)
+    policy = prepare_model(policy, source, args, device, dtype, token_logps)
+    reference = load_reference(args, last, policy, tokenizer, device, dtype)
+    optimizer = make_optimizer(policy, args)
+    models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
+    if args.reference_every:
+        models["reference"] = (reference, tokenizer)
+    retries = 4 if args.zero_spread == "resample" else 0
+    G, updates, stops = args.num_generations, args.num_iterations * args.num_minibatches, stop_ids(policy, tokenizer)
+    work = f"{steps} batches of {args.batch_size} x {G} answers in {updates} update{'s' * (updates > 1)}"
+    announce([policy], args, work, device, dtype)
+    ends = " or ".join(tokenizer.convert_ids_to_tokens(stops))
+    print0(f"rewards: {', '.join(reward.name for reward in rewards)}; answers end at {ends}")
+    if last:
+        state = load_checkpoint(last, models, optimizers)
+    else:
+        clear_run(args, out, signature)
+        state = dict(step=0, num_tokens=0, seconds=0.0)
+    started -= state["seconds"]  # of all parts of a resumed run
+
+    # 3. for each batch of B prompts
+    catch_signals()
+    for step in (bar := progress("grpo", state["step"], steps)):
+        clock, batch, groups = time.time(), batch_rows(rows, args, step), {}
+        B, redrawn, first_rewards = len(batch), 0, None
+        for attempt in range(retries + 1):
+            # 4. G answers o ~ pi to each prompt that has no group yet, and their rewards r; groups: this rank's
+            asked = {place: batch[place] for place in range(RANK, B, WORLD) if place not in groups}
+            groups |= rollout(policy, tokenizer, rewards, asked, step, attempt * B, stops, args, device)
+            r = of_all_ranks(groups, "rewards", B, args, device)  # [B, G]
+            first_rewards = r if first_rewards is None else first_rewards
+            has_spread = (r.amax(1) > r.amin(1)).tolist()
+            if all(has_spread) or attempt == retries:
+                break
+            # 5. a group whose rewards are all equal teaches nothing: another prompt takes its place (DAPO)
+            redrawn += B - sum(has_spread)
+            batch = redraw(batch, has_spread, rows, args, step, attempt)
+            groups = {place: group for place, group in groups.items() if has_spread[place]}
+        groups = dict(sorted(groups.items()))
+
+        # 6. advantages A, normalised over the group: one for each answer, or for each of its steps
+        if args.step_separator:
+            add_process_advantages(rewards, tokenizer, groups, stops, args)
+        else:
+            for group in groups.values():
+                A = group_advantages(group.extra["rewards"][None], args.scale)[0]  # [G]
+                group.extra["advantages"] = [a.expand(len(ids)) for a, ids in zip(A, group.responses)]
+
+        # 7. the answers that count, counted [B, G]; log pi_old and log pi_ref of their tokens, before any update
+        lengths = of_all_ranks(groups, "lengths", B, args, device)  # [B, G]
+        ended = of_all_ranks(groups, "ended", B, args, device)
+        counted = ended if args.mask_truncated else torch.ones_like(ended)
+        if args.zero_spread != "keep":
+            counted = counted * torch.tensor(has_spread, device=device)[:, None]
+        train_rows, is_counted = [], counted.tolist()
+        for place, group in groups.items():
+            train_rows += rows_to_train(group, is_counted[place], args.tokens_per_forward, policy.packs, device)
+        if updates > 1:  # with a single update, pi_old is pi
+            add_logps("old_logps", policy, train_rows, args, device)
+        if reference is not None:
+            add_logps("ref_logps", reference, train_rows, args, device)
+
+        # 8. for each pass over the batch, for each minibatch of groups
+        sums, max_gap, grad_norms, learning_rate = no_sums(device), torch.zeros((), device=device), [], 0.0
+        for places in minibatches(B, args.num_iterations, args.num_minibatches, step, args.seed):
+            weights = torch.zeros_like(lengths)  # of each token of an answer [B, G]; 0 outside the minibatch
+            weights[places] = answer_weights(lengths[places], counted[places], args.normalise, args.max_new_tokens)
+            if not weights.any():
+                continue  # nothing to learn from, on any rank
+            mine = [row for row in train_rows if row.extra["place"] in places]
+            spare = spare_row(device)  # for a rank that has none of the minibatch's rows; its weight is 0
+            for part, weight, inputs, target in forwards(mine, args, policy, device, spare):
+                # 9. the loss, eq. 3, negated; the weights are of all ranks, and FSDP averages the gradients: x WORLD
+                logps, entropy, _ = policy.token_logps(**inputs, target=target, temperature=args.temperature)
+                logged = grpo_batch(args, part, logps, entropy, weights.flatten())
+                (logged["loss"] * weight * WORLD).backward()
+                max_gap = torch.maximum(max_gap, weight * logged.pop("sampling/sampling_logp_difference/max"))
+                add_scalars(sums, logged, weight)
+            # 10. one step of AdamW
+            grad_norm, learning_rate = take_step(policy, optimizer, args, step, steps)
+            grad_norms.append(grad_norm)
+
+        # 11. metrics, evaluation, samples
+        tokens_trained = max(1.0, (lengths * counted).sum().item() * args.num_iterations)
+        sums = sum_over_ranks(sums)
+        metrics = dict(
+            step=step + 1, epoch=(step + 1) / steps_per_epoch, loss=sums.pop("loss") / max(1, len(grad_norms))
+        )
+        metrics |= {name: total / tokens_trained for name, total in sums.items()}
+        metrics["sampling/sampling_logp_difference/max"] = over_ranks(max_gap, dist.ReduceOp.MAX).item()
+        metrics |= rollout_metrics(first_rewards, groups, lengths, ended, rewards, args, device)
+        if step == 0:
+            warn_if_cut(1 - metrics["completions/clipped_ratio"], args)
+            if reference is not None and not args.reference and updates == 1:
+                check_first_step("the KL to the reference", metrics["kl"], 0.0, dtype, scale=1.0)
+        seconds, tokens = time.time() - clock, int(lengths.sum()) + sum(len(row.prompt) for row in batch)
+        too_far = bool(args.max_kl and metrics["kl"] > args.max_kl)
+        state |= dict(step=step + 1, num_tokens=state["num_tokens"] + tokens)
+        metrics |= dict(grad_norm=sum(grad_norms) / max(1, len(grad_norms)), learning_rate=learning_rate)
+        metrics |= dict(resampled=redrawn / B, num_tokens=state["num_tokens"])
+        metrics |= dict(step_time=seconds, tokens_per_second=tokens / seconds)
+        if held_out and (too_far or is_due(args.eval_every, step + 1, steps)):
+            metrics |= evaluate_answers(policy, tokenizer, rewards, held_out, stops, args, device)
+        state["seconds"] = time.time() - started
+        log_metrics(args, out, metrics | dict(seconds=state["seconds"], peak_memory_mb=peak_memory(device)), bar)
+        if RANK == 0 and (step == 0 or is_due(max(1, steps // 10), step + 1, steps)):
+            show_group(groups[0], rewards)
+
+        # 12. the reference follows the policy (iterative GRPO); a checkpoint; an end where the policy has gone too far
+        if args.reference_every and (step + 1) % args.reference_every == 0:
+            copy_weights(policy, reference)
+        if should_save(args, step + 1, steps, device) and not too_far:
+            save_checkpoint(args, out / f"checkpoint-{step + 1}", models, optimizers, state)
+        if too_far:
+            print0(f"stopped after step {step + 1}: the KL per token, {metrics['kl']:.4f}, is beyond --max-kl")
+            break
+
+    # 13. what more answers to a prompt are worth; a checkpoint that any library loads
+    if held_out:
+        write_report(out, metrics)
+    curves = ["reward", "frac_reward_zero_std", "kl", "entropy"]
+    finish_run(out, {"": models[""]}, [*curves, "completions/mean_length", "completions/mean_thinking_length"])
+
+
+# -------------------------------------------------------------------------------------------------- grpo.py alone
+
+
+def check_options(args):
+    """Fails on options that contradict each other, and on numbers that are out of range."""
+    counts = ("num_iterations", "num_minibatches", "eval_samples", "max_new_tokens", "sample_tokens")
+    check_numbers(args, above_zero=("temperature", *counts))
+    if not args.rewards:
+        fail("--rewards: names nothing; give a reward model, file.py:function, match:number, format, or judge:MODEL")
+    if args.num_generations < 2:
+        fail("--num-generations: an answer is compared with the others to its prompt; use 2 or more")
+    if args.max_new_tokens >= args.max_length:
+        fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}")
+    if args.overlong_cache > args.max_new_tokens:
+        fail(f"--overlong-cache {args.overlong_cache}: must be at most --max-new-tokens, {args.max_new_tokens}")
+    if args.step_separator and args.zero_spread != "keep":
+        fail("--zero-spread looks at the rewards of whole answers, --step-separator rewards their steps; use one")
+    if args.num_minibatches > args.batch_size:
+        fail(f"--num-minibatches {args.num_minibatches}: each takes whole groups; use at most --batch-size")
+    if args.overlong_cache and args.step_separator:
+        fail("--overlong-cache changes the reward of a whole answer, --step-separator rewards its steps; use one")
+    if (args.reference or args.reference_every or args.max_kl) and not args.kl_coef:
+        fail("--kl-coef 0 has no reference, so no KL; leave out --reference, --reference-every and --max-kl")
+
+
+def load_reference(args, last, policy, tokenizer, device, dtype):
+    """The frozen model that the KL is measured to, or None without a KL. last: the checkpoint of an interrupted run."""
+    if not args.kl_coef:
+        return None
+    name = args.reference or args.model
+    if last and args.reference_every:
+        name = str(last / "reference")
+    if args.reference and load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+        fail(f"--reference {name}: its tokenizer differs from that of --model")
+    reference = read_model(AutoModelForCausalLM, name, tokenizer).requires_grad_(False)
+    if args.reference_every and [p.shape for p in reference.parameters()] != [p.shape for p in policy.parameters()]:
+        fail(f"--reference-every: --reference {name} has weights of other shapes than --model, and cannot become it")
+    return prepare_model(reference, name, args, device, dtype, token_logps)
+
+
+def copy_weights(source, target):
+    """Gives a model the weights of another one, each rank its own part."""
+    for model in (source, target):
+        if hasattr(model, "reshard"):  # a forward without a backward leaves FSDP's root gathered
+            model.reshard()
+    with torch.no_grad():
+        for new, old in zip(source.parameters(), target.parameters()):
+            old.copy_(new)
+
+
+def rollout(policy, tokenizer, rewards: list, prompts: dict, step: int, offset: int, stops: list, args, device) -> dict:
+    """G answers to each of this rank's prompts, and their rewards: {place: Row(prompt, G answers, ...)}.
+
+    prompts: by place, the prompt's number in the batch of all ranks; offset: added to the place, it numbers the
+    randomness, of which no two rollouts of a step may share any. A group's extra: its place and its prompt's row;
+    texts; sampled_logps, for each answer a list; tensors [G]: rewards, rewards/NAME, lengths, ended, thinking_lengths.
+    """
+    G = args.num_generations
+    numbers = [(offset + place) * G + k for place in prompts for k in range(G)]
+    numbers = uniform_numbers(args.seed, step, numbers, args.max_new_tokens)
+    asked = [row.prompt for row in prompts.values()]
+    answers, logps = sample_answers(policy, asked, numbers, stops, args, args.temperature)
+    rows = [row for row in prompts.values() for _ in range(G)]  # each answer's prompt
+    texts = answer_texts(tokenizer, rows, answers, stops)
+    total, named = total_reward(rewards, rows, texts, answers)
+    lengths = torch.tensor([float(len(ids)) for ids in answers], device=device)
+    if args.overlong_cache:
+        total = total + overlong_penalty(lengths, args.max_new_tokens, args.overlong_cache)
+    thinking = [thinking_length(tokenizer, text, len(ids)) for text, ids in zip(texts, answers)]
+    values = dict(
+        texts=texts,
+        sampled_logps=logps,
+        rewards=total,
+        lengths=lengths,
+        ended=torch.tensor([float(ids[-1] in stops) for ids in answers], device=device),
+        thinking_lengths=torch.tensor(thinking, device=device),
+    )
+    values |= {f"rewards/{name}": scores for name, scores in named.items()}
+    groups = {}
+    for i, (place, row) in enumerate(prompts.items()):
+        own = slice(i * G, (i + 1) * G)
+        extra = dict(place=place, prompt_row=row) | {name: value[own] for name, value in values.items()}
+        groups[place] = Row(row.prompt, answers[own], [[True] * len(ids) for ids in answers[own]], extra)
+    return groups
+
+
+def thinking_length(tokenizer, text: str, tokens: int) -> float:
+    """About how many of an answer's tokens are thinking."""
+    if "<think>" not in text:
+        return 0.0
+    return max(0.0, tokens - len(tokenizer(after_thinking(text), add_special_tokens=False).input_ids))
+
+
+def of_all_ranks(groups: dict, name: str, B: int, args, device) -> torch.Tensor:
+    """extra[name] of the groups of all ranks [B, G], in the order of their prompts."""
+    values = torch.zeros(B, args.num_generations, device=device)
+    for place, group in groups.items():
+        values[place] = group.extra[name]
+    return over_ranks(values)
+
+
+def redraw(batch: list, has_spread: list, rows: list, args, step: int, attempt: int) -> list:
+    """The batch with random prompts in the places whose groups have equal rewards."""
+    generator = random.Random(f"{args.seed}-{step}-{attempt}")
+    return [row if keep else rows[generator.randrange(len(rows))] for row, keep in zip(batch, has_spread)]
+
+
+def cut_into_steps(tokenizer, row, ids: list, stops: list, separator: str) -> tuple:
+    """The texts of an answer as it stands at the end of each step, and the tokens of each step. The thinking is part of
+    the first step."""
+
+    def text_of(n):
+        return answer_texts(tokenizer, [row], [ids[:n]], stops)[0]
+
+    whole = text_of(len(ids))
+    separators = re.finditer(f"(?:{re.escape(separator)})+", whole)
+    thinking = whole.rfind("</think>")
+    ends = [match.end() for match in separators if match.end() > thinking]
+    ends = [end for end in ends if after_thinking(whole[:end]).strip()]
+    ends = [end for end in ends if whole[end:].strip()] + [len(whole)]
+    words = ids[:-1] if ids and ids[-1] in stops else ids  # the stop token is not in the text
+    # where the text ends after each token: for most tokenizers, the sum of the tokens' own texts
+    token_sizes = map(len, tokenizer.batch_decode([[token] for token in words]))
+    sizes = list(accumulate(token_sizes, initial=len(text_of(0))))[1:]  # initial: a tag that the template has opened
+    if sizes[-1:] != [len(whole)]:  # characters of several tokens: decode every prefix
+        sizes = [len(text_of(n)) for n in range(1, len(words) + 1)]
+    cuts = [bisect.bisect_left(sizes, end) + 1 for end in ends[:-1]] + [len(ids)]
+    return [whole[:end] for end in ends], [end - start for start, end in zip([0, *cuts], cuts)]
+
+
+def add_process_advantages(rewards: list, tokenizer, groups: dict, stops: list, args):
+    """Process supervision: group.extra["advantages"], for each answer a tensor, one value for each of its tokens.
+
+    Every reward scores an answer as it stands at the end of each step. The steps of all groups are scored in one call,
+    which a sharded reward model needs: ranks may have unequally many groups."""
+    rows, texts, ids, steps = [], [], [], {}  # steps: place -> for each answer, the tokens of each of its steps
+    for place, group in groups.items():
+        row, steps[place] = group.extra["prompt_row"], []
+        for response in group.responses:
+            texts_so_far, lengths = cut_into_steps(tokenizer, row, response, stops, args.step_separator)
+            rows += [row] * len(lengths)
+            texts += texts_so_far
+            ids += [response[:end] for end in accumulate(lengths)]
+            steps[place].append(lengths)
+    scores, _ = total_reward(rewards, rows, texts, ids)
+    scores = iter(scores.split([len(lengths) for place in groups for lengths in steps[place]]))  # of each answer
+    for place, group in groups.items():
+        by_step = step_advantages([next(scores) for _ in group.responses], args.scale)
+        group.extra["advantages"] = [
+            values.repeat_interleave(torch.tensor(lengths, device=values.device))
+            for values, lengths in zip(by_step, steps[place])
+        ]
+
+
+def rows_to_train(group, is_counted: list, limit: int, packs: bool, device) -> list:
+    """The answers of a group that count, in rows of at most `limit` tokens, packed or padded (a longer answer is a row
+    of its own).
+
+    extra: the group's place, and one value for each token [N]: the number of its answer in the batch, its advantage,
+    and its log-probability when it was sampled."""
+
+    def size(answers: list) -> int:
+        lengths = [len(group.responses[k]) for k in answers]
+        if packs:
+            return len(group.prompt) + sum(lengths)
+        return len(lengths) * (len(group.prompt) + max(lengths))
+
+    parts = []  # lists of answers
+    for k in range(len(group.responses)):
+        if is_counted[k] and parts and size([*parts[-1], k]) <= limit:
+            parts[-1].append(k)
+        elif is_counted[k]:
+            parts.append([k])
+    rows, place, G = [], group.extra["place"], len(group.responses)
+    for part in parts:
+        responses = [group.responses[k] for k in part]
+        numbers = [place * G + k for k in part for _ in group.responses[k]]
+        sampled = [logp for k in part for logp in group.extra["sampled_logps"][k]]
+        extra = dict(place=place, answer=torch.tensor(numbers, device=device))
+        extra["advantages"] = torch.cat([group.extra["advantages"][k] for k in part])
+        extra["sampled_logps"] = torch.tensor(sampled, device=device)
+        rows.append(Row(group.prompt, responses, [group.trained[k] for k in part], extra))
+    return rows
+
+
+def spare_row(device):
+    """What a rank without any row to train repeats with weight 0, so that all ranks make equally many passes."""
+    zero = torch.zeros(1, device=device)
+    return Row([0], [[0]], [[True]], dict(answer=zero.long(), advantages=zero, sampled_logps=zero))
+
+
+def add_logps(name: str, model, rows: list, args, device):
+    """extra[name]: the log-probabilities [N] of the tokens of a row's answers under a model, before any update."""
+
+    def logps_of(inputs, target):
+        return model.token_logps(**inputs, target=target, temperature=args.temperature)[0]
+
+    for row, logps in zip(rows, token_values(logps_of, model, rows, args, device)):
+        row.extra[name] = logps
+
+
+def no_sums(device) -> dict:
+    """Zeros for the sums of a step, in which no group may count."""
+    names = ["loss", "entropy", "kl", "sampling/sampling_logp_difference/mean"]
+    names += [f"clip_ratio/{name}_mean" for name in ("low", "high", "region")]
+    return {name: torch.zeros((), device=device) for name in names}
+
+
+def rollout_metrics(first_rewards, groups: dict, lengths, ended, rewards: list, args, device) -> dict:
+    """What the answers of all ranks are like: their rewards and lengths, and each reward where it applies.
+
+    first_rewards, lengths, ended: [B, G]; the first of the prompts as they came, before any was replaced."""
+    thinking = of_all_ranks(groups, "thinking_lengths", len(lengths), args, device)
+    metrics = {
+        "reward": first_rewards.mean(),
+        "reward_std": first_rewards.std(1).mean(),
+        "frac_reward_zero_std": (first_rewards.amax(1) == first_rewards.amin(1)).float().mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1 - ended.mean(),
+        "completions/mean_thinking_length": thinking.mean(),
+    }
+    for name in (f"rewards/{reward.name}" for reward in rewards):
+        scores = of_all_ranks(groups, name, len(lengths), args, device)  # NaN where the reward does not apply
+        count = (~scores.isnan()).sum().clamp(min=1)
+        mean = scores.nansum() / count
+        metrics[f"{name}/mean"] = mean
+        metrics[f"{name}/std"] = ((scores - mean).square().nansum() / count).sqrt()
+    return dict(zip(metrics, torch.stack([*metrics.values()]).tolist()))
+
+
+def show_group(group, rewards: list):
+    """Prints the first answers of a group with their rewards."""
+    named = {reward.name: group.extra[f"rewards/{reward.name}"] for reward in rewards}
+    is_cut = [not ended for ended in group.extra["ended"].tolist()]
+    prompts = [group.extra["prompt_row"]] * len(is_cut)
+    show_samples(prompts, group.extra["texts"], is_cut, named | dict(total=group.extra["rewards"]))
+
+
+def evaluate_answers(policy, tokenizer, rewards: list, held_out: list, stops: list, args, device) -> dict:
+    """Reward and lengths of --eval-samples answers to each held-out prompt. If a reward says which of them are right,
+    also pass@k and majority@k for the powers of 2 up to that number."""
+    B, n = len(held_out), args.eval_samples
+    args = replace(args, num_generations=n, overlong_cache=0)
+    prompts = {place: held_out[place] for place in range(RANK, B, WORLD)}
+    groups = rollout(policy, tokenizer, rewards, prompts, -1, 0, stops, args, device)  # step -1: the same randomness
+    averaged = {
+        "eval_reward": "rewards",
+        "eval_completions/mean_length": "lengths",
+        "eval_completions/mean_thinking_length": "thinking_lengths",
+    }
+    metrics = {name: of_all_ranks(groups, of, B, args, device).mean().item() for name, of in averaged.items()}
+    source, name = verifiable_reward(rewards, groups, B, args, device)
+    if not source:
+        return metrics
+    ks = [2**i for i in range(n.bit_length())]
+    sums = dict.fromkeys([*(f"eval_pass@{k}" for k in ks), *(f"eval_majority@{k}" for k in ks), "prompts"], 0.0)
+    for group in groups.values():
+        right = group.extra[f"rewards/{name}"].tolist()
+        if any(map(math.isnan, right)):
+            continue
+        votes = [vote_of(source, text) for text in group.extra["texts"]]
+        for k in ks:
+            sums[f"eval_pass@{k}"] += pass_at_k(int(sum(right)), n, k)
+            sums[f"eval_majority@{k}"] += majority_at_k(votes, right, k)
+        sums["prompts"] += 1
+    sums = sum_over_ranks({name: torch.tensor(value, device=device) for name, value in sums.items()})
+    count = sums.pop("prompts")
+    return metrics | {name: value / count for name, value in sums.items() if count}
+
+
+def verifiable_reward(rewards: list, groups: dict, B: int, args, device) -> tuple:
+    """Source and name of the first reward that says which answers are right: match:, or a function that returned only 0
+    and 1; ("", "") if there is none."""
+    for value, reward in zip(args.rewards, rewards):
+        source, _ = split_source(value)
+        scores = of_all_ranks(groups, f"rewards/{reward.name}", B, args, device)
+        is_function = source.rpartition(":")[0].endswith(".py")
+        known = scores[~scores.isnan()]
+        is_binary = bool(((known == 0) | (known == 1)).all())
+        if len(known) and (source.startswith("match:") or is_function and is_binary):
+            return source, reward.name
+    return "", ""
+
+
+def vote_of(source: str, text: str) -> str | None:
+    """What an answer votes for: what match: finds in it, or for a function all that it says after the thinking."""
+    answer = after_thinking(text)
+    return canonical(found_answer(answer, source.removeprefix("match:")) if source.startswith("match:") else answer)
+
+
+def write_report(out: Path, metrics: dict):
+    """report.json, and test_time.png: accuracy over training, and against the number of answers to a prompt."""
+    report = {}
+    for kind in ("pass", "majority"):
+        report[kind] = {int(k.partition("@")[2]): v for k, v in metrics.items() if k.startswith(f"eval_{kind}@")}
+    if RANK > 0 or not report["pass"]:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    evaluated = [line for line in lines if "eval_pass@1" in line]
+    figure, (over_training, over_answers) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    over_training.plot([line["step"] for line in evaluated], [line["eval_pass@1"] for line in evaluated], "o-")
+    over_training.set(title="one answer", xlabel="batches of training", ylabel="accuracy on held-out prompts")
+    for kind, label in (("majority", "majority of k"), ("pass", "any of k")):
+        over_answers.plot(list(report[kind]), list(report[kind].values()), "o-", label=label)
+    over_answers.set(title="k answers", xlabel="k")
+    over_answers.set_xscale("log", base=2)
+    over_answers.legend()
+    with user_input(f"{out}: cannot be written; make room, then continue with --resume"):
+        write_json(out / "report.json", report)
+        figure.savefig(out / "test_time.png", dpi=120)
+    plt.close(figure)
+
+
+# ============================== every block below stands word for word in all scripts that have it ================
+# A parameter that this script never passes serves another one.
+# ---- rewards: what --rewards names
+#
+#      SOURCE[=WEIGHT]     SOURCE: a reward model; file.py:function; match:number|boxed|hash|REGEX; format; judge:MODEL
+
+SCORE_QUESTION = "Rate the last answer above from 1 (very bad) to 10 (very good). Reply with the number only."
+
+
+class Reward(NamedTuple):
+    """A source of reward.
+
+    score(rows, texts, ids): a number for each answer [B], NaN where it does not apply; check(extra) raises Drop for a
+    prompt that it cannot read; path: of a reward model, else empty; sees_thinking: whether texts have the thinking."""
+
+    name: str
+    weight: float
+    score: Callable
+    check: Callable
+    path: str = ""
+    sees_thinking: bool = False
+
+
+def split_source(value: str) -> tuple:
+    """(source, weight) of SOURCE[=WEIGHT]."""
+    source, _, weight = value.rpartition("=")
+    try:
+        weight = float(weight)
+    except ValueError:
+        return value, 1.0
+    if not source or not math.isfinite(weight):
+        fail(f"--rewards {value}: must be SOURCE or SOURCE=WEIGHT, with a finite number")
+    return source, weight
+
+
+def reward_files(args) -> list:
+    """The files and directories that the rewards are made of."""
+    sources = [split_source(value)[0] for value in args.rewards]
+    files = [re.sub(r"^judge:|(?<=\.py):\w+$", "", s) for s in sources if not s.startswith("match:") and s != "format"]
+    return [*files, args.rubric, args.condition]
+
+
+def load_rewards(args, device, dtype) -> list:
+    """Every source that --rewards names, under the name of its metric: numbered where two are equal."""
+    sources = [split_source(value) for value in args.rewards]
+    judges = sum(source.startswith("judge:") for source, _ in sources)
+    if judges > 1:
+        fail("--rewards: takes one judge")
+    if args.rubric and not judges:
+        fail("--rubric: needs a judge that applies it; add judge:MODEL to --rewards")
+    rewards, names, conditions = [], Counter(), load_conditions(args.condition)
+    for source, weight in sources:
+        check, path = reads_every_prompt, ""
+        if source == "format":
+            name, score = "format", partial(format_scores, device)
+        elif source.startswith("match:"):
+            how = source.removeprefix("match:")
+            with user_input(f"--rewards {source}: needs number, boxed, hash, or a regular expression"):
+                if not re.compile(how).pattern:
+                    raise ValueError("nothing is named")
+            name, score, check = "match", partial(match_scores, how, device), partial(check_answer, how)
+        elif source.startswith("judge:"):
+            rubric = load_rubric(args.rubric) if args.rubric else {}
+            judge = load_judge_model(source.removeprefix("judge:"), args, device, dtype)
+            name, score = "judge", partial(judge_scores, *judge, rubric, args, device)
+            check = partial(reads_prompt, partial(judged_row, *judge, rubric))
+        elif re.search(r"\.py:\w+$", source):
+            name, score = source.rpartition(":")[2], partial(function_scores, source, load_function(source), device)
+        else:
+            name, path = Path(source).name, source
+            model = load_reward_model("--rewards", source, args, device, dtype)
+            score = partial(model_scores, *model, conditions, args, device)
+            check = partial(reads_prompt, partial(answered_row, *model, conditions))
+        names[name] += 1
+        name = name if names[name] == 1 else f"{name}-{names[name]}"
+        rewards.append(Reward(name, weight, score, check, path, source == "format"))
+    if args.condition and not any(reward.path for reward in rewards):
+        fail("--condition: is for reward models; name one in --rewards, or leave it out")
+    return rewards
+
+
+def total_reward(rewards: list, rows: list, texts: list, ids: list) -> tuple:
+    """The weighted sum of all rewards [B], in which NaN counts as 0; and each by name.
+
+    rows: each answer's prompt; texts, ids: the answers."""
+    answers, named = [final_answer(row.extra["prompt"], text) for row, text in zip(rows, texts)], {}
+    for reward in rewards:
+        named[reward.name] = reward.score(rows, texts if reward.sees_thinking else answers, ids)
+    return sum(reward.weight * named[reward.name].nan_to_num(0.0) for reward in rewards), named
+
+
+def reads_every_prompt(extra: dict):
+    """The check of a reward that reads no prompt through a chat template."""
+
+
+def reads_prompt(read, extra: dict):
+    """The check of one that does: raises Drop for a prompt that the template refuses."""
+    read(extra, "a")
+
+
+def answered_row(model, tokenizer, conditions: dict, extra: dict, text: str):
+    """The prompt and an answer as the reward model reads them. Raises Drop."""
+    prompt = with_condition(extra["prompt"], conditions.get(extra["kind"], ""))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    return scored_row(tokenizer, prompt, without_special(tokenizer, text), extra, positions)
+
+
+def model_scores(model, tokenizer, conditions: dict, args, device, rows: list, texts: list, ids: list):
+    """A reward model's scores [B], NaN for an answer that its chat template refuses."""
+    read, places, scores = [], [], torch.full((len(rows),), math.nan, device=device)
+    for i, (row, text) in enumerate(zip(rows, texts)):
+        with contextlib.suppress(Drop):
+            read.append(answered_row(model, tokenizer, conditions, row.extra, text))
+            places.append(i)
+    found = score_rows(model, read, args, device, shared=False)
+    if found:
+        scores[places] = torch.cat(found)
+    if not scores[places].isfinite().all():
+        fail("--rewards: a reward model's score is not finite: its weights are damaged, or try --dtype float32")
+    return scores
+
+
+def load_judge_model(name: str, args, device, dtype) -> tuple:
+    """A frozen language model and its tokenizer."""
+    tokenizer = load_tokenizer(name)
+    model = read_model(AutoModelForCausalLM, name, tokenizer).requires_grad_(False)
+    return prepare_model(model, name, args, device, dtype, token_logps), tokenizer
+
+
+def judged_row(model, tokenizer, rubric: dict, extra: dict, text: str):
+    """The conversation and the question that the judge is asked: the rubric's, or for a score of 1 to 10. Raises
+    Drop."""
+    turns = [dict(role="user", content=extra["prompt"])]
+    if not isinstance(extra["prompt"], str):
+        turns = [message for message in extra["prompt"] if message["role"] != "system"]
+    refuse_special(tokenizer, extra["prompt"])
+    if isinstance(extra["prompt"], str):
+        talk = extra["prompt"] + text
+    elif len(turns) == 1:
+        talk = f"{turns[0]['content']}\n{text}"
+    else:
+        talk = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        talk += text if turns and turns[-1]["role"] == "assistant" else f"\nassistant: {text}"
+    talk = without_special(tokenizer, talk)
+    question, options = rubric.get("question", SCORE_QUESTION), rubric.get("options", {})
+    choices = "".join(f"\n{letter}. {meaning}" for letter, meaning in options.items())
+    return judge_row(model, tokenizer, f"{talk}\n\n{question}{choices}", list(options) or [*map(str, range(1, 11))])
+
+
+def judge_scores(model, tokenizer, rubric: dict, args, device, rows: list, texts: list, ids: list):
+    """With a rubric: sum of p(letter) x its reward for the prompt's kind, NaN for kinds without one (the rule-based
+    reward model of GPT-4). Without: the expected score. [B]"""
+    read = [judged_row(model, tokenizer, rubric, row.extra, text) for row, text in zip(rows, texts)]
+    probabilities = judge_logps(model, read, args, device).softmax(-1)
+    if not rubric.get("options"):
+        return expected_score(probabilities) if rows else probabilities[:, 0]
+    tables = [rubric["reward"].get(row.extra["kind"], {}) for row in rows]
+    values = [[table.get(letter, math.nan) for letter in rubric["options"]] for table in tables]
+    return (probabilities * torch.tensor(values, device=device).view_as(probabilities)).sum(-1)
+
+
+def load_rubric(name: str) -> dict:
+    """A question, and either nothing else or options and, for every kind, a reward for each of them."""
+    rubric = load_json("--rubric", name)
+    options, rewards = rubric.get("options", {}), rubric.get("reward", {})
+    with user_input(f"--rubric {name}: needs a question; and options and, by kind, a reward for each, or neither"):
+        if not isinstance(rubric.get("question"), str) or bool(options) != bool(rewards):
+            raise ValueError(f"it has {', '.join(rubric)}")
+        for kind, table in rewards.items():
+            if table.keys() != options.keys() or not all(map(math.isfinite, table.values())):
+                raise ValueError(f"its options are {', '.join(options)}, its rewards for {kind} are {table}")
+    return rubric
+
+
+def load_function(source: str):
+    """The function that file.py:name names."""
+    path, _, name = source.rpartition(":")
+    with user_input(f"--rewards {source}: no such function can be loaded"):
+        spec = importlib.util.spec_from_file_location(f"rewards_{Path(path).stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look their module up
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+
+
+def function_scores(source: str, function, device, rows: list, texts: list, ids: list):
+    """A function's rewards [B], NaN where it returns None. It gets prompts, completions, completion_ids, and every
+    other column, each as a list."""
+    if not rows:
+        return torch.zeros(0, device=device)
+    reserved = ("prompt", "prompts", "completion", "completions", "completion_ids", "chosen", "rejected")
+    columns = {name: [row.extra[name] for row in rows] for name in rows[0].extra if name not in reserved}
+    prompts = [row.extra["prompt"] for row in rows]
+    completions = [t if isinstance(prompt, str) else as_messages(t) for prompt, t in zip(prompts, texts)]
+    try:
+        rewards = function(prompts=prompts, completions=completions, completion_ids=ids, **columns)
+    except Exception as e:  # the user's own code: say what it choked on
+        last = traceback.extract_tb(e.__traceback__)[-1]
+        where = f"{Path(last.filename).name}, line {last.lineno}, on answers like {texts[0][-200:]!r}"
+        given = ", ".join(["prompts", "completions", "completion_ids", *columns])
+        fail(f"--rewards {source}: {type(e).__name__}: {e} ({where}); it is called with {given}")
+    if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
+        found = len(rewards) if isinstance(rewards, (list, tuple)) else f"a {type(rewards).__name__} instead of"
+        fail(f"--rewards {source}: returned {found} rewards for {len(rows)} answers; it must return a list of so many")
+    for reward, text in zip(rewards, texts):
+        try:
+            is_number = reward is None or abs(float(reward)) < 1e18  # its square is a float32 too
+        except (TypeError, ValueError):
+            is_number = False
+        if not is_number:
+            what = f"returned {reward!r} for {text[-200:]!r}"
+            fail(f"--rewards {source}: {what}; it must be a finite number, or None where the rule does not apply")
+    return torch.tensor([math.nan if reward is None else float(reward) for reward in rewards], device=device)
+
+
+def format_scores(device, rows: list, texts: list, ids: list):
+    """1 for <think>...</think>, once and not empty, followed by an answer; else 0. [B]"""
+    return torch.tensor([float(is_well_formed(text)) for text in texts], device=device)
+
+
+def is_well_formed(text: str) -> bool:
+    """<think>...</think> once and not empty, then an answer."""
+    has_one = text.count("<think>") == text.count("</think>") == 1
+    return has_one and re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL) is not None
+
+
+def match_scores(how: str, device, rows: list, texts: list, ids: list):
+    """1 for an answer that the column `answer` holds, else 0; NaN where it holds none. [B]"""
+    scores = []
+    for row, text in zip(rows, texts):
+        right = true_answers(row.extra.get("answer"))
+        scores.append(float(canonical(found_answer(text, how)) in right) if right else math.nan)
+    return torch.tensor(scores, device=device)
+
+
+def check_answer(how: str, extra: dict):
+    """Fails without a column `answer`, or on one that is no answer; raises Drop where no answer can ever match it."""
+    if "answer" not in extra:
+        raise ValueError(f"match:{how} compares with a column answer, which is missing")
+    right = true_answers(extra["answer"])
+    can_match = any(canonical(found_answer(answer, how)) == answer for answer in right)
+    if right and how == "number" and not can_match:
+        raise Drop(f"its answer {sorted(right)[0][:40]!r} is not a number, so that match:number can never be right")
+
+
+NUMBER = (
+    r"(?:(?<![\w)])[-−][$€£]?)?"  # a sign, but not the minus of a difference
+    r"(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:/\d+)?|(?<![\w.])\.\d+)"  # 1,234.5, 2/3, .5
+    r"(?:[eE][-+]?\d{1,3}(?!\w))?"
+)
 
 
 def found_answer(text: str, how: str) -> str | None:
-    """What a text gives as its answer: its last number, its last \\\\boxed{}, what follows its last ####, or the last match of an expression
-    (its first group, if it has one); None where there is no such thing."""
+    """What a text gives as its answer: its last number, its last \\\\boxed{}, what follows its last ####, or the last
+    match of an expression (its first group, if it has one); None where there is no such thing."""
     if how == "boxed":
         start = text.rfind("\\boxed{")
         depth, end = 1, start + len("\\boxed{")
@@ -330,19 +1056,21 @@ def found_answer(text: str, how: str) -> str | None:
         return text[start + len("\\boxed{") : end - 1] if start >= 0 and not depth else None
     if how == "hash":
         return text.rpartition("####")[2].lstrip().partition("\n")[0] if "####" in text else None
-    number = r"(?:(?<![\w)])[-−][$€£]?)?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:/\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?"
-    expression = number if how == "number" else how
+    expression = NUMBER if how == "number" else how
     matches = [m.group(1) if m.re.groups else m.group() for m in re.finditer(expression, text)]
     return matches[-1] if matches else None
 
 
 def canonical(answer: str | None) -> str | None:
-    """An answer in the form in which answers are compared: a number as an exact fraction, other text in lower case with single spaces."""
+    """An answer in the form in which answers are compared: a number as an exact fraction, other text in lower case with
+    single spaces."""
     if answer is None:
         return None
     text = " ".join(answer.replace("−", "-").split()).rstrip(" .").lower()
+    if text[:1] == text[-1:] == "$" or text[:2] + text[-2:] in (r"\(\)", r"\[\]"):  # TeX's delimiters
+        text = text.strip("$ ") if text[0] == "$" else text[2:-2].strip()
     number = re.sub(r"^(-?)\\?[$€£]|(?<=\d)[, ](?=\d{3}(?!\d))|(?<!\d) | (?!\d)|\\?%$", r"\1", text)
-    if re.fullmatch(r"[-+]?[\d./]+(e[-+]?\d{1,3})?", number):  # a policy may write any exponent, and the number would be as long
+    if re.fullmatch(r"[-+]?[\d./]+(e[-+]?\d{1,3})?", number):  # a policy may write any exponent
         try:
             return str(Fraction(number))
         except (ValueError, ZeroDivisionError):
@@ -350,106 +1078,615 @@ def canonical(answer: str | None) -> str | None:
     return text or None
 
 
-def true_answer(column) -> str | None:
-    """The answer that a data set's column holds: after ####, in \\boxed{}, or the whole of it."""
+def true_answers(column) -> set:
+    """The answers that a column holds, canonical: a text or a number, or a list of alternatives; of a text what stands
+    after ####, in \\\\boxed{}, or the whole."""
+    if column is None:
+        return set()
+    if isinstance(column, list):
+        return set().union(*map(true_answers, column))
+    if isinstance(column, bool) or not isinstance(column, (str, int, float)):
+        raise ValueError(f"answer must be a text, a number, or a list of them, not {column!r}")
     text = str(column)
     how = "hash" if "####" in text else "boxed" if "\\boxed{" in text else ""
-    return canonical(found_answer(text, how) if how else text)
+    answer = canonical(found_answer(text, how) if how else text)
+    return {answer} if answer is not None else set()
 
 
-def after_thinking(text: str) -> str:
-    """What stands after the thinking, and before any that follows; nothing, where an answer begins with thinking that has not ended."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
+# ---- rollouts: what a batch of sampled answers passes through
 
 
-def well_formed(text: str) -> bool:
-    """<think>...</think> once and not empty, then an answer."""
-    return text.count("<think>") == text.count("</think>") == 1 and re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL) is not None
+@torch.no_grad()
+def token_values(values_of, model, rows: list, args, device) -> list:
+    """values_of(inputs, target), numbers for each trained token, [N] or [N, k], for this rank's rows: a tensor [n] or
+    [n, k] for each row.
+
+    inputs, target: as `forwards` yields them; inputs hold source and last too."""
+    found = {}
+    model.eval()
+    for group, weight, inputs, target in forwards(rows, args, model, device):
+        values, lengths = values_of(inputs, target), [sum(map(sum, row.trained)) for row in group]
+        if weight:
+            found |= {id(row): part for row, part in zip(group, values.split(lengths))}
+    model.train()
+    return [found[id(row)] for row in rows]
+
+
+def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
+    """The numbers, below n, of each update: every pass in an order of its own, cut into parts of nearly equal size."""
+    parts = max(1, min(parts, n))
+    for i in range(passes):
+        order = random.Random(f"{seed}-{step * passes + i}").sample(range(n), n)
+        cuts = [round(k * n / parts) for k in range(parts + 1)]
+        yield from (order[start:end] for start, end in zip(cuts, cuts[1:]))
+
+
+def show_samples(rows: list, texts: list, is_cut: list, named: dict, count: int = 3):
+    """Prints a few answers to the prompts of rows, with their rewards {name: [B]}."""
+    for i in range(min(count, len(rows)) if RANK == 0 else 0):
+        prompt = rows[i].extra["prompt"]
+        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        values = {name: float(values[i]) for name, values in named.items()}
+        rewards = ", ".join(f"{name} {value:+.2f}" for name, value in values.items() if not math.isnan(value))
+        text = texts[i] if len(texts[i]) <= 300 else f"{texts[i][:140]} ... {texts[i][-140:]}"
+        tqdm.write(f"  {prompt[-200:]!r}\n    -> {text!r}{' (cut off)' if is_cut[i] else ''}   {rewards}")
+
+
+def warn_if_cut(share_ended: float, args):
+    """Says it where half of the answers or more do not end."""
+    if share_ended <= 0.5:
+        share = f"{1 - share_ended:.0%} of the answers run into --max-new-tokens {args.max_new_tokens}"
+        print0(f"note: {share}; raise that, or start from a model that ends its answers")
+
+
+# ---- judges: language models that choose one of several replies
+
+
+def load_json(option: str, name: str) -> dict:
+    """The JSON object in a file."""
+    with user_input(f"{option} {name}: cannot be read as a JSON object"):
+        content = json.loads(Path(name).read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    return content
 
 
 def expected_score(probabilities):
-    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [n, 10]; returns [n]."""
-    return ((probabilities * torch.arange(1, 11, device=probabilities.device)).sum(-1) - 5.5) / 4.5
+    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [B, 10]; returns
+    [B]."""
+    scores = torch.arange(1, 11, device=probabilities.device)
+    return ((probabilities * scores).sum(-1) - 5.5) / 4.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------- data
+def judge_row(model, tokenizer, talk, options: list):
+    """What the judge is asked (the text of one turn, or messages), cut at the front to the positions it has; its
+    responses are the options, from where they differ. Raises Drop."""
+    asked, replies, _ = encode(tokenizer, as_messages(talk, "user"), options, {}, Counter())
+    # what all begin with, such as an empty thought
+    common = min(min(shared_prefix(replies[0], reply), len(reply) - 1) for reply in replies)
+    rest = [reply[common:] for reply in replies]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    room = max(1, positions - max(map(len, rest)))
+    return Row((asked + replies[0][:common])[-room:], rest, [[True] * len(reply) for reply in rest], {})
 
-CHAT_TEMPLATE = (  # for tokenizers that come without one; the end-of-sequence token ends every turn
-    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
+
+def judge_logps(model, rows: list, args, device) -> torch.Tensor:
+    """The judge's log-probabilities of replying with each option, the end included, to this rank's rows of `judge_row`;
+    [B, K]."""
+    values_of = lambda group, inputs, target: response_sums(model.token_logps(**inputs, target=target)[0], group)
+    logps = response_values(values_of, model, rows, args, device, shared=False)
+    return logps.view(len(rows), -1) if rows else logps.view(0, 1)
+
+
+# ---- scores: what a reward model gives to answers
+
+
+def response_scores(self, inputs, last, source=None):
+    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0. A
+    method of the model.
+
+    inputs, last: as `pack` and `pad` return them."""
+    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[last]  # [R, d]
+    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
+
+
+def score_rows(model, rows: list, args, device, shared: bool = True) -> list:
+    """The scores of every row's responses, a list of tensors [K]; shared: as in `response_values`."""
+    values_of = lambda group, inputs, target: model.response_scores(**inputs)
+    scores = response_values(values_of, model, rows, args, device, shared)
+    return list(scores.split([len(row.responses) for row in rows]))
+
+
+def load_reward_model(option: str, name: str, args, device, dtype) -> tuple:
+    """A frozen reward model and its tokenizer."""
+    tokenizer = load_tokenizer(name)
+    if not is_reward_model(name):
+        fail(f"{option} {name}: must be a sequence classifier of one label, such as reward_model.py writes")
+    model = read_model(AutoModelForSequenceClassification, name, tokenizer, num_labels=1).requires_grad_(False)
+    check_score_head(model, name)
+    return prepare_model(model, name, args, device, dtype, response_scores), tokenizer
+
+
+def check_score_head(model, name: str):
+    """Fails on a classifier whose head is not one linear layer named score, without a bias."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        fail(f"{name}: {type(model).__name__} has no linear head `score` without a bias, as decoder models have")
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether a checkpoint has a trained head with one score; fails on a classifier of several labels."""
+    with user_input(f"{name}: no configuration can be loaded from it"):
+        config = AutoConfig.from_pretrained(name)
+    is_classifier = "SequenceClassification" in "".join(config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        fail(f"{name}: is a classifier of {config.num_labels} labels; a reward model has one label, its score")
+    return is_classifier
+
+
+@lru_cache
+def after_turn_end(tokenizer) -> list:
+    """What the chat template writes after the token that ends an assistant's turn, as ids. A score is read at the last
+    token of the rendering, as a server that renders the conversation does."""
+    after = turn_end(tokenizer)[1]
+    whole = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
+    return whole[-after:] if after > 0 else []
+
+
+def encode_scored(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tuple:
+    """`encode`, where each response goes on to the last token of the chat template's rendering."""
+    is_text = isinstance(prompt, str) and all(isinstance(response, str) for response in responses)
+    prompt, responses, trained = encode(tokenizer, prompt, responses, row, notes)
+    tail = [] if is_text else after_turn_end(tokenizer)
+    return prompt, [ids + tail for ids in responses], [marks + [False] * len(tail) for marks in trained]
+
+
+def without_special(tokenizer, text: str) -> str:
+    """A policy's text without what its reader would take for special tokens: an answer must not end its turn and write
+    its judge's reply."""
+    specials = list(special_tokens(tokenizer).values())
+    while any(special in text for special in specials):  # taking one out may make another
+        for special in specials:
+            text = text.replace(special, "")
+    return text
+
+
+def scored_row(tokenizer, prompt, text: str, row: dict, longest: int):
+    """What a reward model reads: a prompt (text or messages) with an answer that may be empty; at most the last
+    `longest` tokens.
+
+    row: the row of the data, for its tools and chat_template_kwargs. Raises Drop."""
+    refuse_special(tokenizer, prompt)
+    if isinstance(prompt, str):
+        ids = plain_ids(tokenizer, without_special(tokenizer, prompt + text) + tokenizer.eos_token)
+    elif prompt[-1]["role"] == "assistant":
+        begun = begun_text(tokenizer, prompt, template_options(row))
+        ids = text_ids(tokenizer, begun + text) + [turn_end(tokenizer)[0], *after_turn_end(tokenizer)]
+    else:
+        ids = render(tokenizer, prompt + as_messages(text), **template_options(row))
+        if turn_end(tokenizer)[1] < 0:  # the template marks no end
+            ids.append(tokenizer.eos_token_id)
+    ids = ids[-longest:]
+    return Row(ids[:1], [ids[1:]], [[True] * (len(ids) - 1)], {})
+
+
+def load_conditions(name: str) -> dict:
+    """The system prompts by kind; {} if no file is given."""
+    with user_input(f"--condition {name}: must be a JSON object of kinds and their system prompts"):
+        conditions = json.loads(Path(name).read_text()) if name else {}
+        if not all(isinstance(text, str) for text in conditions.values()):
+            raise ValueError("a system prompt must be text")
+    return conditions
+
+
+def with_condition(prompt, condition: str):
+    """The prompt after a system prompt that the reward model alone sees (InternLM2)."""
+    if not condition:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{condition}\n\n{prompt}"
+    prompt = as_messages(prompt)
+    if prompt and prompt[0]["role"] == "system":
+        return [dict(role="system", content=f"{condition}\n\n{prompt[0]['content']}"), *prompt[1:]]
+    return [dict(role="system", content=condition), *prompt]
+
+
+# ---- sampling: answers drawn token by token, from a model with a key-value cache
+
+
+def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
+    """The randomness of sampling [len(answers), length]: a function of seed, step, number of the answer, and position
+    alone."""
+    rows = []
+    for answer in answers:
+        key = hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        rows.append(torch.rand(length, generator=generator))
+    return torch.stack(rows) if rows else torch.zeros(0, length)
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values [B, H, T, D] in buffers with free places; DynamicLayer copies them all for each
+    token."""
+
+    buffers = ()  # until the first update
+
+    def update(self, keys, values, *args, **kwargs):
+        start = self.get_seq_length()  # 0 before the first update
+        self.is_initialized, end = True, start + keys.shape[-2]
+        if not start or self.buffers[0].shape[-2] < end:
+            grown = [new.new_empty(*new.shape[:-2], end + 32, new.shape[-1]) for new in (keys, values)]
+            for buffer, old in zip(grown, (self.keys, self.values) if start else ()):
+                buffer[..., :start, :] = old
+            self.buffers = grown
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[..., start:end, :] = new
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def reorder_cache(self, indices):
+        if self.buffers:  # none while the model skips the layer
+            length, self.buffers = self.get_seq_length(), [buffer[indices] for buffer in self.buffers]
+            self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+
+
+def cache_argument(model) -> str:
+    """The name under which the model's forward takes its cache: `cache` from transformers 5.24 on."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), "")
+
+
+def nucleus(logps, top_p: float):
+    """Log-probabilities [B, V], renormalised over the smallest set of tokens whose probability reaches top_p."""
+    ordered, order = logps.sort(-1, descending=True)
+    in_nucleus = ordered.exp().cumsum(-1) - ordered.exp() < top_p
+    in_nucleus = torch.zeros_like(in_nucleus).scatter(1, order, in_nucleus)
+    return logps.masked_fill(~in_nucleus, -math.inf).log_softmax(-1)
+
+
+@torch.no_grad()
+def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0) -> tuple:
+    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other, the prompt computed once.
+
+    numbers [answers, max_new_tokens], uniform in [0, 1), on the model's device, are all the randomness there is;
+    temperature 0 takes the likeliest token. Returns for each answer its ids, the stop token included, and the
+    log-probability of each in the very distribution it was drawn from (at temperature 0, in that of temperature 1)."""
+    if not len(numbers):
+        return [], []
+    attention = model.config._attn_implementation
+    model.set_attn_implementation(model.sampling_attention)
+    device, (count, longest), width = numbers.device, numbers.shape, max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]  # on the left
+    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
+    mask = torch.tensor([[0] * pad + [1] * (width - pad + longest) for pad in padding], device=device)
+    positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    options = {cache_argument(model): cache, "use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions, **options).logits[:, -1]
+    repeated = torch.arange(len(prompts), device=device).repeat_interleave(count // len(prompts))
+    cache.reorder_cache(repeated)
+    logits, mask, position = logits[repeated], mask[repeated], positions[repeated, -1:]
+
+    tokens, logps = torch.zeros_like(numbers, dtype=torch.long), torch.zeros_like(numbers, dtype=torch.float32)
+    stops, in_batch = torch.tensor(stops, device=device), torch.arange(count, device=device)  # answers in the batch
+    has_ended = torch.zeros(count, dtype=torch.bool, device=device)
+    for t in range(longest):
+        token_logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [B, V]
+        if top_p < 1:
+            token_logps = nucleus(token_logps, top_p)
+        if temperature == 0:
+            token = token_logps.argmax(-1)
+        else:  # the first token at which the cumulative probability exceeds the number
+            cumulative = token_logps.exp().cumsum(-1)
+            token = torch.searchsorted(cumulative, numbers[in_batch, t, None] * cumulative[:, -1:], right=True)[:, 0]
+            token = token.clamp(max=token_logps.shape[-1] - 1)
+        tokens[in_batch, t] = token
+        logps[in_batch, t] = token_logps.gather(1, token[:, None])[:, 0]
+        has_ended = has_ended | torch.isin(token, stops)
+        ended = int(has_ended.sum())
+        if ended == len(in_batch) or t + 1 == longest:
+            break
+        # to take finished answers out of the batch copies the cache; until an eighth has ended they run on
+        if ended >= len(in_batch) / 8:
+            kept = (~has_ended).nonzero()[:, 0]
+            cache.reorder_cache(kept)
+            in_batch, token, mask, position, has_ended = (x[kept] for x in (in_batch, token, mask, position, has_ended))
+        position = position + 1
+        seen = mask[:, : width + t + 1]
+        logits = model(input_ids=token[:, None], attention_mask=seen, position_ids=position, **options).logits[:, -1]
+    model.set_attn_implementation(attention)
+    is_stop = torch.isin(tokens, stops).int()
+    lengths = torch.where(is_stop.any(1), is_stop.argmax(1) + 1, longest).tolist()
+    return tuple([row[:length] for row, length in zip(x.tolist(), lengths)] for x in (tokens, logps))
+
+
+@torch.no_grad()
+def check_sampler(model, name: str):
+    """Sets model.sampling_attention, under which `sample` gives the log-probabilities of a plain forward pass.
+
+    Tries a few answers to random prompts of unequal lengths. Fails where no attention does: then the model would be
+    trained on answers that it has not given. Call it on a float32 model, before it is sharded."""
+    vocabulary, generator = model.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
+    lowest = min(3, vocabulary - 1)
+    prompts = [torch.randint(lowest, vocabulary, (n,), generator=generator).tolist() for n in (9, 4)]
+    numbers = torch.rand(4, 6, generator=generator).to(next(model.parameters()).device)
+    why = "its forward takes no key-value cache"
+    for attention in ("sdpa", "eager") if cache_argument(model) else ():  # sdpa is faster, but knows no soft cap
+        model.sampling_attention = attention
+        try:
+            gaps = []
+            for i, (answer, sampled) in enumerate(zip(*sample(model, prompts, numbers, [vocabulary]))):
+                ids = torch.tensor([prompts[i // 2] + answer], device=numbers.device)
+                model.set_attn_implementation("eager")
+                plain = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)[-len(answer) - 1 : -1]
+                plain = plain.gather(1, ids[0, -len(answer) :, None])[:, 0]
+                gaps.append((plain - torch.tensor(sampled, device=plain.device)).abs().max())
+            gap = torch.stack(gaps).max().item()  # NaN if one is
+            if gap < 1e-3:
+                return
+            why = f"a log-probability is off by {gap:.1g} with a cache"
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+            why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        finally:
+            model.set_attn_implementation("eager")
+    fail(f"{name}: {type(model).__name__} cannot be sampled here ({why}); choose a model of another family")
+
+
+# ---- answers: prompts, and a policy's answers to them
+
+
+def prompt_rows(tokenizer, max_prompt: int, checks: list, row: dict, notes: Counter) -> list:
+    """One Row: a prompt without an answer; extra holds every column of the data, the prompt as text or messages, and
+    its kind.
+
+    checks: functions of extra that raise Drop where whatever scores the answers cannot read the prompt."""
+    prompt = as_pair(row)[0] if row.get("chosen") is not None and row.get("rejected") is not None else as_prompt(row)
+    if not prompt:
+        raise Drop("empty prompt")
+    options = template_options(row)
+    refuse_special(tokenizer, prompt, options)
+    if isinstance(prompt, str):
+        ids = encode(tokenizer, prompt, [" a"], row, notes)[0]
+    else:
+        prompt = as_messages(prompt, "user")
+        ids = prompt_ids(tokenizer, prompt, options)
+    if len(ids) > max_prompt:
+        raise Drop("prompt leaves no room for --max-new-tokens")
+    extra = dict(row, prompt=prompt, kind="" if row.get("kind") is None else str(row["kind"]))
+    for check in checks:
+        check(extra)
+    return [Row(ids, [[]], [[]], extra)]
+
+
+def stop_ids(model, tokenizer) -> list:
+    """`stop_tokens`, and further ones that the model's generation_config knows."""
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    # a config's default may lie beyond a small vocabulary
+    return sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))})
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """The whole weights on every rank, so that ranks can sample without keeping step with each other."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        # FSDP keeps its root gathered after a forward
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
+
+
+def sample_answers(model, prompts: list, numbers, stops: list, args, temperature: float, top_p: float = 1.0) -> tuple:
+    """`sample` for this rank's prompts, those of similar lengths together, at most --sample-tokens tokens at a time.
+
+    Returns (ids, logps), a list for each answer, in the order of numbers."""
+    n, device = len(numbers) // max(1, len(prompts)), next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    longest = max(map(len, prompts), default=0) + numbers.shape[1]
+    # at most `room` answers at once: answers_each answers to each of prompts_each prompts
+    room = max(1, args.sample_tokens // longest)
+    answers_each, prompts_each = max(1, min(n, room)), max(1, room // max(1, n))
+    answers, logps = [None] * len(numbers), [None] * len(numbers)
+    model.eval()
+    with gathered(model):
+        for start in range(0, len(order), prompts_each):
+            part = order[start : start + prompts_each]
+            for first in range(0, n, answers_each):
+                places = [i * n + k for i in part for k in range(first, min(n, first + answers_each))]
+                asked, drawn = [prompts[i] for i in part], numbers[places].to(device)
+                for place, ids, values in zip(places, *sample(model, asked, drawn, stops, temperature, top_p)):
+                    answers[place], logps[place] = ids, values
+    model.train()
+    return answers, logps
+
+
+def continues_text(prompt) -> bool:
+    """Whether an answer goes on in the middle of a text: of a prompt in words, or of an answer already begun."""
+    return isinstance(prompt, str) or prompt[-1]["role"] == "assistant"
+
+
+def answer_texts(tokenizer, rows: list, answers: list, stops: list) -> list:
+    """The text of each answer (ids) to the prompts of rows, without the stop token and other special tokens, but with
+    the tags of thinking. An answer begins with <think> if the chat template has written that tag."""
+    removed = [token for token in special_tokens(tokenizer).values() if token not in ("<think>", "</think>")]
+    texts = []
+    for row, ids in zip(rows, answers):
+        # some tokenizers drop the space before the first word of what they decode
+        before = row.prompt[-1:] if continues_text(row.extra["prompt"]) else []
+        words = ids[:-1] if ids and ids[-1] in stops else ids
+        text = tokenizer.decode(before + words)[len(tokenizer.decode(before)) :]
+        for token in removed:
+            text = text.replace(token, "")
+        has_opened = tokenizer.decode(row.prompt[-16:]).rstrip().endswith("<think>")
+        texts.append("<think>" * has_opened + text)
+    return texts
+
+
+def after_thinking(text: str) -> str:
+    """What stands after the thinking and before any that follows; nothing, if the answer begins with thinking that has
+    not ended."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def final_answer(prompt, text: str) -> str:
+    """What the answer says after its thinking: all that its readers see."""
+    answer = after_thinking(text).rstrip()
+    return answer if continues_text(prompt) else answer.lstrip()
+
+
+# ---- log-probabilities: of the answers' tokens, without the logits of a whole batch in memory
+
+
+class TargetLogps(torch.autograd.Function):
+    """log pi(target), the distribution's entropy, and whether the target is the likeliest token; each [N].
+
+    hidden [N, d], head [V, d], bias [V] or None. Only the logits of one chunk of tokens are in memory at a time; the
+    backward pass computes them again, with d log pi(y) / d logits = 1[y] - pi. The head's gradient is summed over the
+    chunks in float32."""
+
+    @staticmethod
+    def logits(hidden, head, bias, scale, cap, temperature):
+        logits = F.linear(hidden, head, bias).float().mul_(scale)
+        logits = cap * torch.tanh(logits / cap) if cap else logits  # Gemma 2's soft cap
+        return logits if temperature == 1 else logits / temperature
+
+    @staticmethod
+    def forward(ctx, hidden, head, bias, target, scale: float, cap: float | None, temperature: float):
+        ctx.save_for_backward(hidden, head, bias, target)
+        ctx.scale, ctx.cap, ctx.temperature, parts = scale, cap, temperature, []
+        ctx.chunk = max(256, 2**23 // len(head))
+        for h, t in zip(hidden.split(ctx.chunk), target.split(ctx.chunk)):
+            logps = TargetLogps.logits(h, head, bias, scale, cap, temperature).log_softmax(-1)  # [n, V]
+            logp = logps.gather(-1, t[:, None])[:, 0]
+            entropy = -(logps.exp() * logps).sum(-1)
+            parts.append((logp, entropy, logp == logps.amax(-1)))  # amax is several times faster than argmax
+        logp, entropy, is_argmax = map(torch.cat, zip(*parts))
+        ctx.mark_non_differentiable(entropy, is_argmax)
+        return logp, entropy, is_argmax
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        hidden, head, bias, target = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for h, t, g, out in zip(*(x.split(ctx.chunk) for x in (hidden, target, grad, d_hidden))):
+            logits = TargetLogps.logits(h, head, bias, ctx.scale, ctx.cap, ctx.temperature)
+            d = logits.softmax(-1).mul_(-g[:, None])
+            d[torch.arange(len(t), device=t.device), t] += g
+            if ctx.cap:
+                d = d * (1 - (logits * ctx.temperature / ctx.cap).square())  # the derivative of the soft cap
+            d = d.mul_(ctx.scale / ctx.temperature).to(head.dtype)
+            out.copy_(d @ head)
+            if d_head is not None:
+                d_head += d.T @ h
+            if d_bias is not None:
+                d_bias += d.sum(0)
+        d_head, d_bias = (x if x is None else x.to(head.dtype) for x in (d_head, d_bias))
+        return d_hidden, d_head, d_bias, None, None, None, None
+
+
+def token_logps(self, inputs, source, target, last=None, temperature: float = 1.0):
+    """Log-probability of each trained token, the entropy of its distribution, whether it is the likeliest; each [N]. A
+    method of the model.
+
+    inputs, source, target: as `pack` and `pad` return them; temperature: of the distribution, as in sampling."""
+    config, head = self.config.get_text_config(), self.get_output_embeddings()
+    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source]  # [N, d]
+    # Cohere scales its logits, Granite divides them, Gemma 2 caps them
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return TargetLogps.apply(hidden, head.weight, head.bias, target, scale, cap, temperature)
+
+
+def response_sums(values, rows: list):
+    """Sums of per-token values [N] over each response's trained tokens [R]."""
+    lengths = torch.tensor([sum(trained) for row in rows for trained in row.trained], device=values.device)
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+
+
+# ---- data: rows of published formats to token ids
 
 
 class Row(NamedTuple):
-    """A prompt and its K responses, as ids. trained: one bool per response token, or None for all; extra: what else is known of it."""
+    """A prompt and its K responses, as ids. trained: one bool per response token; extra: what else is known of the
+    row."""
 
     prompt: list
     responses: list
-    trained: list | None = None
-    extra: dict | None = None
+    trained: list
+    extra: dict
 
 
-def refuse(message: str):
-    """Bad input ends here: one sentence, exit code 2."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # the first rank mostly says the same, and then torchrun stops the others before they do
-    print(f"error: {message}", file=sys.stderr, flush=True)
+class Drop(Exception):
+    """A row that cannot be used. The message is the reason, under which the row is counted."""
+
+
+def fail(message: str):
+    """Ends the program on bad input: one sentence, exit code 2."""
+    if RANK > 0:
+        time.sleep(5)  # the first rank mostly says the same; torchrun stops the others before they repeat it
+    print(f"\nerror: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def reason(e: Exception) -> str:
-    """The first line of what an exception says."""
-    return (str(e.__cause__ or e).splitlines() or [type(e).__name__])[0][:200]
-
-
-def say(*text):
-    """Print on the first rank."""
-    if RANK == 0:
-        print(*text, flush=True)
-
-
-def check_json(path: Path):
-    """Raises ValueError where the reader of JSON would notice too late, or crash: bytes that are no text, and what is no list of objects."""
-    begun = False
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode().strip()
-            except UnicodeDecodeError:
-                raise ValueError(f"line {number} is not UTF-8") from None
-            if not begun and text and text[0] not in "{[":
-                raise ValueError(f"it begins with {text[:20]!r}, not with {{ or [")
-            begun = begun or bool(text)
-
-
-def load_rows(option: str, name: str, split: str = "train") -> Dataset:
-    """A data set from a file, a saved directory, or the hub (name or name:config)."""
-    path, (hub, *config) = Path(name), name.split(":")
+@contextlib.contextmanager
+def user_input(what: str):
+    """Reports what a library raises while it reads or writes something that the user named as an error of that, in one
+    sentence."""
     try:
-        if path.is_dir():
-            data = load_from_disk(name)
-            data = data[split] if isinstance(data, DatasetDict) else data
-        elif path.is_file() and path.stat().st_size == 0:
-            refuse(f"{option} {name}: is an empty file; make it again, or correct the path")
-        elif path.is_file() and ".parquet" in path.suffixes:
-            data = load_dataset("parquet", data_files=glob.escape(name), split="train")
-        elif path.is_file():
-            check_json(path)
-            data = load_dataset("json", data_files=glob.escape(name), split="train")
-        elif path.suffix in (".jsonl", ".json", ".parquet", ".gz"):
-            refuse(f"{option} {name}: there is no such file; make it first (python gridworld.py data writes data/grid) or correct the path")
+        yield
+    except Exception as e:
+        fail(f"{what} ({type(e).__name__}: {' '.join(str(e.__cause__ or e).split())[:300]})")
+
+
+def split_name(name: str) -> tuple:
+    """(source, config, split) of a data set's name; a path that exists is a source, whatever its colons."""
+    return (name, "", "") if Path(name).exists() else (*name.split(":", 2), "", "")[:3]
+
+
+def load_rows(option: str, name: str, default_split: str) -> Dataset:
+    """A data set from a file, a directory (written by save_to_disk, or as downloaded from the hub), or the hub; see
+    --dataset."""
+    source, config, split = split_name(name)
+    path = Path(source)
+    with user_input(f"{option} {name}: cannot be read as a data set"):
+        if path.suffix in (".json", ".jsonl", ".parquet", ".gz") and not path.is_dir():
+            if not path.is_file() or not path.stat().st_size:
+                raise ValueError("the file is empty" if path.is_file() else "the file does not exist")
+            if config:
+                raise ValueError(f"a file has no configuration {config}; a split is written {source}::{config}")
+            kind = "parquet" if ".parquet" in path.suffixes else "json"
+            options = dict(encoding="utf-8-sig") if kind == "json" else {}  # also drops a byte-order mark
+            if kind == "json":
+                with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                    if file.read(100).lstrip(b"\xef\xbb\xbf \t\r\n[").startswith(b"null"):
+                        raise ValueError("it begins with null")  # which would crash the reader
+            data = load_dataset(kind, data_files=glob.escape(source), split=split or "train", **options)
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            data = load_from_disk(source)
+            if isinstance(data, DatasetDict):
+                if (split or default_split) not in data:
+                    raise ValueError(f"it has the splits {', '.join(data)}, and not {split or default_split}")
+                data = data[split or default_split]
+            elif split:
+                raise ValueError(f"it was saved without splits, so there is no {split}")
         else:
-            data = load_dataset(hub, *config, split=split)
-    except Exception as e:  # whatever the readers raise, the user needs to know which file it was
-        refuse(f"{option} {name}: cannot be read as a data set ({type(e).__name__}: {reason(e)})")
-    if len(data) == 0:
-        refuse(f"{option} {name}: has no rows")
+            data = load_dataset(source, config or None, split=split or default_split)
+        if not len(data):
+            raise ValueError("it has no rows")
     return data
-
-
-def shared(a, b) -> int:
-    """Length of the longest common prefix of two sequences."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def without_none(value):
@@ -460,1661 +1697,1183 @@ def without_none(value):
 
 
 def as_messages(value, role: str = "assistant") -> list:
-    """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of one turn."""
+    """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of
+    one turn."""
     if isinstance(value, str):
         return [dict(role=role, content=value)]
-    names = dict(human="user", gpt="assistant")
-    messages = []
-    for turn in value:
-        turn = without_none(turn)
+    names, messages = dict(human="user", gpt="assistant"), []
+    for turn in without_none(value):
         if "from" in turn:
-            turn = dict(role=names.get(turn["from"], turn["from"]), content=turn["value"])
-        turn.setdefault("content", "" if "tool_calls" in turn else None)
-        if not isinstance(turn["content"], str) or not isinstance(turn.get("role"), str):
+            turn = turn | dict(role=names.get(turn["from"], turn["from"]), content=turn["value"])
+        if "tool_calls" in turn:
+            turn.setdefault("content", "")
+        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
             raise ValueError(f"a message needs a role and a text content, this one is {str(turn)[:80]}")
-        messages.append(turn)
+        messages.append({k: v for k, v in turn.items() if k not in ("from", "value")})
     return messages
 
 
-def special_tokens(tokenizer) -> dict:
-    """Id and text of every special token."""
-    return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+def has_content(response) -> bool:
+    """Whether a response, text or messages, says anything."""
+    return any(m["content"].strip() or "tool_calls" in m for m in as_messages(response))
 
 
-def has_special(special, values) -> bool:
-    """Whether a special token stands in any text of these values, however nested: in a role, say, or in what a tool is told."""
-    if isinstance(values, str):
-        return any(token in values for token in special)
-    parts = values.items() if isinstance(values, dict) else values if isinstance(values, (list, tuple)) else ()
-    return any(has_special(special, part) for part in parts)
+def as_prompt(row: dict):
+    """A row's prompt, text or messages: prompt, question, or instruction with its input; after the system text, if the
+    row has one."""
+    prompt = row.get("prompt")
+    if prompt is None:
+        asked = row.get("question", row.get("instruction"))
+        material = row.get("input") or row.get("context")
+        if asked == "":
+            raise Drop("empty prompt")
+        if asked is not None:
+            prompt = as_messages(f"{asked}\n\n{material}" if material else asked, "user")
+    return with_system(row, as_messages(prompt, "user")) if prompt and row.get("system") else prompt
 
 
-def render(tokenizer, messages: list, answer_next: bool = False, **options) -> list:
-    """Ids of a conversation under the chat template, up to where the assistant is to speak if answer_next."""
-    if answer_next and messages and messages[-1]["role"] == "assistant":  # an answer already begun
-        return tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False, **options)
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=answer_next, return_dict=False, **options)
+def with_system(row: dict, messages: list) -> list:
+    """Messages after the row's column `system`, if it has one that they do not begin with."""
+    if not row.get("system") or messages and messages[0]["role"] == "system":
+        return messages
+    return as_messages(row["system"], "system") + messages
 
 
-def stop_tokens(tokenizer) -> list:
-    """Ids that end an answer: the end-of-sequence token, and what the chat template puts at the end of an assistant's turn."""
-    ids = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
-    special = special_tokens(tokenizer)
-    while ids[-1] not in special and not tokenizer.decode(ids[-1]).strip():  # the line break after the end-of-turn token
-        ids.pop()
-    return sorted({tokenizer.eos_token_id} | (set(ids[-1:]) & set(special)))
-
-
-def end_turn(tokenizer, ids: list, stops: list) -> list:
-    """An answer's ids up to its end-of-turn token, and no further; where the template marks no end of turn, the end-of-sequence token."""
-    end = len(ids)
-    while end and ids[end - 1] not in stops and not tokenizer.decode(ids[end - 1]).strip():
-        end -= 1
-    if not end or ids[end - 1] not in stops:
-        return ids + [tokenizer.eos_token_id]
-    while end > 1 and ids[end - 2] == ids[end - 1]:  # a tokenizer that adds a second end-of-sequence token of its own
-        end -= 1
-    return ids[:end]
-
-
-def encode(tokenizer, prompt, responses: list, stops: list, **options):
-    """Ids of the prompt and of each response, tokenised together; the boundary is their longest common token prefix.
-
-    prompt: text or messages; responses: texts or messages. Returns (prompt ids, [response ids, ...]), every response with its end."""
-    if isinstance(prompt, str):
-        bos, eos = tokenizer.bos_token, tokenizer.eos_token
-        ids = lambda text: tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids  # one BOS, never two
-        head, whole = ids(prompt), [ids(prompt + r.removesuffix(eos) + eos) for r in responses]
-    else:
-        answers = [as_messages(r) for r in responses]
-        head = render(tokenizer, prompt, answer_next=True, **options)
-        if prompt[-1]["role"] == "assistant":  # the responses continue an answer already begun
-            begun, prompt = prompt[-1], prompt[:-1]
-            answers = [[dict(begun, content=begun["content"] + a[0]["content"]), *a[1:]] for a in answers]
-        whole = [render(tokenizer, prompt + a, **options) for a in answers]
-    whole = [end_turn(tokenizer, w, stops) for w in whole]
-    n = min(shared(head, w) for w in whole)
-    return whole[0][:n], [w[n:] for w in whole]
-
-
-def as_pair(prompt, chosen, rejected):
-    """(prompt, [chosen, rejected]) from any published layout: the prompt apart, or inside both; text or messages."""
-    if isinstance(chosen, list) and (not isinstance(prompt, list) or not prompt):  # a prompt in words is inside the messages, or their first turn
+def as_pair(row: dict):
+    """(prompt, [chosen, rejected]) of any published layout: text or messages, the prompt apart or inside both (or, as
+    messages, both)."""
+    if row.get("chosen") is None or row.get("rejected") is None:
+        raise ValueError("it needs chosen and rejected, or prompt, completions and scores")
+    prompt, chosen, rejected = as_prompt(row), row["chosen"], row["rejected"]
+    if isinstance(chosen, list) and not isinstance(row.get("prompt"), list):  # a prompt in words is their first turn
         chosen, rejected = as_messages(chosen), as_messages(rejected)
-        if not chosen or not rejected or chosen[0]["role"] == "assistant":
-            return as_messages(prompt, "user") if prompt else [], [chosen, rejected]
-        n = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
+        if not chosen or not rejected or "assistant" in (chosen[0]["role"], rejected[0]["role"]):
+            return as_messages(prompt or [], "user"), [chosen, rejected]
+        chosen, rejected = with_system(row, chosen), with_system(row, rejected)
+        n = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        # where they part at a user's turn, the answer before it belongs to both
+        while n and chosen[n - 1]["role"] == "assistant":
             n -= 1
         return chosen[:n], [chosen[n:], rejected[n:]]
     if prompt and isinstance(prompt, list):
-        prompt, whole = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
-        if all(talk[: len(prompt)] == prompt and len(talk) > len(prompt) for talk in whole):  # the prompt is given apart and again in both
-            return prompt, [talk[len(prompt) :] for talk in whole]
-        return prompt, [chosen, rejected]
+        prompt, talks = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
+        own = as_messages(row["prompt"]) if isinstance(row.get("prompt"), list) else prompt
+        is_given_twice = all(talk[: len(own)] == own and len(talk) > len(own) for talk in talks)
+        return prompt, [talk[len(own) :] for talk in talks] if is_given_twice else talks
     if prompt:
         return prompt, [chosen, rejected]
-    n = shared(chosen, rejected)
-    speaker = chosen.rfind("\n\nAssistant:", 0, n)  # HH-RLHF: back to the last turn that both share; else to the last whole word
-    n = speaker + len("\n\nAssistant:") if speaker >= 0 else max(0, chosen.rfind(" ", 0, min(n, len(chosen) - 1, len(rejected) - 1) + 1))
+    speaker = "\n\nAssistant:"  # HH-RLHF
+    if speaker not in chosen:
+        raise ValueError("chosen and rejected need a prompt: a column prompt or question, or turns as in HH-RLHF")
+    turn = chosen.rfind(speaker, 0, shared_prefix(chosen, rejected))
+    if turn < 0:
+        raise Drop("chosen and rejected share no prompt")
+    n = turn + len(speaker)
     return chosen[:n], [chosen[n:], rejected[n:]]
 
 
-def load_json(option: str, name: str):
-    """The content of a JSON file."""
+def shared_prefix(a, b) -> int:
+    """Length of the longest common prefix of two sequences."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+@lru_cache
+def special_tokens(tokenizer) -> dict:
+    """Id and text of every special token; `all_special_ids` has the named ones only."""
+    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def render_text(tokenizer, messages: list, answer_next: bool = False, **options) -> str:
+    """A conversation under the chat template, with the generation prompt if answer_next. Raises Drop."""
+    options["add_generation_prompt"] = answer_next
+    template = tokenizer.get_chat_template(tools=options.get("tools"))
+    if "strftime_now" in template:  # the date of the run's start, also when it is resumed
+        today = lambda match: repr(RUN_DATE[0].strftime(match[2]))
+        call = r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)"""
+        options["chat_template"] = re.sub(call, today, template)
+    texts = [call["arguments"] for call in tool_calls(messages) if isinstance(call.get("arguments"), str)]
+    quoted = [json.dumps(arguments, ensure_ascii=ascii) for arguments in texts for ascii in (True, False)]
     try:
-        content = json.loads(Path(name).read_text())
-    except (OSError, ValueError) as e:
-        refuse(f"{option} {name}: cannot be read as JSON ({reason(e)})")
-    if not isinstance(content, dict):
-        refuse(f"{option} {name}: must be a JSON object, it is a {type(content).__name__}")
-    return content
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            wants_objects = any(arguments in text for arguments in quoted)
+        except Exception:
+            if not texts:
+                raise
+            wants_objects = True
+        if wants_objects:
+            messages = json.loads(json.dumps(messages))
+            for call in tool_calls(messages):
+                if isinstance(call.get("arguments"), str):
+                    call["arguments"] = json.loads(call["arguments"] or "{}")
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return text
+    except Exception as e:
+        raise Drop(f"refused by the chat template ({' '.join(str(e).split())[:60]})") from e
 
 
-def load_conditions(name: str) -> dict:
-    """The system prompts by kind, {} where no file is given."""
-    conditions = load_json("--condition", name) if name else {}
-    for kind, text in conditions.items():
-        if not isinstance(text, str):
-            refuse(f"--condition {name}: the system prompt of {kind} must be text, it is {text!r}")
-    return conditions
+def tool_calls(messages: list) -> list:
+    """The calls (name, arguments) of all messages."""
+    return [call.get("function", call) for message in messages for call in message.get("tool_calls", ())]
 
 
-def with_condition(prompt, condition: str):
-    """The prompt behind a system prompt that only the reward model sees (InternLM2)."""
-    if not condition:
-        return prompt
-    if isinstance(prompt, str):
-        return f"{condition}\n\n{prompt}"
-    if prompt and prompt[0]["role"] == "system":
-        return [dict(role="system", content=f"{condition}\n\n{prompt[0]['content']}"), *prompt[1:]]
-    return [dict(role="system", content=condition), *prompt]
+def render(tokenizer, messages: list, answer_next: bool = False, **options) -> list:
+    """Ids of `render_text`."""
+    return text_ids(tokenizer, render_text(tokenizer, messages, answer_next, **options))
 
 
-def report(option: str, tokenizer, rows: list, total: int, notes: Counter):
-    """Print how many rows were kept, what was dropped and why, lengths, and one example whose trained tokens stand in double brackets."""
-    prompts, answers = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
-    quantiles = lambda values: "/".join(str(sorted(values)[int(q * (len(values) - 1))]) for q in (0.5, 0.95, 1))
-    say(f"{option}: {len(rows)} rows from {total}; " + (", ".join(f"{n} {why}" for why, n in notes.items() if n) or "none dropped, none cut"))
-    say(f"  tokens (median/95%/most): prompt {quantiles(prompts)}, response {quantiles(answers)}")
-    shown, marks = tokenizer.decode(rows[0].prompt)[-200:], rows[0].trained[0] if rows[0].trained else [True] * len(rows[0].responses[0])
-    for mark, part in groupby(zip(marks, rows[0].responses[0]), key=lambda pair: pair[0]):
-        text = tokenizer.decode([token for _, token in part])
-        shown += f"[[{text[:300]}]]" if mark else text[:100]
-    say("  example: " + shown.replace("\n", "\n  | "))
+def text_ids(tokenizer, text: str) -> list:
+    """Ids of a text that holds its special tokens already."""
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
-class Drop(Exception):
-    """A row that cannot be used; the message is the reason, under which it is counted."""
+@lru_cache
+def turn_end(tokenizer) -> tuple:
+    """The token that ends an assistant's turn, and how many tokens the template writes after it: the first special
+    token after the content, found by rendering two answers; where the template marks no end, the end-of-sequence token
+    and -1."""
+    user, special = [dict(role="user", content="a")], special_tokens(tokenizer)
+    one, other = (render(tokenizer, user + as_messages(answer)) for answer in ("b", "c"))
+    tail = one[len(one) - shared_prefix(one[::-1], other[::-1]) :]
+    ends = [(token, len(tail) - i - 1) for i, token in enumerate(tail) if token in special]
+    return ends[0] if ends else (tokenizer.eos_token_id, -1)
 
 
-def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
-    """Rows for training, with a report of what they are. encode_row(row, notes) turns a row of data into a list of them."""
-    rows, notes = [], Counter()
+def stop_tokens(tokenizer) -> list:
+    """Ids that end an answer: the end of an assistant's turn, and the end-of-sequence token."""
+    return sorted({turn_end(tokenizer)[0], tokenizer.eos_token_id})
+
+
+def template_options(row: dict) -> dict:
+    """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
+    reserved = {"chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt"}
+    options = without_none(row.get("chat_template_kwargs") or {})
+    options = {k: v for k, v in options.items() if k not in reserved | {"continue_final_message"}}
+    if row.get("tools"):
+        options["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else without_none(row["tools"])
+    return options
+
+
+def without_end(tokenizer, messages: list) -> list:
+    """Messages less the end-of-sequence token that the assistant's texts may end with already."""
+    eos, cut = tokenizer.eos_token, []
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        cut.append(message | dict(content=message["content"].removesuffix(eos)) if is_answer else message)
+    return cut
+
+
+def refuse_special(tokenizer, *values):
+    """Drops a row that holds a special token in any of its texts: data must not be able to end a turn or to begin
+    one."""
+    text = json.dumps(values, ensure_ascii=False, default=str)
+    for token in special_tokens(tokenizer).values():
+        if token in text:
+            raise Drop(f"special token {token} in the text; write a conversation as messages")
+
+
+def encode(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tuple:
+    """A prompt and its responses (text or messages), tokenised together; their boundary is the longest prefix that all
+    share.
+
+    Returns prompt ids, response ids, and for each response token whether the assistant says it. row may hold tools and
+    chat_template_kwargs. Raises Drop."""
+    eos, options = tokenizer.eos_token, template_options(row)
+    is_text = isinstance(prompt, str) and all(isinstance(r, str) for r in responses)
+    replies = [without_end(tokenizer, as_messages(response)) for response in responses]
+    refuse_special(tokenizer, prompt, replies, options)
+    if not prompt:
+        raise Drop("empty prompt")
+    if is_text:
+        texts = [prompt, *(prompt + reply[0]["content"] + eos for reply in replies)]
+        head, *wholes = (plain_ids(tokenizer, text) for text in texts)
+        trained = [[True] * len(whole) for whole in wholes]
+    else:
+        prompt = as_messages(prompt, "user")
+        turns = [encode_turns(tokenizer, prompt + reply, len(prompt), options, notes) for reply in replies]
+        if any(len(rows) > 1 for rows in turns):
+            raise Drop("the chat template rewrites earlier turns")
+        if not all(turns):
+            raise Drop("no assistant turn to train on")
+        wholes, trained = zip(*(rows[0] for rows in turns))
+        head = prompt_ids(tokenizer, prompt, options)
+    n = min(shared_prefix(head, whole) for whole in wholes)
+    if not n:
+        raise Drop("prompt and response share no token boundary")
+    for reply, marks in zip(replies, trained):
+        # n is before this response's own start if another one's first token has merged with the prompt's last
+        if reply[0]["role"] == "assistant" and True in marks:
+            marks[n : marks.index(True)] = [True] * (marks.index(True) - n)
+    return wholes[0][:n], [whole[n:] for whole in wholes], [marks[n:] for marks in trained]
+
+
+def plain_ids(tokenizer, text: str) -> list:
+    """Ids of a text without a chat template, with the special tokens that the tokenizer adds, but at most one end."""
+    ids = tokenizer(text).input_ids
+    while ids[-2:] == [tokenizer.eos_token_id] * 2:
+        ids.pop()
+    return ids
+
+
+def prompt_ids(tokenizer, prompt: list, options: dict) -> list:
+    """Ids of messages up to where the assistant is to speak, or to continue if the last message is an answer that it
+    has begun."""
+    if prompt[-1]["role"] == "assistant":
+        return text_ids(tokenizer, begun_text(tokenizer, prompt, options))
+    return render(tokenizer, prompt, True, **options)
+
+
+def begun_text(tokenizer, messages: list, options: dict) -> str:
+    """The text of a conversation whose last message is the beginning of an answer.
+
+    A template that writes something before the answer (an empty thinking block, say) would put it between prompt and
+    beginning, where generation never has it; then the beginning follows the generation prompt directly."""
+    text, begun = render_text(tokenizer, messages, continue_final_message=True, **options), messages[-1]["content"]
+    opening = render_text(tokenizer, messages[:-1], True, **options)
+    has_generation_prompt = opening != render_text(tokenizer, messages[:-1], **options)
+    start = text.rfind(begun.strip())
+    written = text[len(opening) : start] if text.startswith(opening) else "?"
+    is_header = any(token in written for token in special_tokens(tokenizer).values())
+    if not has_generation_prompt or not written.strip() or is_header:
+        return text[:start] + begun.lstrip()  # which templates may trim
+    overlap = max(n for n in range(len(begun) + 1) if opening.endswith(begun[:n]))  # both may open the thinking block
+    return opening + begun[overlap:]
+
+
+def encode_turns(tokenizer, messages: list, first: int, options: dict, notes: Counter) -> list:
+    """A conversation with the assistant's turns from message `first` on to be trained, each with its end-of-turn token.
+
+    Returns [(ids, trained)], trained one bool per id: one pair for the whole conversation, or one for each turn if the
+    template rewrites earlier turns (drops their thinking, say). Raises Drop where generation would never see what
+    training sees."""
+    turns = []
+    for i in range(max(first, 1), len(messages)):  # an assistant's turn that opens the conversation answers nothing
+        if messages[i]["role"] == "assistant" and messages[i].get("weight") != 0:
+            continues = i == first and messages[i - 1]["role"] == "assistant"
+            turns.append((continue_turn if continues else encode_turn)(tokenizer, messages[: i + 1], options, notes))
+    if turns and all(turns[-1][0][: len(ids)] == ids for ids, _ in turns):
+        whole = turns[-1][0]
+        return [(whole, [any(start <= t < len(ids) for ids, start in turns) for t in range(len(whole))])]
+    return [(ids, [t >= start for t in range(len(ids))]) for ids, start in turns]
+
+
+def continue_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
+    """`encode_turn` where the last message continues an answer that the message before it has begun."""
+    head = begun_text(tokenizer, messages[:-1], options)
+    ids = text_ids(tokenizer, head + messages[-1]["content"]) + [turn_end(tokenizer)[0]]
+    return ids, shared_prefix(text_ids(tokenizer, head), ids)
+
+
+def encode_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
+    """Ids of a conversation up to the end of its last turn, the assistant's, and where that turn begins. Raises
+    Drop."""
+    prompt, turn, special = messages[:-1], messages[-1], special_tokens(tokenizer)
+    text, opening = render_text(tokenizer, messages, **options), render_text(tokenizer, prompt, **options).rstrip()
+    # a template may close the prompt with tokens that it writes elsewhere once a reply follows
+    while token := next((t for t in special.values() if opening.endswith(t)), ""):
+        opening = opening.removesuffix(token).rstrip()
+    if not text.startswith(opening):
+        raise Drop("the chat template changes the prompt once a reply follows")
+    whole, before, reply = ("".join(part.split()) for part in (text, opening, text[len(opening) :]))
+    for content in ("".join(message["content"].split()) for message in prompt):
+        if content in whole and content not in before:
+            raise Drop("the chat template changes the prompt once a reply follows")
+        notes["prompt messages that the chat template leaves out"] += content not in whole
+    content = "".join(turn["content"].split())
+    if content not in reply:
+        raise Drop("the chat template leaves out part of the reply")
+    if "".join(turn.get("reasoning_content", "").split()) not in reply:
+        notes["replies whose reasoning_content the chat template leaves out"] += 1
+    words_alone = {k: v for k, v in turn.items() if k != "tool_calls"}
+    shows_calls = "tool_calls" in turn and render_text(tokenizer, [*prompt, words_alone], **options) != text
+    notes["replies whose tool_calls the chat template leaves out"] += "tool_calls" in turn and not shows_calls
+    if not content and not shows_calls:
+        raise Drop("the reply is empty but for its end-of-turn token")
+    ids, head = end_turn(tokenizer, text_ids(tokenizer, text)), render(tokenizer, prompt, True, **options)
+    start = shared_prefix(head, ids)
+    if len(ids) - start < 2:
+        raise Drop("the reply is empty but for its end-of-turn token")
+    notes["replies that do not begin where the generation prompt ends"] += start < len(head)
+    return ids, start
+
+
+def end_turn(tokenizer, ids: list) -> list:
+    """Ids of a conversation up to the token that ends its last turn, the assistant's. Raises Drop."""
+    end, after = turn_end(tokenizer)
+    if after < 0:  # the template marks no end
+        return ids + [end]
+    if ids[-1 - after :][:1] == [end]:
+        return ids[: len(ids) - after]
+    ends = [i for i, token in enumerate(ids) if token in special_tokens(tokenizer)]  # a turn that ends in another way
+    if not ends or tokenizer.decode(ids[ends[-1] + 1 :]).strip():
+        raise Drop("the chat template writes no special token at the end of the reply")
+    return ids[: ends[-1] + 1]
+
+
+def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_columns=None) -> list:
+    """All rows that encode_row(row, notes) makes of a data set, with a report: kept, dropped and why, lengths, an
+    example.
+
+    add_columns(option, data): the data set with columns that encode_row reads beside its own."""
+    data, rows, notes = load_rows(option, name, split), [], Counter()
+    data = add_columns(option, data) if add_columns else data
     for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or len(data) < 5000)):
         try:
             rows += encode_row(row, notes)
         except Drop as drop:
             notes[f"dropped: {drop}"] += 1
-        except TemplateError as e:
-            notes[f"dropped: refused by the chat template ({str(e)[:60]})"] += 1
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
-            refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {reason(e)}); see 'Reads' at the top of this script")
+            what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            columns = ", ".join(data.column_names)
+            hint = f"its columns are {columns}; see 'Reads' in --help"
+            fail(f"{option} {name}, row {number} (from 0): not in a known format ({what}); {hint}")
+    counts = ", ".join(f"{n} {note}" for note, n in notes.items() if n) or "none dropped, none cut"
     if not rows:
-        why = ", ".join(f"{n} {note}" for note, n in notes.items() if n)
-        refuse(f"{option}: none of its {len(data)} rows can be used ({why}); its columns are {', '.join(data.column_names)}; see 'Reads' at the top")
-    report(option, tokenizer, rows, len(data), notes)
+        columns = ", ".join(data.column_names)
+        fail(f"{option} {name}: none of its {len(data)} rows can be used ({counts}); its columns are {columns}")
+    print0(f"{option} {name}: {len(rows)} rows from {len(data)}; {counts}")
+    prompts, responses = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
+    quantiles = ["/".join(str(sorted(x)[int(q * (len(x) - 1))]) for q in (0.5, 0.95, 1)) for x in (prompts, responses)]
+    print0("  tokens (median/95%/most): prompt {}, response {}".format(*quantiles))
+    shown = tokenizer.decode(rows[0].prompt)[-200:]
+    for is_trained, part in groupby(zip(rows[0].trained[0], rows[0].responses[0]), key=lambda pair: pair[0]):
+        text = tokenizer.decode([token for _, token in part])
+        shown += f"[[{text[:300]}]]" if is_trained else text[:100]
+    print0("  example, [[trained]]: " + shown.replace("\n", "\n  | "))
     return rows
 
 
-def template_options(row: dict) -> dict:
-    """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
-    tools = row.get("tools")
-    ours = ("chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt", "continue_final_message")  # no row's business
-    options = {k: v for k, v in without_none(row.get("chat_template_kwargs") or {}).items() if k not in ours}
-    return options | (dict(tools=json.loads(tools) if isinstance(tools, str) else without_none(tools)) if tools else {})
+def prepare_split(args, tokenizer, encode_row, by_prompt: bool = True, add_columns=None) -> tuple:
+    """Rows to train on, and held-out rows: from --eval-dataset, or a share of --dataset (of its prompts, or, if not
+    by_prompt, its rows)."""
+    rows = prepare("--dataset", args.dataset, "train", tokenizer, encode_row, add_columns)
+    if args.eval_dataset:
+        return rows, prepare("--eval-dataset", args.eval_dataset, "test", tokenizer, encode_row, add_columns)
+    keys = [tuple(row.prompt) if by_prompt else i for i, row in enumerate(rows)]
+    every = list(dict.fromkeys(keys))
+    count = min(len(every) - 1, round(args.eval_fraction * len(every)))
+    held = set(random.Random(args.seed).sample(every, count))
+    print0(f"  held out: {count} of {len(every)} {'prompts' if by_prompt else 'rows'}")
+    held_out = [row for row, key in zip(rows, keys) if key in held]
+    return [row for row, key in zip(rows, keys) if key not in held], held_out
 
 
-def questions(args, tokenizer, max_prompt: int):
-    """The encode_row of prompts: extra holds the prompt as text or messages, and every column, for the rewards."""
-    stops, special = stop_tokens(tokenizer), special_tokens(tokenizer).values()
-
-    def encode_row(row, notes):
-        prompt = row.get("prompt")
-        prompt = [dict(role="user", content=row["question"])] if prompt is None and row.get("question") else prompt
-        prompt = as_pair(prompt, row["chosen"], row["rejected"])[0] if "chosen" in row else prompt
-        if not prompt:
-            raise Drop("empty prompt")
-        prompt = as_messages(prompt) if isinstance(prompt, list) else prompt
-        options = template_options(row)
-        if not args.allow_special and has_special(special, [prompt, options]):
-            raise Drop("special token in the text (--allow-special keeps it)")
-        # messages: up to where the assistant is to speak, as `generate` will be asked
-        ids = encode(tokenizer, prompt, [" a"], stops)[0] if isinstance(prompt, str) else render(tokenizer, prompt, answer_next=True, **options)
-        if len(ids) > max_prompt:
-            raise Drop("prompt beyond --max-length less --max-new-tokens")
-        return [Row(ids, [[]], None, dict(row, prompt=prompt, kind=row.get("kind") or ""))]
-
-    return encode_row
+# ---- rows: packed, a prompt and its K responses lie end to end, the prompt computed once, nothing padded
+#
+#      P1 R1a R1b P2 R2a R2b ...     R1b attends to P1 and itself; its positions start at len(P1)
 
 
-# --------------------------------------------------------------------------------------------------------------------- model
+SPARE = Row([0], [[0]], [[True]], {})  # for a rank without rows
 
 
-def rows_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, sliding_window=None, rows=None, softcap=None, **kwargs):
-    """Attention over rows laid end to end: a response sees its own prompt and itself. q, k, v [1, H, T, D]."""
-    if softcap is not None:
-        raise NotImplementedError("soft-capped attention scores (Gemma 2) need the model's own attention")
-    if rows is None:  # sampling: the ordinary path
-        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+def count_tokens(row: Row) -> int:
+    """Tokens of a row, its prompt counted once."""
+    return len(row.prompt) + sum(map(len, row.responses))
+
+
+def padded_width(row: Row) -> int:
+    """Tokens of the longest response with its prompt."""
+    return len(row.prompt) + max(map(len, row.responses))
+
+
+def segment_lengths(row: Row) -> tuple:
+    """(length of the first segment, lengths of those that see it): the prompt and its responses; a single response is
+    one with its prompt."""
+    lengths = [len(response) for response in row.responses]
+    return (len(row.prompt) + lengths[0], ()) if len(lengths) == 1 else (len(row.prompt), tuple(lengths))
+
+
+def pack(rows: list, device) -> tuple:
+    """Rows end to end in one sequence. Returns (dict(inputs, source, last), target).
+
+    inputs: of the model; source [N]: positions that predict the trained tokens; last [R]: position of each response's
+    last token; target [N]: the trained tokens. inputs["rows"] is for `rows_attention`: the segments' lengths and, for
+    FlashAttention, the keys that each segment sees."""
+    ids, positions, source, last, target, keys, q_lengths, k_lengths = [], [], [], [], [], [], [], []
+    for row in rows:
+        start, length, (first, others) = len(ids), len(row.prompt), segment_lengths(row)
+        ids += row.prompt
+        positions += range(length)
+        keys += range(start, start + first)
+        for response, trained in zip(row.responses, row.trained):
+            begin = len(ids)
+            ids += response
+            positions += range(length, length + len(response))
+            # the prompt's last token predicts the first of every response
+            predictors = [start + length - 1, *range(begin, len(ids) - 1)]
+            source += [predictor for predictor, keep in zip(predictors, trained) if keep]
+            target += [token for token, keep in zip(response, trained) if keep]
+            last.append(len(ids) - 1)
+            keys += [*range(start, start + length), *range(begin, len(ids))] if others else []
+        q_lengths += [first, *others]
+        k_lengths += [first, *(first + other for other in others)]
+    tensor = partial(torch.tensor, dtype=torch.long, device=device)
+    flash = dict(max_q=max(q_lengths), max_k=max(k_lengths), keys=tensor(keys))
+    flash["cu_q"], flash["cu_k"] = (tensor([0, *x]).cumsum(0, dtype=torch.int32) for x in (q_lengths, k_lengths))
+    attention = dict(segments=[segment_lengths(row) for row in rows], **flash)
+    inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(positions)[None], rows=attention, use_cache=False)
+    return dict(inputs=inputs, source=tensor(source), last=tensor(last)), tensor(target)
+
+
+def pad(rows: list, device) -> tuple:
+    """`pack` for a model whose attention cannot follow packed rows: each response with its prompt, padded on the
+    right."""
+    pairs = [(row.prompt, response, trained) for row in rows for response, trained in zip(row.responses, row.trained)]
+    width, ids, mask, source, last, target = max(len(p) + len(r) for p, r, _ in pairs), [], [], [], [], []
+    for i, (prompt, response, trained) in enumerate(pairs):
+        length, first = len(prompt) + len(response), i * width + len(prompt)
+        ids.append(prompt + response + [0] * (width - length))
+        mask.append([1] * length + [0] * (width - length))
+        source += [first + j - 1 for j, keep in enumerate(trained) if keep]
+        target += [token for token, keep in zip(response, trained) if keep]
+        last.append(i * width + length - 1)
+    tensor = partial(torch.tensor, dtype=torch.long, device=device)
+    inputs = dict(input_ids=tensor(ids), attention_mask=tensor(mask), use_cache=False)
+    return dict(inputs=inputs, source=tensor(source), last=tensor(last)), tensor(target)
+
+
+def rows_attention(
+    module,
+    q,
+    k,
+    v,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    sliding_window=None,
+    rows=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
+    """Attention over packed rows: a response sees its own prompt and itself. q [1, H, T, D]; k, v [1, G, T, D].
+
+    softcap: of Gemma 2's scores; s_aux [H]: GPT-OSS's sinks, a score beside those of the keys."""
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
     options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    flash = q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1] and q.shape[-1] in range(8, 257, 8) and not dropout
-    if flash:  # FlashAttention over segments: its causal mask is aligned to the last key, as a response needs it
+    is_plain = softcap is None and s_aux is None
+    fits_flash = q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1]
+    fits_flash = fits_flash and q.shape[-1] in range(8, 257, 8)
+    if fits_flash and is_plain and not dropout:  # FlashAttention aligns its causal mask to a segment's last key
         from torch.nn.attention.varlen import varlen_attn
 
         if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
             options.pop("enable_gqa")  # torch 2.11 groups heads without being asked
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
-        k, v, window = k[rows["index"]], v[rows["index"]], (sliding_window - 1 if sliding_window else -1, 0)
-        return varlen_attn(q, k, v, rows["cu_q"], rows["cu_k"], rows["max_q"], rows["max_k"], window_size=window, **options)[None], None
+        k, v, lengths = k[rows["keys"]], v[rows["keys"]], [rows[name] for name in ("cu_q", "cu_k", "max_q", "max_k")]
+        window = (sliding_window - 1 if sliding_window else -1, 0)
+        return varlen_attn(q, k, v, *lengths, window_size=window, **options)[None], None
 
-    def attend(q, k, v):  # [n, H, Q, D], [n, H, K, D]: the queries are the last Q of the K positions
+    def attend(q, k, v):  # [n, H, Q, D], [n, G, K, D]: the queries are the last Q of K positions
         Q, K = q.shape[2], k.shape[2]
-        if Q == K and not (sliding_window and sliding_window < K):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, **options)
-        i, j = torch.arange(K - Q, K, device=q.device)[:, None], torch.arange(K, device=q.device)
-        seen = (j <= i) & (j > i - (sliding_window or K))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, **options)
+        if is_plain and Q == K and (sliding_window or K) >= K:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, **options)
+        j = torch.arange(K, device=q.device)
+        i = j[K - Q :, None]
+        visible = (j <= i) & (j > i - (sliding_window or K))  # [Q, K]
+        if is_plain:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, **options)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = q @ k.transpose(2, 3) * scaling
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        scores = scores.masked_fill(~visible, -math.inf)
+        if s_aux is not None:
+            scores = torch.cat([scores, s_aux.to(scores.dtype)[:, None, None].expand(len(q), -1, Q, 1)], -1)
+        return F.dropout(scores.softmax(-1), dropout)[..., :K] @ v
 
-    groups, out = [(form, len(list(same))) for form, same in groupby(rows["layout"])], []  # neighbours of equal shape are one batch
-    sizes = [n * (P + sum(R)) for (P, R), n in groups]
-    for ((P, R), n), *qkv in zip(groups, *(x[0].split(sizes, 1) for x in (q, k, v))):
-        (q0, *qs), (k0, *ks), (v0, *vs) = (x.unflatten(1, (n, -1)).transpose(0, 1).split([P, *R], 2) for x in qkv)
-        parts = [attend(q0, k0, v0), *(attend(q, torch.cat([k0, k], 2), torch.cat([v0, v], 2)) for q, k, v in zip(qs, ks, vs))]
-        out.append(torch.cat(parts, 2).transpose(0, 1).flatten(1, 2))
+    # neighbours of equal lengths are one batch of n
+    groups = [(lengths, len(list(same))) for lengths, same in groupby(rows["segments"])]
+    parts = [x[0].split([n * (first + sum(others)) for (first, others), n in groups], 1) for x in (q, k, v)]
+    out = []
+    for ((first, others), n), *group in zip(groups, *parts):
+        split = [x.unflatten(1, (n, -1)).transpose(0, 1).split([first, *others], 2) for x in group]  # [n, H, length, D]
+        (q0, *qs), (k0, *ks), (v0, *vs) = split
+        segments = [attend(q0, k0, v0)]
+        for q1, k1, v1 in zip(qs, ks, vs):
+            segments.append(attend(q1, torch.cat([k0, k1], 2), torch.cat([v0, v1], 2)))
+        out.append(torch.cat(segments, 2).transpose(0, 1).flatten(1, 2))  # [H, n (P + R1 + ...), D]
     return torch.cat(out, 1).transpose(0, 1)[None], None  # [1, T, H, D]
 
 
-def rows_mask(*args, attention_mask=None, **kwargs):
-    """No mask where rows are given; elsewhere the ordinary one, from the attention_mask, without which a sliding window would be lost."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False})
+AttentionInterface.register("packed_rows", rows_attention)
+AttentionMaskInterface.register("packed_rows", lambda *args, **kwargs: None)  # rows_attention makes its own
 
 
-AttentionInterface.register("rows", rows_attention)
-AttentionMaskInterface.register("rows", rows_mask)
+def forwards(rows: list, args, model, device, spare: Row = SPARE):
+    """This rank's rows in forward passes of at most --tokens-per-forward tokens: yields (rows, weight, inputs, target),
+    the last two from `pack` or `pad`.
+
+    A longer row is a pass of its own. All ranks make equally many passes, as FSDP needs; one that has run out repeats
+    a row with weight 0, or, if it has none, the spare one."""
+    groups, layout, key, responses, tokens = [], pack, segment_lengths, 0, 0
+    if not model.packs:
+        layout, key = pad, padded_width
+    for row in sorted(rows, key=key):
+        responses += len(row.responses)
+        tokens += count_tokens(row)
+        # padded, every response takes the width of the widest, which is the last
+        size = tokens if model.packs else responses * padded_width(row)
+        if not groups or size > args.tokens_per_forward:
+            groups.append([])
+            responses, tokens = len(row.responses), count_tokens(row)
+        groups[-1].append(row)
+    most = len(groups)
+    if WORLD > 1:
+        most = int(over_ranks(torch.tensor(most, device=device), dist.ReduceOp.MAX))
+    for i in range(most):
+        group, weight = (groups[i], 1.0) if i < len(groups) else ([rows[0] if rows else spare], 0.0)
+        yield group, weight, *layout(group, device)
 
 
-def shape(row: Row) -> tuple:
-    """(prompt length, response lengths); a single response is one piece with its prompt, since nothing is shared."""
-    prompt, responses = len(row.prompt), tuple(map(len, row.responses))
-    return (prompt + responses[0], ()) if len(responses) == 1 else (prompt, responses)
+@torch.no_grad()
+def response_values(values_of, model, rows: list, args, device, shared: bool = True) -> torch.Tensor:
+    """values_of(rows, inputs, target), a number for each response, for the responses of all rows in order [R].
+
+    shared: all ranks have the same rows and share the work; else each rank has its own."""
+    counts = [len(row.responses) for row in rows]
+    first = {id(row): count for row, count in zip(rows, accumulate([0, *counts]))}
+    mine = rows[RANK::WORLD] if shared else rows
+    values = torch.zeros(sum(counts), device=device)
+    model.eval()
+    for group, weight, inputs, target in forwards(mine, args, model, device):
+        found = values_of(group, inputs, target)
+        if weight:
+            indices = [first[id(row)] + i for row in group for i in range(len(row.responses))]
+            values[torch.tensor(indices, device=device)] = found
+    model.train()
+    return over_ranks(values).cpu() if shared else values
 
 
-def pack(rows: list, device, together: bool = True):
-    """Rows end to end in one sequence, nothing padded; or, if not together, one sequence for each response.
+# ---- models: loading, sharding, checking, one optimiser step
 
-    Returns forwards, a list of (model inputs, positions that predict the trained tokens, positions of the responses' last tokens),
-    and the trained tokens in order [N]."""
-    if not together:
-        forwards, targets = [], []
-        for row in rows:
-            for i, response in enumerate(row.responses):
-                (forward,), target = pack([Row(row.prompt, [response], row.trained and [row.trained[i]])], device)
-                inputs, *at = forward
-                inputs = {k: v for k, v in inputs.items() if k != "rows"} | dict(attention_mask=torch.ones_like(inputs["input_ids"]))
-                forwards.append((inputs, *at))
-                targets.append(target)
-        return forwards, torch.cat(targets)
-    ids, position, source, last, target, layout, index, q_lens, k_lens = [], [], [], [], [], [], [], [], []
-    for row in rows:
-        start, end, (head, tails) = len(ids), len(ids) + len(row.prompt), shape(row)
-        ids += row.prompt
-        position += range(end - start)
-        index += range(start, start + head)  # the keys of each segment, prompt or response, one after the other
-        for i, response in enumerate(row.responses):
-            t = len(ids)
-            ids += response
-            position += range(end - start, end - start + len(response))
-            before = [end - 1, *range(t, t + len(response) - 1)]  # the prompt's last token predicts every response's first
-            keep = row.trained[i] if row.trained else [True] * len(response)
-            source += [s for s, k in zip(before, keep) if k]
-            target += [token for token, k in zip(response, keep) if k]
-            last.append(len(ids) - 1)
-            index += [*range(start, end), *range(t, t + len(response))] if tails else []
-        layout.append((head, tails))
-        q_lens += [head, *tails]
-        k_lens += [head, *(head + r for r in tails)]
-    tensor = lambda x: torch.tensor(x, device=device)
-    cumulative = lambda x: tensor([0, *x]).cumsum(0, dtype=torch.int32)
-    plan = dict(layout=layout, index=tensor(index), cu_q=cumulative(q_lens), cu_k=cumulative(k_lens), max_q=max(q_lens), max_k=max(k_lens))
-    inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(position)[None], rows=plan, use_cache=False)
-    return [(inputs, tensor(source), tensor(last))], tensor(target)
-
-
-class TargetLogps(torch.autograd.Function):
-    """The log-probability of each target token, the entropy of its distribution, and whether the token is the likeliest; each [N].
-
-    hidden [N, d], head [V, d], bias [V] or None, target [N]; adjust(logits, at): what follows the output layer, for the tokens of slice at.
-    Of the logits [N, V] no more than a chunk of tokens ever stands in memory; the backward pass computes it again, with
-    d log pi(y) / d logits = 1[y] - pi. The gradient of the head is summed over chunks in float32."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, bias, target, adjust):
-        size = max(256, 2**23 // len(head))  # tokens of a chunk: 32 MB of logits; at least 256, as each adds a whole [V, d] to the head's gradient
-        ctx.save_for_backward(hidden, head, bias, target)
-        ctx.chunks, ctx.adjust, parts = [slice(i, i + size) for i in range(0, len(target), size)], adjust, []
-        for at in ctx.chunks:
-            logits = adjust(F.linear(hidden[at], head, bias).float(), at)  # [n, V]
-            logps = logits.log_softmax(-1)
-            logp = logps.gather(-1, target[at, None])[:, 0]
-            top = logp == logps.amax(-1)  # amax is several times faster than argmax
-            parts.append((logp, -torch.exp(logps, out=logits).mul_(logps).sum(-1), top))  # in the room of the logits
-        logp, entropy, top = (torch.cat(x) for x in zip(*parts))
-        ctx.mark_non_differentiable(entropy, top)
-        return logp, entropy, top
-
-    @staticmethod
-    def backward(ctx, g, *_):
-        hidden, head, bias, target = ctx.saved_tensors
-        d_hidden, wanted = torch.empty_like(hidden), zip((head, bias), ctx.needs_input_grad[1:3])  # the head may be frozen
-        d_head, d_bias = (torch.zeros_like(w, dtype=torch.float32) if needed else None for w, needed in wanted)
-        for at in ctx.chunks:
-            raw = F.linear(hidden[at], head, bias).float().requires_grad_()
-            with torch.enable_grad():  # through what adjust does
-                logits = ctx.adjust(raw, at)
-            d = logits.detach().softmax(-1).mul_(-g[at, None])
-            d[torch.arange(len(d), device=d.device), target[at]] += g[at]
-            (d,) = torch.autograd.grad(logits, raw, d)
-            d = d.to(head.dtype)  # [n, V]
-            d_hidden[at] = d @ head
-            if d_head is not None:
-                d_head += d.T @ hidden[at]
-            if d_bias is not None:
-                d_bias += d.sum(0)
-        return d_hidden, *(x if x is None else x.to(head.dtype) for x in (d_head, d_bias)), None, None
-
-
-def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
-    """Log-probability of each target token, the distribution's entropy, and whether the token is the likeliest; each [N].
-
-    kept: for each token the ids that nucleus sampling kept, a tensor each; the distribution is renormalised over them."""
-    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards])  # [N, d]
-    head, config = self.get_output_embeddings(), self.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-
-    def adjust(logits, at):
-        logits = logits if scale == 1 else logits * scale
-        logits = cap * torch.tanh(logits / cap) if cap else logits
-        logits = logits if temperature == 1 else logits / temperature
-        if kept is not None:
-            count = torch.tensor([len(k) for k in kept[at]], device=logits.device)
-            allowed = torch.zeros_like(logits, dtype=torch.bool)
-            allowed[torch.arange(len(count), device=logits.device).repeat_interleave(count), torch.cat(kept[at])] = True
-            logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)  # finite, so that p log p is 0 there
-        return logits
-
-    return TargetLogps.apply(hidden, head.weight, head.bias, target, adjust)
-
-
-def response_scores(self, forwards):
-    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0."""
-    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, last] for inputs, _, last in forwards])  # [R, d]
-    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
+CHAT_TEMPLATE = (  # for tokenizers that come without one; the end-of-sequence token ends every turn
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 
 
 def load_tokenizer(name: str):
     """A checkpoint's tokenizer; without a chat template it gets a plain one."""
-    if not Path(name).exists() and (name.startswith(("runs/", "./", "../", "/")) or not name):
-        refuse(f"{name or 'the empty path'}: there is no such checkpoint directory; make it first (see README: python sft.py writes runs/base)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as e:
-        refuse(f"{name}: no tokenizer can be loaded from it ({reason(e)})")
-    if tokenizer.eos_token is None:
-        refuse(f"{name}: its tokenizer has no end-of-sequence token, so that no answer could ever end; give it one (eos_token)")
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-    try:
-        talk = tokenizer.apply_chat_template([dict(role="user", content="one"), dict(role="assistant", content="two")], tokenize=False)
-    except Exception as e:
-        refuse(f"{name}: its chat template cannot be used ({reason(e)}); correct chat_template.jinja")
-    if "one" not in talk or "two" not in talk:
-        refuse(f"{name}: its chat template shows {talk[:100]!r} in place of what is said; correct chat_template.jinja")
+    with user_input(f"{name}: no tokenizer can be loaded from it"):
+        if not Path(name).exists() and name.startswith(("runs/", "./", "../", "/")):
+            raise FileNotFoundError("there is no such directory; run the stage that writes it first")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.eos_token is None:
+            raise ValueError("it has no end-of-sequence token, so that no answer could ever end")
+        if not tokenizer.chat_template:
+            print0(f"note: {name} has no chat template; messages are written as 'role: content{tokenizer.eos_token}'")
+            tokenizer.chat_template = CHAT_TEMPLATE
+        try:
+            shown = render_text(tokenizer, [dict(role="user", content="one"), dict(role="assistant", content="two")])
+        except Drop as drop:
+            raise ValueError(f"a conversation is {drop}") from drop
+        if "one" not in shown or "two" not in shown:
+            raise ValueError(f"its chat template shows {shown[:100]!r} in place of what is said")
+        with tempfile.TemporaryDirectory() as folder:  # the next stage must read the same ids
+            save_tokenizer(tokenizer, Path(folder))
+            reloaded = AutoTokenizer.from_pretrained(folder)
+            probes = [
+                shown,
+                "Hello,  world!\n 12 + 3 = 15. é 你好 <a>",
+                "x<|y|>",
+                f"a{tokenizer.eos_token}b {tokenizer.eos_token} c",
+            ]
+            if any(tokenizer(text).input_ids != reloaded(text).input_ids for text in probes):
+                raise ValueError("it reads other ids once it is saved and loaded again")
     return tokenizer
 
 
-def load_config(name: str):
-    """A checkpoint's config."""
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as e:
-        refuse(f"{name}: no model's config can be loaded from it ({reason(e)})")
+def save_tokenizer(tokenizer, directory: Path):
+    """Saves a tokenizer with the option `legacy`, which changes the ids and which transformers leaves out."""
+    tokenizer.save_pretrained(directory)
+    if hasattr(tokenizer, "legacy"):
+        file = directory / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(legacy=tokenizer.legacy), indent=2))
 
 
-def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False, **options):
-    """A checkpoint with float32 weights, its attention replaced by `rows_attention`.
+def fit_length(args, name: str) -> int:
+    """--max-length, or what the model's positions allow."""
+    with user_input(f"{name}: no configuration can be loaded from it"):
+        config = AutoConfig.from_pretrained(name).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or args.max_length
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes, *(x for x in ropes.values() if isinstance(x, dict))]:
+        if rope.get("rope_type") in ("longrope", "dynamic"):  # their angles depend on the longest row of a forward
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", positions
+            )
+            if args.max_length > original:
+                what = f"{name} changes its rotary embeddings beyond {original} tokens"
+                fail(f"--max-length {args.max_length}: {what}; set at most {original}")
+    for field in ("index_topk", "keep_window_size"):
+        if getattr(config, field, None) and args.max_length > getattr(config, field):
+            limit = getattr(config, field)  # beyond it transformers' own attention is not causal
+            fail(f"--max-length {args.max_length}: {name} attends to {limit} tokens only; set at most {limit}")
+    if positions < args.max_length:
+        print0(f"note: --max-length {args.max_length} is lowered to the {positions} positions of {name}")
+    return min(args.max_length, positions)
 
-    Where that gives other results (found by trying), the model keeps its own and gets one sequence a forward: slow and right, with a notice."""
-    stored = load_config(name).dtype
-    try:
-        # safetensors only: a pickle could run anything
-        options |= dict(trust_remote_code=False, use_safetensors=True)
-        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, **options)
-    except Exception as e:
-        refuse(f"{name}: no model can be loaded from it ({reason(e)}); it takes config.json and safetensors, as save_pretrained writes them")
-    for weight, values in model.named_parameters():
-        if not values.isfinite().all():
-            refuse(f"{name}: its weights are damaged: {weight} holds numbers that are not finite")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
-    if model.base_model is model:
-        refuse(f"{name}: {type(model).__name__} does not name its base model, which this script needs")
-    model = ready(model, device, stored or torch.float32, dropout)
-    model.together = rows_agree(model, device, dtype)
-    if not model.together:
-        model.set_attn_implementation("eager")
-        say(f"note: the attention of {type(model).__name__} does not follow rows: one sequence a forward in float32, right but slow")
+
+def read_model(auto, name: str, tokenizer, **options):
+    """A checkpoint with float32 weights; model.stored_dtype is the dtype in which they were stored."""
+    with user_input(f"{name}: no model can be loaded from it"):
+        options |= dict(attn_implementation="eager", dtype=torch.float32)
+        model = auto.from_pretrained(name, use_safetensors=True, **options)  # a pickle could run anything
+        embeddings = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > embeddings:
+            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model only {embeddings}")
+        damaged = [weight for weight, values in model.named_parameters() if not values.isfinite().all()]
+        if damaged:
+            raise ValueError(f"its weights are damaged: {damaged[0]} holds numbers that are not finite")
+        if model.base_model is model:
+            raise ValueError(f"{type(model).__name__} does not name its base model, which this script needs")
+        model.stored_dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
     return model
 
 
-def ready(model, device, stored=torch.float32, dropout: bool = False):
-    """The model on its device, in training mode, without dropout unless asked; stored: the dtype in which it will be saved."""
-    for module in model.modules() if not dropout else ():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or name == "p" and isinstance(module, torch.nn.Dropout)):
-                setattr(module, name, 0.0)
-    model.together, model.stored = True, stored
-    return model.to(device).train()
+def load_model(auto, name: str, tokenizer, args, device, dtype, *methods, dropout: bool = False, **options):
+    """`read_model` and `prepare_model` in one."""
+    model = read_model(auto, name, tokenizer, **options)
+    return prepare_model(model, name, args, device, dtype, *methods, dropout=dropout)
 
 
-@torch.no_grad()
-def rows_agree(model, device, dtype) -> bool:
-    """Whether rows in one sequence under our attention give what each response alone gives under the model's own, on random tokens."""
-    generator, hidden = torch.Generator().manual_seed(0), []
-    tokens = torch.randint(min(1000, model.config.get_text_config().vocab_size), (25,), generator=generator).tolist()
-    rows = [Row(tokens[:5], [tokens[5:9], tokens[9:15]]), Row(tokens[15:18], [tokens[18:]])]
-    model.eval()
-    try:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for together, attention in ((False, "eager"), (True, "rows")):
-                model.set_attn_implementation(attention)
-                forwards, *_ = pack(rows, device, together)
-                hidden.append(torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in forwards]))
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, TypeError, RuntimeError):
-        return False
-    finally:
-        model.train()
-    tolerance = 1e-3 if dtype == torch.float32 else 0.05
-    return bool((hidden[0] - hidden[1]).norm() <= tolerance * hidden[1].norm())
-
-
-@torch.no_grad()
-def check_head(model, name: str, device):
-    """Refuse a model whose output layer does more than token_logps does."""
-    ids = list(range(3, 15))
-    forwards, target = pack([Row(ids[:4], [ids[4:]])], device, model.together)
-    inputs = torch.tensor([ids], device=device)
-    model.eval()
-    whole = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0, 3:-1].float().log_softmax(-1)
-    known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
-    off = (token_logps(model, forwards, target)[0] - whole.gather(-1, target[:, None])[:, 0]).abs().max() if known else None
-    model.train()
-    if not known or not off < 0.01:
-        refuse(f"{name}: the output layer of {type(model).__name__} does more than this script knows; its log-probabilities would be wrong")
-
-
-def is_reward_model(name: str) -> bool:
-    """Whether a checkpoint that loads has a trained head with one score."""
-    config = load_config(name)
-    return "SequenceClassification" in "".join(config.architectures or []) and config.num_labels == 1
-
-
-def all_stops(model, tokenizer) -> list:
-    """`stop_tokens`, and the further ones that a chat model's generation_config may know."""
-    known = model.generation_config.eos_token_id
-    known = known if isinstance(known, list) else [known] if known is not None else []
-    return sorted({*stop_tokens(tokenizer), *(i for i in known if i < len(tokenizer))})  # a config's default may lie beyond a small vocabulary
-
-
-# ------------------------------------------------------------------------------------------------------------------ sampling
-
-
-def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
-    """The randomness of sampling [len(answers), length]: a function of (seed, step, answer, position) and of nothing else."""
-    key = lambda answer: int.from_bytes(hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8], "little") >> 1
-    rows = [torch.rand(length, generator=torch.Generator().manual_seed(key(answer))) for answer in answers]
-    return torch.stack(rows) if rows else torch.zeros(0, length)
-
-
-@contextmanager
-def gathered(model):
-    """Whole weights on every rank, so that ranks need not sample in step with each other."""
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    yield
-    for part in parts:
-        part.set_reshard_after_forward(part is not model, recurse=False)  # the root's weights stay, as FSDP has it
-        part.reshard()
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values [B, H, T, D], growing within room kept for them: DynamicLayer copies them all to add those of one token."""
-
-    room = ()  # two tensors [B, H, T + free places, D], of which `keys` and `values` are views; none while the model skips the layer
-
-    def update(self, keys, values, *args, **kwargs):
-        start, self.is_initialized = self.get_seq_length(), True
-        end = start + keys.shape[-2]
-        if not start or self.room[0].shape[-2] < end:
-            room = [new.new_empty(*new.shape[:-2], end + 32, new.shape[-1]) for new in (keys, values)]
-            for whole, old in zip(room, (self.keys, self.values) if start else ()):
-                whole[..., :start, :] = old
-            self.room = room
-        for whole, new in zip(self.room, (keys, values)):
-            whole[..., start:end, :] = new
-        self.keys, self.values = (whole[..., :end, :] for whole in self.room)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        if self.room:
-            length, self.room = self.get_seq_length(), [whole[indices] for whole in self.room]
-            self.keys, self.values = (whole[..., :length, :] for whole in self.room)
-
-    def batch_repeat_interleave(self, repeats):
-        if self.room:
-            self.batch_select_indices(torch.arange(len(self.keys), device=self.keys.device).repeat_interleave(repeats))
-
-
-@torch.no_grad()
-def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0):
-    """Answers to prompts (lists of ids): n = len(numbers) / len(prompts) to each, one after the other, the prompt computed once for them.
-
-    numbers [answers, max_new_tokens], uniform in [0, 1), are all the randomness there is; temperature 0 takes the likeliest token.
-    Returns for each answer its ids (the stop token included), the log-probability of each in the very distribution it was drawn from,
-    and, with top_p < 1, the ids that the nucleus kept at each position, else None."""
-    device, count, longest = numbers.device, len(numbers), numbers.shape[1]
-    n = count // max(1, len(prompts))
-    tokens, logps, kept = [[] for _ in range(count)], [[] for _ in range(count)], [[] for _ in range(count)] if top_p < 1 else None
-    if not count:
-        return tokens, logps, kept
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * (len(p) + longest) for p in prompts], device=device)
-    position = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache()
-    cache.layer_class_to_replicate = RoomyLayer
-    call = dict(past_key_values=cache, use_cache=True)
-    logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=position, logits_to_keep=1, **call).logits[:, -1]
-    cache.batch_repeat_interleave(n)
-    logits, mask, position = (x.repeat_interleave(n, 0) for x in (logits, mask, position[:, -1:]))
-    alive, ends = torch.arange(count, device=device), torch.tensor(stops, device=device)
-    for t in range(longest):
-        logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [alive, V]
-        if top_p < 1:
-            ordered, order = logp.sort(-1, descending=True)
-            keep = ordered.exp().cumsum(-1) - ordered.exp() < top_p  # the smallest set that reaches top_p
-            logp = logp.masked_fill(~torch.zeros_like(keep).scatter(1, order, keep), -math.inf).log_softmax(-1)
-            for answer, nucleus in zip(alive.tolist(), order[keep].split(keep.sum(-1).tolist())):
-                kept[answer].append(nucleus)
-        if temperature == 0:
-            token = logp.argmax(-1)
-        else:  # the first token at which the cumulative probability exceeds the number
-            cumulative = logp.exp().cumsum(-1)
-            token = torch.searchsorted(cumulative, numbers[alive, t, None] * cumulative[:, -1:], right=True)[:, 0]
-            token = token.clamp(max=logp.shape[-1] - 1)
-        for answer, i, p in zip(alive.tolist(), token.tolist(), logp.gather(1, token[:, None])[:, 0].tolist()):
-            tokens[answer].append(i)
-            logps[answer].append(p)
-        going = (~torch.isin(token, ends)).nonzero()[:, 0]
-        if t + 1 == longest or not len(going):
-            break
-        if len(going) < len(alive):  # finished answers leave the batch
-            cache.batch_select_indices(going)
-            alive, token, mask, position = alive[going], token[going], mask[going], position[going]
-        position = position + 1
-        logits = model(input_ids=token[:, None], attention_mask=mask[:, : width + t + 1], position_ids=position, **call).logits[:, -1]
-    return tokens, logps, kept
-
-
-# ------------------------------------------------------------------------------------------------------------------- rewards
-
-
-SCORE_QUESTION = "Rate the last answer above from 1 (very bad) to 10 (very good). Reply with the number only."
-
-
-def load_frozen(auto, name: str, device, dtype, method, **options):
-    """A frozen model and its tokenizer."""
-    tokenizer = load_tokenizer(name)
-    model = load_model(auto, name, tokenizer, device, dtype, **options)
-    if method is token_logps:
-        check_head(model, name, device)
-    return shard(model.requires_grad_(False), dtype, method), tokenizer
-
-
-@torch.no_grad()
-def reward_scores(model, tokenizer, conditions: dict, args, device, rows: list, texts: list) -> torch.Tensor:
-    """The reward model's scores [B] of answers, given as texts, rendered and tokenised as in its training."""
-    stops, longest = stop_tokens(tokenizer), getattr(model.config, "max_position_embeddings", 2**20)
-    asked, scores = [], torch.zeros(len(rows), device=device)
-    for row, text in zip(rows, texts):
-        prompt = with_condition(row.extra["prompt"], conditions.get(row.extra["kind"], ""))
-        text = without_special(tokenizer, text)
-        prompt, (answer,) = encode(tokenizer, prompt, [text], stops, **template_options(row.extra))
-        asked.append(Row(prompt[-max(1, longest - len(answer)) :], [answer[: longest - 1]]))
-    for group, forwards, _ in packed(asked, args.tokens_per_forward, device, model.together):
-        scores[group] = model.response_scores(forwards)[: len(group)]
-    if not scores.isfinite().all():
-        print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"a reward model's score is {scores[~scores.isfinite()][0].item()}: its weights are damaged")
-    return scores
-
-
-def without_special(tokenizer, text: str) -> str:
-    """A policy's text less what its reader would take for special tokens: it must not end its turn and write the judge's reply."""
-    specials = list(special_tokens(tokenizer).values())
-    while any(special in text for special in specials):  # taking one out may make another
-        for special in specials:
-            text = text.replace(special, "")
-    return text
-
-
-def conversation_text(prompt, answer: str) -> str:
-    """What the judge reads: the prompt and the answer, with the speakers' names where there are several turns."""
-    if isinstance(prompt, str):
-        return prompt + answer
-    turns = [m for m in prompt if m["role"] != "system"]
-    if len(turns) == 1:
-        return f"{turns[0]['content']}\n{answer}"
-    talk = "\n".join(f"{m['role']}: {m['content']}" for m in turns)
-    return talk + answer if turns and turns[-1]["role"] == "assistant" else f"{talk}\nassistant: {answer}"  # an answer already begun goes on
-
-
-@torch.no_grad()
-def judge_logps(model, tokenizer, talks: list, options: list, args, device) -> torch.Tensor:
-    """The judge's log-probabilities of replying with each option [B, K]: of every token, the end included, from where the replies differ.
-
-    talks: what the judge is asked, as the text of one turn or as messages."""
-    stops, logps = stop_tokens(tokenizer), torch.zeros(len(talks), len(options), device=device)
-    asked = []
-    for talk in talks:
-        prompt, replies = encode(tokenizer, as_messages(talk, "user"), options, stops)
-        n = min(min(shared(replies[0], reply), len(reply) - 1) for reply in replies)  # what all begin with, such as an empty thought
-        rest = [reply[n:] for reply in replies]
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", 2**20) - max(map(len, rest))
-        asked.append(Row((prompt + replies[0][:n])[-max(1, longest) :], rest))
-    for group, forwards, target in packed(asked, args.tokens_per_forward, device, model.together):
-        token_logp = model.token_logps(forwards, target)[0]
-        lengths = [len(reply) for i in group for reply in asked[i].responses]
-        if group:
-            logps[group] = torch.stack([part.sum() for part in token_logp.split(lengths)]).view(len(group), -1)
-    return logps
-
-
-def judge_probabilities(model, tokenizer, texts: list, options: list, args, device) -> torch.Tensor:
-    """The judge's probabilities of replying with each option [B, K], renormalised over them."""
-    return judge_logps(model, tokenizer, texts, options, args, device).softmax(-1)
-
-
-def judge_scores(model, tokenizer, rubric: dict, args, device, rows: list, texts: list) -> torch.Tensor:
-    """By rubric: sum of p(letter) x reward for the prompt's kind, NaN for kinds without one. Without options: the expected score. [B]"""
-    texts, options = [without_special(tokenizer, text) for text in texts], rubric.get("options")
-    talks = [conversation_text(row.extra["prompt"], text) for row, text in zip(rows, texts)]
-    if not options:
-        asked = [f"{talk}\n\n{rubric.get('question', SCORE_QUESTION)}" for talk in talks]
-        return expected_score(judge_probabilities(model, tokenizer, asked, [str(i) for i in range(1, 11)], args, device))
-    choices = "\n".join(f"{letter}. {text}" for letter, text in options.items())
-    asked = [f"{talk}\n\n{rubric['question']}\n{choices}" for talk in talks]
-    table = [[rubric["reward"].get(row.extra["kind"], {}).get(letter, math.nan) for letter in options] for row in rows]
-    probabilities = judge_probabilities(model, tokenizer, asked, list(options), args, device)
-    return (probabilities * torch.tensor(table, device=device).view_as(probabilities)).sum(-1)
-
-
-def rule_scores(rule, device, rows: list, texts: list) -> torch.Tensor:
-    """A function's rewards [B], NaN where it returns None; it gets prompts, completions, and every other column as a list."""
-    if not rows:
-        return torch.zeros(0, device=device)
-    columns = {
-        k: [row.extra[k] for row in rows] for k in rows[0].extra if k not in ("prompt", "prompts", "completion", "completions", "chosen", "rejected")
-    }
-    prompts = [row.extra["prompt"] for row in rows]
-    completions = [as_messages(text) if isinstance(prompt, list) else text for prompt, text in zip(prompts, texts)]
-    try:
-        rewards = rule(prompts=prompts, completions=completions, **columns)
-    except Exception as e:  # the user's own code: say what it choked on
-        where = traceback.extract_tb(e.__traceback__)[-1]
-        print(file=sys.stderr)  # off the progress bar's line
-        last = f"{Path(where.filename).name}, line {where.lineno}"
-        refuse(f"--rule: {type(e).__name__}: {e} ({last}), on answers like {texts[0][-200:]!r}; it must return None for what it cannot judge")
-    if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
-        found = len(rewards) if isinstance(rewards, (list, tuple)) else f"a {type(rewards).__name__} instead of"
-        print(file=sys.stderr)
-        refuse(f"--rule: returned {found} rewards for {len(rows)} answers; it must return a list with one for each, None where it does not apply")
-    for reward, text in zip(rewards, texts):
-        try:
-            good = reward is None or abs(float(reward)) < 1e18  # its square is a float32 too
-        except (TypeError, ValueError):
-            good = False
-        if not good:
-            print(file=sys.stderr)  # off the progress bar's line
-            refuse(f"--rule: returned {reward!r} for {text[-200:]!r}; a reward must be a finite number, or None where the rule does not apply")
-    return torch.tensor([math.nan if reward is None else float(reward) for reward in rewards], device=device)
-
-
-def load_rubric(name: str) -> dict:
-    """A rubric, checked: a question, and either nothing else or options and, for every kind, a reward for each of them."""
-    rubric = load_json("--rubric", name)
-    options, rewards = rubric.get("options", {}), rubric.get("reward", {})
-    if not isinstance(rubric.get("question"), str) or bool(options) != bool(rewards):
-        refuse(f"--rubric {name}: needs a question, and options and reward together or neither; it has {', '.join(rubric)}")
-    for kind, table in rewards.items():
-        if set(table) != set(options):
-            refuse(f"--rubric {name}: its rewards for {kind} are for {', '.join(table)}, its options are {', '.join(options)}; give one for each")
-    return rubric
-
-
-def load_rule(name: str):
-    """The function that file.py:name names."""
-    path, _, function = name.rpartition(":")
-    try:
-        spec = importlib.util.spec_from_file_location("user_rule", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses and the like look their module up
-        spec.loader.exec_module(module)
-        return getattr(module, function)
-    except (AttributeError, OSError, SyntaxError, ImportError) as e:
-        refuse(f"--rule {name}: no such function can be loaded ({type(e).__name__}: {e}); it should read file.py:name")
-
-
-def load_rewards(args, device, dtype) -> dict:
-    """Every source of reward: name -> (weight, function of rows and answer texts that gives scores [B], NaN where it does not apply)."""
-    conditions = load_conditions(args.condition)
-    rewards, weights = {}, args.reward_weights or [1.0] * len(args.reward_model)
-    for name, weight in zip(args.reward_model, weights):
-        model, tokenizer = load_frozen(AutoModelForSequenceClassification, name, device, dtype, response_scores, num_labels=1)
-        if not is_reward_model(name):
-            refuse(f"--reward-model {name}: not a reward model (a sequence classifier with one label); make one with reward_model.py")
-        key = name if Path(name).name in (*rewards, "rule", "judge", "match", "format") else Path(name).name
-        rewards[key] = weight, partial(reward_scores, model, tokenizer, conditions, args, device)
-    if args.rule:
-        rewards["rule"] = args.rule_weight, partial(rule_scores, load_rule(args.rule), device)
-    if args.judge:
-        rubric = load_rubric(args.rubric) if args.rubric else {}
-        judge = load_frozen(AutoModelForCausalLM, args.judge, device, dtype, token_logps)
-        rewards["judge"] = args.judge_weight, partial(judge_scores, *judge, rubric, args, device)
-    return rewards
-
-
-def total_reward(rewards: dict, rows: list, texts: list):
-    """The weighted sum [B] of all rewards, where one that does not apply adds nothing; and each by name."""
-    named = {name: function(rows, texts) for name, (_, function) in rewards.items()}
-    return sum(weight * named[name].nan_to_num(0.0) for name, (weight, _) in rewards.items()), named
-
-
-# ----------------------------------------------------------------------------------------------------------------------- run
-
-
-def start_ranks(dtype: str):
-    """This rank's device and the dtype of the computation; joins the other ranks."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    compute = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" else torch.float32
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if WORLD > 1:
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first rank writes a checkpoint
-    elif compute != torch.float32:  # FSDP's mixed precision, for one rank as for many
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device, compute
-
-
-def shard(model, dtype, *methods):
-    """Bind the methods to the model; with several ranks or in bfloat16, give each rank its part of every weight (FSDP2)."""
+def prepare_model(model, name: str, args, device, dtype, *methods, dropout: bool = False):
+    """The model on its device in training mode, with packed rows if it can follow them, `methods` bound, sharded over
+    the ranks (FSDP2)."""
+    for module in model.modules():  # without noise two forward passes are the same function
+        if hasattr(module, "router_jitter_noise"):  # PhiMoE's is a threshold too: its router stays in evaluation mode
+            module.eval().train = lambda mode=True, module=module: module
+        for field in [k for k, v in vars(module).items() if isinstance(v, float) and k != "router_jitter_noise"]:
+            if "jitter" in field or not dropout and ("dropout" in field or field == "p"):
+                setattr(module, field, 0.0)
     for method in methods:
         setattr(model, method.__name__, types.MethodType(method, model))
-    if dist.is_initialized() and model.together:
+    check_model(model.to(device), name, device, dtype)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if dist.is_initialized():
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
-        for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
+        policy = MixedPrecisionPolicy()
+        if dtype == torch.bfloat16:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        decoder = model.get_decoder() or model  # of a multimodal model, the part that reads text
+        for layer in next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList)):
             fully_shard(layer, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
         for method in methods:
             register_fsdp_forward_method(model, method.__name__)
-    return model
+    return model.train()
 
 
-def make_optimizer(model, learning_rate: float, weight_decay: float):
-    """AdamW, decaying matrices only. Make it before the first forward, after which FSDP's root holds gathered weights in place of its own."""
-    matrices, vectors = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == wide] for wide in (True, False)]
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=True)
+@contextlib.contextmanager
+def short_windows(model):
+    """For the time of a short probe, sliding windows are four tokens long, so that a model that ignores them is found
+    out."""
+    holders, before = [model.config, model.config.get_text_config(), *model.modules()], []
+    for holder in holders:
+        for field in ("sliding_window", "attention_chunk_size"):
+            if isinstance(vars(holder).get(field), int):
+                before.append((holder, field, vars(holder)[field]))
+                setattr(holder, field, 4)
+    try:
+        yield
+    finally:
+        for holder, field, value in before[::-1]:
+            setattr(holder, field, value)
 
 
-def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> float:
-    """One step of AdamW on the gradients at hand, clipped; returns their norm."""
-    if WORLD > 1 and not model.together:  # weights that FSDP does not hold: average the gradients here
-        for p in model.parameters():
-            if p.requires_grad:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # experts that had no token on this rank
-                dist.all_reduce(p.grad.div_(WORLD))
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = float(getattr(norm, "full_tensor", lambda: norm)())
-    if not math.isfinite(norm):  # the same on every rank
-        print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"the norm of the gradients is {norm}, at a finite loss; lower the learning rate, or use --dtype float32")
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
+@torch.no_grad()
+def check_model(model, name: str, device, dtype):
+    """Sets model.packs: whether packed rows give the hidden states of the same rows padded, under the model's own
+    attention, on random tokens. Fails where `token_logps` does not give the log-probabilities of the model's own
+    logits."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (25,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [
+        Row(ids[:5], [ids[5:9], ids[9:15]], [[True] * 4, [True] * 6], {}),
+        Row(ids[15:18], [ids[18:]], [[True] * 7], {}),
+    ]
+    (padded, target), (packed, _) = pad(rows, device), pack(rows, device)
+
+    def hidden_states(batch):
+        return model.base_model(**batch["inputs"]).last_hidden_state.flatten(0, 1)[batch["source"]].float()
+
+    model.eval()
+    for kind in dict.fromkeys((torch.float32, dtype)):  # float32 shows small differences, bfloat16 has FlashAttention
+        is_float32 = kind == torch.float32
+        model.set_attn_implementation("eager")
+        with torch.autocast(device.type, kind, enabled=not is_float32), short_windows(model):
+            theirs = hidden_states(padded)
+            if hasattr(model, "token_logps"):
+                is_known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
+                if is_known:
+                    logits = model(**padded["inputs"]).logits.flatten(0, 1)[padded["source"]].float()
+                    own = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+                    gap = (model.token_logps(**padded, target=target)[0] - own).abs().max()
+                if not is_known or not gap < (1e-3 if is_float32 else 0.1):
+                    fail(f"{name}: the output layer of {type(model).__name__} does more than this script knows")
+            try:
+                model.set_attn_implementation("packed_rows")
+                difference = (hidden_states(packed) - theirs).norm() / theirs.norm()
+                model.packs, why = bool(difference < (1e-3 if is_float32 else 0.05)), f"difference {difference:.1g}"
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, TypeError, RuntimeError, ValueError) as e:
+                model.packs, why = False, f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        if not model.packs:
+            break
+    if not model.packs:
+        model.set_attn_implementation("eager")
+        print0(f"note: {type(model).__name__} cannot follow packed rows ({why}); they are padded, which is slower")
 
 
-def scheduled(args, step: int, steps: int) -> float:
-    """The share of the peak learning rate at a step (counted from 0): linear warm-up, then cosine to a tenth, linear to 0, or constant."""
-    warmup = max(1, round(args.warmup_ratio * steps))
-    done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
-    after = dict(cosine=0.55 + 0.45 * math.cos(math.pi * done), linear=1 - done, constant=1.0)[args.lr_schedule]
-    return min(1.0, (step + 1) / warmup) * after
+# ---- runs: ranks, the output directory, checkpoints, metrics
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RECEIVED = []  # the signals that asked this process to stop
+RUN_DATE = [datetime.now()]  # what chat templates write as the date: that of the run's start, also after --resume
+for library in (transformers.utils.logging, datasets.utils.logging):  # they would break up the script's own lines
+    library.disable_progress_bar()
+    library.set_verbosity(50)  # critical
 
 
-@lru_cache(2)
-def shuffled(n: int, epoch: int, seed: int) -> list:
-    """The order of an epoch: a pure function of seed and epoch, so that a resumed run finds its place."""
-    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
+def print0(*text):
+    """Prints on the first rank."""
+    if RANK == 0:
+        print(*text, flush=True)
 
 
-def pick(n: int, size: int, step: int, seed: int) -> list:
-    """The numbers of the rows of a step (counted from 0)."""
-    epoch, at = divmod(step, math.ceil(n / size))
-    return shuffled(n, epoch, seed)[at * size : (at + 1) * size]
+def setup_distributed(args) -> tuple:
+    """This rank's device and the dtype of the computation; joins the other ranks."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    elif torch.version.cuda:
+        print0("note: this build of torch has CUDA but finds no device (is the driver too old?); training on the CPU")
+    is_bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    if WORLD > 1 or dtype == torch.bfloat16:  # FSDP's mixed precision, for one rank as for many
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if WORLD == 1 else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2), **alone)
+    torch.manual_seed(args.seed)
+    return device, dtype
 
 
-def micro_batches(rows: list, limit: int, device, together: bool = True) -> list:
-    """This rank's rows, neighbours of one shape, in forwards of at most `limit` tokens (a longer row goes alone): lists of row numbers,
-    equally many on every rank."""
-    groups, total = [], limit  # full, so that the first row opens a group
-    for i in sorted(range(len(rows)), key=lambda i: shape(rows[i])):
-        size = len(rows[i].prompt) + sum(map(len, rows[i].responses))
-        if total + size > limit or not together:
-            groups.append([])
-            total = 0
-        groups[-1].append(i)
-        total += size
-    if WORLD > 1:
-        most = torch.tensor(len(groups), device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        groups += [[] for _ in range(int(most) - len(groups))]
-    return groups
-
-
-def packed(rows: list, limit: int, device, together: bool = True):
-    """For each forward: the row numbers, and the forwards and targets of `pack`. A rank that has no rows left gets a spare row and no
-    numbers, so that all ranks make equally many forwards."""
-    for group in micro_batches(rows, limit, device, together):
-        yield group, *pack([rows[i] for i in group] or [Row([0], [[0]])], device, together)
-
-
-def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+def over_ranks(values, op=dist.ReduceOp.SUM):
     """The sum (or maximum) over all ranks."""
     if WORLD > 1:
         dist.all_reduce(values, op)
     return values
 
 
-def hold_out(rows: list, fraction: float, seed: int, by_prompt: bool = True) -> list:
-    """Takes a random share of the prompts, with all their rows, out of the list and returns these; or of the rows, whatever their prompts."""
-    keys = [tuple(row.prompt) if by_prompt else i for i, row in enumerate(rows)]
-    every = list(dict.fromkeys(keys))
-    held = {every[i] for i in random.Random(seed).sample(range(len(every)), min(len(every) - 1, round(fraction * len(every))))}
-    out = [row for key, row in zip(keys, rows) if key in held]
-    rows[:] = [row for key, row in zip(keys, rows) if key not in held]
-    return out
+def add_scalars(sums: dict, logged: dict, weight: float):
+    """Adds weighted scalars to running sums, by name; they stay on the device."""
+    for name, value in logged.items():
+        sums[name] = sums.get(name, 0) + weight * value.detach()
 
 
-def fingerprint(name: str) -> str:
-    """Of a file or directory: names, sizes, and the content (of large files: both ends); a hub id stands for itself."""
-    path, digest, kinds = Path(name), hashlib.sha256(), (".json", ".jinja", ".safetensors", ".arrow", ".parquet")
-    inside = [f for f in path.rglob("*") if f.suffix in kinds and not f.relative_to(path).parts[0].startswith(("checkpoint-", "saving", "value"))]
-    for file in [path] if path.is_file() else sorted(inside):
-        if file.name not in ("args.json", "report.json"):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as f:
-                digest.update(f.read(2**24))
-                f.seek(max(f.tell(), size - 2**24))
-                digest.update(f.read())
-    return digest.hexdigest()[:16] if path.exists() else "hub"
+def sum_over_ranks(sums: dict) -> dict:
+    """The sums over all ranks as numbers, with one synchronisation for all."""
+    return dict(zip(sums, over_ranks(torch.stack([*sums.values()])).tolist()))
 
 
-def check_numbers(args):
-    """Numbers out of range are refused before anything is read."""
-    counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
-    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples", "sample_tokens")
-    counts += ("n", "judgements", "rounds", "turns", "judge_parallel", "judge_max_tokens")
-    shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight", "clamp", "min_mass")
-    signed = ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight", "min_reward")
-    trains = hasattr(args, "learning_rate")  # a policy to be trained needs a chance for every token
+def check_numbers(args, above_zero: tuple = (), at_most_one: tuple = (), signed: tuple = ()):
+    """Fails on a number that is out of range. Counts are at least 1, shares at most 1, others at least 0 unless they
+    are signed."""
+    counts = {"epochs", "batch_size", "tokens_per_forward", "max_length"}
+    counts |= {"vocab_size", "hidden_size", "num_layers", "num_heads"}  # sft.py --from-scratch
     for name, value in asdict(args).items():
         needed = ""
         if isinstance(value, float) and not math.isfinite(value):
-            needed = "a number"
+            needed = "a finite number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0 or name == "temperature" and value == 0 and trains:
+        elif name in ("max_grad_norm", *above_zero) and value <= 0:
             needed = "above 0"
-        elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
-            needed = "at most 1" if value > 1 else "below 1"
+        elif name in ("warmup_ratio", *at_most_one) and value > 1:
+            needed = "at most 1"
+        elif name == "eval_fraction" and value >= 1:
+            needed = "below 1"
         elif isinstance(value, (int, float)) and value < 0 and name not in signed:
             needed = "0 or more"
         if needed:
-            refuse(f"--{name.replace('_', '-')} {value}: must be {needed}")
+            fail(f"--{name.replace('_', '-')} {value}: must be {needed}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs wandb, which is not installed (pip install wandb)")
 
 
-def begin(args, *more_free, **inputs):
-    """The output directory, the checkpoint to continue from or None, and what identifies the run. inputs: by option, all that is read;
-    more_free: options beyond the usual that do not change the result.
+def fingerprint(path: Path) -> str:
+    """Names and sizes of a file, or of a directory's files without those of the run that wrote it, and a hash of both
+    ends of each."""
+    digest, files = hashlib.sha256(), [path]
+    if path.is_dir():
+        parts = lambda file: file.relative_to(path).parts
+        is_input = lambda file: (
+            not RUN_FILES & {*parts(file)} and not parts(file)[0].startswith(("checkpoint-", "saving"))
+        )
+        files = sorted(file for file in path.rglob("*") if file.is_file() and is_input(file))
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            digest.update(f"{file.name} {size}".encode() + f.read(2**24))
+            f.seek(max(f.tell(), size - 2**24))
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
 
-    Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
-    check_numbers(args)
-    if asdict(args).get("track"):
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            refuse("--track: needs wandb, which is not installed (pip install wandb)")
-    out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
-    free += ("gradient_checkpointing", "show", "show_every", "sample_tokens", *more_free)
-    plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
-    plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
-    if RANK == 0:  # one rank looks, so that all see the same
-        file, before = out / "args.json", None
-        steps = [int(d.name.split("-")[1]) for d in out.glob("checkpoint-*") if d.name.split("-")[1].isdigit()]
-        try:
-            before = json.loads(file.read_text()) if args.resume and file.exists() else None
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            error = f"--output-dir {out}: cannot be used ({e.strerror}); choose another"
-        except ValueError:
-            error = f"{file}: is damaged, so that nothing can be resumed; choose another --output-dir, or --overwrite without --resume"
-        inside = [k for k, v in inputs.items() if v and (out.resolve() == Path(v).resolve() or out.resolve() in Path(v).resolve().parents)]
-        if inside and not error:
-            error = f"--output-dir {out}: holds what --{inside[0].split()[0].replace('_', '-')} reads; choose another"
-        elif args.resume and before and not error:
-            old = {k: v for k, v in before.get("plan", {}).items() if k not in free}
-            changed = [f"{k} was {old.get(k)!r} and is {plan.get(k)!r}" for k in sorted({*old, *plan}) if old.get(k) != plan.get(k)]
+
+RUN_FILES = {"args.json", "metrics.jsonl", "curves.png", "report.json", "test_time.png", "value", "wandb"}
+# options that change no result
+FREE_OPTIONS = {
+    "resume",
+    "overwrite",
+    "track",
+    "output_dir",
+    "save_every",
+    "tokens_per_forward",
+    "sample_tokens",
+    "gradient_checkpointing",
+}
+
+
+def open_run(args, *inputs) -> tuple:
+    """The output directory, the checkpoint to resume from or None, and the run's signature: its arguments and
+    fingerprints of its inputs.
+
+    Ends the program where a finished run of the same arguments stands. Two runs, or a run and its inputs, are never
+    mixed in a directory."""
+    out, error, last, signature, date = Path(args.output_dir), None, None, None, RUN_DATE[0]
+    if RANK == 0:  # one rank looks, so that all do the same
+        with user_input(f"--output-dir {out}: cannot be used"):
+            paths = [Path(split_name(name)[0]) for name in inputs if name]
+            files = [path for path in paths if path.exists()]
+            signature = {k: v for k, v in asdict(args).items() if k not in FREE_OPTIONS}
+            signature |= {f"content of {file}": fingerprint(file) for file in files}
+            signature = json.loads(json.dumps(signature))  # tuples become lists, as in the file
+            record = out / "args.json"
+            before = json.loads(record.read_text()) if args.resume and record.exists() else None
+            is_used = out.exists() and any(file.suffix != ".part" for file in out.iterdir())  # a write that was killed
+        checkpoints = [d for d in out.glob("checkpoint-*") if d.name[11:].isdigit()]
+        if any(out.resolve() in (file.resolve(), *file.resolve().parents) for file in files):
+            error = f"--output-dir {out}: holds what the run reads; choose another"
+        elif before:
+            old = before.get("signature", {})
+            names = sorted(name for name in {*old, *signature} if old.get(name) != signature.get(name))
+            changed = "; ".join(f"{name} was {old.get(name)!r} and is {signature.get(name)!r}" for name in names)
             if changed:
-                changed = "; ".join(changed)[:500]
-                error = f"--resume: {out} holds another run ({changed}); choose another --output-dir, or --overwrite without --resume"
-            finished = before["finished"]
-            last = str(out / f"checkpoint-{max(steps)}") if steps else None
-        elif not error and not args.overwrite and any(f.suffix != ".part" for f in out.iterdir()):  # .part: a write that was killed
-            error = f"--output-dir {out}: not empty; choose another, --resume a run that stands there, or --overwrite it"
+                error = f"--resume: {out} holds another run ({changed[:500]}); choose another --output-dir"
+            date = datetime.fromisoformat(before.get("date", date.isoformat()))
+            last = str(max(checkpoints, key=lambda d: int(d.name[11:]))) if checkpoints else None
+            last = "finished" if before["finished"] else last
+        elif is_used and not args.overwrite:
+            what = "is not empty, and holds no args.json to resume from" if args.resume else "is not empty"
+            error = f"--output-dir {out}: {what}; choose another, --resume a run that stands there, or --overwrite it"
     if WORLD > 1:
-        error, finished, last = broadcast([error, finished, last])
-        if not error and not out.exists():
-            error = f"--output-dir {out}: rank {RANK} does not see it; choose one on a disk that all nodes share"
+        shared = [error, last, signature, date]
+        dist.broadcast_object_list(shared)
+        error, last, signature, date = shared
     if error:
-        refuse(error)
-    if finished:
-        say(f"{out}: finished already with the same arguments and data; nothing to do")
+        fail(error)
+    if last == "finished":
+        print0(f"{out}: finished already with the same arguments and data; nothing to do")
         sys.exit(0)
-    return out, Path(last) if last else None, plan
+    RUN_DATE[0] = date
+    print0(f"{Path(__file__).name}: loading {', '.join(dict.fromkeys(name for name in inputs if name))}")
+    return out, Path(last) if last else None, signature
 
 
-def broadcast(values: list) -> list:
-    """The first rank's values, on every rank."""
-    dist.broadcast_object_list(values)
-    return values
-
-
-def claim(args, out: Path, plan: dict):
-    """Clear the output directory for a new run and leave args.json there: enough to say where a checkpoint comes from and to run it again.
-
-    Called when all input has been read and found good. An older model stays until the new one takes its place."""
+def clear_run(args, out: Path, signature: dict):
+    """Removes what an earlier run wrote and writes args.json. Call it when all input has been read. An older model
+    stays until the new one is saved."""
     if RANK == 0:
-        for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
-            shutil.rmtree(stale)
-        for stale in ("metrics.jsonl", "report.json", "test_time.png"):  # of whichever script ran here before
-            (out / stale).unlink(missing_ok=True)
-        machine = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
-        machine |= dict(ranks=WORLD, threads=torch.get_num_threads())
-        write_json(out / "args.json", dict(script=Path(__file__).name, finished=False, args=asdict(args), plan=plan) | machine)
-
-
-@contextmanager
-def writing(path: Path):
-    """What the disk does not take ends the run in one sentence."""
-    try:
-        yield
-    except Exception as e:  # safetensors, torch and the system each have their own
-        print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"{path}: cannot be written ({reason(e)}); what was saved before stands; mend that (is the disk full?), then go on with --resume")
+        with user_input(f"--output-dir {out}: cannot be written"):
+            out.mkdir(parents=True, exist_ok=True)
+            for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
+                shutil.rmtree(stale)
+            for stale in ("metrics.jsonl", "report.json", "test_time.png"):
+                (out / stale).unlink(missing_ok=True)
+            versions = dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD)
+            record = dict(
+                script=Path(__file__).name, finished=False, date=RUN_DATE[0].isoformat(), args=asdict(args), **versions
+            )
+            write_json(out / "args.json", record | dict(signature=signature))
+    if WORLD > 1:
+        dist.barrier()
+        if not out.exists():
+            fail(f"--output-dir {out}: rank {RANK} does not see it; choose one on a disk that all nodes share")
 
 
 def write_json(path: Path, value):
-    """Written beside and renamed, so that the file is never half there."""
+    """Writes a file beside its place and renames it, so that it is never half there."""
     part = path.with_name(path.name + ".part")
-    with writing(path):
-        part.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(part, path)
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
 
 
-def write_model(directory: Path, model, tokenizer, dtype):
-    """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every stop token."""
+def peak_memory(device) -> int:
+    """Peak memory of this process in MB: the device's, or on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+# ---- training: the optimiser's step, signals, checkpoints, metrics, the finished model
+
+
+def make_optimizer(model, args):
+    """AdamW; matrices decay, vectors (norms, biases) do not. Make it before the first forward, after which FSDP's root
+    holds gathered weights."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def check_first_step(name: str, value: float, theory: float, dtype, scale: float):
+    """Fails where a value is not what theory says before the first update: then two forward passes differ."""
+    if not abs(value - theory) < (1e-4 if dtype == torch.float32 else 0.05) * scale:
+        fail(f"{name} is {value:.4f} before the first update, not {theory:.4f}: this model's forward pass is wrong")
+
+
+def take_step(model, optimizer, args, step: int, steps: int, peak_rate: float | None = None) -> tuple:
+    """One clipped step on the gradients at hand; returns the gradients' norm, and the learning rate that the schedule
+    makes of its peak (--learning-rate unless another one is given)."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not math.isfinite(norm):
+        fail(f"step {step + 1}: the norm of the gradients is {norm}; lower --learning-rate, or try --dtype float32")
+    warmup = max(1, round(args.warmup_ratio * steps))
+    done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    # the cosine falls from 1 to 0.1
+    decay = dict(cosine=0.55 + 0.45 * math.cos(math.pi * done), linear=1 - done, constant=1.0)[args.lr_schedule]
+    peak_rate = args.learning_rate if peak_rate is None else peak_rate
+    learning_rate = peak_rate * (min(1.0, (step + 1) / warmup) * decay)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm, learning_rate
+
+
+def announce(models: list, args, work: str, device, dtype):
+    """Prints the run in two lines. A parameter takes 16 bytes: weight, gradient, and AdamW's two moments."""
+    count, limit = sum(p.numel() for model in models for p in model.parameters()), args.tokens_per_forward
+    names = " and ".join(type(model).__name__ for model in models)
+    print0(f"model: {names}, {count / 1e6:.2f} M parameters, {16 * count >> 20} MB with AdamW")
+    print0(f"training: {work}, at most {limit} tokens a forward, on {WORLD} x {device.type} in {str(dtype)[6:]}")
+
+
+def catch_signals():
+    """From now on SIGTERM and Ctrl-C let the step end, save and stop; a second one ends the program at once."""
+
+    def note(number, frame):
+        RECEIVED.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    if __name__ == "__main__":  # a program that imports the script handles its own signals
+        signal.signal(signal.SIGTERM, note)
+        signal.signal(signal.SIGINT, note)
+
+
+def is_due(every: int, done: int, steps: int) -> bool:
+    """Whether something that happens every so many steps (0: only at the end) happens after this one."""
+    return done == steps or every > 0 and done % every == 0
+
+
+def should_save(args, done: int, steps: int, device) -> bool:
+    """Whether to save after so many steps: because of --save-every, or because a signal asked any rank to stop
+    (args.stopping)."""
+    args.stopping = bool(over_ranks(torch.tensor(len(RECEIVED), device=device)))
+    return done < steps and (args.stopping or args.save_every > 0 and done % args.save_every == 0)
+
+
+def save_model(directory: Path, model, tokenizer, dtype):
+    """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every
+    stop token."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp.get_model_state_dict(model, options=options) if dist.is_initialized() else model.state_dict()
     for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
         weights.pop(tied, None)
-    if RANK == 0:
-        config, before = model.config, (model.config.dtype, model.config._attn_implementation)
-        config.dtype, config._attn_implementation = dtype, None
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-            generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))})
-            generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
-            generation.do_sample = True  # without it, a temperature or top-p that the parent stored would be refused
-        weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
-        with writing(directory):
-            model.save_pretrained(directory, state_dict=weights)
-            tokenizer.save_pretrained(directory)
-            saved = json.loads((directory / "config.json").read_text())  # where save_pretrained has written the dtype of the training
-            (directory / "config.json").write_text(json.dumps(saved | dict(dtype=str(dtype).removeprefix("torch.")), indent=2) + "\n")
-        config.dtype, config._attn_implementation = before
+    if RANK > 0:
+        return
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+        generation.eos_token_id = sorted(
+            {*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))}
+        )
+        generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
+        if generation.temperature == 0:  # greedy, which transformers writes as do_sample false alone
+            generation.temperature = None
+        sampling = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+        if any(getattr(generation, field, None) is not None for field in sampling):
+            generation.do_sample = True  # without it save_pretrained refuses such a setting
+    config, before = model.config, (model.config.dtype, model.config._attn_implementation)
+    config.dtype, config._attn_implementation = dtype, None
+    model.save_pretrained(
+        directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+    )
+    config.dtype, config._attn_implementation = before
+    # save_pretrained has written the dtype of the training there
+    saved = json.loads((directory / "config.json").read_text())
+    write_json(directory / "config.json", saved | dict(dtype=str(dtype).removeprefix("torch.")))
+    save_tokenizer(tokenizer, directory)
 
 
-def catch_signals():
-    """From now on SIGTERM and Ctrl-C let the step come to its end, save and stop; a second one ends the program at once."""
+def save_checkpoint(args, directory: Path, models: dict, optimizers: dict, state: dict):
+    """checkpoint-N/: loadable models with the training state beside them, written elsewhere and then renamed.
 
-    def note(number, frame):
-        STOP["signal"] = number
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT) if __name__ == "__main__" else ():  # imported, the script leaves them alone
-        signal.signal(number, note)
-
-
-def due(args, done: int, steps: int, device) -> bool:
-    """Whether to save after so many steps of all: because of --save-every, or because a signal asks any rank to stop."""
-    STOP["agreed"] = bool(over_ranks(torch.tensor(float(STOP["signal"] > 0), device=device)))
-    return done < steps and (STOP["agreed"] or args.save_every > 0 and done % args.save_every == 0)
-
-
-def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **state):
-    """checkpoint-N/: loadable models and the training state beside them, written elsewhere, synced, and then given its name.
-
-    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers and lists."""
-    part = out / f"saving-{step}"
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers,
+    lists, tensors."""
+    part, options = directory.with_name("saving"), dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     for model, _ in models.values():
-        getattr(model, "reshard", lambda: None)()  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
+        if hasattr(model, "reshard"):  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
+            model.reshard()
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)  # what a killed save left
-    # an optimiser that has made no step has no state, and to be asked for it would make it take one
-    moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items() if o.state}
-    rng = [dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)]
-    if WORLD > 1:
-        everyone = [None] * WORLD
-        dist.all_gather_object(everyone, rng[0])
-        rng = everyone
-    for name, (model, tokenizer) in models.items():
-        write_model(part / name, model, tokenizer, torch.float32)
-    if RANK == 0:
-        stored = {name: str(model.stored).removeprefix("torch.") for name, (model, _) in models.items()}  # for the final save; here all is float32
-        with writing(part):
-            torch.save(dict(state, step=step, optimizers=moments, rng=rng, stored=stored), part / "state.pt")
-            for file in (*part.rglob("*"), part):  # directories hold the names, so they are synced too
-                number = os.open(file, os.O_RDONLY)
-                os.fsync(number)
-                os.close(number)
-            os.replace(part, out / f"checkpoint-{step}")
+    # an optimiser that has made no step has no state, and would make a step to get one
+    moments = {
+        k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items() if o.state
+    }
+    with user_input(
+        f"{directory}: cannot be written; what was saved before stands; make room, then continue with --resume"
+    ):
+        for name, (model, tokenizer) in models.items():
+            save_model(part / name, model, tokenizer, torch.float32)
+        if RANK == 0:
+            dtypes = {name: str(model.stored_dtype).removeprefix("torch.") for name, (model, _) in models.items()}
+            torch.save(state | dict(optimizers=moments, dtypes=dtypes), part / "state.pt")
+            os.replace(part, directory)
     if WORLD > 1:
         dist.barrier()
-    if STOP["agreed"]:
-        say(f"stopped after step {step}, as asked; the same command with --resume goes on")
-        sys.exit(128 + (STOP["signal"] or signal.SIGTERM))
+    if args.stopping:
+        print0(f"\nstopped after step {state['step']}, as asked; the same command with --resume continues")
+        sys.exit(128 + (RECEIVED or [signal.SIGTERM])[0])
 
 
 def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     """The training state of a checkpoint whose models are loaded already; cuts metrics.jsonl back to its step."""
     state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
-    for name, moments in state["optimizers"].items():
-        dcp.set_optimizer_state_dict(models[name][0], optimizers[name], moments, options=dcp.StateDictOptions(full_state_dict=True))
-    for name, stored in state["stored"].items():
-        models[name][0].stored = getattr(torch, stored)
-    rng = state["rng"][RANK % len(state["rng"])]
-    torch.set_rng_state(rng["cpu"])
-    if rng["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
+    for name, moments in state.pop("optimizers").items():
+        options = dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_optimizer_state_dict(models[name][0], optimizers[name], moments, options=options)
+    for name, dtype in state.pop("dtypes").items():
+        models[name][0].stored_dtype = getattr(torch, dtype)
     if RANK == 0:
         log = directory.parent / "metrics.jsonl"
-        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-        log.with_suffix(".part").write_text("".join(lines))
+        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
+        log.with_suffix(".part").write_text(
+            "".join(line for line in lines if json.loads(line)["step"] <= state["step"])
+        )
         os.replace(log.with_suffix(".part"), log)
-    say(f"resuming {directory.parent} after step {state['step']}")
+    print0(f"resuming {directory.parent} after step {state['step']}")
     return state
 
 
-def finish(out: Path, models: dict, curves: list):
-    """The models in their places, each file renamed into it whole; the picture; then args.json says that the run is finished."""
-    part = out / "saving"
-    if RANK == 0:
-        shutil.rmtree(part, ignore_errors=True)  # what a killed save left
-    for name, (model, tokenizer) in models.items():
-        write_model(part / name, model, tokenizer, model.stored)
-    if RANK == 0:
-        for name in sorted(models, reverse=True):  # subdirectories first
-            (out / name).mkdir(exist_ok=True)
-            written = [file for file in (part / name).iterdir() if file.is_file()]
-            for file in written:
-                os.replace(file, out / name / file.name)
-            for stale in {*(out / name).glob("*.safetensors*")} - {out / name / file.name for file in written}:
-                stale.unlink()
-        shutil.rmtree(part)
-        if curves:
-            draw(out, curves)
-        write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
+@lru_cache(4)
+def epoch_order(n: int, epoch: int, seed: int) -> list:
+    """The order of an epoch: a pure function of seed and epoch, so that a resumed run finds its place."""
+    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
 
 
-def refuse_unless_finite(loss, step: int, look_at: str):
-    """A loss that is not a number ends the run."""
-    if not torch.isfinite(loss):
-        print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"step {step + 1}: the loss is {loss.item()}; lower the learning rate, or look at {look_at}")
+def batch_rows(rows: list, args, step: int, size: int = 0) -> list:
+    """The rows of a step, counted from 0: --batch-size of them unless a size is given."""
+    size = size or args.batch_size
+    epoch, at = divmod(step, math.ceil(len(rows) / size))
+    return [rows[i] for i in epoch_order(len(rows), epoch, args.seed)[at * size : (at + 1) * size]]
 
 
-def announce(models: list, source: str, device, dtype, work: str):
-    """The run in two lines: what is trained, and how. A parameter takes 16 bytes: weight, gradient, two moments."""
-    parameters = sum(p.numel() for model in models for p in model.parameters())
-    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW over all ranks")
-    say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
+def progress(name: str, first: int, steps: int):
+    """The steps of the training loop, with a progress bar on a terminal; elsewhere `log_metrics` prints lines."""
+    disable = RANK > 0 or not sys.stderr.isatty()
+    return tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=disable)
 
 
-def log(args, out: Path, metrics: dict):
-    """One flushed line of metrics.jsonl, and wandb."""
-    if RANK == 0:
-        with writing(out / "metrics.jsonl"), (out / "metrics.jsonl").open("a") as f:
-            f.write(json.dumps(metrics) + "\n")
-        if args.track:
-            import wandb
-
-            if wandb.run is None:
-                wandb.init(project=args.wandb_project, name=args.run_name or args.output_dir, config=asdict(args), dir=str(out))
-            wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
-
-
-def peak_memory(device) -> int:
-    """Peak memory of this process in MB: the device's, or on CPU the resident set."""
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) >> 20
-
-
-def draw(out: Path, keys: list):
-    """curves.png from metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-    figure, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3), layout="constrained", squeeze=False)
-    for axis, key in zip(axes[0], keys):
-        for name, style in ((key, "-"), (f"eval_{key}", "o")):
-            points = [(m["step"], m[name]) for m in lines if m.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points), style, label=name)
-        axis.set(title=key, xlabel="step")
-        axis.legend()
-    figure.savefig(out / "curves.part.png", dpi=120)
-    os.replace(out / "curves.part.png", out / "curves.png")
-    plt.close(figure)
-
-
-def sample_answers(model, rows: list, numbers, stops: list, limit: int, temperature: float, top_p: float):
-    """`sample` for rows, neighbours in length together, at most `limit` tokens in the cache at a time. Returns its three lists; with top_p 1
-    the third holds None for each answer."""
-    n, device = len(numbers) // max(1, len(rows)), model.device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    longest = max((len(row.prompt) for row in rows), default=0) + numbers.shape[1]
-    room, found = max(1, limit // (longest or 1)), [None] * len(numbers)  # answers at a time
-    size, few = max(1, room // (n or 1)), min(n, room)  # prompts, and answers to each
-    model.eval()
-    with gathered(model):
-        for part in (order[i : i + size] for i in range(0, len(order), size)):
-            for first in range(0, n, few):
-                slots = [i * n + k for i in part for k in range(first, min(n, first + few))]
-                tokens, logps, kept = sample(model, [rows[i].prompt for i in part], numbers[slots].to(device), stops, temperature, top_p)
-                for slot, *answer in zip(slots, tokens, logps, kept or [None] * len(slots)):
-                    found[slot] = answer
-    model.train()
-    return [list(x) for x in zip(*found)] or [[], [], []]
-
-
-def response_logps(model, rows: list, kept: list, args, device):
-    """Log-probabilities and entropies of the answers' tokens, by row, under the distribution that was sampled from."""
-    logps, entropies = [None] * len(rows), [None] * len(rows)
-    for group, forwards, target in packed(rows, args.tokens_per_forward, device, model.together):
-        parts = model.token_logps(forwards, target, args.temperature, nuclei(kept, group))
-        lengths = [sum(map(len, rows[i].responses)) for i in group] or [len(target)]
-        for i, logp, entropy in zip(group, parts[0].split(lengths), parts[1].split(lengths)):
-            logps[i], entropies[i] = logp, entropy
-    return logps, entropies
-
-
-def nuclei(kept: list, numbers: list):
-    """The kept ids of every token of these rows, one after the other, or None where sampling kept everything."""
-    return [ids for i in numbers for ids in kept[i]] if numbers and kept[numbers[0]] is not None else None
-
-
-def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
-    """The places, of n, of each update: every pass over the batch in an order of its own, cut into parts of nearly equal size."""
-    parts = max(1, min(parts, n))  # none is empty
-    for i in range(passes):
-        order = shuffled(n, step * passes + i, seed)
-        cuts = [round(k * n / parts) for k in range(parts + 1)]
-        yield from (order[a:b] for a, b in zip(cuts, cuts[1:]))
-
-
-def show(rows: list, texts: list, named: dict, count: int = 3):
-    """A small table of samples and their rewards."""
-    for i in range(min(count, len(rows))):
-        prompt = rows[i].extra["prompt"]
-        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        rewards = ", ".join(f"{k} {float(v[i]):+.2f}" for k, v in named.items() if not math.isnan(v[i]))
-        text = texts[i] if len(texts[i]) <= 140 else f"{texts[i][:60]} ... {texts[i][-80:]}"
-        tqdm.write(f"  {prompt[-60:]!r} -> {text!r}   {rewards}")
-
-
-# --------------------------------------------------------------------------------------------------- this script's own plumbing
-
-
-def as_written(tokenizer, rows: list, answers: list, stops: list) -> list:
-    """Answers as text, with the tags of the thinking (also one that the chat template has opened), without stop and other special tokens."""
-    others, texts = [t for t in special_tokens(tokenizer).values() if t not in ("<think>", "</think>")], []
-    for row, ids in zip(rows, answers):
-        goes_on = isinstance(row.extra["prompt"], str) or row.extra["prompt"][-1]["role"] == "assistant"
-        before = row.prompt[-1:] if goes_on else []  # SentencePiece drops the space before a text's first word
-        text = tokenizer.decode(before + (ids[:-1] if ids and ids[-1] in stops else ids))[len(tokenizer.decode(before)) :]
-        for other in others:
-            text = text.replace(other, "")
-        opened = tokenizer.decode(row.prompt[-16:]).rstrip().endswith("<think>")
-        texts.append("<think>" * opened + text)
-    return texts
-
-
-def match_scores(how: str, device, rows: list, texts: list) -> torch.Tensor:
-    """1 for the answer that the column `answer` holds, else 0 [B]; NaN where it holds none."""
-    true = [None if row.extra.get("answer") is None else true_answer(row.extra["answer"]) for row in rows]
-    return torch.tensor([math.nan if t is None else float(canonical(found_answer(x, how)) == t) for t, x in zip(true, texts)], device=device)
-
-
-def all_rewards(rewards: dict, args, rows: list, texts: list, device):
-    """The weighted sum [B] of all rewards, and each by name. Only the format is judged with the thinking; all else reads what comes after."""
-    answers = []
-    for row, text in zip(rows, texts):
-        prompt, answer = row.extra["prompt"], after_thinking(text).rstrip()
-        goes_on = isinstance(prompt, str) or prompt[-1]["role"] == "assistant"  # then the space before its first word is part of it
-        answers.append(answer if goes_on else answer.lstrip())
-    named = total_reward(rewards, rows, answers)[1] if rewards else {}
-    weights = {name: weight for name, (weight, _) in rewards.items()}
-    if args.format_weight:
-        named["format"], weights["format"] = torch.tensor([float(well_formed(text)) for text in texts], device=device), args.format_weight
-    return sum(weights[name] * x.nan_to_num(0.0) for name, x in named.items()), named
-
-
-def cut_into_steps(tokenizer, row: Row, ids: list, stops: list, separator: str):
-    """The texts of an answer as it stands at the end of each step, its thinking being part of the first; and the tokens of each step."""
-    write = lambda n: as_written(tokenizer, [row], [ids[:n]], stops)[0]
-    whole = write(len(ids))
-    ends = [m.end() for m in re.finditer(f"(?:{re.escape(separator)})+", whole) if after_thinking(whole[: m.end()]).strip()]
-    ends = [end for end in ends if whole[end:].strip()] + [len(whole)]
-    body = ids[:-1] if ids and ids[-1] in stops else ids  # the stop token is not in the text
-    sizes = list(accumulate(map(len, tokenizer.batch_decode([[token] for token in body]))))  # of most tokenizers' texts, token by token
-    if sizes[-1:] != [len(whole)]:  # characters of several tokens, a tag opened by the template: decode every beginning
-        sizes = [len(write(n)) for n in range(1, len(body) + 1)]
-    cuts = [bisect.bisect_left(sizes, end) + 1 for end in ends[:-1]] + [len(ids)]
-    return [whole[:end] for end in ends], [b - a for a, b in zip([0, *cuts], cuts)]
-
-
-def process_advantages(rewards: dict, tokenizer, rows: list, stops: list, args, device) -> list:
-    """Process supervision: for each row, which is a group, the advantages of its tokens [T], answer after answer.
-
-    The steps of all groups are scored at once: ranks may have unequally many groups, and must call a sharded reward model equally often."""
-    groups = [[cut_into_steps(tokenizer, row, ids, stops, args.step_separator) for ids in row.responses] for row in rows]
-    counts = [[len(texts) for texts, _ in steps] for steps in groups]
-    asked = [row for row, own in zip(rows, counts) for _ in range(sum(own))]
-    total, _ = all_rewards(rewards, args, asked, [text for steps in groups for texts, _ in steps for text in texts], device)
-    advantages = []
-    for steps, own, scores in zip(groups, counts, total.split(list(map(sum, counts)))):
-        by_step = torch.cat(step_advantages(list(scores.split(own)), args.scale))
-        advantages.append(by_step.repeat_interleave(torch.tensor([n for _, lengths in steps for n in lengths], device=device)))
-    return advantages
-
-
-def fitting(row: Row, answers: list, limit: int) -> list:
-    """Some answers of a group, in lists that fit one forward of so many tokens with their prompt (a longer answer goes alone)."""
-    lists, size = [], 0
-    for k in answers:
-        if not lists or size + len(row.responses[k]) > limit:
-            lists.append([])
-            size = len(row.prompt)
-        lists[-1].append(k)
-        size += len(row.responses[k])
-    return lists
-
-
-def thinking_length(tokenizer, text: str, tokens: int) -> int:
-    """About how many of an answer's tokens are thinking."""
-    return max(0, tokens - len(tokenizer(after_thinking(text), add_special_tokens=False).input_ids)) if "<think>" in text else 0
-
-
-def correctness(args, named: dict):
-    """Which answers are right, 1 or 0, NaN where nothing says so: by --match, else by --rule (1 or more is right); None if there is neither."""
-    scores = named.get("match" if args.match else "rule")
-    return None if scores is None else torch.where(scores.isnan(), scores, (scores >= 1).float())
-
-
-@torch.no_grad()
-def evaluate_answers(policy, rewards: dict, held_out: list, tokenizer, stops: list, args, device) -> dict:
-    """Reward and length of --eval-samples answers to each held-out prompt; pass@k and majority@k for the powers of 2 up to so many."""
-    n, places = args.eval_samples, range(RANK, len(held_out), WORLD)
-    asked, ks = [held_out[p] for p in places], [2**i for i in range(n.bit_length())]
-    numbers = uniform_numbers(args.seed, -1, [p * n + k for p in places for k in range(n)], args.max_new_tokens)
-    tokens, *_ = sample_answers(policy, asked, numbers, stops, args.sample_tokens, args.temperature, args.top_p)
-    answered = [row for row in asked for _ in range(n)]
-    texts = as_written(tokenizer, answered, tokens, stops)
-    total, named = all_rewards(rewards, args, answered, texts, device)
-    right = correctness(args, named)
-    lengths = [[len(ids), thinking_length(tokenizer, text, len(ids))] for ids, text in zip(tokens, texts)]
-    sums = torch.cat([total.sum()[None], torch.tensor(lengths or [[0.0, 0.0]], device=device).sum(0)])
-    reward, length, thinking = (over_ranks(sums) / (len(held_out) * n)).tolist()
-    metrics = {"eval_reward": reward, "eval_completions/mean_length": length, "eval_completions/mean_thinking_length": thinking}
-    if right is None:
-        return metrics
-    counts = torch.zeros(1 + 2 * len(ks), device=device)
-    for i in range(len(asked)):
-        own = right[i * n : (i + 1) * n].tolist()
-        if not any(map(math.isnan, own)):
-            votes = [canonical(found_answer(t, args.match) if args.match else t) for t in map(after_thinking, texts[i * n : (i + 1) * n])]
-            found = [pass_at_k(int(sum(own)), n, k) for k in ks] + [majority_at_k(votes, own, k) for k in ks]
-            counts += torch.tensor([1.0, *found], device=device)
-    count, *shares = over_ranks(counts).tolist()
-    names = [f"eval_pass@{k}" for k in ks] + [f"eval_majority@{k}" for k in ks]
-    return metrics | {name: share / count for name, share in zip(names, shares) if count}
-
-
-@torch.no_grad()
-def accuracy_by_budget(policy, rewards: dict, held_out: list, tokenizer, stops: list, args, device) -> dict:
-    """Accuracy on held-out prompts when thinking is closed after so many tokens, if it has not ended by then, for each --thinking-budgets."""
-    places, accuracies = range(RANK, len(held_out), WORLD), {}
-    if not args.thinking_budgets:
-        return accuracies
-    asked = [held_out[p] for p in places]
-    numbers = uniform_numbers(args.seed, -2, list(places), args.max_new_tokens)
-    some = partial(sample_answers, policy, stops=stops, limit=args.sample_tokens, temperature=args.temperature, top_p=args.top_p)
-    whole = some(asked, numbers)[0]
-    for budget in args.thinking_budgets:
-        begun = [ids[:budget] for ids in whole]
-        texts = as_written(tokenizer, asked, begun, stops)
-        cut = [i for i, text in enumerate(texts) if "</think>" not in text and ("<think>" in text or not budget) and len(whole[i]) > budget]
-        for i in cut:
-            close = "</think>" if texts[i].endswith("<think>") else " </think>" if "<think>" in texts[i] else "<think> </think>"
-            begun[i] = begun[i] + tokenizer(close, add_special_tokens=False).input_ids
-        ends = some([asked[i]._replace(prompt=asked[i].prompt + begun[i]) for i in cut], numbers[cut, budget:])[0]
-        begun = [begun[i] + ends[cut.index(i)] if i in cut else whole[i] for i in range(len(asked))]
-        right = correctness(args, all_rewards(rewards, args, asked, as_written(tokenizer, asked, begun, stops), device)[1])
-        counts = torch.stack([right.nan_to_num(0.0).sum(), (~right.isnan()).sum().float()])
-        good, count = over_ranks(counts).tolist()
-        accuracies[budget] = good / max(1.0, count)
-    return accuracies
-
-
-def draw_test_time(out: Path, metrics: dict, budgets: dict):
-    """report.json and test_time.png: accuracy against votes and against thinking tokens."""
-    shares = {kind: {int(k.partition("@")[2]): v for k, v in metrics.items() if k.startswith(f"eval_{kind}@")} for kind in ("pass", "majority")}
-    if RANK > 0 or not shares["pass"]:
+def log_metrics(args, out: Path, metrics: dict, bar):
+    """Writes a line of metrics.jsonl and shows progress: on the bar, or, where there is no terminal, as a line every
+    half minute."""
+    if RANK > 0:
         return
-    write_json(out / "report.json", dict(shares, thinking_budget=budgets))
-    import matplotlib
+    names = ("loss", "reward", "objective/scores", "kl", "objective/kl", "rewards/accuracies", "accuracy")
+    names += ("mean_token_accuracy", "tokens_per_second")
+    shown = {
+        name: f"{metrics[name]:.3g}" for name in names if name in metrics and (metrics["step"] > 1 or name == "loss")
+    }
+    bar.set_postfix(shown, refresh=False)
+    if metrics["step"] == 1:
+        bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
+    if bar.disable and metrics["seconds"] - getattr(bar, "printed_at", 0.0) > 30:
+        bar.printed_at = metrics["seconds"]
+        print(f"step {metrics['step']} of {bar.total}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+    with user_input(f"{out}/metrics.jsonl: cannot be written"), (out / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps(metrics) + "\n")
+    if args.track:
+        import wandb
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [(shares, "answers")] + ([({"accuracy": budgets}, "thinking tokens allowed")] if budgets else [])
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained", squeeze=False)
-    for axis, (lines, label) in zip(axes[0], panels):
-        for name, points in lines.items():
-            axis.plot(list(points), list(points.values()), "o-", label=name)
-        axis.set(xlabel=label, ylabel="accuracy on held-out prompts")
-        axis.legend()
-    figure.savefig(out / "test_time.part.png", dpi=120)
-    os.replace(out / "test_time.part.png", out / "test_time.png")
-    plt.close(figure)
-
-
-def check_grpo(args):
-    """Contradictions, refused before anything is read."""
-    if args.reward_weights and len(args.reward_weights) != len(args.reward_model):
-        refuse(f"--reward-weights: {len(args.reward_weights)} weights for {len(args.reward_model)} reward models; give one for each")
-    if not (args.reward_model or args.rule or args.judge or args.match or args.format_weight):
-        refuse("nothing gives a reward: pass --match, --rule, --reward-model, --judge or --format-weight")
-    if args.rubric and not args.judge:
-        refuse("--rubric needs a --judge to apply it")
-    if args.num_generations < 2:
-        refuse("--num-generations 1: a group of one has no other answer to be compared with; use 2 or more")
-    if args.max_new_tokens >= args.max_length:
-        refuse(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}; lower it")
-    if args.overlong_cache > args.max_new_tokens:
-        refuse(f"--overlong-cache {args.overlong_cache}: must be at most --max-new-tokens, {args.max_new_tokens}")
-    if args.overlong_cache and args.step_separator:
-        refuse("--overlong-cache is a reward of whole answers, --step-separator gives one to each step; use one of the two")
-    budgets = args.thinking_budgets
-    if budgets and (min(budgets) < 0 or max(budgets) >= args.max_new_tokens or not (args.match or args.rule)):
-        refuse("--thinking-budgets: each must be from 0 to below --max-new-tokens, and --match or --rule must say which answers are right")
-    if (args.reference or args.reference_every or args.max_kl) and not args.kl_coef:
-        refuse("--kl-coef 0 has no reference, so that no KL is known; leave out --reference, --reference-every and --max-kl")
-    if args.match and args.match not in ("number", "boxed", "hash"):
-        try:
-            re.compile(args.match)
-        except re.error as e:
-            refuse(f"--match {args.match}: must be number, boxed, hash or a regular expression; as one it fails ({e})")
+        if wandb.run is None:
+            wandb.init(name=os.environ.get("WANDB_NAME", args.output_dir), config=asdict(args), dir=str(out))
+        wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
 
-def main(args: Args):
-    # 0. ranks, output, seed
-    check_grpo(args)
-    device, dtype = start_ranks(args.dtype)
-    reads = dict(model=args.model, reference=args.reference, dataset=args.dataset, eval_dataset=args.eval_dataset, condition=args.condition)
-    reads |= dict(judge=args.judge, rubric=args.rubric, rule=args.rule.rpartition(":")[0])
-    out, last, plan = begin(args, **reads, **{f"reward_model {i}": name for i, name in enumerate(args.reward_model)})
-    started = time.time()
-    torch.manual_seed(args.seed)
-
-    # 1. policy, reference (none without a KL), what rewards the policy, and prompts
-    source = str(last or args.model)
-    tokenizer = load_tokenizer(source)
-    policy = load_model(AutoModelForCausalLM, source, tokenizer, device, dtype)
-    check_head(policy, source, device)
-    if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(dict(use_reentrant=False))
-    policy = shard(policy, dtype, token_logps)
-    stops = all_stops(policy, tokenizer)
-    reference, its_tokenizer = None, tokenizer
-    if args.kl_coef:
-        refreshed = str(last / "reference") if last and (last / "reference").exists() else ""
-        reference, its_tokenizer = load_frozen(AutoModelForCausalLM, refreshed or args.reference or args.model, device, dtype, token_logps)
-    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        refuse(f"--reference {args.reference}: reads other tokens than --model, so that there is no KL between them")
-    if args.reference_every and [p.shape for p in reference.parameters()] != [p.shape for p in policy.parameters()]:
-        refuse(f"--reference-every: --reference {args.reference} is built otherwise than --model, and cannot become it")
-    rewards = load_rewards(args, device, dtype)
-    if args.match:
-        rewards["match"] = args.match_weight, partial(match_scores, args.match, device)
-    max_length = min(args.max_length, getattr(policy.config, "max_position_embeddings", args.max_length))
-    tags = tokenizer("<think> </think>", add_special_tokens=False).input_ids if args.thinking_budgets else []  # they end a thought that is cut off
-    encode_row = questions(args, tokenizer, max_length - args.max_new_tokens - len(tags))
-    data = load_rows("--dataset", args.dataset, args.dataset_split)
-    other = load_rows("--eval-dataset", args.eval_dataset, args.eval_split) if args.eval_dataset else data
-    for option, name, columns in (("dataset", args.dataset, data.column_names), ("eval-dataset", args.eval_dataset, other.column_names)):
-        if args.match and "answer" not in columns:
-            refuse(f"--match: --{option} {name} has no column answer to compare with; it has {', '.join(columns)}")
-    rows, held_out = prepare(f"--dataset {args.dataset}", data, tokenizer, encode_row), []
-    if args.eval_dataset:
-        held_out = prepare(f"--eval-dataset {args.eval_dataset}", other, tokenizer, encode_row)
-    elif len(rows) > 1:
-        held_out = hold_out(rows, args.eval_fraction, args.seed)
-    steps = math.ceil(len(rows) / args.batch_size) * args.epochs
-    steps = min(steps, args.max_steps or steps)
-    G, updates = args.num_generations, args.num_iterations * args.num_minibatches
-    work = f"{steps} batches of {args.batch_size} x {G} answers, {args.num_iterations} x {args.num_minibatches} updates each"
-    announce([policy], args.model, device, dtype, work)
-    sources = [*rewards, *["format"] * bool(args.format_weight)]
-    say(f"rewards: {', '.join(sources)}; answers end at {' or '.join(tokenizer.convert_ids_to_tokens(stops))}")
-
-    # 2. the optimiser, and where an earlier run stopped
-    optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
-    models, optimizers = {"": (policy, tokenizer)} | ({"reference": (reference, tokenizer)} if args.reference_every else {}), {"": optimizer}
-    state = dict(step=0, num_tokens=0, seconds=0.0)
-    if last:
-        state = load_checkpoint(last, models, optimizers)
-    else:
-        claim(args, out, plan)
-    started -= state["seconds"]
-    num_tokens = state["num_tokens"]
-
-    # 3. for each batch of prompts
-    catch_signals()
-    bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="grpo", disable=RANK > 0)
-    for step in bar:
-        clock = time.time()
-        batch = pick(len(rows), args.batch_size, step, args.seed)
-        B, places, groups = len(batch), range(RANK, len(batch), WORLD), {}  # prompts of all ranks; this rank's; its groups by place
-        first_rewards, redrawn = None, 0
-        for attempt in range(5 if args.zero_spread == "resample" else 1):
-            # 4. G answers o ~ pi to each prompt, each with randomness of its own, and their rewards
-            new = [place for place in places if place not in groups]
-            asked = [rows[batch[place]] for place in new]
-            slots = [(attempt * B + place) * G + k for place in new for k in range(G)]  # no two attempts share randomness
-            numbers = uniform_numbers(args.seed, step, slots, args.max_new_tokens)
-            tokens, sampled, kept = sample_answers(policy, asked, numbers, stops, args.sample_tokens, args.temperature, args.top_p)
-            answered = [row for row in asked for _ in range(G)]
-            texts = as_written(tokenizer, answered, tokens, stops)
-            total, named = all_rewards(rewards, args, answered, texts, device)
-            if args.overlong_cache:
-                total = total + overlong_penalty(torch.tensor([len(ids) for ids in tokens], device=device), args.max_new_tokens, args.overlong_cache)
-            for i, place in enumerate(new):
-                own = slice(i * G, (i + 1) * G)
-                groups[place] = dict(row=asked[i]._replace(responses=tokens[own]), texts=texts[own], rewards=total[own])
-                groups[place] |= dict(named={name: x[own] for name, x in named.items()}, sampled=sampled[own], kept=kept[own])
-            # 5. groups whose rewards are all equal say nothing: other prompts take their places
-            every = torch.zeros(B, G, device=device)
-            for place, group in groups.items():
-                every[place] = group["rewards"]
-            every = over_ranks(every)
-            differ = (every.amax(1) > every.amin(1)).tolist()  # by place, on every rank
-            first_rewards = every if first_rewards is None else first_rewards  # what is logged: of prompts as they came
-            if all(differ) or attempt == 4 or args.zero_spread != "resample":
-                break
-            redrawn += B - sum(differ)
-            other = random.Random(f"{args.seed}-{step}-{attempt}")
-            batch = [i if differ[place] else other.randrange(len(rows)) for place, i in enumerate(batch)]
-            groups = {place: group for place, group in groups.items() if differ[place]}
-        groups = {place: groups[place] for place in places}
-        # 6. advantages, by the group: one for all tokens of an answer, or by steps
-        if args.step_separator:
-            found = process_advantages(rewards, tokenizer, [group["row"] for group in groups.values()], stops, args, device)
-            for group, flat in zip(groups.values(), found):
-                group["advantages"] = flat.split([len(ids) for ids in group["row"].responses])
-        else:
-            for group in groups.values():
-                group["advantages"] = group_advantages(group["rewards"][None], args.scale)[0]  # one number for each answer
-        # 7. which answers count, and how long they are, over all ranks
-        lengths, ended = torch.zeros(2, B * G, device=device)
-        for place, group in groups.items():
-            own = slice(place * G, (place + 1) * G)
-            lengths[own] = torch.tensor([float(len(ids)) for ids in group["row"].responses], device=device)
-            ended[own] = torch.tensor([float(ids[-1] in stops) for ids in group["row"].responses], device=device)
-        lengths, ended = over_ranks(lengths), over_ranks(ended)
-        counted = ended.clone() if args.mask_truncated else torch.ones_like(lengths)
-        if args.zero_spread != "keep":
-            counted *= torch.tensor(differ, device=device).repeat_interleave(G)
-        # 8. these, in pieces of groups that fit a forward; log pi_old and log pi_ref of every token, before any update
-        pieces, slots_of, advantages, drawn, nucleus = [], [], [], [], []  # by piece: its row, its places among the B G answers, its tokens' values
-        for place, group in groups.items():
-            row = group["row"]
-            for ks in fitting(row, [k for k in range(G) if counted[place * G + k]], args.tokens_per_forward):
-                pieces.append(row._replace(responses=[row.responses[k] for k in ks]))
-                slots_of.append([place * G + k for k in ks])
-                advantages.append(torch.cat([group["advantages"][k].expand(len(row.responses[k])) for k in ks]))
-                drawn.append(torch.tensor([logp for k in ks for logp in group["sampled"][k]], device=device))
-                nucleus.append(None if group["kept"][0] is None else [ids for k in ks for ids in group["kept"][k]])
-        with torch.no_grad():  # with a single update, pi_old is pi
-            old_logps = response_logps(policy, pieces, nucleus, args, device)[0] if updates > 1 else None
-            ref_logps = response_logps(reference, pieces, nucleus, args, device)[0] if reference is not None else None
-        # 9. several passes of minibatches over the same answers
-        learning_rate = args.learning_rate * scheduled(args, step, steps)
-        sums, worst, norms = torch.zeros(7, device=device), torch.zeros(1, device=device), []
-        for minibatch in minibatches(B, args.num_iterations, args.num_minibatches, step, args.seed):
-            slots = [place * G + k for place in minibatch for k in range(G)]
-            weights = torch.zeros(B * G, device=device)
-            weights[slots] = answer_weights(lengths[slots], counted[slots], args.normalise, args.max_new_tokens)
-            if not weights.any():
-                continue  # nothing to learn from, on any rank
-            chosen = set(minibatch)
-            part = [i for i, own in enumerate(slots_of) if own[0] // G in chosen]
-            for group, forwards, target in packed([pieces[i] for i in part], args.tokens_per_forward, device, policy.together):
-                group = [part[i] for i in group]
-                logps, entropy, _ = policy.token_logps(forwards, target, args.temperature, nuclei(nucleus, group))
-                if not group:  # a rank that has run out of groups goes along with weight zero
-                    (logps.sum() * 0).backward()
-                    continue
-                # 10. the loss, eq. 3; FSDP averages over the ranks
-                flat = lambda x: torch.cat([x[i] for i in group])
-                old, ref = flat(old_logps) if old_logps else logps.detach(), flat(ref_logps) if ref_logps else None
-                own = [slot for i in group for slot in slots_of[i]]
-                by_token = weights[own].repeat_interleave(lengths[own].long())
-                loss = grpo_loss(logps, old, ref, flat(advantages), by_token, args)
-                refuse_unless_finite(loss, step, f"the rewards {every[own[0] // G].tolist()[:8]}")
-                (loss * WORLD).backward()
-                with torch.no_grad():
-                    ratio, A, gap = (logps - old).exp(), flat(advantages), (old - flat(drawn)).abs()
-                    low, high = (ratio < 1 - args.clip_low) & (A < 0), (ratio > 1 + args.clip_high) & (A > 0)
-                    kl = kl_estimate(logps, ref) if ref is not None else torch.zeros_like(logps)
-                    sums += torch.stack([loss / updates, *(x.sum() for x in (entropy, kl, low, high, low | high, gap))])
-                    worst = torch.maximum(worst, gap.max())
-            # 11. one step of AdamW
-            norms.append(take_step(policy, optimizer, learning_rate, args.max_grad_norm))
-        # 12. what happened
-        loss, *seen = over_ranks(sums).tolist()
-        entropy, kl, low, high, region, gap = (x / max(1.0, (lengths * counted).sum().item() * args.num_iterations) for x in seen)
-        worst = over_ranks(worst, dist.ReduceOp.MAX).item()
-        if step == 0 and reference is not None and not args.reference and updates == 1:
-            assert kl < (1e-3 if dtype == torch.float32 else 0.05), f"KL {kl} to the reference before the first update: the two differ"
-        tokens = lengths.sum().item() + sum(len(rows[i].prompt) for i in batch)
-        num_tokens += tokens
-        thinking = [thinking_length(tokenizer, t, len(ids)) for g in groups.values() for t, ids in zip(g["texts"], g["row"].responses)]
-        metrics = {
-            "step": step + 1, "loss": loss, "reward": first_rewards.mean().item(), "reward_std": first_rewards.std(1).mean().item(),
-            "frac_reward_zero_std": (first_rewards.amax(1) == first_rewards.amin(1)).float().mean().item(), "resampled": redrawn / B,
-            "entropy": entropy, "kl": kl, "num_tokens": num_tokens,
-            "completions/mean_length": lengths.mean().item(), "completions/min_length": lengths.min().item(),
-            "completions/max_length": lengths.max().item(), "completions/clipped_ratio": 1 - ended.mean().item(),
-            "completions/mean_thinking_length": over_ranks(torch.tensor(float(sum(thinking)), device=device)).item() / (B * G),
-            "clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": region,
-            "sampling/sampling_logp_difference/mean": gap, "sampling/sampling_logp_difference/max": worst,
-            "grad_norm": sum(norms) / max(1, len(norms)), "learning_rate": learning_rate,
-            "epoch": (step + 1) / math.ceil(len(rows) / args.batch_size),
-        }  # fmt: skip
-        for name in sources:
-            x = torch.cat([group["named"][name] for group in groups.values()]) if groups else torch.zeros(0, device=device)
-            known = x[~x.isnan()]
-            total, square, applies = over_ranks(
-                torch.stack([known.sum(), known.square().sum(), torch.tensor(float(len(known)), device=device)])
-            ).tolist()
-            mean = total / max(1.0, applies)
-            metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": math.sqrt(max(0.0, square / max(1.0, applies) - mean**2))}
-        too_far = bool(args.max_kl and kl > args.max_kl)
-        took = time.time() - clock
-        if held_out and (too_far or step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0):
-            metrics |= evaluate_answers(policy, rewards, held_out, tokenizer, stops, args, device)
-        now = time.time()
-        metrics |= dict(step_time=took, tokens_per_second=tokens / took, seconds=now - started, peak_memory_mb=peak_memory(device))
-        log(args, out, metrics)
-        bar.set_postfix(reward=f"{metrics['reward']:.3f}", length=f"{metrics['completions/mean_length']:.1f}", kl=f"{kl:.4f}", refresh=False)
-        if step == state["step"] and RANK == 0:
-            bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
-        if args.show_every and step % args.show_every == 0 and RANK == 0:
-            group = groups[0]
-            show([group["row"]] * G, group["texts"], group["named"] | dict(total=group["rewards"]))
-        # 13. iterative GRPO: the reference follows; a policy gone too far ends the run
-        if args.reference_every and (step + 1) % args.reference_every == 0:
-            for model in (reference, policy):
-                getattr(model, "reshard", lambda: None)()  # forwards without a backward leave FSDP's root gathered
-            with torch.no_grad():
-                for theirs, ours in zip(reference.parameters(), policy.parameters()):
-                    theirs.copy_(ours)
-        if due(args, step + 1, steps, device) and not too_far:
-            save_checkpoint(out, step + 1, models, optimizers, num_tokens=num_tokens, seconds=now - started)
-        if too_far:
-            say(f"stopped after step {step + 1}: the KL to the reference is {kl:.4f} a token, beyond --max-kl {args.max_kl}; it is saved as it is")
-            break
-
-    # 14. what more votes and more thinking are worth; a checkpoint that anything loads
-    if held_out:
-        draw_test_time(out, metrics, accuracy_by_budget(policy, rewards, held_out, tokenizer, stops, args, device))
-    curves = ["reward", *["pass@1"] * ("eval_pass@1" in metrics), "kl", "entropy", "completions/mean_length", "completions/mean_thinking_length"]
-    finish(out, {"": models[""]}, curves)
-    if held_out:
-        say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
-    say(f"done: {out} after {time.time() - started:.0f} s")
+def finish_run(out: Path, models: dict, curves: list):
+    """Writes the models into their places and curves.png, then says in args.json that the run is finished."""
+    with user_input(f"{out}: cannot be written; make room, then continue with --resume"):
+        part = out / "saving"
+        if RANK == 0:
+            shutil.rmtree(part, ignore_errors=True)  # what a killed save left
+        for name, (model, tokenizer) in models.items():
+            save_model(part / name, model, tokenizer, model.stored_dtype)
+        if RANK == 0:
+            for name in models:
+                (out / name).mkdir(exist_ok=True)
+                files = [file for file in (part / name).iterdir() if file.is_file()]
+                for file in files:
+                    os.replace(file, out / name / file.name)
+                for stale in {*(out / name).glob("*.safetensors*")} - {out / name / file.name for file in files}:
+                    stale.unlink()  # of an older model in other shards
+            shutil.rmtree(part)
+            lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+            draw_curves(out / "curves.png", lines, curves)
+            write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
+            held_out = ", ".join(
+                f"{name[5:]} {value:.4g}" for name, value in lines[-1].items() if name.startswith("eval_")
+            )
+            print(f"done: {out} after {lines[-1]['seconds']:.0f} s" + (f"; held out: {held_out}" if held_out else ""))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def draw_curves(path: Path, lines: list, names: list):
+    """A picture of metrics over steps: each as a light line under its running mean, held-out values as dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in names if any(name in line for line in lines)]
+    columns = math.ceil(len(names) / 2)
+    figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 5), layout="constrained", squeeze=False)
+    for axis, name in zip(axes.flat, names):
+        steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line])
+        window = max(1, len(values) // 20)
+        means = [sum(values[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(values))]
+        axis.plot(steps, values, color="tab:blue", alpha=0.3)
+        axis.plot(steps, means, color="tab:blue", label="training")
+        held_out = [(line["step"], line[f"eval_{name}"]) for line in lines if f"eval_{name}" in line]
+        if held_out:
+            axis.plot(*zip(*held_out), "o", color="tab:orange", label="held out")
+            axis.legend()
+        axis.ticklabel_format(useOffset=False)
+        axis.set(title=name, xlabel="optimiser step")
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
-    main(args)
+    try:
+        main(args)
+    except torch.OutOfMemoryError as e:
+        fail(f"out of memory; --help lists the options that save memory ({str(e)[:150]})")

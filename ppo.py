@@ -1,50 +1,55 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17,<5.40", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
+# dependencies = [
+#   "torch>=2.11,<=2.13.0", "transformers>=5.17,<5.40", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"
+# ]
 # ///
-"""Proximal policy optimisation: reinforcement learning of a language model from a reward model, a rule, or a judge.
+"""Proximal policy optimisation: reinforcement learning of a language model from any reward of its answers.
 
-    objective(pi) = E_{x, y ~ pi} [ r(x, y) - beta log( pi(y|x) / pi_ref(y|x) ) ] + gamma E_{x ~ D_ptx} [ log pi(x) ]
-    InstructGPT (Ouyang et al. 2022, arXiv 2203.02155), eq. 2. Each token is an action: its reward is -beta log(pi/pi_ref), the last
-    one's also r(x, y). Advantages by GAE (Schulman et al. 2016, arXiv 1506.02438, eq. 16), and the clipped surrogate of PPO (Schulman et
-    al. 2017, arXiv 1707.06347, eq. 7) with a clipped value loss:
-    A_t = sum_l (gamma lambda)^l delta_{t+l},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
-    L = E_t [ min( rho_t A_t, clip(rho_t, 1 - e, 1 + e) A_t ) ],  rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)
-    The gamma before E_{x ~ D_ptx} is --ptx-coef; --gamma is GAE's discount, 1 in InstructGPT.
+    objective(pi) = E [ r(x, y) - beta log( pi(y|x) / ref(y|x) ) ] + gamma E_ptx [ log pi(x) ]        InstructGPT, eq. 2
+    L(pi) = -E_t min( rho_t A_t, clip(rho_t, 1 - e, 1 + e) A_t ),  rho_t = pi(a_t|s_t) / pi_old(a_t|s_t)    PPO, eq. 7
+    A_t = sum_l (gamma lambda)^l delta_{t+l},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                   GAE, eq. 16
 
-Departures and options
-  1. Not in the paper, taken from OpenAI's lm-human-preferences: lambda 0.95, value clipping 0.2, advantages whitened over the real tokens of all
-     ranks. InstructGPT's policy lr, lambda and value clip are unpublished; its moving average of the weights is left out.
-  2. --ptx-dataset, --ptx-coef: gamma, the likelihood of other text: PPO-ptx; with SFT data, ChatGLM's regulariser (arXiv 2404.00934).
-  3. --reference-baseline: r less the reward of the reference's own greedy answer (ChatGLM), with --no-whiten-advantages.
-  4. --critic-warmup, --value-clip 0, --no-whiten-advantages, --lam 0.99, --top-p 0.9, --condition: InternLM2 (arXiv 2403.17297).
-  5. --reward-constant, --critic-warmup: Starling's length control and critic pre-training; --train-last-layers 4: it found this worse.
-  6. --judge with --rubric: a classifier with a multiple-choice rubric on typed prompts (GPT-4's rule-based reward model); without one,
-     the expected score of 1 to 10 (direct RLAIF, Lee et al. 2023, arXiv 2309.00267). --rule: any function of your own.
-  7. An answer without a stop token gets --missing-eos-score in place of its reward. Sampled and scored distributions are the same one:
-     temperature and nucleus are part of every log-probability.
+Ouyang et al. 2022, arXiv 2203.02155; Schulman et al. 2017, arXiv 1707.06347; Schulman et al. 2016, arXiv 1506.02438.
+Every token of an answer is an action. Its reward r_t is -beta log(pi_old/ref), and for the last one also r(x, y), fixed
+while the policy is updated. The value model V learns the returns. Eq. 2's gamma is --ptx-coef; eq. 16's is --gamma,
+which is 1 in InstructGPT.
 
-Reads prompts (column prompt, or a preference data set), a policy, and what rewards it: reward models and the judge may be of any size,
-with tokenizers and templates of their own. Writes the policy to --output-dir, and the value model to value/ in it.
+Departures from the paper
+  1. InstructGPT states neither lambda nor a value clip. Lambda 0.95, the clipped value loss and whitened advantages are
+     those of OpenAI's lm-human-preferences. The moving average of InstructGPT's weights is left out.
+  2. An answer without a stop token is worth --missing-eos-score, whatever its reward.
+  3. The temperature of sampling is part of every log-probability.
 
-  python ppo.py --model runs/sft --reward-model runs/reward_model --dataset data/grid/prompts.jsonl --learning-rate 1e-4 \\
-    --value-learning-rate 1e-3 --kl-coef 0.2 --max-new-tokens 24                                                    the grid world
-  python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --reward-model runs/rm --dataset trl-lib/ultrafeedback-prompt --max-new-tokens 512   one GPU
-  torchrun --nproc-per-node 8 ppo.py --model Qwen/Qwen2.5-7B-Instruct --gradient-checkpointing --reward-model runs/rm --dataset ...   many
+Options, all off by default
+  4. --ptx-dataset, --ptx-coef: keeps up the likelihood of other text (PPO-ptx; with SFT data, ChatGLM's regulariser).
+  5. --reference-baseline: r less the reward of the reference's own greedy answer (ChatGLM-RLHF, arXiv 2404.00934).
+  6. --critic-warmup, --value-clip 0, --no-whiten-advantages, --lam 0.99, --condition: InternLM2 (arXiv 2403.17297).
+  7. --reward-constant, --train-last-layers: Starling's length control, and its contrast to training all weights.
 
-  Metric                    at step 1  then                  if not
-  objective/scores          -          rises                 flat: lower --kl-coef, raise the learning rates; look at the samples printed
-  objective/kl              0          rises, levels off     beyond 10 or so: the policy exploits the reward; raise --kl-coef
-  objective/rlhf_reward     -          rises                 score less the KL penalty: falling means the penalty wins
-  policy/approxkl_avg       small      0.001 to 0.02         above 0.05: lower --learning-rate or --ppo-epochs
-  policy/clipfrac_avg       small      0.01 to 0.2           above 0.3: the same; both are exactly 0 on the first minibatch alone
-  policy/entropy_avg        1 to 2     falls slowly          to 0: collapsed; raise --kl-coef
-  val/explained_variance    any        rises towards 1       below 0 for long: --critic-warmup, higher --value-learning-rate
-  val/ratio                 near 1     near 1                far from 1: the same
-  val/share_eos             -          rises to 1            falls: answers run into --max-new-tokens; see --missing-eos-score
-  sampling/logp_difference  ~0         ~0                    above 0.05: sampler and trainer disagree (bfloat16: 0.02, seen on CPU)
+Reads prompts: a column prompt or question, or preferences, of which only the prompt is used. The rewards are reward
+models, Python functions, answers to match, or a judge: with --rubric, GPT-4's rule-based reward model; without, direct
+RLAIF (Lee et al. 2023, arXiv 2309.00267). Writes a Hugging Face directory, args.json, metrics.jsonl and curves.png to
+the output directory, and the value model to value/ in it.
+
+  python ppo.py --model runs/sft --dataset data/grid/prompts.jsonl --rewards runs/reward_model --learning-rate 1e-4 \\
+    --value-learning-rate 1e-3 --kl-coef 0.2 --max-new-tokens 24                                        the grid world
+  python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback-prompt --rewards runs/rm \\
+    --max-new-tokens 512                                                                                one GPU
+  torchrun --nproc-per-node 8 ppo.py --model Qwen/Qwen2.5-7B-Instruct --dataset trl-lib/ultrafeedback-prompt \\
+    --rewards runs/rm --max-new-tokens 512 --gradient-checkpointing                                     many GPUs
+
+  Metric                  at step 1  then           if not
+  objective/scores        -          rises          flat: lower --kl-coef, or raise the learning rates
+  objective/kl            0          levels off     above 10: the policy exploits the reward; raise --kl-coef
+  policy/approxkl_avg     small      below 0.02     above 0.05: lower --learning-rate or --ppo-epochs
+  policy/entropy_avg      1 to 2     falls slowly   near 0: collapsed; raise --kl-coef
+  val/explained_variance  any        rises          below 0 for long: --critic-warmup, or raise --value-learning-rate
+  val/share_eos           -          rises          falls: answers run into --max-new-tokens; lower --missing-eos-score
 """
 
+import os
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
@@ -54,20 +59,26 @@ import tyro
 
 @dataclass
 class Args:
-    # --- required
     model: str
     """policy to start from: hub id or directory"""
     dataset: str
-    """prompts: hub id (name or name:config), .jsonl/.json/.parquet file (also .gz), or saved directory"""
+    """prompts: hub id (name, name:config, name:config:split or name::split), .jsonl/.json/.parquet file (also .gz), or
+    directory"""
+    rewards: tuple[str, ...]
+    """SOURCE[=WEIGHT] ..., whose weighted sum is the reward; weight 0 only measures. SOURCE: a reward model (hub id or
+    directory), file.py:function, match:number, match:boxed, match:hash, match:REGEX, format, or judge:MODEL"""
+    rubric: str = ""
+    """JSON file {"question": text, "options": {"A": text, ...}, "reward": {kind: {"A": number, ...}}} for the judge
+    (empty, or a question alone: a score of 1 to 10)"""
+    condition: str = ""
+    """JSON file {kind: system prompt}; the reward models read it before the prompts of that kind (InternLM2)"""
+    output_dir: str = "runs/ppo"
+    """where the checkpoint, metrics and curves go"""
     # --- method
     kl_coef: float = 0.05
-    """beta, the pull to the reference (InstructGPT: 0.02; InternLM2: 0.01)"""
-    kl_target: float = 0.0
-    """adapt --kl-coef to hold this KL in nats per answer (Ziegler et al.: 6; 0: fixed)"""
-    kl_horizon: int = 10000
-    """answers in which --kl-target changes --kl-coef by a fifth at most (Ziegler et al.: 10000)"""
+    """beta, strength of the pull to the reference (InstructGPT: 0.02; InternLM2: 0.01)"""
     max_kl: float = 0.0
-    """stop, with what has been learnt, when the KL to the reference exceeds this (0: never)"""
+    """end the run after the batch whose answers' KL to the reference exceeds this, and save the policy (0: never)"""
     gamma: float = 1.0
     """discount per token"""
     lam: float = 0.95
@@ -75,78 +86,53 @@ class Args:
     clip: float = 0.2
     """epsilon of the policy's ratio"""
     value_clip: float = 0.2
-    """how far a value may move from its old one before its loss stops rewarding it (0: no clipping, as InternLM2)"""
+    """how far a value may move from its old one before its loss stops rewarding it, in units of the reward (0: no
+    clipping, as InternLM2)"""
     ppo_epochs: int = 4
     """passes over each batch of answers (InstructGPT: 1)"""
     num_minibatches: int = 1
     """optimiser steps per pass (InstructGPT: 8 of 64 answers)"""
     whiten_advantages: bool = True
-    """give the batch's advantages mean 0 and variance 1"""
-    whiten_rewards: bool = False
-    """give the batch's per-token rewards variance 1, keeping their mean"""
+    """give the advantages of a batch mean 0 and variance 1"""
     critic_warmup: int = 0
-    """first batches that train the value model only (InternLM2: 50)"""
+    """first batches, which train the value model only (InternLM2: 50)"""
     reward_constant: float = 0.0
-    """added to the score of every answer that ends, so that ending is worth something (Starling; its value is unpublished)"""
+    """added to the reward of every answer that ends (Starling, which does not publish its value)"""
     reference_baseline: bool = False
     """subtract the reward of the reference's own greedy answer to the prompt (ChatGLM)"""
     missing_eos_score: float = -1.0
-    """takes the place of the score where the answer has no stop token"""
+    """what an answer without a stop token is worth; choose it below the scores of answers that end"""
     train_last_layers: int = 0
-    """train only this many last layers of policy and value model (0: all)"""
-    # --- rewards
-    reward_model: tuple[str, ...] = ("runs/reward_model",)
-    """reward models (none: pass the option without a value); their weighted scores add up"""
-    reward_weights: tuple[float, ...] = ()
-    """one weight for each reward model (empty: 1 each)"""
-    condition: str = ""
-    """JSON file {kind: system prompt} that the reward models see before prompts of that kind"""
-    rule: str = ""
-    """file.py:name of a function (prompts, completions, **columns) -> list of rewards, None where it does not apply"""
-    rule_weight: float = 1.0
-    """weight of --rule"""
-    judge: str = ""
-    """causal language model that grades the answers: hub id or directory"""
-    rubric: str = ""
-    """JSON {"question": text, "options": {"A": text, ...}, "reward": {kind: {"A": number, ...}}}; with the question alone, a score of 1 to 10"""
-    judge_weight: float = 1.0
-    """weight of --judge"""
+    """train only this many last layers of policy and value model (0: all weights)"""
+    reference: str = ""
+    """the model that the KL is measured to (empty: --model)"""
+    value_model: str = ""
+    """value model to start from (empty: the first reward model of positive weight, or, if there is none or it reads
+    other tokens, --model with a head at zero)"""
     # --- other text (PPO-ptx)
     ptx_dataset: str = ""
-    """text, messages, or prompt + completion whose likelihood is kept up"""
+    """text, messages, or prompt + completion, whose likelihood is kept up"""
     ptx_coef: float = 0.0
-    """gamma, the weight of its mean log-likelihood (InstructGPT: 27.8 for a reduction it does not state; InternLM2: 0.5)"""
+    """gamma of eq. 2, weight of its mean log-likelihood (InternLM2: 0.5; InstructGPT: 27.8, without saying whether of a
+    mean or a sum)"""
     ptx_batch_size: int = 0
     """its rows per optimiser step (0: as many as answers; InstructGPT: 8 times as many)"""
-    # --- model
-    reference: str = ""
-    """what the KL is measured to (empty: --model)"""
-    value_model: str = ""
-    """value model to start from (empty: the first reward model, or where that has another tokenizer, --model with a head at zero)"""
     # --- data
-    dataset_split: str = "train"
-    """split, for hub data sets and saved directories"""
     eval_dataset: str = ""
-    """held-out prompts; empty: a part of --dataset"""
-    eval_split: str = "test"
-    """split of --eval-dataset, for hub data sets and saved directories"""
+    """held-out prompts, from split test unless one is named (empty: a share of --dataset, --eval-fraction)"""
     eval_fraction: float = 0.02
-    """share of --dataset held out when there is no --eval-dataset (0: no evaluation)"""
+    """share of the prompts of --dataset that is held out (0: no evaluation)"""
     max_length: int = 1024
-    """tokens of prompt and answer; prompts that leave no room for --max-new-tokens are dropped"""
-    allow_special: bool = False
-    """keep rows whose text contains one of the tokenizer's special tokens (else dropped: a user must not be able to end a turn)"""
+    """tokens of prompt and answer: prompts that leave no room for --max-new-tokens are dropped"""
     # --- sampling
     num_generations: int = 1
     """answers to each prompt"""
     max_new_tokens: int = 128
     """tokens of an answer"""
-    sample_tokens: int = 65536
-    """memory knob of sampling: tokens in the key-value cache, by rank; changes the result by rounding only"""
     temperature: float = 1.0
     """of sampling and of every log-probability"""
-    top_p: float = 1.0
-    """nucleus of sampling and of every log-probability (InternLM2: 0.9)"""
+    sample_tokens: int = 65536
+    """memory knob of sampling: tokens in the key-value cache, per rank; changes the result by rounding only"""
     # --- optimisation
     epochs: int = 1
     """passes over the prompts"""
@@ -155,49 +141,49 @@ class Args:
     batch_size: int = 64
     """prompts per batch, over all ranks (InstructGPT: 512)"""
     tokens_per_forward: int = 16384
-    """memory knob: tokens per forward pass and rank (a longer row goes alone); changes the result by rounding only"""
+    """memory knob: tokens per forward pass and rank; changes the result by rounding only"""
     learning_rate: float = 1e-6
-    """peak of AdamW's learning rate, policy (InternLM2: 1e-6; small models want more)"""
+    """peak, policy (InternLM2: 1e-6; small models want more)"""
     value_learning_rate: float = 5e-6
-    """the same, value model (InternLM2: 5e-6; InstructGPT: 9e-6)"""
+    """peak, value model (InternLM2: 5e-6; InstructGPT: 9e-6)"""
     lr_schedule: Literal["cosine", "linear", "constant"] = "constant"
     """after the warm-up: cosine to a tenth, linear to 0, or constant"""
     warmup_ratio: float = 0.03
-    """share of the steps over which the learning rate rises"""
+    """share of the steps over which the learning rates rise"""
     weight_decay: float = 0.0
     """of matrices; vectors (norms, biases) have none"""
     max_grad_norm: float = 1.0
-    """gradient clipping, on the norm over all parameters"""
+    """gradient clipping, on the norm over all parameters of a model"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the computation; weights and optimiser are float32 (auto: bfloat16 on GPU, float32 on CPU)"""
     gradient_checkpointing: bool = False
     """recompute each layer's activations in the backward pass: less memory, a third more time"""
     # --- run
-    output_dir: str = "runs/ppo"
-    """where checkpoint, metrics and curves go"""
     seed: int = 0
-    """of prompt order, sampling and minibatches"""
+    """of the held-out prompts, the data order, sampling and minibatches"""
     eval_every: int = 0
     """batches between evaluations (0: at the end only)"""
-    show_every: int = 10
-    """batches between printed samples (0: never)"""
     save_every: int = 0
     """batches between resumable checkpoints, checkpoint-N/, all of which are kept (0: none)"""
     resume: bool = False
-    """continue from the last checkpoint in --output-dir; a finished run of the same arguments is left as it is"""
+    """continue from the last checkpoint in --output-dir; a finished run is left as it is"""
     overwrite: bool = False
-    """replace what is in --output-dir"""
+    """replace what a run wrote in --output-dir"""
     track: bool = False
-    """also log to Weights & Biases (WANDB_MODE=offline needs no account)"""
-    wandb_project: str = "ppo"
-    """project of --track"""
-    run_name: str = ""
-    """name of the run of --track (empty: the output directory)"""
+    """also log to Weights & Biases (set WANDB_PROJECT, WANDB_NAME)"""
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
 
+    def interrupted(*_):
+        """Ends the program on Ctrl-C, until training begins; libraries catch what an exception would say."""
+        print("\ninterrupted before training", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
+
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -205,19 +191,20 @@ import importlib.util
 import inspect
 import json
 import math
-import os
 import random
+import re
 import resource
 import shutil
-import signal
+import tempfile
 import time
 import traceback
 import types
 from collections import Counter
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import datasets
@@ -226,28 +213,30 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from jinja2 import TemplateError
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+)
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
-for library in (transformers.utils.logging, datasets.utils.logging):  # their bars and warnings would break up our own lines
-    library.disable_progress_bar()
-    library.set_verbosity_error()
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-STOP = dict(signal=0, agreed=False)  # the signal that asked this process to stop; whether all ranks know
-
-# ---------------------------------------------------------------------------------------------------------------- the method
+# ------------------------------------------------------------------------------------------------------ the method
 
 
 def shaped_rewards(scores, logps, ref_logps, mask, kl_coef: float):
-    """Per-token rewards (InstructGPT eq. 2): -beta log(pi/pi_ref) everywhere, the score on the last token of the answer.
+    """The reward of each token (InstructGPT, eq. 2): -beta log(pi/ref), and for an answer's last token also its score.
 
-    scores [B]; logps, ref_logps, mask [B, T], right-padded. Returns [B, T]."""
-    rewards = -kl_coef * (logps - ref_logps) * mask  # log(pi/pi_ref) of the sampled token: an unbiased estimate of the KL
+    scores [B]; logps, ref_logps, mask [B, T], padded on the right. Returns [B, T]."""
+    # log(pi/ref) of a sampled token is an unbiased estimate of the KL
+    rewards = -kl_coef * (logps - ref_logps) * mask
     last = mask.sum(1).long() - 1  # [B]
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
     return rewards
@@ -256,9 +245,9 @@ def shaped_rewards(scores, logps, ref_logps, mask, kl_coef: float):
 def gae(rewards, values, mask, gamma: float, lam: float, last_value=0.0):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards in time.
 
-    rewards, values, mask [B, T]; masked positions are skipped: they earn nothing, and what comes after them reaches what stands before.
-    last_value: of the state after the last step, 0 where the episode has ended, V where it was only cut off; 0 for every answer.
-    Returns advantages and returns [B, T]."""
+    rewards, values, mask [B, T]; masked positions are skipped, as if they were not there. last_value: of the state
+    after the last step: 0 where the episode has ended, V where it was only cut off. Returns advantages and returns
+    [B, T]."""
     advantages = torch.zeros_like(rewards)
     next_value, next_advantage = torch.zeros_like(rewards[:, 0]) + last_value, torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -270,117 +259,1357 @@ def gae(rewards, values, mask, gamma: float, lam: float, last_value=0.0):
     return advantages, (advantages + values) * mask
 
 
+def whiten(x, mask):
+    """Mean 0 and variance 1 (the biased one) over the real tokens of all ranks. x, mask [B, T]."""
+    n, total = over_ranks(torch.stack([mask.sum(), (x * mask).sum()]))
+    mean = total / n
+    variance = over_ranks(((x - mean).square() * mask).sum()) / n
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
 def policy_loss(logps, old_logps, advantages, clip: float):
-    """PPO's clipped surrogate objective (Schulman et al. 2017, eq. 7), negated, per token; any shape."""
+    """PPO's clipped surrogate objective (Schulman et al. 2017, eq. 7), negated, for each token; any shape."""
     ratio = (logps - old_logps).exp()  # pi / pi_old
     objective = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     return -objective
 
 
 def value_loss(values, old_values, returns, clip: float):
-    """Half the squared error; with clip > 0, of the value or its clipped move from the old one, whichever is worse. Any shape."""
+    """Half the squared error; with clip > 0, of the value or of its clipped move from the old one, whichever is worse.
+    Any shape."""
     if not clip:
         return 0.5 * (values - returns).square()
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.max((values - returns).square(), (clipped - returns).square())
 
 
-def whiten(x, mask, shift_mean: bool = True):
-    """Variance 1 (the biased one) over the real tokens of all ranks, and mean 0, or with shift_mean False their own. x, mask [B, T]."""
-    n, total = over_ranks(torch.stack([mask.sum(), (x * mask).sum()])).tolist()
-    mean = total / n
-    variance = over_ranks(((x - mean).square() * mask).sum()) / n
-    return ((x - mean) * torch.rsqrt(variance + 1e-8) + (0.0 if shift_mean else mean)) * mask
+def add_advantages(args, answers: list, device):
+    """Gives each of this rank's answers advantages and returns [T], from its score and its tokens' values and
+    log-probabilities."""
+    old_logps, ref_logps, values = (padded(answers, name, device) for name in ("old_logps", "ref_logps", "values"))
+    lengths = torch.tensor([len(row.responses[0]) for row in answers], device=device)
+    mask = torch.arange(values.shape[1], device=device) < lengths[:, None]  # [B, T], as all of these
+    rewards = shaped_rewards(joined(answers, "score", device), old_logps, ref_logps, mask, args.kl_coef)
+    advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
+    if args.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    for i, row in enumerate(answers):
+        T = len(row.responses[0])
+        row.extra.update(advantages=advantages[i, :T], returns=returns[i, :T])
 
 
-def adapted_kl_coef(kl_coef: float, kl: float, target: float, answers: int, horizon: int) -> float:
-    """Ziegler et al. 2019 (arXiv 1909.08593), section 2.2: raise beta when the KL is above its target, lower it below."""
-    return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * answers / horizon)
+def policy_batch(args, rows: list, logps) -> dict:
+    """The policy's loss and the metrics beside it: scalars, each a sum over the answers' tokens. logps [N]."""
+    old_logps, advantages = (joined(rows, name, logps.device) for name in ("old_logps", "advantages"))  # [N]
+    log_ratio = logps.detach() - old_logps
+    ratio = log_ratio.exp()
+    return {
+        "loss/policy_avg": policy_loss(logps, old_logps, advantages, args.clip).sum(),
+        "policy/approxkl_avg": 0.5 * log_ratio.square().sum(),
+        "policy/clipfrac_avg": ((ratio - 1).abs() > args.clip).sum(),
+        "val/ratio": ratio.sum(),
+        "val/squared_ratio": ratio.square().sum(),
+    }
 
 
-def expected_score(probabilities):
-    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [n, 10]; returns [n]."""
-    return ((probabilities * torch.arange(1, 11, device=probabilities.device)).sum(-1) - 5.5) / 4.5
+# the means of these over tokens, for a policy that has not moved
+UNMOVED = {
+    "loss/policy_avg": 0.0,
+    "policy/approxkl_avg": 0.0,
+    "policy/clipfrac_avg": 0.0,
+    "val/ratio": 1.0,
+    "val/squared_ratio": 1.0,
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- data
+def value_batch(args, rows: list, values) -> dict:
+    """The value model's loss and the metric beside it, each a sum over the answers' tokens. values [N]."""
+    old_values, returns = (joined(rows, name, values.device) for name in ("values", "returns"))  # [N]
+    is_clipped = (values.detach() - old_values).abs() > (args.value_clip or math.inf)
+    loss = value_loss(values, old_values, returns, args.value_clip).sum()
+    return {"loss/value_avg": loss, "val/clipfrac_avg": is_clipped.sum()}
 
-CHAT_TEMPLATE = (  # for tokenizers that come without one; the end-of-sequence token ends every turn
-    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+
+def main(args: Args):
+    # 0. options, ranks, the output directory
+    check_options(args)
+    device, dtype = setup_distributed(args)
+    inputs = (args.model, args.reference, args.value_model, args.dataset, args.eval_dataset, args.ptx_dataset)
+    out, last, signature = open_run(args, *inputs, *reward_files(args))
+    source, started = str(last or args.model), time.time()
+
+    # 1. what rewards the policy, and rows: prompts, and other text
+    tokenizer, rewards = load_tokenizer(source), load_rewards(args, device, dtype)
+    value_source = str(last / "value") if last else choose_value_model(args, rewards, tokenizer)
+    max_length = min(fit_length(args, name) for name in (source, value_source, args.reference) if name)
+    max_prompt, checks = max_length - args.max_new_tokens, [reward.check for reward in rewards]
+    if max_prompt < 1:
+        fail(f"--max-new-tokens {args.max_new_tokens}: leaves no room for a prompt within {max_length} tokens")
+    rows, held_out = prepare_split(args, tokenizer, partial(prompt_rows, tokenizer, max_prompt, checks))
+    ptx_rows = []
+    if args.ptx_dataset:
+        encode_text = partial(text_rows, tokenizer, max_length)
+        ptx_rows = prepare("--ptx-dataset", args.ptx_dataset, "train", tokenizer, encode_text)
+    answers_per_update = math.ceil(args.batch_size * args.num_generations / args.num_minibatches)
+    steps_per_epoch = math.ceil(len(rows) / args.batch_size)
+    steps = min(steps_per_epoch * args.epochs, args.max_steps or sys.maxsize)
+
+    # 2. policy, reference and value model, the optimisers, and the state of an interrupted run
+    policy = read_model(AutoModelForCausalLM, source, tokenizer)
+    with short_windows(policy):
+        check_sampler(policy, source)
+    freeze_layers(policy, args.train_last_layers)
+    policy = prepare_model(policy, source, args, device, dtype, token_logps)
+    reference = load_reference(args, tokenizer, device, dtype)
+    value = load_value_model(value_source, tokenizer, args, device, dtype)
+    models = {"": (policy, tokenizer), "value": (value, tokenizer)}
+    optimizers = {"": make_optimizer(policy, args), "value": make_optimizer(value, args)}
+    work = f"{steps} batches of {args.batch_size} x {args.num_generations} answers"
+    num_minibatches = min(args.num_minibatches, args.batch_size * args.num_generations)
+    work += f", {args.ppo_epochs} x {num_minibatches} updates each"
+    announce([policy, value], args, work, device, dtype)
+    stops = stop_ids(policy, tokenizer)
+    print0(f"value model: from {value_source}; answers end at {' or '.join(tokenizer.convert_ids_to_tokens(stops))}")
+    if last:
+        state = load_checkpoint(last, models, optimizers)
+    else:
+        clear_run(args, out, signature)
+        # updates: steps of the policy's optimiser; baselines: index of a prompt -> reward
+        state = dict(step=0, episode=0, seconds=0.0, updates=0, baselines={})
+    started -= state["seconds"]  # of all parts of a resumed run
+    if args.critic_warmup >= steps:
+        print0(f"note: --critic-warmup {args.critic_warmup} takes all {steps} batches; the policy is not trained")
+    rollout = partial(sample_and_score, args, policy, reference, rewards, tokenizer, stops, device)
+    baselines_of = partial(reference_baselines, args, reference, rewards, tokenizer, stops, device, rows, state)
+    spare = spare_answer(device)
+
+    # 3. for each batch of prompts
+    catch_signals()
+    for step in (bar := progress("ppo", state["step"], steps)):
+        indices, sums, clock = batch_rows(range(len(rows)), args, step), {}, time.time()  # indices of prompts
+        # 4. answers y ~ pi, their scores, and the log-probabilities of their tokens under pi_old and the reference
+        # added to the scores of answers that end: the constant, less the reward of the reference's answer
+        offset = torch.full([len(indices)], float(args.reward_constant), device=device)
+        if args.reference_baseline:
+            offset -= baselines_of(indices)
+        answers = rollout([rows[i] for i in indices], args.num_generations, step, offset)
+        # 5. the values of the states before their tokens, and from all of these advantages and returns
+        add_values(args, value, answers, device)
+        add_advantages(args, answers, device)
+        metrics = dict(step=step + 1, epoch=(step + 1) / steps_per_epoch)
+        metrics |= rollout_metrics(args, answers, rewards, device)
+        if step == 0:
+            check_first_answers(args, metrics, dtype)
+
+        # 6. several passes over the answers, in minibatches; during the warm-up only the value model is trained
+        is_warming_up = step < args.critic_warmup
+        num_answers = len(indices) * args.num_generations  # of all ranks
+        num_updates = args.ppo_epochs * min(args.num_minibatches, num_answers)
+        norms, learning_rate = dict(grad_norm=0.0, value_grad_norm=0.0), 0.0
+        for minibatch in minibatches(num_answers, args.ppo_epochs, args.num_minibatches, step, args.seed):
+            slots = set(minibatch)
+            mine = [row for row in answers if row.extra["slot"] in slots]  # this rank's part of the minibatch
+            # tokens of the minibatch, over all ranks
+            total = over_ranks(torch.tensor(sum(len(row.responses[0]) for row in mine), device=device))
+            if not is_warming_up:
+                # 7. the policy's clipped loss, averaged over the minibatch's tokens
+                for group, weight, inputs, target in forwards(mine, args, policy, device, spare):
+                    logps, *_ = policy.token_logps(**inputs, target=target, temperature=args.temperature)
+                    logged = policy_batch(args, group, logps)
+                    # a weight of 0 only keeps ranks in step; FSDP averages their gradients
+                    (logged["loss/policy_avg"] * weight * WORLD / total).backward()
+                    add_scalars(sums, logged, weight / total / num_updates)
+                if state["updates"] == 0:  # pi is pi_old; so far the sums hold this minibatch alone, divided by all
+                    approx_kl = over_ranks(sums["policy/approxkl_avg"] * num_updates).item()
+                    check_first_step("the approximate KL", approx_kl, 0.0, dtype, scale=1.0)
+                # 8. the likelihood of other text
+                if ptx_rows:
+                    texts = batch_rows(ptx_rows, args, state["updates"], args.ptx_batch_size or answers_per_update)
+                    trained = sum(sum(row.trained[0]) for row in texts)
+                    for _, weight, inputs, target in forwards(texts[RANK::WORLD], args, policy, device):
+                        nll = -policy.token_logps(**inputs, target=target)[0].sum()
+                        (args.ptx_coef * nll * weight * WORLD / trained).backward()
+                        add_scalars(sums, {"loss/ptx": nll}, weight / trained / num_updates)
+                norm, learning_rate = take_step(policy, optimizers[""], args, step, steps)
+                norms["grad_norm"] += norm / num_updates
+                state["updates"] += 1
+            # 9. the value model's clipped loss
+            for group, weight, inputs, _ in forwards(mine, args, value, device, spare):
+                logged = value_batch(args, group, value.state_values(**inputs))
+                (logged["loss/value_avg"] * weight * WORLD / total).backward()
+                add_scalars(sums, logged, weight / total / num_updates)
+            norm, _ = take_step(value, optimizers["value"], args, step, steps, args.value_learning_rate)
+            norms["value_grad_norm"] += norm / num_updates
+
+        # 10. metrics, samples, evaluation, checkpoint
+        metrics |= UNMOVED | sum_over_ranks(sums) | norms | dict(lr=learning_rate)
+        metrics["val/ratio_var"] = max(0.0, metrics.pop("val/squared_ratio") - metrics["val/ratio"] ** 2)
+        rate = num_answers / (time.time() - clock)
+        metrics |= dict(eps=rate, tokens_per_second=rate * metrics["response_length"])
+        is_too_far = 0 < args.max_kl < metrics["objective/kl"]
+        if is_too_far:
+            steps = step + 1  # this one is the last
+        if step == 0 or is_due(max(1, steps // 10), step + 1, steps):
+            show_rollout(f"step {step + 1}", answers, rewards, device)
+        if held_out and is_due(args.eval_every, step + 1, steps):
+            metrics |= evaluate_policy(rollout, held_out, rewards, device)
+        state |= dict(step=step + 1, episode=state["episode"] + num_answers, seconds=time.time() - started)
+        metrics |= dict(episode=state["episode"], seconds=state["seconds"], peak_memory_mb=peak_memory(device))
+        log_metrics(args, out, metrics, bar)
+        if should_save(args, step + 1, steps, device):
+            save_checkpoint(args, out / f"checkpoint-{step + 1}", models, optimizers, state)
+        if is_too_far:
+            kl = metrics["objective/kl"]
+            print0(f"stopped after step {step + 1}: the KL to the reference is {kl:.3f}, beyond --max-kl {args.max_kl}")
+            break
+
+    # 11. a checkpoint that any library loads
+    curves = ["objective/scores", "objective/kl", "policy/entropy_avg", "response_length", "val/explained_variance"]
+    finish_run(out, models, curves)
+
+
+# -------------------------------------------------------------------------------------------------- ppo.py alone
+
+
+def check_options(args):
+    """Fails on options that contradict each other, and on numbers that are out of range."""
+    counts = ("num_generations", "max_new_tokens", "sample_tokens", "ppo_epochs", "num_minibatches")
+    shares, signed = ("gamma", "lam"), ("missing_eos_score", "reward_constant")
+    check_numbers(args, above_zero=("temperature", *counts), at_most_one=shares, signed=signed)
+    if not args.rewards:
+        fail("--rewards: names nothing; give a reward model, file.py:function, match:number, format, or judge:MODEL")
+    if bool(args.ptx_coef) != bool(args.ptx_dataset) or args.ptx_batch_size and not args.ptx_dataset:
+        fail("--ptx-dataset and --ptx-coef go together, and --ptx-batch-size with them: give both or none")
+
+
+def check_first_answers(args, metrics: dict, dtype):
+    """Warns of answers that are cut off. Fails where the policy differs from its reference before the first update."""
+    warn_if_cut(metrics["val/share_eos"], args)
+    if not args.reference:
+        kl, length = metrics["objective/kl"], metrics["response_length"]
+        check_first_step("the KL to the reference", kl, 0.0, dtype, scale=max(1.0, length))
+
+
+def text_rows(tokenizer, max_length: int, row: dict, notes: Counter) -> list:
+    """Rows of --ptx-dataset, of which the assistant's turns, the completion, or the whole text is trained, as sft.py
+    does."""
+    talk, answer = row.get("messages") or row.get("conversations"), row.get("completion")
+    if talk:
+        messages, options = without_end(tokenizer, with_system(row, as_messages(talk))), template_options(row)
+        refuse_special(tokenizer, messages, options)
+        found = encode_turns(tokenizer, messages, 0, options, notes)
+    elif answer and has_content(answer):
+        prompt, (answer,), (trained,) = encode(tokenizer, as_prompt(row), [answer], row, notes)
+        found = [(prompt + answer, [False] * len(prompt) + trained)]
+    else:
+        text = (row.get("text") or "").removesuffix(tokenizer.eos_token)
+        refuse_special(tokenizer, text)
+        ids = plain_ids(tokenizer, text + tokenizer.eos_token) if text.strip() else []
+        found = [(ids, [True] * len(ids))]
+    rows = []
+    for ids, trained in found:
+        if any(trained[1:max_length]):  # the first token has nothing to be predicted from
+            start = trained.index(True, 1)
+            notes["rows cut at --max-length"] += len(ids) > max_length
+            rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]], {}))
+    if not rows:
+        raise Drop("nothing to train on within --max-length")
+    return rows
+
+
+def freeze_layers(model, count: int):
+    """Leaves only the last `count` layers trainable, and a value model's head; 0: all weights."""
+    if count:
+        decoder = model.requires_grad_(False).get_decoder() or model
+        layers = next(module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList))
+        if count > len(layers):
+            fail(f"--train-last-layers {count}: {type(model).__name__} has {len(layers)} layers")
+        heads = [model.score] if hasattr(model, "score") else []
+        for module in [*layers[-count:], *heads]:
+            module.requires_grad_(True)
+
+
+def load_reference(args, tokenizer, device, dtype):
+    """The frozen model that the KL is measured to: --reference, or the policy as it was at the beginning."""
+    name = args.reference or args.model
+    if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+        fail(f"--reference {name}: its tokenizer differs from that of --model")
+    reference = read_model(AutoModelForCausalLM, name, tokenizer).requires_grad_(False)
+    if args.reference_baseline:  # it answers too
+        check_sampler(reference, name)
+    return prepare_model(reference, name, args, device, dtype, token_logps)
+
+
+def choose_value_model(args, rewards: list, tokenizer) -> str:
+    """The checkpoint that the value model starts from; see --value-model."""
+    reward_models = [reward.path for reward in rewards if reward.path and reward.weight > 0]
+    name = args.value_model or next(iter(reward_models), args.model)
+    # a padding token of its own does no harm
+    reads_same_tokens = tokenizer.get_vocab().items() <= load_tokenizer(name).get_vocab().items()
+    if args.value_model and not reads_same_tokens:
+        fail(f"--value-model {name}: its tokenizer differs from that of --model")
+    return name if reads_same_tokens else args.model
+
+
+def load_value_model(name: str, tokenizer, args, device, dtype):
+    """The value model; its head starts at zero unless the checkpoint is a reward or value model."""
+    value = read_model(AutoModelForSequenceClassification, name, tokenizer, num_labels=1)
+    check_score_head(value, name)
+    if not is_reward_model(name):
+        torch.nn.init.zeros_(value.score.weight)
+    freeze_layers(value, args.train_last_layers)
+    return prepare_model(value, name, args, device, dtype, state_values)
+
+
+def state_values(self, inputs, source, last=None):
+    """The value of the state before each token of the answers [N]: the head on the hidden state that predicts the
+    token. A method of the model.
+
+    inputs, source: as `pack` and `pad` return them."""
+    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source]  # [N, d]
+    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
+
+
+def spare_answer(device):
+    """Stands in for the answers of a rank that has none in a minibatch, with weight 0."""
+    names = ("old_logps", "advantages", "values", "returns")
+    return SPARE._replace(extra=dict.fromkeys(names, torch.zeros(1, device=device)))
+
+
+def joined(rows: list, name: str, device):
+    """What rows hold under a name, end to end: one number for each token, or for each row."""
+    return torch.hstack([row.extra[name] for row in rows] or [torch.zeros(0, device=device)])
+
+
+def padded(rows: list, name: str, device):
+    """What rows hold for each token as [B, T], with zeros on the right."""
+    parts = [row.extra[name] for row in rows]
+    return pad_sequence(parts, batch_first=True) if parts else torch.zeros(0, 1, device=device)
+
+
+@torch.no_grad()
+def sample_and_score(
+    args, policy, reference, rewards: list, tokenizer, stops: list, device, prompts: list, n: int, step: int, offset
+) -> list:
+    """n sampled answers to each of the prompts. Returns this rank's share of them, as Rows with one response.
+
+    offset [prompts]: added to the reward of an answer that ends. An answer's extra: slot, its number among those of
+    all ranks; prompt_row; text; has_ended; rewards/NAME and score, scalars; sampled_logps, old_logps, ref_logps and
+    entropy, a number for each token [T]."""
+    slots = [i * n + k for i in range(RANK, len(prompts), WORLD) for k in range(n)]
+    numbers = uniform_numbers(args.seed, step, slots, args.max_new_tokens)
+    asked = [row.prompt for row in prompts[RANK::WORLD]]
+    tokens, sampled_logps = sample_answers(policy, asked, numbers, stops, args, args.temperature)
+    rows = [prompts[slot // n] for slot in slots]
+    texts = answer_texts(tokenizer, rows, tokens, stops)
+    totals, named = total_reward(rewards, rows, texts, tokens)
+    has_ended = torch.tensor([ids[-1] in stops for ids in tokens], dtype=torch.bool, device=device)
+    scores = torch.where(has_ended, totals + offset[[slot // n for slot in slots]], args.missing_eos_score)
+    answers = []
+    for i, ids in enumerate(tokens):
+        extra = dict(slot=slots[i], prompt_row=rows[i], text=texts[i], has_ended=has_ended[i], score=scores[i])
+        extra |= {f"rewards/{name}": values[i] for name, values in named.items()}
+        extra["sampled_logps"] = torch.tensor(sampled_logps[i], device=device)
+        answers.append(Row(rows[i].prompt, [ids], [[True] * len(ids)], extra))
+
+    def logps_and_entropy(model, inputs, target):  # [N, 2]
+        return torch.stack(model.token_logps(**inputs, target=target, temperature=args.temperature)[:2], 1)
+
+    of_policy = token_values(partial(logps_and_entropy, policy), policy, answers, args, device)
+    of_reference = token_values(partial(logps_and_entropy, reference), reference, answers, args, device)
+    for row, values, ref_values in zip(answers, of_policy, of_reference):
+        row.extra.update(old_logps=values[:, 0], entropy=values[:, 1], ref_logps=ref_values[:, 0])
+    return answers
+
+
+def reference_baselines(
+    args, reference, rewards: list, tokenizer, stops: list, device, rows: list, state: dict, indices: list
+):
+    """The rewards of the reference's own greedy answers, ended or not, to the prompts of these indices (ChatGLM).
+
+    Each prompt is answered once; state["baselines"] keeps the reward. Returns [indices]."""
+    known = state["baselines"]
+    new = [i for i in indices if i not in known]
+    if new:
+        prompts = [rows[i] for i in new[RANK::WORLD]]
+        zeros = torch.zeros(len(prompts), args.max_new_tokens)
+        tokens, _ = sample_answers(reference, [row.prompt for row in prompts], zeros, stops, args, temperature=0.0)
+        found = torch.zeros(len(new), device=device)
+        found[RANK::WORLD] = total_reward(rewards, prompts, answer_texts(tokenizer, prompts, tokens, stops), tokens)[0]
+        known |= zip(new, over_ranks(found).tolist())
+    return torch.tensor([known[i] for i in indices], device=device)
+
+
+def add_values(args, value, answers: list, device):
+    """Gives each answer the values of the states before its tokens [T]."""
+    values_of = lambda inputs, target: value.state_values(**inputs)
+    for row, values in zip(answers, token_values(values_of, value, answers, args, device)):
+        row.extra["values"] = values
+
+
+def rollout_metrics(args, answers: list, rewards: list, device) -> dict:
+    """What the answers of all ranks say of policy and value model before the update: means over answers or tokens."""
+    names = ("sampled_logps", "old_logps", "ref_logps", "entropy", "values", "returns")
+    sampled_logps, old_logps, ref_logps, entropy, values, returns = (joined(answers, name, device) for name in names)
+    sums = {
+        "answers": torch.tensor(len(answers), device=device),
+        "tokens": torch.tensor(len(old_logps), device=device),
+        "scores": joined(answers, "score", device).sum(),
+        "ended": joined(answers, "has_ended", device).sum(),
+        "kl": (old_logps - ref_logps).sum(),
+        "entropy": entropy.sum(),
+        "logp_difference": (sampled_logps - old_logps).abs().sum(),
+        "squared_error": (returns - values).square().sum(),
+        "returns": returns.sum(),
+        "squared_returns": returns.square().sum(),
+    }
+    for reward in rewards:
+        found = joined(answers, f"rewards/{reward.name}", device)
+        sums |= {f"sum of {reward.name}": found.nansum(), f"count of {reward.name}": (~found.isnan()).sum()}
+    sums = sum_over_ranks(sums)
+    per_answer = {name: value / sums["answers"] for name, value in sums.items()}
+    per_token = {name: value / sums["tokens"] for name, value in sums.items()}
+    score, kl = per_answer["scores"], per_answer["kl"]
+    variance = per_token["squared_returns"] - per_token["returns"] ** 2
+    metrics = {
+        "objective/scores": score,
+        "objective/kl": kl,
+        "objective/non_score_reward": -args.kl_coef * kl,
+        "objective/rlhf_reward": score - args.kl_coef * kl,
+        "objective/entropy": per_answer["entropy"],
+        "response_length": per_answer["tokens"],
+        "policy/entropy_avg": per_token["entropy"],
+        "val/num_eos_tokens": sums["ended"],
+        "val/share_eos": per_answer["ended"],
+        "val/explained_variance": 1 - per_token["squared_error"] / variance if variance > 1e-8 else 0.0,
+        "sampling/logp_difference": per_token["logp_difference"],
+    }
+    for reward in rewards:  # over the answers that it applies to
+        count = max(1, sums[f"count of {reward.name}"])
+        metrics[f"rewards/{reward.name}/mean"] = sums[f"sum of {reward.name}"] / count
+    return metrics
+
+
+def show_rollout(title: str, answers: list, rewards: list, device):
+    """Prints a few answers with their rewards."""
+    if RANK == 0:
+        tqdm.write(f"{title}:")
+    named = {reward.name: joined(answers, f"rewards/{reward.name}", device) for reward in rewards}
+    named["score"] = joined(answers, "score", device)
+    prompts, texts = ([row.extra[name] for row in answers] for name in ("prompt_row", "text"))
+    show_samples(prompts, texts, [not row.extra["has_ended"] for row in answers], named)
+
+
+def evaluate_policy(rollout, held_out: list, rewards: list, device) -> dict:
+    """Score, KL and length of one sampled answer to each held-out prompt, with the same randomness every time; no
+    constant and no baseline is added."""
+    answers = rollout(held_out, 1, -1, torch.zeros(len(held_out), device=device))
+    show_rollout("held out", answers, rewards, device)
+    old_logps, ref_logps = (joined(answers, name, device) for name in ("old_logps", "ref_logps"))
+    length = torch.tensor(len(old_logps), device=device)
+    sums = {
+        "eval_objective/scores": joined(answers, "score", device).sum(),
+        "eval_objective/kl": (old_logps - ref_logps).sum(),
+        "eval_response_length": length,
+    }
+    return {name: value / len(held_out) for name, value in sum_over_ranks(sums).items()}
+
+
+# ============================== every block below stands word for word in all scripts that have it ================
+# A parameter that this script never passes serves another one.
+# ---- rewards: what --rewards names
+#
+#      SOURCE[=WEIGHT]     SOURCE: a reward model; file.py:function; match:number|boxed|hash|REGEX; format; judge:MODEL
+
+SCORE_QUESTION = "Rate the last answer above from 1 (very bad) to 10 (very good). Reply with the number only."
+
+
+class Reward(NamedTuple):
+    """A source of reward.
+
+    score(rows, texts, ids): a number for each answer [B], NaN where it does not apply; check(extra) raises Drop for a
+    prompt that it cannot read; path: of a reward model, else empty; sees_thinking: whether texts have the thinking."""
+
+    name: str
+    weight: float
+    score: Callable
+    check: Callable
+    path: str = ""
+    sees_thinking: bool = False
+
+
+def split_source(value: str) -> tuple:
+    """(source, weight) of SOURCE[=WEIGHT]."""
+    source, _, weight = value.rpartition("=")
+    try:
+        weight = float(weight)
+    except ValueError:
+        return value, 1.0
+    if not source or not math.isfinite(weight):
+        fail(f"--rewards {value}: must be SOURCE or SOURCE=WEIGHT, with a finite number")
+    return source, weight
+
+
+def reward_files(args) -> list:
+    """The files and directories that the rewards are made of."""
+    sources = [split_source(value)[0] for value in args.rewards]
+    files = [re.sub(r"^judge:|(?<=\.py):\w+$", "", s) for s in sources if not s.startswith("match:") and s != "format"]
+    return [*files, args.rubric, args.condition]
+
+
+def load_rewards(args, device, dtype) -> list:
+    """Every source that --rewards names, under the name of its metric: numbered where two are equal."""
+    sources = [split_source(value) for value in args.rewards]
+    judges = sum(source.startswith("judge:") for source, _ in sources)
+    if judges > 1:
+        fail("--rewards: takes one judge")
+    if args.rubric and not judges:
+        fail("--rubric: needs a judge that applies it; add judge:MODEL to --rewards")
+    rewards, names, conditions = [], Counter(), load_conditions(args.condition)
+    for source, weight in sources:
+        check, path = reads_every_prompt, ""
+        if source == "format":
+            name, score = "format", partial(format_scores, device)
+        elif source.startswith("match:"):
+            how = source.removeprefix("match:")
+            with user_input(f"--rewards {source}: needs number, boxed, hash, or a regular expression"):
+                if not re.compile(how).pattern:
+                    raise ValueError("nothing is named")
+            name, score, check = "match", partial(match_scores, how, device), partial(check_answer, how)
+        elif source.startswith("judge:"):
+            rubric = load_rubric(args.rubric) if args.rubric else {}
+            judge = load_judge_model(source.removeprefix("judge:"), args, device, dtype)
+            name, score = "judge", partial(judge_scores, *judge, rubric, args, device)
+            check = partial(reads_prompt, partial(judged_row, *judge, rubric))
+        elif re.search(r"\.py:\w+$", source):
+            name, score = source.rpartition(":")[2], partial(function_scores, source, load_function(source), device)
+        else:
+            name, path = Path(source).name, source
+            model = load_reward_model("--rewards", source, args, device, dtype)
+            score = partial(model_scores, *model, conditions, args, device)
+            check = partial(reads_prompt, partial(answered_row, *model, conditions))
+        names[name] += 1
+        name = name if names[name] == 1 else f"{name}-{names[name]}"
+        rewards.append(Reward(name, weight, score, check, path, source == "format"))
+    if args.condition and not any(reward.path for reward in rewards):
+        fail("--condition: is for reward models; name one in --rewards, or leave it out")
+    return rewards
+
+
+def total_reward(rewards: list, rows: list, texts: list, ids: list) -> tuple:
+    """The weighted sum of all rewards [B], in which NaN counts as 0; and each by name.
+
+    rows: each answer's prompt; texts, ids: the answers."""
+    answers, named = [final_answer(row.extra["prompt"], text) for row, text in zip(rows, texts)], {}
+    for reward in rewards:
+        named[reward.name] = reward.score(rows, texts if reward.sees_thinking else answers, ids)
+    return sum(reward.weight * named[reward.name].nan_to_num(0.0) for reward in rewards), named
+
+
+def reads_every_prompt(extra: dict):
+    """The check of a reward that reads no prompt through a chat template."""
+
+
+def reads_prompt(read, extra: dict):
+    """The check of one that does: raises Drop for a prompt that the template refuses."""
+    read(extra, "a")
+
+
+def answered_row(model, tokenizer, conditions: dict, extra: dict, text: str):
+    """The prompt and an answer as the reward model reads them. Raises Drop."""
+    prompt = with_condition(extra["prompt"], conditions.get(extra["kind"], ""))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    return scored_row(tokenizer, prompt, without_special(tokenizer, text), extra, positions)
+
+
+def model_scores(model, tokenizer, conditions: dict, args, device, rows: list, texts: list, ids: list):
+    """A reward model's scores [B], NaN for an answer that its chat template refuses."""
+    read, places, scores = [], [], torch.full((len(rows),), math.nan, device=device)
+    for i, (row, text) in enumerate(zip(rows, texts)):
+        with contextlib.suppress(Drop):
+            read.append(answered_row(model, tokenizer, conditions, row.extra, text))
+            places.append(i)
+    found = score_rows(model, read, args, device, shared=False)
+    if found:
+        scores[places] = torch.cat(found)
+    if not scores[places].isfinite().all():
+        fail("--rewards: a reward model's score is not finite: its weights are damaged, or try --dtype float32")
+    return scores
+
+
+def load_judge_model(name: str, args, device, dtype) -> tuple:
+    """A frozen language model and its tokenizer."""
+    tokenizer = load_tokenizer(name)
+    model = read_model(AutoModelForCausalLM, name, tokenizer).requires_grad_(False)
+    return prepare_model(model, name, args, device, dtype, token_logps), tokenizer
+
+
+def judged_row(model, tokenizer, rubric: dict, extra: dict, text: str):
+    """The conversation and the question that the judge is asked: the rubric's, or for a score of 1 to 10. Raises
+    Drop."""
+    turns = [dict(role="user", content=extra["prompt"])]
+    if not isinstance(extra["prompt"], str):
+        turns = [message for message in extra["prompt"] if message["role"] != "system"]
+    refuse_special(tokenizer, extra["prompt"])
+    if isinstance(extra["prompt"], str):
+        talk = extra["prompt"] + text
+    elif len(turns) == 1:
+        talk = f"{turns[0]['content']}\n{text}"
+    else:
+        talk = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        talk += text if turns and turns[-1]["role"] == "assistant" else f"\nassistant: {text}"
+    talk = without_special(tokenizer, talk)
+    question, options = rubric.get("question", SCORE_QUESTION), rubric.get("options", {})
+    choices = "".join(f"\n{letter}. {meaning}" for letter, meaning in options.items())
+    return judge_row(model, tokenizer, f"{talk}\n\n{question}{choices}", list(options) or [*map(str, range(1, 11))])
+
+
+def judge_scores(model, tokenizer, rubric: dict, args, device, rows: list, texts: list, ids: list):
+    """With a rubric: sum of p(letter) x its reward for the prompt's kind, NaN for kinds without one (the rule-based
+    reward model of GPT-4). Without: the expected score. [B]"""
+    read = [judged_row(model, tokenizer, rubric, row.extra, text) for row, text in zip(rows, texts)]
+    probabilities = judge_logps(model, read, args, device).softmax(-1)
+    if not rubric.get("options"):
+        return expected_score(probabilities) if rows else probabilities[:, 0]
+    tables = [rubric["reward"].get(row.extra["kind"], {}) for row in rows]
+    values = [[table.get(letter, math.nan) for letter in rubric["options"]] for table in tables]
+    return (probabilities * torch.tensor(values, device=device).view_as(probabilities)).sum(-1)
+
+
+def load_rubric(name: str) -> dict:
+    """A question, and either nothing else or options and, for every kind, a reward for each of them."""
+    rubric = load_json("--rubric", name)
+    options, rewards = rubric.get("options", {}), rubric.get("reward", {})
+    with user_input(f"--rubric {name}: needs a question; and options and, by kind, a reward for each, or neither"):
+        if not isinstance(rubric.get("question"), str) or bool(options) != bool(rewards):
+            raise ValueError(f"it has {', '.join(rubric)}")
+        for kind, table in rewards.items():
+            if table.keys() != options.keys() or not all(map(math.isfinite, table.values())):
+                raise ValueError(f"its options are {', '.join(options)}, its rewards for {kind} are {table}")
+    return rubric
+
+
+def load_function(source: str):
+    """The function that file.py:name names."""
+    path, _, name = source.rpartition(":")
+    with user_input(f"--rewards {source}: no such function can be loaded"):
+        spec = importlib.util.spec_from_file_location(f"rewards_{Path(path).stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look their module up
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+
+
+def function_scores(source: str, function, device, rows: list, texts: list, ids: list):
+    """A function's rewards [B], NaN where it returns None. It gets prompts, completions, completion_ids, and every
+    other column, each as a list."""
+    if not rows:
+        return torch.zeros(0, device=device)
+    reserved = ("prompt", "prompts", "completion", "completions", "completion_ids", "chosen", "rejected")
+    columns = {name: [row.extra[name] for row in rows] for name in rows[0].extra if name not in reserved}
+    prompts = [row.extra["prompt"] for row in rows]
+    completions = [t if isinstance(prompt, str) else as_messages(t) for prompt, t in zip(prompts, texts)]
+    try:
+        rewards = function(prompts=prompts, completions=completions, completion_ids=ids, **columns)
+    except Exception as e:  # the user's own code: say what it choked on
+        last = traceback.extract_tb(e.__traceback__)[-1]
+        where = f"{Path(last.filename).name}, line {last.lineno}, on answers like {texts[0][-200:]!r}"
+        given = ", ".join(["prompts", "completions", "completion_ids", *columns])
+        fail(f"--rewards {source}: {type(e).__name__}: {e} ({where}); it is called with {given}")
+    if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
+        found = len(rewards) if isinstance(rewards, (list, tuple)) else f"a {type(rewards).__name__} instead of"
+        fail(f"--rewards {source}: returned {found} rewards for {len(rows)} answers; it must return a list of so many")
+    for reward, text in zip(rewards, texts):
+        try:
+            is_number = reward is None or abs(float(reward)) < 1e18  # its square is a float32 too
+        except (TypeError, ValueError):
+            is_number = False
+        if not is_number:
+            what = f"returned {reward!r} for {text[-200:]!r}"
+            fail(f"--rewards {source}: {what}; it must be a finite number, or None where the rule does not apply")
+    return torch.tensor([math.nan if reward is None else float(reward) for reward in rewards], device=device)
+
+
+def format_scores(device, rows: list, texts: list, ids: list):
+    """1 for <think>...</think>, once and not empty, followed by an answer; else 0. [B]"""
+    return torch.tensor([float(is_well_formed(text)) for text in texts], device=device)
+
+
+def is_well_formed(text: str) -> bool:
+    """<think>...</think> once and not empty, then an answer."""
+    has_one = text.count("<think>") == text.count("</think>") == 1
+    return has_one and re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL) is not None
+
+
+def match_scores(how: str, device, rows: list, texts: list, ids: list):
+    """1 for an answer that the column `answer` holds, else 0; NaN where it holds none. [B]"""
+    scores = []
+    for row, text in zip(rows, texts):
+        right = true_answers(row.extra.get("answer"))
+        scores.append(float(canonical(found_answer(text, how)) in right) if right else math.nan)
+    return torch.tensor(scores, device=device)
+
+
+def check_answer(how: str, extra: dict):
+    """Fails without a column `answer`, or on one that is no answer; raises Drop where no answer can ever match it."""
+    if "answer" not in extra:
+        raise ValueError(f"match:{how} compares with a column answer, which is missing")
+    right = true_answers(extra["answer"])
+    can_match = any(canonical(found_answer(answer, how)) == answer for answer in right)
+    if right and how == "number" and not can_match:
+        raise Drop(f"its answer {sorted(right)[0][:40]!r} is not a number, so that match:number can never be right")
+
+
+NUMBER = (
+    r"(?:(?<![\w)])[-−][$€£]?)?"  # a sign, but not the minus of a difference
+    r"(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:/\d+)?|(?<![\w.])\.\d+)"  # 1,234.5, 2/3, .5
+    r"(?:[eE][-+]?\d{1,3}(?!\w))?"
 )
 
 
+def found_answer(text: str, how: str) -> str | None:
+    """What a text gives as its answer: its last number, its last \\\\boxed{}, what follows its last ####, or the last
+    match of an expression (its first group, if it has one); None where there is no such thing."""
+    if how == "boxed":
+        start = text.rfind("\\boxed{")
+        depth, end = 1, start + len("\\boxed{")
+        while start >= 0 and depth and end < len(text):
+            depth += (text[end] == "{") - (text[end] == "}")
+            end += 1
+        return text[start + len("\\boxed{") : end - 1] if start >= 0 and not depth else None
+    if how == "hash":
+        return text.rpartition("####")[2].lstrip().partition("\n")[0] if "####" in text else None
+    expression = NUMBER if how == "number" else how
+    matches = [m.group(1) if m.re.groups else m.group() for m in re.finditer(expression, text)]
+    return matches[-1] if matches else None
+
+
+def canonical(answer: str | None) -> str | None:
+    """An answer in the form in which answers are compared: a number as an exact fraction, other text in lower case with
+    single spaces."""
+    if answer is None:
+        return None
+    text = " ".join(answer.replace("−", "-").split()).rstrip(" .").lower()
+    if text[:1] == text[-1:] == "$" or text[:2] + text[-2:] in (r"\(\)", r"\[\]"):  # TeX's delimiters
+        text = text.strip("$ ") if text[0] == "$" else text[2:-2].strip()
+    number = re.sub(r"^(-?)\\?[$€£]|(?<=\d)[, ](?=\d{3}(?!\d))|(?<!\d) | (?!\d)|\\?%$", r"\1", text)
+    if re.fullmatch(r"[-+]?[\d./]+(e[-+]?\d{1,3})?", number):  # a policy may write any exponent
+        try:
+            return str(Fraction(number))
+        except (ValueError, ZeroDivisionError):
+            pass
+    return text or None
+
+
+def true_answers(column) -> set:
+    """The answers that a column holds, canonical: a text or a number, or a list of alternatives; of a text what stands
+    after ####, in \\\\boxed{}, or the whole."""
+    if column is None:
+        return set()
+    if isinstance(column, list):
+        return set().union(*map(true_answers, column))
+    if isinstance(column, bool) or not isinstance(column, (str, int, float)):
+        raise ValueError(f"answer must be a text, a number, or a list of them, not {column!r}")
+    text = str(column)
+    how = "hash" if "####" in text else "boxed" if "\\boxed{" in text else ""
+    answer = canonical(found_answer(text, how) if how else text)
+    return {answer} if answer is not None else set()
+
+
+# ---- rollouts: what a batch of sampled answers passes through
+
+
+@torch.no_grad()
+def token_values(values_of, model, rows: list, args, device) -> list:
+    """values_of(inputs, target), numbers for each trained token, [N] or [N, k], for this rank's rows: a tensor [n] or
+    [n, k] for each row.
+
+    inputs, target: as `forwards` yields them; inputs hold source and last too."""
+    found = {}
+    model.eval()
+    for group, weight, inputs, target in forwards(rows, args, model, device):
+        values, lengths = values_of(inputs, target), [sum(map(sum, row.trained)) for row in group]
+        if weight:
+            found |= {id(row): part for row, part in zip(group, values.split(lengths))}
+    model.train()
+    return [found[id(row)] for row in rows]
+
+
+def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
+    """The numbers, below n, of each update: every pass in an order of its own, cut into parts of nearly equal size."""
+    parts = max(1, min(parts, n))
+    for i in range(passes):
+        order = random.Random(f"{seed}-{step * passes + i}").sample(range(n), n)
+        cuts = [round(k * n / parts) for k in range(parts + 1)]
+        yield from (order[start:end] for start, end in zip(cuts, cuts[1:]))
+
+
+def show_samples(rows: list, texts: list, is_cut: list, named: dict, count: int = 3):
+    """Prints a few answers to the prompts of rows, with their rewards {name: [B]}."""
+    for i in range(min(count, len(rows)) if RANK == 0 else 0):
+        prompt = rows[i].extra["prompt"]
+        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        values = {name: float(values[i]) for name, values in named.items()}
+        rewards = ", ".join(f"{name} {value:+.2f}" for name, value in values.items() if not math.isnan(value))
+        text = texts[i] if len(texts[i]) <= 300 else f"{texts[i][:140]} ... {texts[i][-140:]}"
+        tqdm.write(f"  {prompt[-200:]!r}\n    -> {text!r}{' (cut off)' if is_cut[i] else ''}   {rewards}")
+
+
+def warn_if_cut(share_ended: float, args):
+    """Says it where half of the answers or more do not end."""
+    if share_ended <= 0.5:
+        share = f"{1 - share_ended:.0%} of the answers run into --max-new-tokens {args.max_new_tokens}"
+        print0(f"note: {share}; raise that, or start from a model that ends its answers")
+
+
+# ---- judges: language models that choose one of several replies
+
+
+def load_json(option: str, name: str) -> dict:
+    """The JSON object in a file."""
+    with user_input(f"{option} {name}: cannot be read as a JSON object"):
+        content = json.loads(Path(name).read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    return content
+
+
+def expected_score(probabilities):
+    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [B, 10]; returns
+    [B]."""
+    scores = torch.arange(1, 11, device=probabilities.device)
+    return ((probabilities * scores).sum(-1) - 5.5) / 4.5
+
+
+def judge_row(model, tokenizer, talk, options: list):
+    """What the judge is asked (the text of one turn, or messages), cut at the front to the positions it has; its
+    responses are the options, from where they differ. Raises Drop."""
+    asked, replies, _ = encode(tokenizer, as_messages(talk, "user"), options, {}, Counter())
+    # what all begin with, such as an empty thought
+    common = min(min(shared_prefix(replies[0], reply), len(reply) - 1) for reply in replies)
+    rest = [reply[common:] for reply in replies]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    room = max(1, positions - max(map(len, rest)))
+    return Row((asked + replies[0][:common])[-room:], rest, [[True] * len(reply) for reply in rest], {})
+
+
+def judge_logps(model, rows: list, args, device) -> torch.Tensor:
+    """The judge's log-probabilities of replying with each option, the end included, to this rank's rows of `judge_row`;
+    [B, K]."""
+    values_of = lambda group, inputs, target: response_sums(model.token_logps(**inputs, target=target)[0], group)
+    logps = response_values(values_of, model, rows, args, device, shared=False)
+    return logps.view(len(rows), -1) if rows else logps.view(0, 1)
+
+
+# ---- scores: what a reward model gives to answers
+
+
+def response_scores(self, inputs, last, source=None):
+    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0. A
+    method of the model.
+
+    inputs, last: as `pack` and `pad` return them."""
+    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[last]  # [R, d]
+    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
+
+
+def score_rows(model, rows: list, args, device, shared: bool = True) -> list:
+    """The scores of every row's responses, a list of tensors [K]; shared: as in `response_values`."""
+    values_of = lambda group, inputs, target: model.response_scores(**inputs)
+    scores = response_values(values_of, model, rows, args, device, shared)
+    return list(scores.split([len(row.responses) for row in rows]))
+
+
+def load_reward_model(option: str, name: str, args, device, dtype) -> tuple:
+    """A frozen reward model and its tokenizer."""
+    tokenizer = load_tokenizer(name)
+    if not is_reward_model(name):
+        fail(f"{option} {name}: must be a sequence classifier of one label, such as reward_model.py writes")
+    model = read_model(AutoModelForSequenceClassification, name, tokenizer, num_labels=1).requires_grad_(False)
+    check_score_head(model, name)
+    return prepare_model(model, name, args, device, dtype, response_scores), tokenizer
+
+
+def check_score_head(model, name: str):
+    """Fails on a classifier whose head is not one linear layer named score, without a bias."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        fail(f"{name}: {type(model).__name__} has no linear head `score` without a bias, as decoder models have")
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether a checkpoint has a trained head with one score; fails on a classifier of several labels."""
+    with user_input(f"{name}: no configuration can be loaded from it"):
+        config = AutoConfig.from_pretrained(name)
+    is_classifier = "SequenceClassification" in "".join(config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        fail(f"{name}: is a classifier of {config.num_labels} labels; a reward model has one label, its score")
+    return is_classifier
+
+
+@lru_cache
+def after_turn_end(tokenizer) -> list:
+    """What the chat template writes after the token that ends an assistant's turn, as ids. A score is read at the last
+    token of the rendering, as a server that renders the conversation does."""
+    after = turn_end(tokenizer)[1]
+    whole = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
+    return whole[-after:] if after > 0 else []
+
+
+def encode_scored(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tuple:
+    """`encode`, where each response goes on to the last token of the chat template's rendering."""
+    is_text = isinstance(prompt, str) and all(isinstance(response, str) for response in responses)
+    prompt, responses, trained = encode(tokenizer, prompt, responses, row, notes)
+    tail = [] if is_text else after_turn_end(tokenizer)
+    return prompt, [ids + tail for ids in responses], [marks + [False] * len(tail) for marks in trained]
+
+
+def without_special(tokenizer, text: str) -> str:
+    """A policy's text without what its reader would take for special tokens: an answer must not end its turn and write
+    its judge's reply."""
+    specials = list(special_tokens(tokenizer).values())
+    while any(special in text for special in specials):  # taking one out may make another
+        for special in specials:
+            text = text.replace(special, "")
+    return text
+
+
+def scored_row(tokenizer, prompt, text: str, row: dict, longest: int):
+    """What a reward model reads: a prompt (text or messages) with an answer that may be empty; at most the last
+    `longest` tokens.
+
+    row: the row of the data, for its tools and chat_template_kwargs. Raises Drop."""
+    refuse_special(tokenizer, prompt)
+    if isinstance(prompt, str):
+        ids = plain_ids(tokenizer, without_special(tokenizer, prompt + text) + tokenizer.eos_token)
+    elif prompt[-1]["role"] == "assistant":
+        begun = begun_text(tokenizer, prompt, template_options(row))
+        ids = text_ids(tokenizer, begun + text) + [turn_end(tokenizer)[0], *after_turn_end(tokenizer)]
+    else:
+        ids = render(tokenizer, prompt + as_messages(text), **template_options(row))
+        if turn_end(tokenizer)[1] < 0:  # the template marks no end
+            ids.append(tokenizer.eos_token_id)
+    ids = ids[-longest:]
+    return Row(ids[:1], [ids[1:]], [[True] * (len(ids) - 1)], {})
+
+
+def load_conditions(name: str) -> dict:
+    """The system prompts by kind; {} if no file is given."""
+    with user_input(f"--condition {name}: must be a JSON object of kinds and their system prompts"):
+        conditions = json.loads(Path(name).read_text()) if name else {}
+        if not all(isinstance(text, str) for text in conditions.values()):
+            raise ValueError("a system prompt must be text")
+    return conditions
+
+
+def with_condition(prompt, condition: str):
+    """The prompt after a system prompt that the reward model alone sees (InternLM2)."""
+    if not condition:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{condition}\n\n{prompt}"
+    prompt = as_messages(prompt)
+    if prompt and prompt[0]["role"] == "system":
+        return [dict(role="system", content=f"{condition}\n\n{prompt[0]['content']}"), *prompt[1:]]
+    return [dict(role="system", content=condition), *prompt]
+
+
+# ---- sampling: answers drawn token by token, from a model with a key-value cache
+
+
+def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
+    """The randomness of sampling [len(answers), length]: a function of seed, step, number of the answer, and position
+    alone."""
+    rows = []
+    for answer in answers:
+        key = hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        rows.append(torch.rand(length, generator=generator))
+    return torch.stack(rows) if rows else torch.zeros(0, length)
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values [B, H, T, D] in buffers with free places; DynamicLayer copies them all for each
+    token."""
+
+    buffers = ()  # until the first update
+
+    def update(self, keys, values, *args, **kwargs):
+        start = self.get_seq_length()  # 0 before the first update
+        self.is_initialized, end = True, start + keys.shape[-2]
+        if not start or self.buffers[0].shape[-2] < end:
+            grown = [new.new_empty(*new.shape[:-2], end + 32, new.shape[-1]) for new in (keys, values)]
+            for buffer, old in zip(grown, (self.keys, self.values) if start else ()):
+                buffer[..., :start, :] = old
+            self.buffers = grown
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[..., start:end, :] = new
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def reorder_cache(self, indices):
+        if self.buffers:  # none while the model skips the layer
+            length, self.buffers = self.get_seq_length(), [buffer[indices] for buffer in self.buffers]
+            self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+
+
+def cache_argument(model) -> str:
+    """The name under which the model's forward takes its cache: `cache` from transformers 5.24 on."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), "")
+
+
+def nucleus(logps, top_p: float):
+    """Log-probabilities [B, V], renormalised over the smallest set of tokens whose probability reaches top_p."""
+    ordered, order = logps.sort(-1, descending=True)
+    in_nucleus = ordered.exp().cumsum(-1) - ordered.exp() < top_p
+    in_nucleus = torch.zeros_like(in_nucleus).scatter(1, order, in_nucleus)
+    return logps.masked_fill(~in_nucleus, -math.inf).log_softmax(-1)
+
+
+@torch.no_grad()
+def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0) -> tuple:
+    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other, the prompt computed once.
+
+    numbers [answers, max_new_tokens], uniform in [0, 1), on the model's device, are all the randomness there is;
+    temperature 0 takes the likeliest token. Returns for each answer its ids, the stop token included, and the
+    log-probability of each in the very distribution it was drawn from (at temperature 0, in that of temperature 1)."""
+    if not len(numbers):
+        return [], []
+    attention = model.config._attn_implementation
+    model.set_attn_implementation(model.sampling_attention)
+    device, (count, longest), width = numbers.device, numbers.shape, max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]  # on the left
+    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
+    mask = torch.tensor([[0] * pad + [1] * (width - pad + longest) for pad in padding], device=device)
+    positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    options = {cache_argument(model): cache, "use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions, **options).logits[:, -1]
+    repeated = torch.arange(len(prompts), device=device).repeat_interleave(count // len(prompts))
+    cache.reorder_cache(repeated)
+    logits, mask, position = logits[repeated], mask[repeated], positions[repeated, -1:]
+
+    tokens, logps = torch.zeros_like(numbers, dtype=torch.long), torch.zeros_like(numbers, dtype=torch.float32)
+    stops, in_batch = torch.tensor(stops, device=device), torch.arange(count, device=device)  # answers in the batch
+    has_ended = torch.zeros(count, dtype=torch.bool, device=device)
+    for t in range(longest):
+        token_logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [B, V]
+        if top_p < 1:
+            token_logps = nucleus(token_logps, top_p)
+        if temperature == 0:
+            token = token_logps.argmax(-1)
+        else:  # the first token at which the cumulative probability exceeds the number
+            cumulative = token_logps.exp().cumsum(-1)
+            token = torch.searchsorted(cumulative, numbers[in_batch, t, None] * cumulative[:, -1:], right=True)[:, 0]
+            token = token.clamp(max=token_logps.shape[-1] - 1)
+        tokens[in_batch, t] = token
+        logps[in_batch, t] = token_logps.gather(1, token[:, None])[:, 0]
+        has_ended = has_ended | torch.isin(token, stops)
+        ended = int(has_ended.sum())
+        if ended == len(in_batch) or t + 1 == longest:
+            break
+        # to take finished answers out of the batch copies the cache; until an eighth has ended they run on
+        if ended >= len(in_batch) / 8:
+            kept = (~has_ended).nonzero()[:, 0]
+            cache.reorder_cache(kept)
+            in_batch, token, mask, position, has_ended = (x[kept] for x in (in_batch, token, mask, position, has_ended))
+        position = position + 1
+        seen = mask[:, : width + t + 1]
+        logits = model(input_ids=token[:, None], attention_mask=seen, position_ids=position, **options).logits[:, -1]
+    model.set_attn_implementation(attention)
+    is_stop = torch.isin(tokens, stops).int()
+    lengths = torch.where(is_stop.any(1), is_stop.argmax(1) + 1, longest).tolist()
+    return tuple([row[:length] for row, length in zip(x.tolist(), lengths)] for x in (tokens, logps))
+
+
+@torch.no_grad()
+def check_sampler(model, name: str):
+    """Sets model.sampling_attention, under which `sample` gives the log-probabilities of a plain forward pass.
+
+    Tries a few answers to random prompts of unequal lengths. Fails where no attention does: then the model would be
+    trained on answers that it has not given. Call it on a float32 model, before it is sharded."""
+    vocabulary, generator = model.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
+    lowest = min(3, vocabulary - 1)
+    prompts = [torch.randint(lowest, vocabulary, (n,), generator=generator).tolist() for n in (9, 4)]
+    numbers = torch.rand(4, 6, generator=generator).to(next(model.parameters()).device)
+    why = "its forward takes no key-value cache"
+    for attention in ("sdpa", "eager") if cache_argument(model) else ():  # sdpa is faster, but knows no soft cap
+        model.sampling_attention = attention
+        try:
+            gaps = []
+            for i, (answer, sampled) in enumerate(zip(*sample(model, prompts, numbers, [vocabulary]))):
+                ids = torch.tensor([prompts[i // 2] + answer], device=numbers.device)
+                model.set_attn_implementation("eager")
+                plain = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)[-len(answer) - 1 : -1]
+                plain = plain.gather(1, ids[0, -len(answer) :, None])[:, 0]
+                gaps.append((plain - torch.tensor(sampled, device=plain.device)).abs().max())
+            gap = torch.stack(gaps).max().item()  # NaN if one is
+            if gap < 1e-3:
+                return
+            why = f"a log-probability is off by {gap:.1g} with a cache"
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+            why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        finally:
+            model.set_attn_implementation("eager")
+    fail(f"{name}: {type(model).__name__} cannot be sampled here ({why}); choose a model of another family")
+
+
+# ---- answers: prompts, and a policy's answers to them
+
+
+def prompt_rows(tokenizer, max_prompt: int, checks: list, row: dict, notes: Counter) -> list:
+    """One Row: a prompt without an answer; extra holds every column of the data, the prompt as text or messages, and
+    its kind.
+
+    checks: functions of extra that raise Drop where whatever scores the answers cannot read the prompt."""
+    prompt = as_pair(row)[0] if row.get("chosen") is not None and row.get("rejected") is not None else as_prompt(row)
+    if not prompt:
+        raise Drop("empty prompt")
+    options = template_options(row)
+    refuse_special(tokenizer, prompt, options)
+    if isinstance(prompt, str):
+        ids = encode(tokenizer, prompt, [" a"], row, notes)[0]
+    else:
+        prompt = as_messages(prompt, "user")
+        ids = prompt_ids(tokenizer, prompt, options)
+    if len(ids) > max_prompt:
+        raise Drop("prompt leaves no room for --max-new-tokens")
+    extra = dict(row, prompt=prompt, kind="" if row.get("kind") is None else str(row["kind"]))
+    for check in checks:
+        check(extra)
+    return [Row(ids, [[]], [[]], extra)]
+
+
+def stop_ids(model, tokenizer) -> list:
+    """`stop_tokens`, and further ones that the model's generation_config knows."""
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    # a config's default may lie beyond a small vocabulary
+    return sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))})
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """The whole weights on every rank, so that ranks can sample without keeping step with each other."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        # FSDP keeps its root gathered after a forward
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
+
+
+def sample_answers(model, prompts: list, numbers, stops: list, args, temperature: float, top_p: float = 1.0) -> tuple:
+    """`sample` for this rank's prompts, those of similar lengths together, at most --sample-tokens tokens at a time.
+
+    Returns (ids, logps), a list for each answer, in the order of numbers."""
+    n, device = len(numbers) // max(1, len(prompts)), next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    longest = max(map(len, prompts), default=0) + numbers.shape[1]
+    # at most `room` answers at once: answers_each answers to each of prompts_each prompts
+    room = max(1, args.sample_tokens // longest)
+    answers_each, prompts_each = max(1, min(n, room)), max(1, room // max(1, n))
+    answers, logps = [None] * len(numbers), [None] * len(numbers)
+    model.eval()
+    with gathered(model):
+        for start in range(0, len(order), prompts_each):
+            part = order[start : start + prompts_each]
+            for first in range(0, n, answers_each):
+                places = [i * n + k for i in part for k in range(first, min(n, first + answers_each))]
+                asked, drawn = [prompts[i] for i in part], numbers[places].to(device)
+                for place, ids, values in zip(places, *sample(model, asked, drawn, stops, temperature, top_p)):
+                    answers[place], logps[place] = ids, values
+    model.train()
+    return answers, logps
+
+
+def continues_text(prompt) -> bool:
+    """Whether an answer goes on in the middle of a text: of a prompt in words, or of an answer already begun."""
+    return isinstance(prompt, str) or prompt[-1]["role"] == "assistant"
+
+
+def answer_texts(tokenizer, rows: list, answers: list, stops: list) -> list:
+    """The text of each answer (ids) to the prompts of rows, without the stop token and other special tokens, but with
+    the tags of thinking. An answer begins with <think> if the chat template has written that tag."""
+    removed = [token for token in special_tokens(tokenizer).values() if token not in ("<think>", "</think>")]
+    texts = []
+    for row, ids in zip(rows, answers):
+        # some tokenizers drop the space before the first word of what they decode
+        before = row.prompt[-1:] if continues_text(row.extra["prompt"]) else []
+        words = ids[:-1] if ids and ids[-1] in stops else ids
+        text = tokenizer.decode(before + words)[len(tokenizer.decode(before)) :]
+        for token in removed:
+            text = text.replace(token, "")
+        has_opened = tokenizer.decode(row.prompt[-16:]).rstrip().endswith("<think>")
+        texts.append("<think>" * has_opened + text)
+    return texts
+
+
+def after_thinking(text: str) -> str:
+    """What stands after the thinking and before any that follows; nothing, if the answer begins with thinking that has
+    not ended."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def final_answer(prompt, text: str) -> str:
+    """What the answer says after its thinking: all that its readers see."""
+    answer = after_thinking(text).rstrip()
+    return answer if continues_text(prompt) else answer.lstrip()
+
+
+# ---- log-probabilities: of the answers' tokens, without the logits of a whole batch in memory
+
+
+class TargetLogps(torch.autograd.Function):
+    """log pi(target), the distribution's entropy, and whether the target is the likeliest token; each [N].
+
+    hidden [N, d], head [V, d], bias [V] or None. Only the logits of one chunk of tokens are in memory at a time; the
+    backward pass computes them again, with d log pi(y) / d logits = 1[y] - pi. The head's gradient is summed over the
+    chunks in float32."""
+
+    @staticmethod
+    def logits(hidden, head, bias, scale, cap, temperature):
+        logits = F.linear(hidden, head, bias).float().mul_(scale)
+        logits = cap * torch.tanh(logits / cap) if cap else logits  # Gemma 2's soft cap
+        return logits if temperature == 1 else logits / temperature
+
+    @staticmethod
+    def forward(ctx, hidden, head, bias, target, scale: float, cap: float | None, temperature: float):
+        ctx.save_for_backward(hidden, head, bias, target)
+        ctx.scale, ctx.cap, ctx.temperature, parts = scale, cap, temperature, []
+        ctx.chunk = max(256, 2**23 // len(head))
+        for h, t in zip(hidden.split(ctx.chunk), target.split(ctx.chunk)):
+            logps = TargetLogps.logits(h, head, bias, scale, cap, temperature).log_softmax(-1)  # [n, V]
+            logp = logps.gather(-1, t[:, None])[:, 0]
+            entropy = -(logps.exp() * logps).sum(-1)
+            parts.append((logp, entropy, logp == logps.amax(-1)))  # amax is several times faster than argmax
+        logp, entropy, is_argmax = map(torch.cat, zip(*parts))
+        ctx.mark_non_differentiable(entropy, is_argmax)
+        return logp, entropy, is_argmax
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        hidden, head, bias, target = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for h, t, g, out in zip(*(x.split(ctx.chunk) for x in (hidden, target, grad, d_hidden))):
+            logits = TargetLogps.logits(h, head, bias, ctx.scale, ctx.cap, ctx.temperature)
+            d = logits.softmax(-1).mul_(-g[:, None])
+            d[torch.arange(len(t), device=t.device), t] += g
+            if ctx.cap:
+                d = d * (1 - (logits * ctx.temperature / ctx.cap).square())  # the derivative of the soft cap
+            d = d.mul_(ctx.scale / ctx.temperature).to(head.dtype)
+            out.copy_(d @ head)
+            if d_head is not None:
+                d_head += d.T @ h
+            if d_bias is not None:
+                d_bias += d.sum(0)
+        d_head, d_bias = (x if x is None else x.to(head.dtype) for x in (d_head, d_bias))
+        return d_hidden, d_head, d_bias, None, None, None, None
+
+
+def token_logps(self, inputs, source, target, last=None, temperature: float = 1.0):
+    """Log-probability of each trained token, the entropy of its distribution, whether it is the likeliest; each [N]. A
+    method of the model.
+
+    inputs, source, target: as `pack` and `pad` return them; temperature: of the distribution, as in sampling."""
+    config, head = self.config.get_text_config(), self.get_output_embeddings()
+    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source]  # [N, d]
+    # Cohere scales its logits, Granite divides them, Gemma 2 caps them
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return TargetLogps.apply(hidden, head.weight, head.bias, target, scale, cap, temperature)
+
+
+def response_sums(values, rows: list):
+    """Sums of per-token values [N] over each response's trained tokens [R]."""
+    lengths = torch.tensor([sum(trained) for row in rows for trained in row.trained], device=values.device)
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+
+
+# ---- data: rows of published formats to token ids
+
+
 class Row(NamedTuple):
-    """A prompt and its K responses, as ids. trained: one bool per response token, or None for all; extra: what else is known of it."""
+    """A prompt and its K responses, as ids. trained: one bool per response token; extra: what else is known of the
+    row."""
 
     prompt: list
     responses: list
-    trained: list | None = None
-    extra: dict | None = None
+    trained: list
+    extra: dict
 
 
-def refuse(message: str):
-    """Bad input ends here: one sentence, exit code 2."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # the first rank mostly says the same, and then torchrun stops the others before they do
-    print(f"error: {message}", file=sys.stderr, flush=True)
+class Drop(Exception):
+    """A row that cannot be used. The message is the reason, under which the row is counted."""
+
+
+def fail(message: str):
+    """Ends the program on bad input: one sentence, exit code 2."""
+    if RANK > 0:
+        time.sleep(5)  # the first rank mostly says the same; torchrun stops the others before they repeat it
+    print(f"\nerror: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def reason(e: Exception) -> str:
-    """The first line of what an exception says."""
-    return (str(e.__cause__ or e).splitlines() or [type(e).__name__])[0][:200]
-
-
-def say(*text):
-    """Print on the first rank."""
-    if RANK == 0:
-        print(*text, flush=True)
-
-
-def check_json(path: Path):
-    """Raises ValueError where the reader of JSON would notice too late, or crash: bytes that are no text, and what is no list of objects."""
-    begun = False
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode().strip()
-            except UnicodeDecodeError:
-                raise ValueError(f"line {number} is not UTF-8") from None
-            if not begun and text and text[0] not in "{[":
-                raise ValueError(f"it begins with {text[:20]!r}, not with {{ or [")
-            begun = begun or bool(text)
-
-
-def load_rows(option: str, name: str, split: str = "train") -> Dataset:
-    """A data set from a file, a saved directory, or the hub (name or name:config)."""
-    path, (hub, *config) = Path(name), name.split(":")
+@contextlib.contextmanager
+def user_input(what: str):
+    """Reports what a library raises while it reads or writes something that the user named as an error of that, in one
+    sentence."""
     try:
-        if path.is_dir():
-            data = load_from_disk(name)
-            data = data[split] if isinstance(data, DatasetDict) else data
-        elif path.is_file() and path.stat().st_size == 0:
-            refuse(f"{option} {name}: is an empty file; make it again, or correct the path")
-        elif path.is_file() and ".parquet" in path.suffixes:
-            data = load_dataset("parquet", data_files=glob.escape(name), split="train")
-        elif path.is_file():
-            check_json(path)
-            data = load_dataset("json", data_files=glob.escape(name), split="train")
-        elif path.suffix in (".jsonl", ".json", ".parquet", ".gz"):
-            refuse(f"{option} {name}: there is no such file; make it first (python gridworld.py data writes data/grid) or correct the path")
+        yield
+    except Exception as e:
+        fail(f"{what} ({type(e).__name__}: {' '.join(str(e.__cause__ or e).split())[:300]})")
+
+
+def split_name(name: str) -> tuple:
+    """(source, config, split) of a data set's name; a path that exists is a source, whatever its colons."""
+    return (name, "", "") if Path(name).exists() else (*name.split(":", 2), "", "")[:3]
+
+
+def load_rows(option: str, name: str, default_split: str) -> Dataset:
+    """A data set from a file, a directory (written by save_to_disk, or as downloaded from the hub), or the hub; see
+    --dataset."""
+    source, config, split = split_name(name)
+    path = Path(source)
+    with user_input(f"{option} {name}: cannot be read as a data set"):
+        if path.suffix in (".json", ".jsonl", ".parquet", ".gz") and not path.is_dir():
+            if not path.is_file() or not path.stat().st_size:
+                raise ValueError("the file is empty" if path.is_file() else "the file does not exist")
+            if config:
+                raise ValueError(f"a file has no configuration {config}; a split is written {source}::{config}")
+            kind = "parquet" if ".parquet" in path.suffixes else "json"
+            options = dict(encoding="utf-8-sig") if kind == "json" else {}  # also drops a byte-order mark
+            if kind == "json":
+                with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                    if file.read(100).lstrip(b"\xef\xbb\xbf \t\r\n[").startswith(b"null"):
+                        raise ValueError("it begins with null")  # which would crash the reader
+            data = load_dataset(kind, data_files=glob.escape(source), split=split or "train", **options)
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            data = load_from_disk(source)
+            if isinstance(data, DatasetDict):
+                if (split or default_split) not in data:
+                    raise ValueError(f"it has the splits {', '.join(data)}, and not {split or default_split}")
+                data = data[split or default_split]
+            elif split:
+                raise ValueError(f"it was saved without splits, so there is no {split}")
         else:
-            data = load_dataset(hub, *config, split=split)
-    except Exception as e:  # whatever the readers raise, the user needs to know which file it was
-        refuse(f"{option} {name}: cannot be read as a data set ({type(e).__name__}: {reason(e)})")
-    if len(data) == 0:
-        refuse(f"{option} {name}: has no rows")
+            data = load_dataset(source, config or None, split=split or default_split)
+        if not len(data):
+            raise ValueError("it has no rows")
     return data
-
-
-def shared(a, b) -> int:
-    """Length of the longest common prefix of two sequences."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def without_none(value):
@@ -391,1595 +1620,1183 @@ def without_none(value):
 
 
 def as_messages(value, role: str = "assistant") -> list:
-    """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of one turn."""
+    """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of
+    one turn."""
     if isinstance(value, str):
         return [dict(role=role, content=value)]
-    names = dict(human="user", gpt="assistant")
-    messages = []
-    for turn in value:
-        turn = without_none(turn)
+    names, messages = dict(human="user", gpt="assistant"), []
+    for turn in without_none(value):
         if "from" in turn:
-            turn = dict(role=names.get(turn["from"], turn["from"]), content=turn["value"])
-        turn.setdefault("content", "" if "tool_calls" in turn else None)
-        if not isinstance(turn["content"], str) or not isinstance(turn.get("role"), str):
+            turn = turn | dict(role=names.get(turn["from"], turn["from"]), content=turn["value"])
+        if "tool_calls" in turn:
+            turn.setdefault("content", "")
+        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
             raise ValueError(f"a message needs a role and a text content, this one is {str(turn)[:80]}")
-        messages.append(turn)
+        messages.append({k: v for k, v in turn.items() if k not in ("from", "value")})
     return messages
 
 
+def has_content(response) -> bool:
+    """Whether a response, text or messages, says anything."""
+    return any(m["content"].strip() or "tool_calls" in m for m in as_messages(response))
+
+
+def as_prompt(row: dict):
+    """A row's prompt, text or messages: prompt, question, or instruction with its input; after the system text, if the
+    row has one."""
+    prompt = row.get("prompt")
+    if prompt is None:
+        asked = row.get("question", row.get("instruction"))
+        material = row.get("input") or row.get("context")
+        if asked == "":
+            raise Drop("empty prompt")
+        if asked is not None:
+            prompt = as_messages(f"{asked}\n\n{material}" if material else asked, "user")
+    return with_system(row, as_messages(prompt, "user")) if prompt and row.get("system") else prompt
+
+
+def with_system(row: dict, messages: list) -> list:
+    """Messages after the row's column `system`, if it has one that they do not begin with."""
+    if not row.get("system") or messages and messages[0]["role"] == "system":
+        return messages
+    return as_messages(row["system"], "system") + messages
+
+
+def as_pair(row: dict):
+    """(prompt, [chosen, rejected]) of any published layout: text or messages, the prompt apart or inside both (or, as
+    messages, both)."""
+    if row.get("chosen") is None or row.get("rejected") is None:
+        raise ValueError("it needs chosen and rejected, or prompt, completions and scores")
+    prompt, chosen, rejected = as_prompt(row), row["chosen"], row["rejected"]
+    if isinstance(chosen, list) and not isinstance(row.get("prompt"), list):  # a prompt in words is their first turn
+        chosen, rejected = as_messages(chosen), as_messages(rejected)
+        if not chosen or not rejected or "assistant" in (chosen[0]["role"], rejected[0]["role"]):
+            return as_messages(prompt or [], "user"), [chosen, rejected]
+        chosen, rejected = with_system(row, chosen), with_system(row, rejected)
+        n = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        # where they part at a user's turn, the answer before it belongs to both
+        while n and chosen[n - 1]["role"] == "assistant":
+            n -= 1
+        return chosen[:n], [chosen[n:], rejected[n:]]
+    if prompt and isinstance(prompt, list):
+        prompt, talks = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
+        own = as_messages(row["prompt"]) if isinstance(row.get("prompt"), list) else prompt
+        is_given_twice = all(talk[: len(own)] == own and len(talk) > len(own) for talk in talks)
+        return prompt, [talk[len(own) :] for talk in talks] if is_given_twice else talks
+    if prompt:
+        return prompt, [chosen, rejected]
+    speaker = "\n\nAssistant:"  # HH-RLHF
+    if speaker not in chosen:
+        raise ValueError("chosen and rejected need a prompt: a column prompt or question, or turns as in HH-RLHF")
+    turn = chosen.rfind(speaker, 0, shared_prefix(chosen, rejected))
+    if turn < 0:
+        raise Drop("chosen and rejected share no prompt")
+    n = turn + len(speaker)
+    return chosen[:n], [chosen[n:], rejected[n:]]
+
+
+def shared_prefix(a, b) -> int:
+    """Length of the longest common prefix of two sequences."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+@lru_cache
 def special_tokens(tokenizer) -> dict:
-    """Id and text of every special token."""
-    return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    """Id and text of every special token; `all_special_ids` has the named ones only."""
+    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def has_special(special, values) -> bool:
-    """Whether a special token stands in any text of these values, however nested: in a role, say, or in what a tool is told."""
-    if isinstance(values, str):
-        return any(token in values for token in special)
-    parts = values.items() if isinstance(values, dict) else values if isinstance(values, (list, tuple)) else ()
-    return any(has_special(special, part) for part in parts)
+def render_text(tokenizer, messages: list, answer_next: bool = False, **options) -> str:
+    """A conversation under the chat template, with the generation prompt if answer_next. Raises Drop."""
+    options["add_generation_prompt"] = answer_next
+    template = tokenizer.get_chat_template(tools=options.get("tools"))
+    if "strftime_now" in template:  # the date of the run's start, also when it is resumed
+        today = lambda match: repr(RUN_DATE[0].strftime(match[2]))
+        call = r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)"""
+        options["chat_template"] = re.sub(call, today, template)
+    texts = [call["arguments"] for call in tool_calls(messages) if isinstance(call.get("arguments"), str)]
+    quoted = [json.dumps(arguments, ensure_ascii=ascii) for arguments in texts for ascii in (True, False)]
+    try:
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            wants_objects = any(arguments in text for arguments in quoted)
+        except Exception:
+            if not texts:
+                raise
+            wants_objects = True
+        if wants_objects:
+            messages = json.loads(json.dumps(messages))
+            for call in tool_calls(messages):
+                if isinstance(call.get("arguments"), str):
+                    call["arguments"] = json.loads(call["arguments"] or "{}")
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return text
+    except Exception as e:
+        raise Drop(f"refused by the chat template ({' '.join(str(e).split())[:60]})") from e
+
+
+def tool_calls(messages: list) -> list:
+    """The calls (name, arguments) of all messages."""
+    return [call.get("function", call) for message in messages for call in message.get("tool_calls", ())]
 
 
 def render(tokenizer, messages: list, answer_next: bool = False, **options) -> list:
-    """Ids of a conversation under the chat template, up to where the assistant is to speak if answer_next."""
-    if answer_next and messages and messages[-1]["role"] == "assistant":  # an answer already begun
-        return tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False, **options)
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=answer_next, return_dict=False, **options)
+    """Ids of `render_text`."""
+    return text_ids(tokenizer, render_text(tokenizer, messages, answer_next, **options))
+
+
+def text_ids(tokenizer, text: str) -> list:
+    """Ids of a text that holds its special tokens already."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@lru_cache
+def turn_end(tokenizer) -> tuple:
+    """The token that ends an assistant's turn, and how many tokens the template writes after it: the first special
+    token after the content, found by rendering two answers; where the template marks no end, the end-of-sequence token
+    and -1."""
+    user, special = [dict(role="user", content="a")], special_tokens(tokenizer)
+    one, other = (render(tokenizer, user + as_messages(answer)) for answer in ("b", "c"))
+    tail = one[len(one) - shared_prefix(one[::-1], other[::-1]) :]
+    ends = [(token, len(tail) - i - 1) for i, token in enumerate(tail) if token in special]
+    return ends[0] if ends else (tokenizer.eos_token_id, -1)
 
 
 def stop_tokens(tokenizer) -> list:
-    """Ids that end an answer: the end-of-sequence token, and what the chat template puts at the end of an assistant's turn."""
-    ids = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
-    special = special_tokens(tokenizer)
-    while ids[-1] not in special and not tokenizer.decode(ids[-1]).strip():  # the line break after the end-of-turn token
-        ids.pop()
-    return sorted({tokenizer.eos_token_id} | (set(ids[-1:]) & set(special)))
+    """Ids that end an answer: the end of an assistant's turn, and the end-of-sequence token."""
+    return sorted({turn_end(tokenizer)[0], tokenizer.eos_token_id})
 
 
-def end_turn(tokenizer, ids: list, stops: list) -> list:
-    """An answer's ids up to its end-of-turn token, and no further; where the template marks no end of turn, the end-of-sequence token."""
-    end = len(ids)
-    while end and ids[end - 1] not in stops and not tokenizer.decode(ids[end - 1]).strip():
-        end -= 1
-    if not end or ids[end - 1] not in stops:
-        return ids + [tokenizer.eos_token_id]
-    while end > 1 and ids[end - 2] == ids[end - 1]:  # a tokenizer that adds a second end-of-sequence token of its own
-        end -= 1
-    return ids[:end]
+def template_options(row: dict) -> dict:
+    """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
+    reserved = {"chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt"}
+    options = without_none(row.get("chat_template_kwargs") or {})
+    options = {k: v for k, v in options.items() if k not in reserved | {"continue_final_message"}}
+    if row.get("tools"):
+        options["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else without_none(row["tools"])
+    return options
 
 
-def encode(tokenizer, prompt, responses: list, stops: list, **options):
-    """Ids of the prompt and of each response, tokenised together; the boundary is their longest common token prefix.
+def without_end(tokenizer, messages: list) -> list:
+    """Messages less the end-of-sequence token that the assistant's texts may end with already."""
+    eos, cut = tokenizer.eos_token, []
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        cut.append(message | dict(content=message["content"].removesuffix(eos)) if is_answer else message)
+    return cut
 
-    prompt: text or messages; responses: texts or messages. Returns (prompt ids, [response ids, ...]), every response with its end."""
-    if isinstance(prompt, str):
-        bos, eos = tokenizer.bos_token, tokenizer.eos_token
-        ids = lambda text: tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids  # one BOS, never two
-        head, whole = ids(prompt), [ids(prompt + r.removesuffix(eos) + eos) for r in responses]
+
+def refuse_special(tokenizer, *values):
+    """Drops a row that holds a special token in any of its texts: data must not be able to end a turn or to begin
+    one."""
+    text = json.dumps(values, ensure_ascii=False, default=str)
+    for token in special_tokens(tokenizer).values():
+        if token in text:
+            raise Drop(f"special token {token} in the text; write a conversation as messages")
+
+
+def encode(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tuple:
+    """A prompt and its responses (text or messages), tokenised together; their boundary is the longest prefix that all
+    share.
+
+    Returns prompt ids, response ids, and for each response token whether the assistant says it. row may hold tools and
+    chat_template_kwargs. Raises Drop."""
+    eos, options = tokenizer.eos_token, template_options(row)
+    is_text = isinstance(prompt, str) and all(isinstance(r, str) for r in responses)
+    replies = [without_end(tokenizer, as_messages(response)) for response in responses]
+    refuse_special(tokenizer, prompt, replies, options)
+    if not prompt:
+        raise Drop("empty prompt")
+    if is_text:
+        texts = [prompt, *(prompt + reply[0]["content"] + eos for reply in replies)]
+        head, *wholes = (plain_ids(tokenizer, text) for text in texts)
+        trained = [[True] * len(whole) for whole in wholes]
     else:
-        answers = [as_messages(r) for r in responses]
-        head = render(tokenizer, prompt, answer_next=True, **options)
-        if prompt[-1]["role"] == "assistant":  # the responses continue an answer already begun
-            begun, prompt = prompt[-1], prompt[:-1]
-            answers = [[dict(begun, content=begun["content"] + a[0]["content"]), *a[1:]] for a in answers]
-        whole = [render(tokenizer, prompt + a, **options) for a in answers]
-    whole = [end_turn(tokenizer, w, stops) for w in whole]
-    n = min(shared(head, w) for w in whole)
-    return whole[0][:n], [w[n:] for w in whole]
+        prompt = as_messages(prompt, "user")
+        turns = [encode_turns(tokenizer, prompt + reply, len(prompt), options, notes) for reply in replies]
+        if any(len(rows) > 1 for rows in turns):
+            raise Drop("the chat template rewrites earlier turns")
+        if not all(turns):
+            raise Drop("no assistant turn to train on")
+        wholes, trained = zip(*(rows[0] for rows in turns))
+        head = prompt_ids(tokenizer, prompt, options)
+    n = min(shared_prefix(head, whole) for whole in wholes)
+    if not n:
+        raise Drop("prompt and response share no token boundary")
+    for reply, marks in zip(replies, trained):
+        # n is before this response's own start if another one's first token has merged with the prompt's last
+        if reply[0]["role"] == "assistant" and True in marks:
+            marks[n : marks.index(True)] = [True] * (marks.index(True) - n)
+    return wholes[0][:n], [whole[n:] for whole in wholes], [marks[n:] for marks in trained]
 
 
-def encode_turns(tokenizer, messages: list, first: int, stops: list, **options) -> list:
-    """A conversation with every assistant turn from message `first` on to be trained, its end-of-turn token included.
+def plain_ids(tokenizer, text: str) -> list:
+    """Ids of a text without a chat template, with the special tokens that the tokenizer adds, but at most one end."""
+    ids = tokenizer(text).input_ids
+    while ids[-2:] == [tokenizer.eos_token_id] * 2:
+        ids.pop()
+    return ids
 
-    The turns are found by rendering prefixes, so that any chat template will do. Returns [(ids, trained)], trained one bool per id: one
-    pair for the whole conversation, or, where the template rewrites earlier turns (drops their thinking, say), one for each turn."""
+
+def prompt_ids(tokenizer, prompt: list, options: dict) -> list:
+    """Ids of messages up to where the assistant is to speak, or to continue if the last message is an answer that it
+    has begun."""
+    if prompt[-1]["role"] == "assistant":
+        return text_ids(tokenizer, begun_text(tokenizer, prompt, options))
+    return render(tokenizer, prompt, True, **options)
+
+
+def begun_text(tokenizer, messages: list, options: dict) -> str:
+    """The text of a conversation whose last message is the beginning of an answer.
+
+    A template that writes something before the answer (an empty thinking block, say) would put it between prompt and
+    beginning, where generation never has it; then the beginning follows the generation prompt directly."""
+    text, begun = render_text(tokenizer, messages, continue_final_message=True, **options), messages[-1]["content"]
+    opening = render_text(tokenizer, messages[:-1], True, **options)
+    has_generation_prompt = opening != render_text(tokenizer, messages[:-1], **options)
+    start = text.rfind(begun.strip())
+    written = text[len(opening) : start] if text.startswith(opening) else "?"
+    is_header = any(token in written for token in special_tokens(tokenizer).values())
+    if not has_generation_prompt or not written.strip() or is_header:
+        return text[:start] + begun.lstrip()  # which templates may trim
+    overlap = max(n for n in range(len(begun) + 1) if opening.endswith(begun[:n]))  # both may open the thinking block
+    return opening + begun[overlap:]
+
+
+def encode_turns(tokenizer, messages: list, first: int, options: dict, notes: Counter) -> list:
+    """A conversation with the assistant's turns from message `first` on to be trained, each with its end-of-turn token.
+
+    Returns [(ids, trained)], trained one bool per id: one pair for the whole conversation, or one for each turn if the
+    template rewrites earlier turns (drops their thinking, say). Raises Drop where generation would never see what
+    training sees."""
     turns = []
-    for i in range(max(first, 1), len(messages)):  # an opening assistant turn answers nothing
-        if messages[i]["role"] == "assistant":
-            head = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False, **options)
-            ids = end_turn(tokenizer, render(tokenizer, messages[: i + 1], **options), stops)
-            turns.append((ids, shared(head, ids)))
+    for i in range(max(first, 1), len(messages)):  # an assistant's turn that opens the conversation answers nothing
+        if messages[i]["role"] == "assistant" and messages[i].get("weight") != 0:
+            continues = i == first and messages[i - 1]["role"] == "assistant"
+            turns.append((continue_turn if continues else encode_turn)(tokenizer, messages[: i + 1], options, notes))
     if turns and all(turns[-1][0][: len(ids)] == ids for ids, _ in turns):
         whole = turns[-1][0]
         return [(whole, [any(start <= t < len(ids) for ids, start in turns) for t in range(len(whole))])]
     return [(ids, [t >= start for t in range(len(ids))]) for ids, start in turns]
 
 
-def as_pair(prompt, chosen, rejected):
-    """(prompt, [chosen, rejected]) from any published layout: the prompt apart, or inside both; text or messages."""
-    if isinstance(chosen, list) and (not isinstance(prompt, list) or not prompt):  # a prompt in words is inside the messages, or their first turn
-        chosen, rejected = as_messages(chosen), as_messages(rejected)
-        if not chosen or not rejected or chosen[0]["role"] == "assistant":
-            return as_messages(prompt, "user") if prompt else [], [chosen, rejected]
-        n = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
-            n -= 1
-        return chosen[:n], [chosen[n:], rejected[n:]]
-    if prompt and isinstance(prompt, list):
-        prompt, whole = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
-        if all(talk[: len(prompt)] == prompt and len(talk) > len(prompt) for talk in whole):  # the prompt is given apart and again in both
-            return prompt, [talk[len(prompt) :] for talk in whole]
-        return prompt, [chosen, rejected]
-    if prompt:
-        return prompt, [chosen, rejected]
-    n = shared(chosen, rejected)
-    speaker = chosen.rfind("\n\nAssistant:", 0, n)  # HH-RLHF: back to the last turn that both share; else to the last whole word
-    n = speaker + len("\n\nAssistant:") if speaker >= 0 else max(0, chosen.rfind(" ", 0, min(n, len(chosen) - 1, len(rejected) - 1) + 1))
-    return chosen[:n], [chosen[n:], rejected[n:]]
+def continue_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
+    """`encode_turn` where the last message continues an answer that the message before it has begun."""
+    head = begun_text(tokenizer, messages[:-1], options)
+    ids = text_ids(tokenizer, head + messages[-1]["content"]) + [turn_end(tokenizer)[0]]
+    return ids, shared_prefix(text_ids(tokenizer, head), ids)
 
 
-def load_json(option: str, name: str):
-    """The content of a JSON file."""
-    try:
-        content = json.loads(Path(name).read_text())
-    except (OSError, ValueError) as e:
-        refuse(f"{option} {name}: cannot be read as JSON ({reason(e)})")
-    if not isinstance(content, dict):
-        refuse(f"{option} {name}: must be a JSON object, it is a {type(content).__name__}")
-    return content
+def encode_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
+    """Ids of a conversation up to the end of its last turn, the assistant's, and where that turn begins. Raises
+    Drop."""
+    prompt, turn, special = messages[:-1], messages[-1], special_tokens(tokenizer)
+    text, opening = render_text(tokenizer, messages, **options), render_text(tokenizer, prompt, **options).rstrip()
+    # a template may close the prompt with tokens that it writes elsewhere once a reply follows
+    while token := next((t for t in special.values() if opening.endswith(t)), ""):
+        opening = opening.removesuffix(token).rstrip()
+    if not text.startswith(opening):
+        raise Drop("the chat template changes the prompt once a reply follows")
+    whole, before, reply = ("".join(part.split()) for part in (text, opening, text[len(opening) :]))
+    for content in ("".join(message["content"].split()) for message in prompt):
+        if content in whole and content not in before:
+            raise Drop("the chat template changes the prompt once a reply follows")
+        notes["prompt messages that the chat template leaves out"] += content not in whole
+    content = "".join(turn["content"].split())
+    if content not in reply:
+        raise Drop("the chat template leaves out part of the reply")
+    if "".join(turn.get("reasoning_content", "").split()) not in reply:
+        notes["replies whose reasoning_content the chat template leaves out"] += 1
+    words_alone = {k: v for k, v in turn.items() if k != "tool_calls"}
+    shows_calls = "tool_calls" in turn and render_text(tokenizer, [*prompt, words_alone], **options) != text
+    notes["replies whose tool_calls the chat template leaves out"] += "tool_calls" in turn and not shows_calls
+    if not content and not shows_calls:
+        raise Drop("the reply is empty but for its end-of-turn token")
+    ids, head = end_turn(tokenizer, text_ids(tokenizer, text)), render(tokenizer, prompt, True, **options)
+    start = shared_prefix(head, ids)
+    if len(ids) - start < 2:
+        raise Drop("the reply is empty but for its end-of-turn token")
+    notes["replies that do not begin where the generation prompt ends"] += start < len(head)
+    return ids, start
 
 
-def load_conditions(name: str) -> dict:
-    """The system prompts by kind, {} where no file is given."""
-    conditions = load_json("--condition", name) if name else {}
-    for kind, text in conditions.items():
-        if not isinstance(text, str):
-            refuse(f"--condition {name}: the system prompt of {kind} must be text, it is {text!r}")
-    return conditions
+def end_turn(tokenizer, ids: list) -> list:
+    """Ids of a conversation up to the token that ends its last turn, the assistant's. Raises Drop."""
+    end, after = turn_end(tokenizer)
+    if after < 0:  # the template marks no end
+        return ids + [end]
+    if ids[-1 - after :][:1] == [end]:
+        return ids[: len(ids) - after]
+    ends = [i for i, token in enumerate(ids) if token in special_tokens(tokenizer)]  # a turn that ends in another way
+    if not ends or tokenizer.decode(ids[ends[-1] + 1 :]).strip():
+        raise Drop("the chat template writes no special token at the end of the reply")
+    return ids[: ends[-1] + 1]
 
 
-def with_condition(prompt, condition: str):
-    """The prompt behind a system prompt that only the reward model sees (InternLM2)."""
-    if not condition:
-        return prompt
-    if isinstance(prompt, str):
-        return f"{condition}\n\n{prompt}"
-    if prompt and prompt[0]["role"] == "system":
-        return [dict(role="system", content=f"{condition}\n\n{prompt[0]['content']}"), *prompt[1:]]
-    return [dict(role="system", content=condition), *prompt]
+def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_columns=None) -> list:
+    """All rows that encode_row(row, notes) makes of a data set, with a report: kept, dropped and why, lengths, an
+    example.
 
-
-def report(option: str, tokenizer, rows: list, total: int, notes: Counter):
-    """Print how many rows were kept, what was dropped and why, lengths, and one example whose trained tokens stand in double brackets."""
-    prompts, answers = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
-    quantiles = lambda values: "/".join(str(sorted(values)[int(q * (len(values) - 1))]) for q in (0.5, 0.95, 1))
-    say(f"{option}: {len(rows)} rows from {total}; " + (", ".join(f"{n} {why}" for why, n in notes.items() if n) or "none dropped, none cut"))
-    say(f"  tokens (median/95%/most): prompt {quantiles(prompts)}, response {quantiles(answers)}")
-    shown, marks = tokenizer.decode(rows[0].prompt)[-200:], rows[0].trained[0] if rows[0].trained else [True] * len(rows[0].responses[0])
-    for mark, part in groupby(zip(marks, rows[0].responses[0]), key=lambda pair: pair[0]):
-        text = tokenizer.decode([token for _, token in part])
-        shown += f"[[{text[:300]}]]" if mark else text[:100]
-    say("  example: " + shown.replace("\n", "\n  | "))
-
-
-class Drop(Exception):
-    """A row that cannot be used; the message is the reason, under which it is counted."""
-
-
-def prepare(option: str, data: Dataset, tokenizer, encode_row) -> list:
-    """Rows for training, with a report of what they are. encode_row(row, notes) turns a row of data into a list of them."""
-    rows, notes = [], Counter()
+    add_columns(option, data): the data set with columns that encode_row reads beside its own."""
+    data, rows, notes = load_rows(option, name, split), [], Counter()
+    data = add_columns(option, data) if add_columns else data
     for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or len(data) < 5000)):
         try:
             rows += encode_row(row, notes)
         except Drop as drop:
             notes[f"dropped: {drop}"] += 1
-        except TemplateError as e:
-            notes[f"dropped: refused by the chat template ({str(e)[:60]})"] += 1
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
-            refuse(f"{option}, row {number}: not in a known format ({type(e).__name__}: {reason(e)}); see 'Reads' at the top of this script")
+            what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            columns = ", ".join(data.column_names)
+            hint = f"its columns are {columns}; see 'Reads' in --help"
+            fail(f"{option} {name}, row {number} (from 0): not in a known format ({what}); {hint}")
+    counts = ", ".join(f"{n} {note}" for note, n in notes.items() if n) or "none dropped, none cut"
     if not rows:
-        why = ", ".join(f"{n} {note}" for note, n in notes.items() if n)
-        refuse(f"{option}: none of its {len(data)} rows can be used ({why}); its columns are {', '.join(data.column_names)}; see 'Reads' at the top")
-    report(option, tokenizer, rows, len(data), notes)
+        columns = ", ".join(data.column_names)
+        fail(f"{option} {name}: none of its {len(data)} rows can be used ({counts}); its columns are {columns}")
+    print0(f"{option} {name}: {len(rows)} rows from {len(data)}; {counts}")
+    prompts, responses = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
+    quantiles = ["/".join(str(sorted(x)[int(q * (len(x) - 1))]) for q in (0.5, 0.95, 1)) for x in (prompts, responses)]
+    print0("  tokens (median/95%/most): prompt {}, response {}".format(*quantiles))
+    shown = tokenizer.decode(rows[0].prompt)[-200:]
+    for is_trained, part in groupby(zip(rows[0].trained[0], rows[0].responses[0]), key=lambda pair: pair[0]):
+        text = tokenizer.decode([token for _, token in part])
+        shown += f"[[{text[:300]}]]" if is_trained else text[:100]
+    print0("  example, [[trained]]: " + shown.replace("\n", "\n  | "))
     return rows
 
 
-def template_options(row: dict) -> dict:
-    """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
-    tools = row.get("tools")
-    ours = ("chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt", "continue_final_message")  # no row's business
-    options = {k: v for k, v in without_none(row.get("chat_template_kwargs") or {}).items() if k not in ours}
-    return options | (dict(tools=json.loads(tools) if isinstance(tools, str) else without_none(tools)) if tools else {})
+def prepare_split(args, tokenizer, encode_row, by_prompt: bool = True, add_columns=None) -> tuple:
+    """Rows to train on, and held-out rows: from --eval-dataset, or a share of --dataset (of its prompts, or, if not
+    by_prompt, its rows)."""
+    rows = prepare("--dataset", args.dataset, "train", tokenizer, encode_row, add_columns)
+    if args.eval_dataset:
+        return rows, prepare("--eval-dataset", args.eval_dataset, "test", tokenizer, encode_row, add_columns)
+    keys = [tuple(row.prompt) if by_prompt else i for i, row in enumerate(rows)]
+    every = list(dict.fromkeys(keys))
+    count = min(len(every) - 1, round(args.eval_fraction * len(every)))
+    held = set(random.Random(args.seed).sample(every, count))
+    print0(f"  held out: {count} of {len(every)} {'prompts' if by_prompt else 'rows'}")
+    held_out = [row for row, key in zip(rows, keys) if key in held]
+    return [row for row, key in zip(rows, keys) if key not in held], held_out
 
 
-def demonstrations(tokenizer, max_length: int, everything: bool, allow_special: bool):
-    """The encode_row of supervised fine-tuning. everything: train on all tokens, prompts too."""
-    stops, special = stop_tokens(tokenizer), special_tokens(tokenizer).values()
-
-    def encode_row(row, notes):
-        talk, prompt, answer = row.get("messages") or row.get("conversations"), row.get("prompt"), row.get("completion")
-        if not talk and answer is None and row.get("text") is None:
-            raise Drop("no text")
-        chat = bool(talk) or isinstance(prompt, list)
-        if chat:
-            before, after = ([], as_messages(talk)) if talk else (as_messages(prompt), as_messages(answer))
-            texts = [m["content"] for m in before + after]
-        else:
-            before, after = (prompt or "", answer) if answer is not None else ("", row["text"])
-            texts = [before, after.removesuffix(tokenizer.eos_token)]
-        if not after or not texts[-1].strip() and not (chat and "tool_calls" in after[-1]):
-            raise Drop("empty answer")
-        if not allow_special and has_special(special, [(before, after) if chat else texts, template_options(row)]):
-            raise Drop("special token in the text (--allow-special keeps it)")
-        begun = chat and bool(before) and before[-1]["role"] == after[0]["role"] == "assistant"  # the prompt ends in an answer already begun
-        if begun and len(after) > 1:
-            raise Drop("a prompt that ends in a begun answer, with a completion of several turns")
-        if chat and not begun:
-            found = encode_turns(tokenizer, before + after, len(before), stops, **template_options(row))
-        else:
-            head, (tail,) = encode(tokenizer, before, [after], stops, **template_options(row))
-            found = [(head + tail, [t >= len(head) for t in range(len(head) + len(tail))])]
-        if not found:
-            raise Drop("no assistant turn")
-        rows = []
-        for ids, trained in found:
-            trained = [True] * len(ids) if everything else trained
-            if any(trained[1:max_length]):  # the first token has nothing to be predicted from
-                start = trained.index(True, 1)
-                notes["cut at --max-length"] += len(ids) > max_length
-                rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]]))
-        if not rows:
-            raise Drop("prompt beyond --max-length")
-        return rows
-
-    return encode_row
+# ---- rows: packed, a prompt and its K responses lie end to end, the prompt computed once, nothing padded
+#
+#      P1 R1a R1b P2 R2a R2b ...     R1b attends to P1 and itself; its positions start at len(P1)
 
 
-def questions(args, tokenizer, max_prompt: int):
-    """The encode_row of prompts: extra holds the prompt as text or messages, and every column, for the rewards."""
-    stops, special = stop_tokens(tokenizer), special_tokens(tokenizer).values()
-
-    def encode_row(row, notes):
-        prompt = row.get("prompt")
-        prompt = [dict(role="user", content=row["question"])] if prompt is None and row.get("question") else prompt
-        prompt = as_pair(prompt, row["chosen"], row["rejected"])[0] if "chosen" in row else prompt
-        if not prompt:
-            raise Drop("empty prompt")
-        prompt = as_messages(prompt) if isinstance(prompt, list) else prompt
-        options = template_options(row)
-        if not args.allow_special and has_special(special, [prompt, options]):
-            raise Drop("special token in the text (--allow-special keeps it)")
-        # messages: up to where the assistant is to speak, as `generate` will be asked
-        ids = encode(tokenizer, prompt, [" a"], stops)[0] if isinstance(prompt, str) else render(tokenizer, prompt, answer_next=True, **options)
-        if len(ids) > max_prompt:
-            raise Drop("prompt beyond --max-length less --max-new-tokens")
-        return [Row(ids, [[]], None, dict(row, prompt=prompt, kind=row.get("kind") or ""))]
-
-    return encode_row
+SPARE = Row([0], [[0]], [[True]], {})  # for a rank without rows
 
 
-# --------------------------------------------------------------------------------------------------------------------- model
+def count_tokens(row: Row) -> int:
+    """Tokens of a row, its prompt counted once."""
+    return len(row.prompt) + sum(map(len, row.responses))
 
 
-def rows_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, sliding_window=None, rows=None, softcap=None, **kwargs):
-    """Attention over rows laid end to end: a response sees its own prompt and itself. q, k, v [1, H, T, D]."""
-    if softcap is not None:
-        raise NotImplementedError("soft-capped attention scores (Gemma 2) need the model's own attention")
-    if rows is None:  # sampling: the ordinary path
-        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+def padded_width(row: Row) -> int:
+    """Tokens of the longest response with its prompt."""
+    return len(row.prompt) + max(map(len, row.responses))
+
+
+def segment_lengths(row: Row) -> tuple:
+    """(length of the first segment, lengths of those that see it): the prompt and its responses; a single response is
+    one with its prompt."""
+    lengths = [len(response) for response in row.responses]
+    return (len(row.prompt) + lengths[0], ()) if len(lengths) == 1 else (len(row.prompt), tuple(lengths))
+
+
+def pack(rows: list, device) -> tuple:
+    """Rows end to end in one sequence. Returns (dict(inputs, source, last), target).
+
+    inputs: of the model; source [N]: positions that predict the trained tokens; last [R]: position of each response's
+    last token; target [N]: the trained tokens. inputs["rows"] is for `rows_attention`: the segments' lengths and, for
+    FlashAttention, the keys that each segment sees."""
+    ids, positions, source, last, target, keys, q_lengths, k_lengths = [], [], [], [], [], [], [], []
+    for row in rows:
+        start, length, (first, others) = len(ids), len(row.prompt), segment_lengths(row)
+        ids += row.prompt
+        positions += range(length)
+        keys += range(start, start + first)
+        for response, trained in zip(row.responses, row.trained):
+            begin = len(ids)
+            ids += response
+            positions += range(length, length + len(response))
+            # the prompt's last token predicts the first of every response
+            predictors = [start + length - 1, *range(begin, len(ids) - 1)]
+            source += [predictor for predictor, keep in zip(predictors, trained) if keep]
+            target += [token for token, keep in zip(response, trained) if keep]
+            last.append(len(ids) - 1)
+            keys += [*range(start, start + length), *range(begin, len(ids))] if others else []
+        q_lengths += [first, *others]
+        k_lengths += [first, *(first + other for other in others)]
+    tensor = partial(torch.tensor, dtype=torch.long, device=device)
+    flash = dict(max_q=max(q_lengths), max_k=max(k_lengths), keys=tensor(keys))
+    flash["cu_q"], flash["cu_k"] = (tensor([0, *x]).cumsum(0, dtype=torch.int32) for x in (q_lengths, k_lengths))
+    attention = dict(segments=[segment_lengths(row) for row in rows], **flash)
+    inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(positions)[None], rows=attention, use_cache=False)
+    return dict(inputs=inputs, source=tensor(source), last=tensor(last)), tensor(target)
+
+
+def pad(rows: list, device) -> tuple:
+    """`pack` for a model whose attention cannot follow packed rows: each response with its prompt, padded on the
+    right."""
+    pairs = [(row.prompt, response, trained) for row in rows for response, trained in zip(row.responses, row.trained)]
+    width, ids, mask, source, last, target = max(len(p) + len(r) for p, r, _ in pairs), [], [], [], [], []
+    for i, (prompt, response, trained) in enumerate(pairs):
+        length, first = len(prompt) + len(response), i * width + len(prompt)
+        ids.append(prompt + response + [0] * (width - length))
+        mask.append([1] * length + [0] * (width - length))
+        source += [first + j - 1 for j, keep in enumerate(trained) if keep]
+        target += [token for token, keep in zip(response, trained) if keep]
+        last.append(i * width + length - 1)
+    tensor = partial(torch.tensor, dtype=torch.long, device=device)
+    inputs = dict(input_ids=tensor(ids), attention_mask=tensor(mask), use_cache=False)
+    return dict(inputs=inputs, source=tensor(source), last=tensor(last)), tensor(target)
+
+
+def rows_attention(
+    module,
+    q,
+    k,
+    v,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    sliding_window=None,
+    rows=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
+    """Attention over packed rows: a response sees its own prompt and itself. q [1, H, T, D]; k, v [1, G, T, D].
+
+    softcap: of Gemma 2's scores; s_aux [H]: GPT-OSS's sinks, a score beside those of the keys."""
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
     options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    flash = q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1] and q.shape[-1] in range(8, 257, 8) and not dropout
-    if flash:  # FlashAttention over segments: its causal mask is aligned to the last key, as a response needs it
+    is_plain = softcap is None and s_aux is None
+    fits_flash = q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1]
+    fits_flash = fits_flash and q.shape[-1] in range(8, 257, 8)
+    if fits_flash and is_plain and not dropout:  # FlashAttention aligns its causal mask to a segment's last key
         from torch.nn.attention.varlen import varlen_attn
 
         if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
             options.pop("enable_gqa")  # torch 2.11 groups heads without being asked
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
-        k, v, window = k[rows["index"]], v[rows["index"]], (sliding_window - 1 if sliding_window else -1, 0)
-        return varlen_attn(q, k, v, rows["cu_q"], rows["cu_k"], rows["max_q"], rows["max_k"], window_size=window, **options)[None], None
+        k, v, lengths = k[rows["keys"]], v[rows["keys"]], [rows[name] for name in ("cu_q", "cu_k", "max_q", "max_k")]
+        window = (sliding_window - 1 if sliding_window else -1, 0)
+        return varlen_attn(q, k, v, *lengths, window_size=window, **options)[None], None
 
-    def attend(q, k, v):  # [n, H, Q, D], [n, H, K, D]: the queries are the last Q of the K positions
+    def attend(q, k, v):  # [n, H, Q, D], [n, G, K, D]: the queries are the last Q of K positions
         Q, K = q.shape[2], k.shape[2]
-        if Q == K and not (sliding_window and sliding_window < K):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, **options)
-        i, j = torch.arange(K - Q, K, device=q.device)[:, None], torch.arange(K, device=q.device)
-        seen = (j <= i) & (j > i - (sliding_window or K))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, **options)
+        if is_plain and Q == K and (sliding_window or K) >= K:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, **options)
+        j = torch.arange(K, device=q.device)
+        i = j[K - Q :, None]
+        visible = (j <= i) & (j > i - (sliding_window or K))  # [Q, K]
+        if is_plain:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, **options)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = q @ k.transpose(2, 3) * scaling
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        scores = scores.masked_fill(~visible, -math.inf)
+        if s_aux is not None:
+            scores = torch.cat([scores, s_aux.to(scores.dtype)[:, None, None].expand(len(q), -1, Q, 1)], -1)
+        return F.dropout(scores.softmax(-1), dropout)[..., :K] @ v
 
-    groups, out = [(form, len(list(same))) for form, same in groupby(rows["layout"])], []  # neighbours of equal shape are one batch
-    sizes = [n * (P + sum(R)) for (P, R), n in groups]
-    for ((P, R), n), *qkv in zip(groups, *(x[0].split(sizes, 1) for x in (q, k, v))):
-        (q0, *qs), (k0, *ks), (v0, *vs) = (x.unflatten(1, (n, -1)).transpose(0, 1).split([P, *R], 2) for x in qkv)
-        parts = [attend(q0, k0, v0), *(attend(q, torch.cat([k0, k], 2), torch.cat([v0, v], 2)) for q, k, v in zip(qs, ks, vs))]
-        out.append(torch.cat(parts, 2).transpose(0, 1).flatten(1, 2))
+    # neighbours of equal lengths are one batch of n
+    groups = [(lengths, len(list(same))) for lengths, same in groupby(rows["segments"])]
+    parts = [x[0].split([n * (first + sum(others)) for (first, others), n in groups], 1) for x in (q, k, v)]
+    out = []
+    for ((first, others), n), *group in zip(groups, *parts):
+        split = [x.unflatten(1, (n, -1)).transpose(0, 1).split([first, *others], 2) for x in group]  # [n, H, length, D]
+        (q0, *qs), (k0, *ks), (v0, *vs) = split
+        segments = [attend(q0, k0, v0)]
+        for q1, k1, v1 in zip(qs, ks, vs):
+            segments.append(attend(q1, torch.cat([k0, k1], 2), torch.cat([v0, v1], 2)))
+        out.append(torch.cat(segments, 2).transpose(0, 1).flatten(1, 2))  # [H, n (P + R1 + ...), D]
     return torch.cat(out, 1).transpose(0, 1)[None], None  # [1, T, H, D]
 
 
-def rows_mask(*args, attention_mask=None, **kwargs):
-    """No mask where rows are given; elsewhere the ordinary one, from the attention_mask, without which a sliding window would be lost."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False})
+AttentionInterface.register("packed_rows", rows_attention)
+AttentionMaskInterface.register("packed_rows", lambda *args, **kwargs: None)  # rows_attention makes its own
 
 
-AttentionInterface.register("rows", rows_attention)
-AttentionMaskInterface.register("rows", rows_mask)
+def forwards(rows: list, args, model, device, spare: Row = SPARE):
+    """This rank's rows in forward passes of at most --tokens-per-forward tokens: yields (rows, weight, inputs, target),
+    the last two from `pack` or `pad`.
+
+    A longer row is a pass of its own. All ranks make equally many passes, as FSDP needs; one that has run out repeats
+    a row with weight 0, or, if it has none, the spare one."""
+    groups, layout, key, responses, tokens = [], pack, segment_lengths, 0, 0
+    if not model.packs:
+        layout, key = pad, padded_width
+    for row in sorted(rows, key=key):
+        responses += len(row.responses)
+        tokens += count_tokens(row)
+        # padded, every response takes the width of the widest, which is the last
+        size = tokens if model.packs else responses * padded_width(row)
+        if not groups or size > args.tokens_per_forward:
+            groups.append([])
+            responses, tokens = len(row.responses), count_tokens(row)
+        groups[-1].append(row)
+    most = len(groups)
+    if WORLD > 1:
+        most = int(over_ranks(torch.tensor(most, device=device), dist.ReduceOp.MAX))
+    for i in range(most):
+        group, weight = (groups[i], 1.0) if i < len(groups) else ([rows[0] if rows else spare], 0.0)
+        yield group, weight, *layout(group, device)
 
 
-def shape(row: Row) -> tuple:
-    """(prompt length, response lengths); a single response is one piece with its prompt, since nothing is shared."""
-    prompt, responses = len(row.prompt), tuple(map(len, row.responses))
-    return (prompt + responses[0], ()) if len(responses) == 1 else (prompt, responses)
+@torch.no_grad()
+def response_values(values_of, model, rows: list, args, device, shared: bool = True) -> torch.Tensor:
+    """values_of(rows, inputs, target), a number for each response, for the responses of all rows in order [R].
+
+    shared: all ranks have the same rows and share the work; else each rank has its own."""
+    counts = [len(row.responses) for row in rows]
+    first = {id(row): count for row, count in zip(rows, accumulate([0, *counts]))}
+    mine = rows[RANK::WORLD] if shared else rows
+    values = torch.zeros(sum(counts), device=device)
+    model.eval()
+    for group, weight, inputs, target in forwards(mine, args, model, device):
+        found = values_of(group, inputs, target)
+        if weight:
+            indices = [first[id(row)] + i for row in group for i in range(len(row.responses))]
+            values[torch.tensor(indices, device=device)] = found
+    model.train()
+    return over_ranks(values).cpu() if shared else values
 
 
-def pack(rows: list, device, together: bool = True):
-    """Rows end to end in one sequence, nothing padded; or, if not together, one sequence for each response.
+# ---- models: loading, sharding, checking, one optimiser step
 
-    Returns forwards, a list of (model inputs, positions that predict the trained tokens, positions of the responses' last tokens),
-    and the trained tokens in order [N]."""
-    if not together:
-        forwards, targets = [], []
-        for row in rows:
-            for i, response in enumerate(row.responses):
-                (forward,), target = pack([Row(row.prompt, [response], row.trained and [row.trained[i]])], device)
-                inputs, *at = forward
-                inputs = {k: v for k, v in inputs.items() if k != "rows"} | dict(attention_mask=torch.ones_like(inputs["input_ids"]))
-                forwards.append((inputs, *at))
-                targets.append(target)
-        return forwards, torch.cat(targets)
-    ids, position, source, last, target, layout, index, q_lens, k_lens = [], [], [], [], [], [], [], [], []
-    for row in rows:
-        start, end, (head, tails) = len(ids), len(ids) + len(row.prompt), shape(row)
-        ids += row.prompt
-        position += range(end - start)
-        index += range(start, start + head)  # the keys of each segment, prompt or response, one after the other
-        for i, response in enumerate(row.responses):
-            t = len(ids)
-            ids += response
-            position += range(end - start, end - start + len(response))
-            before = [end - 1, *range(t, t + len(response) - 1)]  # the prompt's last token predicts every response's first
-            keep = row.trained[i] if row.trained else [True] * len(response)
-            source += [s for s, k in zip(before, keep) if k]
-            target += [token for token, k in zip(response, keep) if k]
-            last.append(len(ids) - 1)
-            index += [*range(start, end), *range(t, t + len(response))] if tails else []
-        layout.append((head, tails))
-        q_lens += [head, *tails]
-        k_lens += [head, *(head + r for r in tails)]
-    tensor = lambda x: torch.tensor(x, device=device)
-    cumulative = lambda x: tensor([0, *x]).cumsum(0, dtype=torch.int32)
-    plan = dict(layout=layout, index=tensor(index), cu_q=cumulative(q_lens), cu_k=cumulative(k_lens), max_q=max(q_lens), max_k=max(k_lens))
-    inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(position)[None], rows=plan, use_cache=False)
-    return [(inputs, tensor(source), tensor(last))], tensor(target)
-
-
-class TargetLogps(torch.autograd.Function):
-    """The log-probability of each target token, the entropy of its distribution, and whether the token is the likeliest; each [N].
-
-    hidden [N, d], head [V, d], bias [V] or None, target [N]; adjust(logits, at): what follows the output layer, for the tokens of slice at.
-    Of the logits [N, V] no more than a chunk of tokens ever stands in memory; the backward pass computes it again, with
-    d log pi(y) / d logits = 1[y] - pi. The gradient of the head is summed over chunks in float32."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, bias, target, adjust):
-        size = max(256, 2**23 // len(head))  # tokens of a chunk: 32 MB of logits; at least 256, as each adds a whole [V, d] to the head's gradient
-        ctx.save_for_backward(hidden, head, bias, target)
-        ctx.chunks, ctx.adjust, parts = [slice(i, i + size) for i in range(0, len(target), size)], adjust, []
-        for at in ctx.chunks:
-            logits = adjust(F.linear(hidden[at], head, bias).float(), at)  # [n, V]
-            logps = logits.log_softmax(-1)
-            logp = logps.gather(-1, target[at, None])[:, 0]
-            top = logp == logps.amax(-1)  # amax is several times faster than argmax
-            parts.append((logp, -torch.exp(logps, out=logits).mul_(logps).sum(-1), top))  # in the room of the logits
-        logp, entropy, top = (torch.cat(x) for x in zip(*parts))
-        ctx.mark_non_differentiable(entropy, top)
-        return logp, entropy, top
-
-    @staticmethod
-    def backward(ctx, g, *_):
-        hidden, head, bias, target = ctx.saved_tensors
-        d_hidden, wanted = torch.empty_like(hidden), zip((head, bias), ctx.needs_input_grad[1:3])  # the head may be frozen
-        d_head, d_bias = (torch.zeros_like(w, dtype=torch.float32) if needed else None for w, needed in wanted)
-        for at in ctx.chunks:
-            raw = F.linear(hidden[at], head, bias).float().requires_grad_()
-            with torch.enable_grad():  # through what adjust does
-                logits = ctx.adjust(raw, at)
-            d = logits.detach().softmax(-1).mul_(-g[at, None])
-            d[torch.arange(len(d), device=d.device), target[at]] += g[at]
-            (d,) = torch.autograd.grad(logits, raw, d)
-            d = d.to(head.dtype)  # [n, V]
-            d_hidden[at] = d @ head
-            if d_head is not None:
-                d_head += d.T @ hidden[at]
-            if d_bias is not None:
-                d_bias += d.sum(0)
-        return d_hidden, *(x if x is None else x.to(head.dtype) for x in (d_head, d_bias)), None, None
-
-
-def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
-    """Log-probability of each target token, the distribution's entropy, and whether the token is the likeliest; each [N].
-
-    kept: for each token the ids that nucleus sampling kept, a tensor each; the distribution is renormalised over them."""
-    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards])  # [N, d]
-    head, config = self.get_output_embeddings(), self.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-
-    def adjust(logits, at):
-        logits = logits if scale == 1 else logits * scale
-        logits = cap * torch.tanh(logits / cap) if cap else logits
-        logits = logits if temperature == 1 else logits / temperature
-        if kept is not None:
-            count = torch.tensor([len(k) for k in kept[at]], device=logits.device)
-            allowed = torch.zeros_like(logits, dtype=torch.bool)
-            allowed[torch.arange(len(count), device=logits.device).repeat_interleave(count), torch.cat(kept[at])] = True
-            logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)  # finite, so that p log p is 0 there
-        return logits
-
-    return TargetLogps.apply(hidden, head.weight, head.bias, target, adjust)
-
-
-def response_scores(self, forwards):
-    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0."""
-    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, last] for inputs, _, last in forwards])  # [R, d]
-    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
-
-
-def token_values(self, forwards):
-    """The value of the state before each response token [N]: the head on the hidden state that predicts it."""
-    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards])  # [N, d]
-    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
+CHAT_TEMPLATE = (  # for tokenizers that come without one; the end-of-sequence token ends every turn
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 
 
 def load_tokenizer(name: str):
     """A checkpoint's tokenizer; without a chat template it gets a plain one."""
-    if not Path(name).exists() and (name.startswith(("runs/", "./", "../", "/")) or not name):
-        refuse(f"{name or 'the empty path'}: there is no such checkpoint directory; make it first (see README: python sft.py writes runs/base)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as e:
-        refuse(f"{name}: no tokenizer can be loaded from it ({reason(e)})")
-    if tokenizer.eos_token is None:
-        refuse(f"{name}: its tokenizer has no end-of-sequence token, so that no answer could ever end; give it one (eos_token)")
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-    try:
-        talk = tokenizer.apply_chat_template([dict(role="user", content="one"), dict(role="assistant", content="two")], tokenize=False)
-    except Exception as e:
-        refuse(f"{name}: its chat template cannot be used ({reason(e)}); correct chat_template.jinja")
-    if "one" not in talk or "two" not in talk:
-        refuse(f"{name}: its chat template shows {talk[:100]!r} in place of what is said; correct chat_template.jinja")
+    with user_input(f"{name}: no tokenizer can be loaded from it"):
+        if not Path(name).exists() and name.startswith(("runs/", "./", "../", "/")):
+            raise FileNotFoundError("there is no such directory; run the stage that writes it first")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.eos_token is None:
+            raise ValueError("it has no end-of-sequence token, so that no answer could ever end")
+        if not tokenizer.chat_template:
+            print0(f"note: {name} has no chat template; messages are written as 'role: content{tokenizer.eos_token}'")
+            tokenizer.chat_template = CHAT_TEMPLATE
+        try:
+            shown = render_text(tokenizer, [dict(role="user", content="one"), dict(role="assistant", content="two")])
+        except Drop as drop:
+            raise ValueError(f"a conversation is {drop}") from drop
+        if "one" not in shown or "two" not in shown:
+            raise ValueError(f"its chat template shows {shown[:100]!r} in place of what is said")
+        with tempfile.TemporaryDirectory() as folder:  # the next stage must read the same ids
+            save_tokenizer(tokenizer, Path(folder))
+            reloaded = AutoTokenizer.from_pretrained(folder)
+            probes = [
+                shown,
+                "Hello,  world!\n 12 + 3 = 15. é 你好 <a>",
+                "x<|y|>",
+                f"a{tokenizer.eos_token}b {tokenizer.eos_token} c",
+            ]
+            if any(tokenizer(text).input_ids != reloaded(text).input_ids for text in probes):
+                raise ValueError("it reads other ids once it is saved and loaded again")
     return tokenizer
 
 
-def load_config(name: str):
-    """A checkpoint's config."""
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as e:
-        refuse(f"{name}: no model's config can be loaded from it ({reason(e)})")
+def save_tokenizer(tokenizer, directory: Path):
+    """Saves a tokenizer with the option `legacy`, which changes the ids and which transformers leaves out."""
+    tokenizer.save_pretrained(directory)
+    if hasattr(tokenizer, "legacy"):
+        file = directory / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(legacy=tokenizer.legacy), indent=2))
 
 
-def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False, **options):
-    """A checkpoint with float32 weights, its attention replaced by `rows_attention`.
+def fit_length(args, name: str) -> int:
+    """--max-length, or what the model's positions allow."""
+    with user_input(f"{name}: no configuration can be loaded from it"):
+        config = AutoConfig.from_pretrained(name).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or args.max_length
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes, *(x for x in ropes.values() if isinstance(x, dict))]:
+        if rope.get("rope_type") in ("longrope", "dynamic"):  # their angles depend on the longest row of a forward
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", positions
+            )
+            if args.max_length > original:
+                what = f"{name} changes its rotary embeddings beyond {original} tokens"
+                fail(f"--max-length {args.max_length}: {what}; set at most {original}")
+    for field in ("index_topk", "keep_window_size"):
+        if getattr(config, field, None) and args.max_length > getattr(config, field):
+            limit = getattr(config, field)  # beyond it transformers' own attention is not causal
+            fail(f"--max-length {args.max_length}: {name} attends to {limit} tokens only; set at most {limit}")
+    if positions < args.max_length:
+        print0(f"note: --max-length {args.max_length} is lowered to the {positions} positions of {name}")
+    return min(args.max_length, positions)
 
-    Where that gives other results (found by trying), the model keeps its own and gets one sequence a forward: slow and right, with a notice."""
-    stored = load_config(name).dtype
-    try:
-        # safetensors only: a pickle could run anything
-        options |= dict(trust_remote_code=False, use_safetensors=True)
-        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, **options)
-    except Exception as e:
-        refuse(f"{name}: no model can be loaded from it ({reason(e)}); it takes config.json and safetensors, as save_pretrained writes them")
-    for weight, values in model.named_parameters():
-        if not values.isfinite().all():
-            refuse(f"{name}: its weights are damaged: {weight} holds numbers that are not finite")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
-    if model.base_model is model:
-        refuse(f"{name}: {type(model).__name__} does not name its base model, which this script needs")
-    model = ready(model, device, stored or torch.float32, dropout)
-    model.together = rows_agree(model, device, dtype)
-    if not model.together:
-        model.set_attn_implementation("eager")
-        say(f"note: the attention of {type(model).__name__} does not follow rows: one sequence a forward in float32, right but slow")
+
+def read_model(auto, name: str, tokenizer, **options):
+    """A checkpoint with float32 weights; model.stored_dtype is the dtype in which they were stored."""
+    with user_input(f"{name}: no model can be loaded from it"):
+        options |= dict(attn_implementation="eager", dtype=torch.float32)
+        model = auto.from_pretrained(name, use_safetensors=True, **options)  # a pickle could run anything
+        embeddings = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > embeddings:
+            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model only {embeddings}")
+        damaged = [weight for weight, values in model.named_parameters() if not values.isfinite().all()]
+        if damaged:
+            raise ValueError(f"its weights are damaged: {damaged[0]} holds numbers that are not finite")
+        if model.base_model is model:
+            raise ValueError(f"{type(model).__name__} does not name its base model, which this script needs")
+        model.stored_dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
     return model
 
 
-def ready(model, device, stored=torch.float32, dropout: bool = False):
-    """The model on its device, in training mode, without dropout unless asked; stored: the dtype in which it will be saved."""
-    for module in model.modules() if not dropout else ():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or name == "p" and isinstance(module, torch.nn.Dropout)):
-                setattr(module, name, 0.0)
-    model.together, model.stored = True, stored
-    return model.to(device).train()
+def load_model(auto, name: str, tokenizer, args, device, dtype, *methods, dropout: bool = False, **options):
+    """`read_model` and `prepare_model` in one."""
+    model = read_model(auto, name, tokenizer, **options)
+    return prepare_model(model, name, args, device, dtype, *methods, dropout=dropout)
 
 
-@torch.no_grad()
-def rows_agree(model, device, dtype) -> bool:
-    """Whether rows in one sequence under our attention give what each response alone gives under the model's own, on random tokens."""
-    generator, hidden = torch.Generator().manual_seed(0), []
-    tokens = torch.randint(min(1000, model.config.get_text_config().vocab_size), (25,), generator=generator).tolist()
-    rows = [Row(tokens[:5], [tokens[5:9], tokens[9:15]]), Row(tokens[15:18], [tokens[18:]])]
-    model.eval()
-    try:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for together, attention in ((False, "eager"), (True, "rows")):
-                model.set_attn_implementation(attention)
-                forwards, *_ = pack(rows, device, together)
-                hidden.append(torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in forwards]))
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, TypeError, RuntimeError):
-        return False
-    finally:
-        model.train()
-    tolerance = 1e-3 if dtype == torch.float32 else 0.05
-    return bool((hidden[0] - hidden[1]).norm() <= tolerance * hidden[1].norm())
-
-
-@torch.no_grad()
-def check_head(model, name: str, device):
-    """Refuse a model whose output layer does more than token_logps does."""
-    ids = list(range(3, 15))
-    forwards, target = pack([Row(ids[:4], [ids[4:]])], device, model.together)
-    inputs = torch.tensor([ids], device=device)
-    model.eval()
-    whole = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0, 3:-1].float().log_softmax(-1)
-    known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
-    off = (token_logps(model, forwards, target)[0] - whole.gather(-1, target[:, None])[:, 0]).abs().max() if known else None
-    model.train()
-    if not known or not off < 0.01:
-        refuse(f"{name}: the output layer of {type(model).__name__} does more than this script knows; its log-probabilities would be wrong")
-
-
-def is_reward_model(name: str) -> bool:
-    """Whether a checkpoint that loads has a trained head with one score."""
-    config = load_config(name)
-    return "SequenceClassification" in "".join(config.architectures or []) and config.num_labels == 1
-
-
-def all_stops(model, tokenizer) -> list:
-    """`stop_tokens`, and the further ones that a chat model's generation_config may know."""
-    known = model.generation_config.eos_token_id
-    known = known if isinstance(known, list) else [known] if known is not None else []
-    return sorted({*stop_tokens(tokenizer), *(i for i in known if i < len(tokenizer))})  # a config's default may lie beyond a small vocabulary
-
-
-def trainable(auto, name: str, tokenizer, args, device, dtype, method, **options):
-    """The policy or the value model: loaded, a new head at zero, all but the last layers frozen if asked, sharded."""
-    model = load_model(auto, name, tokenizer, device, dtype, **options)
-    if method is token_logps:
-        check_head(model, name, device)
-    elif not is_reward_model(name):
-        torch.nn.init.zeros_(model.score.weight)
-    if args.train_last_layers:
-        layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-        model.requires_grad_(False)
-        for module in [*layers[-args.train_last_layers :], *([model.score] if hasattr(model, "score") else [])]:
-            module.requires_grad_(True)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    return shard(model, dtype, method)
-
-
-# ------------------------------------------------------------------------------------------------------------------ sampling
-
-
-def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
-    """The randomness of sampling [len(answers), length]: a function of (seed, step, answer, position) and of nothing else."""
-    key = lambda answer: int.from_bytes(hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8], "little") >> 1
-    rows = [torch.rand(length, generator=torch.Generator().manual_seed(key(answer))) for answer in answers]
-    return torch.stack(rows) if rows else torch.zeros(0, length)
-
-
-@contextmanager
-def gathered(model):
-    """Whole weights on every rank, so that ranks need not sample in step with each other."""
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    yield
-    for part in parts:
-        part.set_reshard_after_forward(part is not model, recurse=False)  # the root's weights stay, as FSDP has it
-        part.reshard()
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values [B, H, T, D], growing within room kept for them: DynamicLayer copies them all to add those of one token."""
-
-    room = ()  # two tensors [B, H, T + free places, D], of which `keys` and `values` are views; none while the model skips the layer
-
-    def update(self, keys, values, *args, **kwargs):
-        start, self.is_initialized = self.get_seq_length(), True
-        end = start + keys.shape[-2]
-        if not start or self.room[0].shape[-2] < end:
-            room = [new.new_empty(*new.shape[:-2], end + 32, new.shape[-1]) for new in (keys, values)]
-            for whole, old in zip(room, (self.keys, self.values) if start else ()):
-                whole[..., :start, :] = old
-            self.room = room
-        for whole, new in zip(self.room, (keys, values)):
-            whole[..., start:end, :] = new
-        self.keys, self.values = (whole[..., :end, :] for whole in self.room)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        if self.room:
-            length, self.room = self.get_seq_length(), [whole[indices] for whole in self.room]
-            self.keys, self.values = (whole[..., :length, :] for whole in self.room)
-
-    def batch_repeat_interleave(self, repeats):
-        if self.room:
-            self.batch_select_indices(torch.arange(len(self.keys), device=self.keys.device).repeat_interleave(repeats))
-
-
-@torch.no_grad()
-def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0):
-    """Answers to prompts (lists of ids): n = len(numbers) / len(prompts) to each, one after the other, the prompt computed once for them.
-
-    numbers [answers, max_new_tokens], uniform in [0, 1), are all the randomness there is; temperature 0 takes the likeliest token.
-    Returns for each answer its ids (the stop token included), the log-probability of each in the very distribution it was drawn from,
-    and, with top_p < 1, the ids that the nucleus kept at each position, else None."""
-    device, count, longest = numbers.device, len(numbers), numbers.shape[1]
-    n = count // max(1, len(prompts))
-    tokens, logps, kept = [[] for _ in range(count)], [[] for _ in range(count)], [[] for _ in range(count)] if top_p < 1 else None
-    if not count:
-        return tokens, logps, kept
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * (len(p) + longest) for p in prompts], device=device)
-    position = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache()
-    cache.layer_class_to_replicate = RoomyLayer
-    call = dict(past_key_values=cache, use_cache=True)
-    logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=position, logits_to_keep=1, **call).logits[:, -1]
-    cache.batch_repeat_interleave(n)
-    logits, mask, position = (x.repeat_interleave(n, 0) for x in (logits, mask, position[:, -1:]))
-    alive, ends = torch.arange(count, device=device), torch.tensor(stops, device=device)
-    for t in range(longest):
-        logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [alive, V]
-        if top_p < 1:
-            ordered, order = logp.sort(-1, descending=True)
-            keep = ordered.exp().cumsum(-1) - ordered.exp() < top_p  # the smallest set that reaches top_p
-            logp = logp.masked_fill(~torch.zeros_like(keep).scatter(1, order, keep), -math.inf).log_softmax(-1)
-            for answer, nucleus in zip(alive.tolist(), order[keep].split(keep.sum(-1).tolist())):
-                kept[answer].append(nucleus)
-        if temperature == 0:
-            token = logp.argmax(-1)
-        else:  # the first token at which the cumulative probability exceeds the number
-            cumulative = logp.exp().cumsum(-1)
-            token = torch.searchsorted(cumulative, numbers[alive, t, None] * cumulative[:, -1:], right=True)[:, 0]
-            token = token.clamp(max=logp.shape[-1] - 1)
-        for answer, i, p in zip(alive.tolist(), token.tolist(), logp.gather(1, token[:, None])[:, 0].tolist()):
-            tokens[answer].append(i)
-            logps[answer].append(p)
-        going = (~torch.isin(token, ends)).nonzero()[:, 0]
-        if t + 1 == longest or not len(going):
-            break
-        if len(going) < len(alive):  # finished answers leave the batch
-            cache.batch_select_indices(going)
-            alive, token, mask, position = alive[going], token[going], mask[going], position[going]
-        position = position + 1
-        logits = model(input_ids=token[:, None], attention_mask=mask[:, : width + t + 1], position_ids=position, **call).logits[:, -1]
-    return tokens, logps, kept
-
-
-# ------------------------------------------------------------------------------------------------------------------- rewards
-
-SCORE_QUESTION = "Rate the last answer above from 1 (very bad) to 10 (very good). Reply with the number only."
-
-
-def load_frozen(auto, name: str, device, dtype, method, **options):
-    """A frozen model and its tokenizer."""
-    tokenizer = load_tokenizer(name)
-    model = load_model(auto, name, tokenizer, device, dtype, **options)
-    if method is token_logps:
-        check_head(model, name, device)
-    return shard(model.requires_grad_(False), dtype, method), tokenizer
-
-
-@torch.no_grad()
-def reward_scores(model, tokenizer, conditions: dict, args, device, rows: list, texts: list) -> torch.Tensor:
-    """The reward model's scores [B] of answers, given as texts, rendered and tokenised as in its training."""
-    stops, longest = stop_tokens(tokenizer), getattr(model.config, "max_position_embeddings", 2**20)
-    asked, scores = [], torch.zeros(len(rows), device=device)
-    for row, text in zip(rows, texts):
-        prompt = with_condition(row.extra["prompt"], conditions.get(row.extra["kind"], ""))
-        text = without_special(tokenizer, text)
-        prompt, (answer,) = encode(tokenizer, prompt, [text], stops, **template_options(row.extra))
-        asked.append(Row(prompt[-max(1, longest - len(answer)) :], [answer[: longest - 1]]))
-    for group, forwards, _ in packed(asked, args.tokens_per_forward, device, model.together):
-        scores[group] = model.response_scores(forwards)[: len(group)]
-    if not scores.isfinite().all():
-        print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"a reward model's score is {scores[~scores.isfinite()][0].item()}: its weights are damaged")
-    return scores
-
-
-def without_special(tokenizer, text: str) -> str:
-    """A policy's text less what its reader would take for special tokens: it must not end its turn and write the judge's reply."""
-    specials = list(special_tokens(tokenizer).values())
-    while any(special in text for special in specials):  # taking one out may make another
-        for special in specials:
-            text = text.replace(special, "")
-    return text
-
-
-def conversation_text(prompt, answer: str) -> str:
-    """What the judge reads: the prompt and the answer, with the speakers' names where there are several turns."""
-    if isinstance(prompt, str):
-        return prompt + answer
-    turns = [m for m in prompt if m["role"] != "system"]
-    if len(turns) == 1:
-        return f"{turns[0]['content']}\n{answer}"
-    talk = "\n".join(f"{m['role']}: {m['content']}" for m in turns)
-    return talk + answer if turns and turns[-1]["role"] == "assistant" else f"{talk}\nassistant: {answer}"  # an answer already begun goes on
-
-
-@torch.no_grad()
-def judge_logps(model, tokenizer, talks: list, options: list, args, device) -> torch.Tensor:
-    """The judge's log-probabilities of replying with each option [B, K]: of every token, the end included, from where the replies differ.
-
-    talks: what the judge is asked, as the text of one turn or as messages."""
-    stops, logps = stop_tokens(tokenizer), torch.zeros(len(talks), len(options), device=device)
-    asked = []
-    for talk in talks:
-        prompt, replies = encode(tokenizer, as_messages(talk, "user"), options, stops)
-        n = min(min(shared(replies[0], reply), len(reply) - 1) for reply in replies)  # what all begin with, such as an empty thought
-        rest = [reply[n:] for reply in replies]
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", 2**20) - max(map(len, rest))
-        asked.append(Row((prompt + replies[0][:n])[-max(1, longest) :], rest))
-    for group, forwards, target in packed(asked, args.tokens_per_forward, device, model.together):
-        token_logp = model.token_logps(forwards, target)[0]
-        lengths = [len(reply) for i in group for reply in asked[i].responses]
-        if group:
-            logps[group] = torch.stack([part.sum() for part in token_logp.split(lengths)]).view(len(group), -1)
-    return logps
-
-
-def judge_probabilities(model, tokenizer, texts: list, options: list, args, device) -> torch.Tensor:
-    """The judge's probabilities of replying with each option [B, K], renormalised over them."""
-    return judge_logps(model, tokenizer, texts, options, args, device).softmax(-1)
-
-
-def judge_scores(model, tokenizer, rubric: dict, args, device, rows: list, texts: list) -> torch.Tensor:
-    """By rubric: sum of p(letter) x reward for the prompt's kind, NaN for kinds without one. Without options: the expected score. [B]"""
-    texts, options = [without_special(tokenizer, text) for text in texts], rubric.get("options")
-    talks = [conversation_text(row.extra["prompt"], text) for row, text in zip(rows, texts)]
-    if not options:
-        asked = [f"{talk}\n\n{rubric.get('question', SCORE_QUESTION)}" for talk in talks]
-        return expected_score(judge_probabilities(model, tokenizer, asked, [str(i) for i in range(1, 11)], args, device))
-    choices = "\n".join(f"{letter}. {text}" for letter, text in options.items())
-    asked = [f"{talk}\n\n{rubric['question']}\n{choices}" for talk in talks]
-    table = [[rubric["reward"].get(row.extra["kind"], {}).get(letter, math.nan) for letter in options] for row in rows]
-    probabilities = judge_probabilities(model, tokenizer, asked, list(options), args, device)
-    return (probabilities * torch.tensor(table, device=device).view_as(probabilities)).sum(-1)
-
-
-def rule_scores(rule, device, rows: list, texts: list) -> torch.Tensor:
-    """A function's rewards [B], NaN where it returns None; it gets prompts, completions, and every other column as a list."""
-    if not rows:
-        return torch.zeros(0, device=device)
-    columns = {
-        k: [row.extra[k] for row in rows] for k in rows[0].extra if k not in ("prompt", "prompts", "completion", "completions", "chosen", "rejected")
-    }
-    prompts = [row.extra["prompt"] for row in rows]
-    completions = [as_messages(text) if isinstance(prompt, list) else text for prompt, text in zip(prompts, texts)]
-    try:
-        rewards = rule(prompts=prompts, completions=completions, **columns)
-    except Exception as e:  # the user's own code: say what it choked on
-        where = traceback.extract_tb(e.__traceback__)[-1]
-        print(file=sys.stderr)  # off the progress bar's line
-        last = f"{Path(where.filename).name}, line {where.lineno}"
-        refuse(f"--rule: {type(e).__name__}: {e} ({last}), on answers like {texts[0][-200:]!r}; it must return None for what it cannot judge")
-    if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
-        found = len(rewards) if isinstance(rewards, (list, tuple)) else f"a {type(rewards).__name__} instead of"
-        print(file=sys.stderr)
-        refuse(f"--rule: returned {found} rewards for {len(rows)} answers; it must return a list with one for each, None where it does not apply")
-    for reward, text in zip(rewards, texts):
-        try:
-            good = reward is None or abs(float(reward)) < 1e18  # its square is a float32 too
-        except (TypeError, ValueError):
-            good = False
-        if not good:
-            print(file=sys.stderr)  # off the progress bar's line
-            refuse(f"--rule: returned {reward!r} for {text[-200:]!r}; a reward must be a finite number, or None where the rule does not apply")
-    return torch.tensor([math.nan if reward is None else float(reward) for reward in rewards], device=device)
-
-
-def load_rubric(name: str) -> dict:
-    """A rubric, checked: a question, and either nothing else or options and, for every kind, a reward for each of them."""
-    rubric = load_json("--rubric", name)
-    options, rewards = rubric.get("options", {}), rubric.get("reward", {})
-    if not isinstance(rubric.get("question"), str) or bool(options) != bool(rewards):
-        refuse(f"--rubric {name}: needs a question, and options and reward together or neither; it has {', '.join(rubric)}")
-    for kind, table in rewards.items():
-        if set(table) != set(options):
-            refuse(f"--rubric {name}: its rewards for {kind} are for {', '.join(table)}, its options are {', '.join(options)}; give one for each")
-    return rubric
-
-
-def load_rule(name: str):
-    """The function that file.py:name names."""
-    path, _, function = name.rpartition(":")
-    try:
-        spec = importlib.util.spec_from_file_location("user_rule", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses and the like look their module up
-        spec.loader.exec_module(module)
-        return getattr(module, function)
-    except (AttributeError, OSError, SyntaxError, ImportError) as e:
-        refuse(f"--rule {name}: no such function can be loaded ({type(e).__name__}: {e}); it should read file.py:name")
-
-
-def load_rewards(args, device, dtype) -> dict:
-    """Every source of reward: name -> (weight, function of rows and answer texts that gives scores [B], NaN where it does not apply)."""
-    conditions = load_conditions(args.condition)
-    rewards, weights = {}, args.reward_weights or [1.0] * len(args.reward_model)
-    for name, weight in zip(args.reward_model, weights):
-        model, tokenizer = load_frozen(AutoModelForSequenceClassification, name, device, dtype, response_scores, num_labels=1)
-        if not is_reward_model(name):
-            refuse(f"--reward-model {name}: not a reward model (a sequence classifier with one label); make one with reward_model.py")
-        key = name if Path(name).name in (*rewards, "rule", "judge", "match", "format") else Path(name).name
-        rewards[key] = weight, partial(reward_scores, model, tokenizer, conditions, args, device)
-    if args.rule:
-        rewards["rule"] = args.rule_weight, partial(rule_scores, load_rule(args.rule), device)
-    if args.judge:
-        rubric = load_rubric(args.rubric) if args.rubric else {}
-        judge = load_frozen(AutoModelForCausalLM, args.judge, device, dtype, token_logps)
-        rewards["judge"] = args.judge_weight, partial(judge_scores, *judge, rubric, args, device)
-    return rewards
-
-
-def total_reward(rewards: dict, rows: list, texts: list):
-    """The weighted sum [B] of all rewards, where one that does not apply adds nothing; and each by name."""
-    named = {name: function(rows, texts) for name, (_, function) in rewards.items()}
-    return sum(weight * named[name].nan_to_num(0.0) for name, (weight, _) in rewards.items()), named
-
-
-# ----------------------------------------------------------------------------------------------------------------------- run
-
-
-def start_ranks(dtype: str):
-    """This rank's device and the dtype of the computation; joins the other ranks."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    compute = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" else torch.float32
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if WORLD > 1:
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first rank writes a checkpoint
-    elif compute != torch.float32:  # FSDP's mixed precision, for one rank as for many
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device, compute
-
-
-def shard(model, dtype, *methods):
-    """Bind the methods to the model; with several ranks or in bfloat16, give each rank its part of every weight (FSDP2)."""
+def prepare_model(model, name: str, args, device, dtype, *methods, dropout: bool = False):
+    """The model on its device in training mode, with packed rows if it can follow them, `methods` bound, sharded over
+    the ranks (FSDP2)."""
+    for module in model.modules():  # without noise two forward passes are the same function
+        if hasattr(module, "router_jitter_noise"):  # PhiMoE's is a threshold too: its router stays in evaluation mode
+            module.eval().train = lambda mode=True, module=module: module
+        for field in [k for k, v in vars(module).items() if isinstance(v, float) and k != "router_jitter_noise"]:
+            if "jitter" in field or not dropout and ("dropout" in field or field == "p"):
+                setattr(module, field, 0.0)
     for method in methods:
         setattr(model, method.__name__, types.MethodType(method, model))
-    if dist.is_initialized() and model.together:
+    check_model(model.to(device), name, device, dtype)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if dist.is_initialized():
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
-        for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
+        policy = MixedPrecisionPolicy()
+        if dtype == torch.bfloat16:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        decoder = model.get_decoder() or model  # of a multimodal model, the part that reads text
+        for layer in next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList)):
             fully_shard(layer, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
         for method in methods:
             register_fsdp_forward_method(model, method.__name__)
-    return model
+    return model.train()
 
 
-def make_optimizer(model, learning_rate: float, weight_decay: float):
-    """AdamW, decaying matrices only. Make it before the first forward, after which FSDP's root holds gathered weights in place of its own."""
-    matrices, vectors = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == wide] for wide in (True, False)]
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=True)
+@contextlib.contextmanager
+def short_windows(model):
+    """For the time of a short probe, sliding windows are four tokens long, so that a model that ignores them is found
+    out."""
+    holders, before = [model.config, model.config.get_text_config(), *model.modules()], []
+    for holder in holders:
+        for field in ("sliding_window", "attention_chunk_size"):
+            if isinstance(vars(holder).get(field), int):
+                before.append((holder, field, vars(holder)[field]))
+                setattr(holder, field, 4)
+    try:
+        yield
+    finally:
+        for holder, field, value in before[::-1]:
+            setattr(holder, field, value)
 
 
-def take_step(model, optimizer, learning_rate: float, max_grad_norm: float) -> float:
-    """One step of AdamW on the gradients at hand, clipped; returns their norm."""
-    if WORLD > 1 and not model.together:  # weights that FSDP does not hold: average the gradients here
-        for p in model.parameters():
-            if p.requires_grad:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # experts that had no token on this rank
-                dist.all_reduce(p.grad.div_(WORLD))
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = float(getattr(norm, "full_tensor", lambda: norm)())
-    if not math.isfinite(norm):  # the same on every rank
-        print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"the norm of the gradients is {norm}, at a finite loss; lower the learning rate, or use --dtype float32")
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
+@torch.no_grad()
+def check_model(model, name: str, device, dtype):
+    """Sets model.packs: whether packed rows give the hidden states of the same rows padded, under the model's own
+    attention, on random tokens. Fails where `token_logps` does not give the log-probabilities of the model's own
+    logits."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (25,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [
+        Row(ids[:5], [ids[5:9], ids[9:15]], [[True] * 4, [True] * 6], {}),
+        Row(ids[15:18], [ids[18:]], [[True] * 7], {}),
+    ]
+    (padded, target), (packed, _) = pad(rows, device), pack(rows, device)
+
+    def hidden_states(batch):
+        return model.base_model(**batch["inputs"]).last_hidden_state.flatten(0, 1)[batch["source"]].float()
+
+    model.eval()
+    for kind in dict.fromkeys((torch.float32, dtype)):  # float32 shows small differences, bfloat16 has FlashAttention
+        is_float32 = kind == torch.float32
+        model.set_attn_implementation("eager")
+        with torch.autocast(device.type, kind, enabled=not is_float32), short_windows(model):
+            theirs = hidden_states(padded)
+            if hasattr(model, "token_logps"):
+                is_known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
+                if is_known:
+                    logits = model(**padded["inputs"]).logits.flatten(0, 1)[padded["source"]].float()
+                    own = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+                    gap = (model.token_logps(**padded, target=target)[0] - own).abs().max()
+                if not is_known or not gap < (1e-3 if is_float32 else 0.1):
+                    fail(f"{name}: the output layer of {type(model).__name__} does more than this script knows")
+            try:
+                model.set_attn_implementation("packed_rows")
+                difference = (hidden_states(packed) - theirs).norm() / theirs.norm()
+                model.packs, why = bool(difference < (1e-3 if is_float32 else 0.05)), f"difference {difference:.1g}"
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, TypeError, RuntimeError, ValueError) as e:
+                model.packs, why = False, f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        if not model.packs:
+            break
+    if not model.packs:
+        model.set_attn_implementation("eager")
+        print0(f"note: {type(model).__name__} cannot follow packed rows ({why}); they are padded, which is slower")
 
 
-def scheduled(args, step: int, steps: int) -> float:
-    """The share of the peak learning rate at a step (counted from 0): linear warm-up, then cosine to a tenth, linear to 0, or constant."""
-    warmup = max(1, round(args.warmup_ratio * steps))
-    done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
-    after = dict(cosine=0.55 + 0.45 * math.cos(math.pi * done), linear=1 - done, constant=1.0)[args.lr_schedule]
-    return min(1.0, (step + 1) / warmup) * after
+# ---- runs: ranks, the output directory, checkpoints, metrics
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RECEIVED = []  # the signals that asked this process to stop
+RUN_DATE = [datetime.now()]  # what chat templates write as the date: that of the run's start, also after --resume
+for library in (transformers.utils.logging, datasets.utils.logging):  # they would break up the script's own lines
+    library.disable_progress_bar()
+    library.set_verbosity(50)  # critical
 
 
-@lru_cache(2)
-def shuffled(n: int, epoch: int, seed: int) -> list:
-    """The order of an epoch: a pure function of seed and epoch, so that a resumed run finds its place."""
-    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
+def print0(*text):
+    """Prints on the first rank."""
+    if RANK == 0:
+        print(*text, flush=True)
 
 
-def pick(n: int, size: int, step: int, seed: int) -> list:
-    """The numbers of the rows of a step (counted from 0)."""
-    epoch, at = divmod(step, math.ceil(n / size))
-    return shuffled(n, epoch, seed)[at * size : (at + 1) * size]
+def setup_distributed(args) -> tuple:
+    """This rank's device and the dtype of the computation; joins the other ranks."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    elif torch.version.cuda:
+        print0("note: this build of torch has CUDA but finds no device (is the driver too old?); training on the CPU")
+    is_bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    if WORLD > 1 or dtype == torch.bfloat16:  # FSDP's mixed precision, for one rank as for many
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if WORLD == 1 else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2), **alone)
+    torch.manual_seed(args.seed)
+    return device, dtype
 
 
-def micro_batches(rows: list, limit: int, device, together: bool = True) -> list:
-    """This rank's rows, neighbours of one shape, in forwards of at most `limit` tokens (a longer row goes alone): lists of row numbers,
-    equally many on every rank."""
-    groups, total = [], limit  # full, so that the first row opens a group
-    for i in sorted(range(len(rows)), key=lambda i: shape(rows[i])):
-        size = len(rows[i].prompt) + sum(map(len, rows[i].responses))
-        if total + size > limit or not together:
-            groups.append([])
-            total = 0
-        groups[-1].append(i)
-        total += size
-    if WORLD > 1:
-        most = torch.tensor(len(groups), device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        groups += [[] for _ in range(int(most) - len(groups))]
-    return groups
-
-
-def packed(rows: list, limit: int, device, together: bool = True):
-    """For each forward: the row numbers, and the forwards and targets of `pack`. A rank that has no rows left gets a spare row and no
-    numbers, so that all ranks make equally many forwards."""
-    for group in micro_batches(rows, limit, device, together):
-        yield group, *pack([rows[i] for i in group] or [Row([0], [[0]])], device, together)
-
-
-def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+def over_ranks(values, op=dist.ReduceOp.SUM):
     """The sum (or maximum) over all ranks."""
     if WORLD > 1:
         dist.all_reduce(values, op)
     return values
 
 
-def hold_out(rows: list, fraction: float, seed: int, by_prompt: bool = True) -> list:
-    """Takes a random share of the prompts, with all their rows, out of the list and returns these; or of the rows, whatever their prompts."""
-    keys = [tuple(row.prompt) if by_prompt else i for i, row in enumerate(rows)]
-    every = list(dict.fromkeys(keys))
-    held = {every[i] for i in random.Random(seed).sample(range(len(every)), min(len(every) - 1, round(fraction * len(every))))}
-    out = [row for key, row in zip(keys, rows) if key in held]
-    rows[:] = [row for key, row in zip(keys, rows) if key not in held]
-    return out
+def add_scalars(sums: dict, logged: dict, weight: float):
+    """Adds weighted scalars to running sums, by name; they stay on the device."""
+    for name, value in logged.items():
+        sums[name] = sums.get(name, 0) + weight * value.detach()
 
 
-def fingerprint(name: str) -> str:
-    """Of a file or directory: names, sizes, and the content (of large files: both ends); a hub id stands for itself."""
-    path, digest, kinds = Path(name), hashlib.sha256(), (".json", ".jinja", ".safetensors", ".arrow", ".parquet")
-    inside = [f for f in path.rglob("*") if f.suffix in kinds and not f.relative_to(path).parts[0].startswith(("checkpoint-", "saving", "value"))]
-    for file in [path] if path.is_file() else sorted(inside):
-        if file.name not in ("args.json", "report.json"):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as f:
-                digest.update(f.read(2**24))
-                f.seek(max(f.tell(), size - 2**24))
-                digest.update(f.read())
-    return digest.hexdigest()[:16] if path.exists() else "hub"
+def sum_over_ranks(sums: dict) -> dict:
+    """The sums over all ranks as numbers, with one synchronisation for all."""
+    return dict(zip(sums, over_ranks(torch.stack([*sums.values()])).tolist()))
 
 
-def check_numbers(args):
-    """Numbers out of range are refused before anything is read."""
-    counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
-    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples", "sample_tokens")
-    counts += ("n", "judgements", "rounds", "turns", "judge_parallel", "judge_max_tokens")
-    shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight", "clamp", "min_mass")
-    signed = ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight", "min_reward")
-    trains = hasattr(args, "learning_rate")  # a policy to be trained needs a chance for every token
+def check_numbers(args, above_zero: tuple = (), at_most_one: tuple = (), signed: tuple = ()):
+    """Fails on a number that is out of range. Counts are at least 1, shares at most 1, others at least 0 unless they
+    are signed."""
+    counts = {"epochs", "batch_size", "tokens_per_forward", "max_length"}
+    counts |= {"vocab_size", "hidden_size", "num_layers", "num_heads"}  # sft.py --from-scratch
     for name, value in asdict(args).items():
         needed = ""
         if isinstance(value, float) and not math.isfinite(value):
-            needed = "a number"
+            needed = "a finite number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0 or name == "temperature" and value == 0 and trains:
+        elif name in ("max_grad_norm", *above_zero) and value <= 0:
             needed = "above 0"
-        elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
-            needed = "at most 1" if value > 1 else "below 1"
+        elif name in ("warmup_ratio", *at_most_one) and value > 1:
+            needed = "at most 1"
+        elif name == "eval_fraction" and value >= 1:
+            needed = "below 1"
         elif isinstance(value, (int, float)) and value < 0 and name not in signed:
             needed = "0 or more"
         if needed:
-            refuse(f"--{name.replace('_', '-')} {value}: must be {needed}")
+            fail(f"--{name.replace('_', '-')} {value}: must be {needed}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs wandb, which is not installed (pip install wandb)")
 
 
-def begin(args, *more_free, **inputs):
-    """The output directory, the checkpoint to continue from or None, and what identifies the run. inputs: by option, all that is read;
-    more_free: options beyond the usual that do not change the result.
+def fingerprint(path: Path) -> str:
+    """Names and sizes of a file, or of a directory's files without those of the run that wrote it, and a hash of both
+    ends of each."""
+    digest, files = hashlib.sha256(), [path]
+    if path.is_dir():
+        parts = lambda file: file.relative_to(path).parts
+        is_input = lambda file: (
+            not RUN_FILES & {*parts(file)} and not parts(file)[0].startswith(("checkpoint-", "saving"))
+        )
+        files = sorted(file for file in path.rglob("*") if file.is_file() and is_input(file))
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            digest.update(f"{file.name} {size}".encode() + f.read(2**24))
+            f.seek(max(f.tell(), size - 2**24))
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
 
-    Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
-    check_numbers(args)
-    if asdict(args).get("track"):
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            refuse("--track: needs wandb, which is not installed (pip install wandb)")
-    out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
-    free += ("gradient_checkpointing", "show", "show_every", "sample_tokens", *more_free)
-    plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
-    plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
-    if RANK == 0:  # one rank looks, so that all see the same
-        file, before = out / "args.json", None
-        steps = [int(d.name.split("-")[1]) for d in out.glob("checkpoint-*") if d.name.split("-")[1].isdigit()]
-        try:
-            before = json.loads(file.read_text()) if args.resume and file.exists() else None
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            error = f"--output-dir {out}: cannot be used ({e.strerror}); choose another"
-        except ValueError:
-            error = f"{file}: is damaged, so that nothing can be resumed; choose another --output-dir, or --overwrite without --resume"
-        inside = [k for k, v in inputs.items() if v and (out.resolve() == Path(v).resolve() or out.resolve() in Path(v).resolve().parents)]
-        if inside and not error:
-            error = f"--output-dir {out}: holds what --{inside[0].split()[0].replace('_', '-')} reads; choose another"
-        elif args.resume and before and not error:
-            old = {k: v for k, v in before.get("plan", {}).items() if k not in free}
-            changed = [f"{k} was {old.get(k)!r} and is {plan.get(k)!r}" for k in sorted({*old, *plan}) if old.get(k) != plan.get(k)]
+
+RUN_FILES = {"args.json", "metrics.jsonl", "curves.png", "report.json", "test_time.png", "value", "wandb"}
+# options that change no result
+FREE_OPTIONS = {
+    "resume",
+    "overwrite",
+    "track",
+    "output_dir",
+    "save_every",
+    "tokens_per_forward",
+    "sample_tokens",
+    "gradient_checkpointing",
+}
+
+
+def open_run(args, *inputs) -> tuple:
+    """The output directory, the checkpoint to resume from or None, and the run's signature: its arguments and
+    fingerprints of its inputs.
+
+    Ends the program where a finished run of the same arguments stands. Two runs, or a run and its inputs, are never
+    mixed in a directory."""
+    out, error, last, signature, date = Path(args.output_dir), None, None, None, RUN_DATE[0]
+    if RANK == 0:  # one rank looks, so that all do the same
+        with user_input(f"--output-dir {out}: cannot be used"):
+            paths = [Path(split_name(name)[0]) for name in inputs if name]
+            files = [path for path in paths if path.exists()]
+            signature = {k: v for k, v in asdict(args).items() if k not in FREE_OPTIONS}
+            signature |= {f"content of {file}": fingerprint(file) for file in files}
+            signature = json.loads(json.dumps(signature))  # tuples become lists, as in the file
+            record = out / "args.json"
+            before = json.loads(record.read_text()) if args.resume and record.exists() else None
+            is_used = out.exists() and any(file.suffix != ".part" for file in out.iterdir())  # a write that was killed
+        checkpoints = [d for d in out.glob("checkpoint-*") if d.name[11:].isdigit()]
+        if any(out.resolve() in (file.resolve(), *file.resolve().parents) for file in files):
+            error = f"--output-dir {out}: holds what the run reads; choose another"
+        elif before:
+            old = before.get("signature", {})
+            names = sorted(name for name in {*old, *signature} if old.get(name) != signature.get(name))
+            changed = "; ".join(f"{name} was {old.get(name)!r} and is {signature.get(name)!r}" for name in names)
             if changed:
-                changed = "; ".join(changed)[:500]
-                error = f"--resume: {out} holds another run ({changed}); choose another --output-dir, or --overwrite without --resume"
-            finished = before["finished"]
-            last = str(out / f"checkpoint-{max(steps)}") if steps else None
-        elif not error and not args.overwrite and any(f.suffix != ".part" for f in out.iterdir()):  # .part: a write that was killed
-            error = f"--output-dir {out}: not empty; choose another, --resume a run that stands there, or --overwrite it"
+                error = f"--resume: {out} holds another run ({changed[:500]}); choose another --output-dir"
+            date = datetime.fromisoformat(before.get("date", date.isoformat()))
+            last = str(max(checkpoints, key=lambda d: int(d.name[11:]))) if checkpoints else None
+            last = "finished" if before["finished"] else last
+        elif is_used and not args.overwrite:
+            what = "is not empty, and holds no args.json to resume from" if args.resume else "is not empty"
+            error = f"--output-dir {out}: {what}; choose another, --resume a run that stands there, or --overwrite it"
     if WORLD > 1:
-        error, finished, last = broadcast([error, finished, last])
-        if not error and not out.exists():
-            error = f"--output-dir {out}: rank {RANK} does not see it; choose one on a disk that all nodes share"
+        shared = [error, last, signature, date]
+        dist.broadcast_object_list(shared)
+        error, last, signature, date = shared
     if error:
-        refuse(error)
-    if finished:
-        say(f"{out}: finished already with the same arguments and data; nothing to do")
+        fail(error)
+    if last == "finished":
+        print0(f"{out}: finished already with the same arguments and data; nothing to do")
         sys.exit(0)
-    return out, Path(last) if last else None, plan
+    RUN_DATE[0] = date
+    print0(f"{Path(__file__).name}: loading {', '.join(dict.fromkeys(name for name in inputs if name))}")
+    return out, Path(last) if last else None, signature
 
 
-def broadcast(values: list) -> list:
-    """The first rank's values, on every rank."""
-    dist.broadcast_object_list(values)
-    return values
-
-
-def claim(args, out: Path, plan: dict):
-    """Clear the output directory for a new run and leave args.json there: enough to say where a checkpoint comes from and to run it again.
-
-    Called when all input has been read and found good. An older model stays until the new one takes its place."""
+def clear_run(args, out: Path, signature: dict):
+    """Removes what an earlier run wrote and writes args.json. Call it when all input has been read. An older model
+    stays until the new one is saved."""
     if RANK == 0:
-        for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
-            shutil.rmtree(stale)
-        for stale in ("metrics.jsonl", "report.json", "test_time.png"):  # of whichever script ran here before
-            (out / stale).unlink(missing_ok=True)
-        machine = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
-        machine |= dict(ranks=WORLD, threads=torch.get_num_threads())
-        write_json(out / "args.json", dict(script=Path(__file__).name, finished=False, args=asdict(args), plan=plan) | machine)
-
-
-@contextmanager
-def writing(path: Path):
-    """What the disk does not take ends the run in one sentence."""
-    try:
-        yield
-    except Exception as e:  # safetensors, torch and the system each have their own
-        print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"{path}: cannot be written ({reason(e)}); what was saved before stands; mend that (is the disk full?), then go on with --resume")
+        with user_input(f"--output-dir {out}: cannot be written"):
+            out.mkdir(parents=True, exist_ok=True)
+            for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
+                shutil.rmtree(stale)
+            for stale in ("metrics.jsonl", "report.json", "test_time.png"):
+                (out / stale).unlink(missing_ok=True)
+            versions = dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD)
+            record = dict(
+                script=Path(__file__).name, finished=False, date=RUN_DATE[0].isoformat(), args=asdict(args), **versions
+            )
+            write_json(out / "args.json", record | dict(signature=signature))
+    if WORLD > 1:
+        dist.barrier()
+        if not out.exists():
+            fail(f"--output-dir {out}: rank {RANK} does not see it; choose one on a disk that all nodes share")
 
 
 def write_json(path: Path, value):
-    """Written beside and renamed, so that the file is never half there."""
+    """Writes a file beside its place and renames it, so that it is never half there."""
     part = path.with_name(path.name + ".part")
-    with writing(path):
-        part.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(part, path)
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
 
 
-def write_model(directory: Path, model, tokenizer, dtype):
-    """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every stop token."""
+def peak_memory(device) -> int:
+    """Peak memory of this process in MB: the device's, or on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+# ---- training: the optimiser's step, signals, checkpoints, metrics, the finished model
+
+
+def make_optimizer(model, args):
+    """AdamW; matrices decay, vectors (norms, biases) do not. Make it before the first forward, after which FSDP's root
+    holds gathered weights."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def check_first_step(name: str, value: float, theory: float, dtype, scale: float):
+    """Fails where a value is not what theory says before the first update: then two forward passes differ."""
+    if not abs(value - theory) < (1e-4 if dtype == torch.float32 else 0.05) * scale:
+        fail(f"{name} is {value:.4f} before the first update, not {theory:.4f}: this model's forward pass is wrong")
+
+
+def take_step(model, optimizer, args, step: int, steps: int, peak_rate: float | None = None) -> tuple:
+    """One clipped step on the gradients at hand; returns the gradients' norm, and the learning rate that the schedule
+    makes of its peak (--learning-rate unless another one is given)."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not math.isfinite(norm):
+        fail(f"step {step + 1}: the norm of the gradients is {norm}; lower --learning-rate, or try --dtype float32")
+    warmup = max(1, round(args.warmup_ratio * steps))
+    done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    # the cosine falls from 1 to 0.1
+    decay = dict(cosine=0.55 + 0.45 * math.cos(math.pi * done), linear=1 - done, constant=1.0)[args.lr_schedule]
+    peak_rate = args.learning_rate if peak_rate is None else peak_rate
+    learning_rate = peak_rate * (min(1.0, (step + 1) / warmup) * decay)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm, learning_rate
+
+
+def announce(models: list, args, work: str, device, dtype):
+    """Prints the run in two lines. A parameter takes 16 bytes: weight, gradient, and AdamW's two moments."""
+    count, limit = sum(p.numel() for model in models for p in model.parameters()), args.tokens_per_forward
+    names = " and ".join(type(model).__name__ for model in models)
+    print0(f"model: {names}, {count / 1e6:.2f} M parameters, {16 * count >> 20} MB with AdamW")
+    print0(f"training: {work}, at most {limit} tokens a forward, on {WORLD} x {device.type} in {str(dtype)[6:]}")
+
+
+def catch_signals():
+    """From now on SIGTERM and Ctrl-C let the step end, save and stop; a second one ends the program at once."""
+
+    def note(number, frame):
+        RECEIVED.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    if __name__ == "__main__":  # a program that imports the script handles its own signals
+        signal.signal(signal.SIGTERM, note)
+        signal.signal(signal.SIGINT, note)
+
+
+def is_due(every: int, done: int, steps: int) -> bool:
+    """Whether something that happens every so many steps (0: only at the end) happens after this one."""
+    return done == steps or every > 0 and done % every == 0
+
+
+def should_save(args, done: int, steps: int, device) -> bool:
+    """Whether to save after so many steps: because of --save-every, or because a signal asked any rank to stop
+    (args.stopping)."""
+    args.stopping = bool(over_ranks(torch.tensor(len(RECEIVED), device=device)))
+    return done < steps and (args.stopping or args.save_every > 0 and done % args.save_every == 0)
+
+
+def save_model(directory: Path, model, tokenizer, dtype):
+    """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every
+    stop token."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp.get_model_state_dict(model, options=options) if dist.is_initialized() else model.state_dict()
     for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
         weights.pop(tied, None)
-    if RANK == 0:
-        config, before = model.config, (model.config.dtype, model.config._attn_implementation)
-        config.dtype, config._attn_implementation = dtype, None
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-            generation.eos_token_id = sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))})
-            generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
-            generation.do_sample = True  # without it, a temperature or top-p that the parent stored would be refused
-        weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
-        with writing(directory):
-            model.save_pretrained(directory, state_dict=weights)
-            tokenizer.save_pretrained(directory)
-            saved = json.loads((directory / "config.json").read_text())  # where save_pretrained has written the dtype of the training
-            (directory / "config.json").write_text(json.dumps(saved | dict(dtype=str(dtype).removeprefix("torch.")), indent=2) + "\n")
-        config.dtype, config._attn_implementation = before
+    if RANK > 0:
+        return
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+        generation.eos_token_id = sorted(
+            {*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))}
+        )
+        generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
+        if generation.temperature == 0:  # greedy, which transformers writes as do_sample false alone
+            generation.temperature = None
+        sampling = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+        if any(getattr(generation, field, None) is not None for field in sampling):
+            generation.do_sample = True  # without it save_pretrained refuses such a setting
+    config, before = model.config, (model.config.dtype, model.config._attn_implementation)
+    config.dtype, config._attn_implementation = dtype, None
+    model.save_pretrained(
+        directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+    )
+    config.dtype, config._attn_implementation = before
+    # save_pretrained has written the dtype of the training there
+    saved = json.loads((directory / "config.json").read_text())
+    write_json(directory / "config.json", saved | dict(dtype=str(dtype).removeprefix("torch.")))
+    save_tokenizer(tokenizer, directory)
 
 
-def catch_signals():
-    """From now on SIGTERM and Ctrl-C let the step come to its end, save and stop; a second one ends the program at once."""
+def save_checkpoint(args, directory: Path, models: dict, optimizers: dict, state: dict):
+    """checkpoint-N/: loadable models with the training state beside them, written elsewhere and then renamed.
 
-    def note(number, frame):
-        STOP["signal"] = number
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT) if __name__ == "__main__" else ():  # imported, the script leaves them alone
-        signal.signal(number, note)
-
-
-def due(args, done: int, steps: int, device) -> bool:
-    """Whether to save after so many steps of all: because of --save-every, or because a signal asks any rank to stop."""
-    STOP["agreed"] = bool(over_ranks(torch.tensor(float(STOP["signal"] > 0), device=device)))
-    return done < steps and (STOP["agreed"] or args.save_every > 0 and done % args.save_every == 0)
-
-
-def save_checkpoint(out: Path, step: int, models: dict, optimizers: dict, **state):
-    """checkpoint-N/: loadable models and the training state beside them, written elsewhere, synced, and then given its name.
-
-    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers and lists."""
-    part = out / f"saving-{step}"
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers,
+    lists, tensors."""
+    part, options = directory.with_name("saving"), dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     for model, _ in models.values():
-        getattr(model, "reshard", lambda: None)()  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
+        if hasattr(model, "reshard"):  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
+            model.reshard()
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)  # what a killed save left
-    # an optimiser that has made no step has no state, and to be asked for it would make it take one
-    moments = {k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items() if o.state}
-    rng = [dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)]
-    if WORLD > 1:
-        everyone = [None] * WORLD
-        dist.all_gather_object(everyone, rng[0])
-        rng = everyone
-    for name, (model, tokenizer) in models.items():
-        write_model(part / name, model, tokenizer, torch.float32)
-    if RANK == 0:
-        stored = {name: str(model.stored).removeprefix("torch.") for name, (model, _) in models.items()}  # for the final save; here all is float32
-        with writing(part):
-            torch.save(dict(state, step=step, optimizers=moments, rng=rng, stored=stored), part / "state.pt")
-            for file in (*part.rglob("*"), part):  # directories hold the names, so they are synced too
-                number = os.open(file, os.O_RDONLY)
-                os.fsync(number)
-                os.close(number)
-            os.replace(part, out / f"checkpoint-{step}")
+    # an optimiser that has made no step has no state, and would make a step to get one
+    moments = {
+        k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items() if o.state
+    }
+    with user_input(
+        f"{directory}: cannot be written; what was saved before stands; make room, then continue with --resume"
+    ):
+        for name, (model, tokenizer) in models.items():
+            save_model(part / name, model, tokenizer, torch.float32)
+        if RANK == 0:
+            dtypes = {name: str(model.stored_dtype).removeprefix("torch.") for name, (model, _) in models.items()}
+            torch.save(state | dict(optimizers=moments, dtypes=dtypes), part / "state.pt")
+            os.replace(part, directory)
     if WORLD > 1:
         dist.barrier()
-    if STOP["agreed"]:
-        say(f"stopped after step {step}, as asked; the same command with --resume goes on")
-        sys.exit(128 + (STOP["signal"] or signal.SIGTERM))
+    if args.stopping:
+        print0(f"\nstopped after step {state['step']}, as asked; the same command with --resume continues")
+        sys.exit(128 + (RECEIVED or [signal.SIGTERM])[0])
 
 
 def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     """The training state of a checkpoint whose models are loaded already; cuts metrics.jsonl back to its step."""
     state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
-    for name, moments in state["optimizers"].items():
-        dcp.set_optimizer_state_dict(models[name][0], optimizers[name], moments, options=dcp.StateDictOptions(full_state_dict=True))
-    for name, stored in state["stored"].items():
-        models[name][0].stored = getattr(torch, stored)
-    rng = state["rng"][RANK % len(state["rng"])]
-    torch.set_rng_state(rng["cpu"])
-    if rng["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
+    for name, moments in state.pop("optimizers").items():
+        options = dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_optimizer_state_dict(models[name][0], optimizers[name], moments, options=options)
+    for name, dtype in state.pop("dtypes").items():
+        models[name][0].stored_dtype = getattr(torch, dtype)
     if RANK == 0:
         log = directory.parent / "metrics.jsonl"
-        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-        log.with_suffix(".part").write_text("".join(lines))
+        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
+        log.with_suffix(".part").write_text(
+            "".join(line for line in lines if json.loads(line)["step"] <= state["step"])
+        )
         os.replace(log.with_suffix(".part"), log)
-    say(f"resuming {directory.parent} after step {state['step']}")
+    print0(f"resuming {directory.parent} after step {state['step']}")
     return state
 
 
-def finish(out: Path, models: dict, curves: list):
-    """The models in their places, each file renamed into it whole; the picture; then args.json says that the run is finished."""
-    part = out / "saving"
-    if RANK == 0:
-        shutil.rmtree(part, ignore_errors=True)  # what a killed save left
-    for name, (model, tokenizer) in models.items():
-        write_model(part / name, model, tokenizer, model.stored)
-    if RANK == 0:
-        for name in sorted(models, reverse=True):  # subdirectories first
-            (out / name).mkdir(exist_ok=True)
-            written = [file for file in (part / name).iterdir() if file.is_file()]
-            for file in written:
-                os.replace(file, out / name / file.name)
-            for stale in {*(out / name).glob("*.safetensors*")} - {out / name / file.name for file in written}:
-                stale.unlink()
-        shutil.rmtree(part)
-        if curves:
-            draw(out, curves)
-        write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
+@lru_cache(4)
+def epoch_order(n: int, epoch: int, seed: int) -> list:
+    """The order of an epoch: a pure function of seed and epoch, so that a resumed run finds its place."""
+    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
 
 
-def refuse_unless_finite(loss, step: int, look_at: str):
-    """A loss that is not a number ends the run."""
-    if not torch.isfinite(loss):
-        print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"step {step + 1}: the loss is {loss.item()}; lower the learning rate, or look at {look_at}")
+def batch_rows(rows: list, args, step: int, size: int = 0) -> list:
+    """The rows of a step, counted from 0: --batch-size of them unless a size is given."""
+    size = size or args.batch_size
+    epoch, at = divmod(step, math.ceil(len(rows) / size))
+    return [rows[i] for i in epoch_order(len(rows), epoch, args.seed)[at * size : (at + 1) * size]]
 
 
-def announce(models: list, source: str, device, dtype, work: str):
-    """The run in two lines: what is trained, and how. A parameter takes 16 bytes: weight, gradient, two moments."""
-    parameters = sum(p.numel() for model in models for p in model.parameters())
-    say(f"model: {type(models[0]).__name__} from {source}, {parameters / 1e6:.2f} M parameters, {16 * parameters >> 20} MB with AdamW over all ranks")
-    say(f"training: {work}, on {WORLD} x {device.type} in {dtype}".replace("torch.", ""))
+def progress(name: str, first: int, steps: int):
+    """The steps of the training loop, with a progress bar on a terminal; elsewhere `log_metrics` prints lines."""
+    disable = RANK > 0 or not sys.stderr.isatty()
+    return tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=disable)
 
 
-def log(args, out: Path, metrics: dict):
-    """One flushed line of metrics.jsonl, and wandb."""
-    if RANK == 0:
-        with writing(out / "metrics.jsonl"), (out / "metrics.jsonl").open("a") as f:
-            f.write(json.dumps(metrics) + "\n")
-        if args.track:
-            import wandb
+def log_metrics(args, out: Path, metrics: dict, bar):
+    """Writes a line of metrics.jsonl and shows progress: on the bar, or, where there is no terminal, as a line every
+    half minute."""
+    if RANK > 0:
+        return
+    names = ("loss", "reward", "objective/scores", "kl", "objective/kl", "rewards/accuracies", "accuracy")
+    names += ("mean_token_accuracy", "tokens_per_second")
+    shown = {
+        name: f"{metrics[name]:.3g}" for name in names if name in metrics and (metrics["step"] > 1 or name == "loss")
+    }
+    bar.set_postfix(shown, refresh=False)
+    if metrics["step"] == 1:
+        bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
+    if bar.disable and metrics["seconds"] - getattr(bar, "printed_at", 0.0) > 30:
+        bar.printed_at = metrics["seconds"]
+        print(f"step {metrics['step']} of {bar.total}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+    with user_input(f"{out}/metrics.jsonl: cannot be written"), (out / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps(metrics) + "\n")
+    if args.track:
+        import wandb
 
-            if wandb.run is None:
-                wandb.init(project=args.wandb_project, name=args.run_name or args.output_dir, config=asdict(args), dir=str(out))
-            wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+        if wandb.run is None:
+            wandb.init(name=os.environ.get("WANDB_NAME", args.output_dir), config=asdict(args), dir=str(out))
+        wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
 
-def peak_memory(device) -> int:
-    """Peak memory of this process in MB: the device's, or on CPU the resident set."""
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) >> 20
+def finish_run(out: Path, models: dict, curves: list):
+    """Writes the models into their places and curves.png, then says in args.json that the run is finished."""
+    with user_input(f"{out}: cannot be written; make room, then continue with --resume"):
+        part = out / "saving"
+        if RANK == 0:
+            shutil.rmtree(part, ignore_errors=True)  # what a killed save left
+        for name, (model, tokenizer) in models.items():
+            save_model(part / name, model, tokenizer, model.stored_dtype)
+        if RANK == 0:
+            for name in models:
+                (out / name).mkdir(exist_ok=True)
+                files = [file for file in (part / name).iterdir() if file.is_file()]
+                for file in files:
+                    os.replace(file, out / name / file.name)
+                for stale in {*(out / name).glob("*.safetensors*")} - {out / name / file.name for file in files}:
+                    stale.unlink()  # of an older model in other shards
+            shutil.rmtree(part)
+            lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+            draw_curves(out / "curves.png", lines, curves)
+            write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
+            held_out = ", ".join(
+                f"{name[5:]} {value:.4g}" for name, value in lines[-1].items() if name.startswith("eval_")
+            )
+            print(f"done: {out} after {lines[-1]['seconds']:.0f} s" + (f"; held out: {held_out}" if held_out else ""))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def draw(out: Path, keys: list):
-    """curves.png from metrics.jsonl."""
+def draw_curves(path: Path, lines: list, names: list):
+    """A picture of metrics over steps: each as a light line under its running mean, held-out values as dots."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-    figure, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3), layout="constrained", squeeze=False)
-    for axis, key in zip(axes[0], keys):
-        for name, style in ((key, "-"), (f"eval_{key}", "o")):
-            points = [(m["step"], m[name]) for m in lines if m.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points), style, label=name)
-        axis.set(title=key, xlabel="step")
-        axis.legend()
-    figure.savefig(out / "curves.part.png", dpi=120)
-    os.replace(out / "curves.part.png", out / "curves.png")
+    names = [name for name in names if any(name in line for line in lines)]
+    columns = math.ceil(len(names) / 2)
+    figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 5), layout="constrained", squeeze=False)
+    for axis, name in zip(axes.flat, names):
+        steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line])
+        window = max(1, len(values) // 20)
+        means = [sum(values[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(values))]
+        axis.plot(steps, values, color="tab:blue", alpha=0.3)
+        axis.plot(steps, means, color="tab:blue", label="training")
+        held_out = [(line["step"], line[f"eval_{name}"]) for line in lines if f"eval_{name}" in line]
+        if held_out:
+            axis.plot(*zip(*held_out), "o", color="tab:orange", label="held out")
+            axis.legend()
+        axis.ticklabel_format(useOffset=False)
+        axis.set(title=name, xlabel="optimiser step")
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def sample_answers(model, rows: list, numbers, stops: list, limit: int, temperature: float, top_p: float):
-    """`sample` for rows, neighbours in length together, at most `limit` tokens in the cache at a time. Returns its three lists; with top_p 1
-    the third holds None for each answer."""
-    n, device = len(numbers) // max(1, len(rows)), model.device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    longest = max((len(row.prompt) for row in rows), default=0) + numbers.shape[1]
-    room, found = max(1, limit // (longest or 1)), [None] * len(numbers)  # answers at a time
-    size, few = max(1, room // (n or 1)), min(n, room)  # prompts, and answers to each
-    model.eval()
-    with gathered(model):
-        for part in (order[i : i + size] for i in range(0, len(order), size)):
-            for first in range(0, n, few):
-                slots = [i * n + k for i in part for k in range(first, min(n, first + few))]
-                tokens, logps, kept = sample(model, [rows[i].prompt for i in part], numbers[slots].to(device), stops, temperature, top_p)
-                for slot, *answer in zip(slots, tokens, logps, kept or [None] * len(slots)):
-                    found[slot] = answer
-    model.train()
-    return [list(x) for x in zip(*found)] or [[], [], []]
-
-
-def response_logps(model, rows: list, kept: list, args, device):
-    """Log-probabilities and entropies of the answers' tokens, by row, under the distribution that was sampled from."""
-    logps, entropies = [None] * len(rows), [None] * len(rows)
-    for group, forwards, target in packed(rows, args.tokens_per_forward, device, model.together):
-        parts = model.token_logps(forwards, target, args.temperature, nuclei(kept, group))
-        lengths = [sum(map(len, rows[i].responses)) for i in group] or [len(target)]
-        for i, logp, entropy in zip(group, parts[0].split(lengths), parts[1].split(lengths)):
-            logps[i], entropies[i] = logp, entropy
-    return logps, entropies
-
-
-def response_values(model, rows: list, args, device) -> list:
-    """The values of the states before the answers' tokens, by answer."""
-    values = [None] * len(rows)
-    for group, forwards, _ in packed(rows, args.tokens_per_forward, device, model.together):
-        for i, part in zip(group, model.token_values(forwards).split([len(rows[i].responses[0]) for i in group] or [1])):
-            values[i] = part
-    return values
-
-
-def nuclei(kept: list, numbers: list):
-    """The kept ids of every token of these rows, one after the other, or None where sampling kept everything."""
-    return [ids for i in numbers for ids in kept[i]] if numbers and kept[numbers[0]] is not None else None
-
-
-def padded(parts: list, device) -> torch.Tensor:
-    """Numbers by answer as [B, T], with zeros to the right."""
-    out = torch.zeros(len(parts), max(map(len, parts), default=1), device=device)
-    for i, part in enumerate(parts):
-        out[i, : len(part)] = torch.as_tensor(part, device=device)
-    return out
-
-
-def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
-    """The places, of n, of each update: every pass over the batch in an order of its own, cut into parts of nearly equal size."""
-    parts = max(1, min(parts, n))  # none is empty
-    for i in range(passes):
-        order = shuffled(n, step * passes + i, seed)
-        cuts = [round(k * n / parts) for k in range(parts + 1)]
-        yield from (order[a:b] for a, b in zip(cuts, cuts[1:]))
-
-
-def as_texts(tokenizer, rows: list, answers: list, stops: list) -> list:
-    """Answers as the reward sources read them: without the stop token and other special tokens."""
-    texts = []
-    for row, ids in zip(rows, answers):
-        goes_on = isinstance(row.extra["prompt"], str) or row.extra["prompt"][-1]["role"] == "assistant"
-        before = row.prompt[-1:] if goes_on else []  # SentencePiece drops the space before a text's first word
-        text = tokenizer.decode(before + (ids[:-1] if ids and ids[-1] in stops else ids), skip_special_tokens=True)
-        texts.append(text[len(tokenizer.decode(before, skip_special_tokens=True)) :])
-    return texts
-
-
-def baseline_rewards(reference, rewards: dict, rows: list, tokenizer, stops: list, args) -> list:
-    """The reward of the reference's own greedy answer to each prompt (ChatGLM-RLHF), whether it ends or not."""
-    numbers = torch.zeros(len(rows), args.max_new_tokens)
-    tokens, *_ = sample_answers(reference, rows, numbers, stops, args.sample_tokens, temperature=0.0, top_p=1.0)
-    return total_reward(rewards, rows, as_texts(tokenizer, rows, tokens, stops))[0].tolist()
-
-
-def value_start(args, tokenizer) -> str:
-    """Where the value model comes from: the first reward model, or where that has another tokenizer, the policy with a head at zero."""
-    for name in args.reward_model[:1]:
-        if tokenizer.get_vocab().items() <= load_tokenizer(name).get_vocab().items():  # a padding token of its own does no harm
-            return name
-    return args.model
-
-
-@torch.no_grad()
-def evaluate_policy(policy, reference, rewards: dict, held_out: list, tokenizer, stops: list, args, device) -> dict:
-    """Score, KL and length of one sampled answer to each held-out prompt, with the same randomness every time; no constant, no baseline."""
-    places = range(RANK, len(held_out), WORLD)
-    asked = [held_out[i] for i in places]
-    numbers = uniform_numbers(args.seed, -1, list(places), args.max_new_tokens)
-    tokens, _, kept = sample_answers(policy, asked, numbers, stops, args.sample_tokens, args.temperature, args.top_p)
-    answered = [row._replace(responses=[ids]) for row, ids in zip(asked, tokens)]
-    scores, _ = total_reward(rewards, answered, as_texts(tokenizer, answered, tokens, stops))
-    ended = torch.tensor([bool(ids) and ids[-1] in stops for ids in tokens], dtype=torch.bool, device=device)
-    scores = torch.where(ended, scores, torch.full_like(scores, args.missing_eos_score))
-    logps, ref_logps = (padded(response_logps(model, answered, kept, args, device)[0], device) for model in (policy, reference))
-    sums = torch.stack([scores.sum(), (logps - ref_logps).sum(), torch.tensor(float(sum(map(len, tokens))), device=device)])
-    score, kl, length = (over_ranks(sums) / len(held_out)).tolist()
-    return dict(eval_scores=score, eval_kl=kl, eval_response_length=length)
-
-
-def show(rows: list, texts: list, named: dict, count: int = 3):
-    """A small table of samples and their rewards."""
-    for i in range(min(count, len(rows))):
-        prompt = rows[i].extra["prompt"]
-        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        rewards = ", ".join(f"{k} {float(v[i]):+.2f}" for k, v in named.items() if not math.isnan(v[i]))
-        text = texts[i] if len(texts[i]) <= 140 else f"{texts[i][:60]} ... {texts[i][-80:]}"
-        tqdm.write(f"  {prompt[-60:]!r} -> {text!r}   {rewards}")
-
-
-def check(args):
-    """Contradictions, refused before anything is read."""
-    if args.reward_weights and len(args.reward_weights) != len(args.reward_model):
-        refuse(f"--reward-weights: {len(args.reward_weights)} weights for {len(args.reward_model)} reward models; give one for each")
-    if not (args.reward_model or args.rule or args.judge):
-        refuse("nothing gives a reward: pass --reward-model, --rule or --judge")
-    if args.kl_target and not args.kl_coef:
-        refuse("--kl-target multiplies --kl-coef, which is 0; give it a value to start from")
-    if bool(args.ptx_coef) != bool(args.ptx_dataset):
-        refuse("--ptx-dataset and --ptx-coef go together: pass both or neither")
-    if args.rubric and not args.judge:
-        refuse("--rubric needs a --judge to apply it")
-    if args.max_new_tokens >= args.max_length:
-        refuse(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}; lower it")
-
-
-def main(args: Args):
-    # 0. ranks, output, seed
-    check(args)
-    device, dtype = start_ranks(args.dtype)
-    reads = dict(model=args.model, reference=args.reference, value_model=args.value_model, dataset=args.dataset, eval_dataset=args.eval_dataset)
-    reads |= dict(ptx_dataset=args.ptx_dataset, condition=args.condition, judge=args.judge, rubric=args.rubric, rule=args.rule.rpartition(":")[0])
-    out, last, plan = begin(args, **reads, **{f"reward_model {i}": name for i, name in enumerate(args.reward_model)})
-    started = time.time()
-    torch.manual_seed(args.seed)
-
-    # 1. policy and reference, what rewards the policy, and prompts
-    source = str(last or args.model)
-    tokenizer = load_tokenizer(source)
-    policy = trainable(AutoModelForCausalLM, source, tokenizer, args, device, dtype, token_logps)
-    stops = all_stops(policy, tokenizer)
-    reference, its_tokenizer = load_frozen(AutoModelForCausalLM, args.reference or args.model, device, dtype, token_logps)
-    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        refuse(f"--reference {args.reference}: reads other tokens than --model, so that there is no KL between them")
-    rewards = load_rewards(args, device, dtype)
-    max_length = min(args.max_length, getattr(policy.config, "max_position_embeddings", args.max_length))
-    encode_row = questions(args, tokenizer, max_length - args.max_new_tokens)
-    rows, held_out = prepare(f"--dataset {args.dataset}", load_rows("--dataset", args.dataset, args.dataset_split), tokenizer, encode_row), []
-    if args.eval_dataset:
-        other = load_rows("--eval-dataset", args.eval_dataset, args.eval_split)
-        held_out = prepare(f"--eval-dataset {args.eval_dataset}", other, tokenizer, encode_row)
-    elif len(rows) > 1:
-        held_out = hold_out(rows, args.eval_fraction, args.seed)
-    ptx_rows = []
-    if args.ptx_dataset:
-        ptx_encode = demonstrations(tokenizer, max_length, everything=False, allow_special=args.allow_special)
-        ptx_rows = prepare(f"--ptx-dataset {args.ptx_dataset}", load_rows("--ptx-dataset", args.ptx_dataset), tokenizer, ptx_encode)
-
-    # 2. the value model, from the reward model if that reads the same tokens; optimisers; where an earlier run stopped
-    value_source = str(last / "value") if last else args.value_model or value_start(args, tokenizer)
-    if args.value_model and not tokenizer.get_vocab().items() <= load_tokenizer(args.value_model).get_vocab().items():
-        refuse(f"--value-model {args.value_model}: reads other tokens than --model; choose another, or none")
-    value = trainable(AutoModelForSequenceClassification, value_source, tokenizer, args, device, dtype, token_values, num_labels=1)
-    policy_optimizer = make_optimizer(policy, args.learning_rate, args.weight_decay)
-    value_optimizer = make_optimizer(value, args.value_learning_rate, args.weight_decay)
-    models, optimizers = {"": (policy, tokenizer), "value": (value, tokenizer)}, {"": policy_optimizer, "value": value_optimizer}
-    state = dict(step=0, episode=0, seconds=0.0, kl_coef=args.kl_coef, updates=0, baselines=[{}])
-    if last:
-        state = load_checkpoint(last, models, optimizers)
-    else:
-        claim(args, out, plan)
-    started -= state["seconds"]
-    episode, kl_coef, updates = state["episode"], state["kl_coef"], state["updates"]
-    baselines = state["baselines"][RANK % len(state["baselines"])]  # reward by row; each rank's own: another packing may differ in the last bit
-    steps = math.ceil(len(rows) / args.batch_size) * args.epochs
-    steps = min(steps, args.max_steps or steps)
-    ptx_size = args.ptx_batch_size or math.ceil(args.batch_size * args.num_generations / args.num_minibatches)
-    work = f"{steps} batches of {args.batch_size} x {args.num_generations} answers, {args.ppo_epochs} x {args.num_minibatches} updates each"
-    announce([policy, value], f"{args.model} and {value_source}", device, dtype, work)
-    say(f"rewards: {', '.join(rewards)}; answers end at {' or '.join(tokenizer.convert_ids_to_tokens(stops))}")
-
-    # 3. for each batch of prompts
-    catch_signals()
-    bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="ppo", disable=RANK > 0)
-    for step in bar:
-        clock = time.time()
-        batch, n = pick(len(rows), args.batch_size, step, args.seed), args.num_generations
-        B, places = len(batch) * n, range(RANK, len(batch), WORLD)  # answers of all ranks; this rank's prompts
-        slots = [place * n + k for place in places for k in range(n)]  # this rank's answers among the B
-        asked = [rows[batch[place]] for place in places]
-        # 4. answers y ~ pi, each with randomness of its own
-        numbers = uniform_numbers(args.seed, step, slots, args.max_new_tokens)
-        tokens, sampled_logps, kept = sample_answers(policy, asked, numbers, stops, args.sample_tokens, args.temperature, args.top_p)
-        answered = [row._replace(responses=[tokens[i * n + k]]) for i, row in enumerate(asked) for k in range(n)]
-        # 5. their scores r(x, y); an answer that did not end has no other worth than --missing-eos-score
-        texts = as_texts(tokenizer, answered, tokens, stops)
-        scores, named = total_reward(rewards, answered, texts)
-        if args.reference_baseline:
-            new = [batch[place] for place in places if batch[place] not in baselines]
-            baselines |= zip(new, baseline_rewards(reference, rewards, [rows[i] for i in new], tokenizer, stops, args))
-            scores = scores - torch.tensor([baselines[batch[slot // n]] for slot in slots], device=device)
-        ended = torch.tensor([bool(t) and t[-1] in stops for t in tokens], dtype=torch.bool, device=device)
-        scores = torch.where(ended, scores + args.reward_constant, torch.full_like(scores, args.missing_eos_score))
-        # 6. log pi_old, log pi_ref and the value of every token, before any update
-        with torch.no_grad():
-            logp_parts, entropy_parts = response_logps(policy, answered, kept, args, device)
-            ref_parts, _ = response_logps(reference, answered, kept, args, device)
-            value_parts = response_values(value, answered, args, device)
-        old_logps, ref_logps, old_values = (padded(parts, device) for parts in (logp_parts, ref_parts, value_parts))
-        mask = padded([[1.0] * len(t) for t in tokens], device).bool()  # [this rank's answers, T], as all of these
-        # 7. rewards per token, advantages and returns
-        token_rewards = shaped_rewards(scores, old_logps, ref_logps, mask, kl_coef)
-        if args.whiten_rewards:
-            token_rewards = whiten(token_rewards, mask, shift_mean=False)
-        advantages, returns = gae(token_rewards, old_values, mask, args.gamma, args.lam)
-        if args.whiten_advantages:
-            advantages = whiten(advantages, mask)
-        lengths = torch.zeros(B, device=device)
-        lengths[slots] = mask.sum(1).float()
-        lengths = over_ranks(lengths).tolist()  # of all ranks' answers
-        # 8. several passes of minibatches over the same answers
-        rate, warming = scheduled(args, step, steps), step < args.critic_warmup
-        norms, count = [0.0, 0.0], 0
-        sums = torch.zeros(8, device=device)  # policy: loss, approximate KL, clipped, ratio, ratio squared; ptx loss; value: loss, clipped
-        for minibatch in minibatches(B, args.ppo_epochs, args.num_minibatches, step, args.seed):
-            total = sum(lengths[slot] for slot in minibatch)  # its tokens, over all ranks
-            chosen = set(minibatch)
-            part = [i for i, slot in enumerate(slots) if slot in chosen]  # of these, this rank's answers
-            part_rows = [answered[i] for i in part]
-            flat = lambda x, group: torch.cat([x[part[i], : len(tokens[part[i]])] for i in group] or [x.new_zeros(1)])  # their tokens, end to end
-            # 9. the policy's clipped loss, and the likelihood of other text; a rank that has no answers left goes along with an empty group:
-            # a spare token of weight 0, since FSDP's ranks must keep step
-            for group, forwards, target in packed(part_rows, args.tokens_per_forward, device, policy.together) if not warming else ():
-                logps, *_ = policy.token_logps(forwards, target, args.temperature, nuclei(kept, [part[i] for i in group]))
-                old = flat(old_logps, group)
-                loss = policy_loss(logps, old, flat(advantages, group), args.clip).sum() / total * bool(group)
-                refuse_unless_finite(loss, step, f"the scores {scores.tolist()[:8]}")
-                (loss * WORLD).backward()  # FSDP averages over the ranks
-                log_ratio = logps.detach() - old
-                ratio = log_ratio.exp()
-                seen = torch.stack([0.5 * log_ratio.square(), (ratio - 1).abs() > args.clip, ratio, ratio.square()]).sum(1)  # by token
-                sums[:5] += torch.cat([loss.detach()[None], seen / total * bool(group)])
-            if updates == 0 and not warming:
-                drift = over_ranks(sums[1].clone()).item()
-                assert drift < (1e-4 if dtype == torch.float32 else 0.05), f"approximate KL {drift} before the first update: two forwards differ"
-            if ptx_rows and not warming:
-                others = [ptx_rows[i] for i in pick(len(ptx_rows), ptx_size, updates, args.seed)]
-                trained = sum(sum(row.trained[0]) for row in others)
-                for group, forwards, target in packed(others[RANK::WORLD], args.tokens_per_forward, device, policy.together):
-                    objective = policy.token_logps(forwards, target)[0].sum() / trained * bool(group)
-                    refuse_unless_finite(objective, step, "--ptx-dataset")
-                    (-args.ptx_coef * objective * WORLD).backward()
-                    sums[5] -= objective.detach()
-            # 10. the value model's clipped loss
-            for group, forwards, _ in packed(part_rows, args.tokens_per_forward, device, value.together):
-                values, old = value.token_values(forwards), flat(old_values, group)
-                loss = value_loss(values, old, flat(returns, group), args.value_clip).sum() / total * bool(group)
-                refuse_unless_finite(loss, step, f"the scores {scores.tolist()[:8]}")
-                (loss * WORLD).backward()
-                clipped = (values.detach() - old).abs() > (args.value_clip or math.inf)
-                sums[6:] += torch.stack([loss.detach(), clipped.sum() / total * bool(group)])
-            # 11. one step of AdamW for each
-            if not warming:
-                norms[0] += take_step(policy, policy_optimizer, rate * args.learning_rate, args.max_grad_norm)
-                updates += 1
-            norms[1] += take_step(value, value_optimizer, rate * args.value_learning_rate, args.max_grad_norm)
-            count += 1
-        # 12. what happened
-        episode += B
-        kl = ((old_logps - ref_logps) * mask).sum()
-        answer_means = (over_ranks(torch.stack([scores.sum(), kl, ended.sum(), padded(entropy_parts, device).sum()])) / B).tolist()
-        gap = (padded(sampled_logps, device) - old_logps).abs().mul(mask).sum()
-        moments = torch.stack([gap, (returns - old_values).square().mul(mask).sum(), returns.sum(), returns.square().sum()])
-        gap, error, mean_return, square_return = (over_ranks(moments) / sum(lengths)).tolist()
-        score, kl, share_eos, entropy = answer_means
-        policy_mean, approx_kl, off, ratio, square_ratio, ptx, value_mean, clipped = (over_ranks(sums) / count).tolist()
-        ratio, square_ratio = (1.0, 1.0) if warming else (ratio, square_ratio)  # the policy has not moved
-        if step == 0 and not args.reference:
-            limit = (1e-3 if dtype == torch.float32 else 0.05) * max(lengths)
-            assert abs(kl) < limit, f"KL {kl} to the reference before the first update: the two differ"
-        metrics = {
-            "step": step + 1, "episode": episode, "epoch": (step + 1) / math.ceil(len(rows) / args.batch_size),
-            "objective/scores": score, "objective/kl": kl, "objective/non_score_reward": -kl_coef * kl, "objective/rlhf_reward": score - kl_coef * kl,
-            "objective/entropy": entropy, "objective/kl_coef": kl_coef, "response_length": sum(lengths) / B,
-            "policy/entropy_avg": entropy * B / sum(lengths), "policy/approxkl_avg": approx_kl, "policy/clipfrac_avg": off,
-            "loss/policy_avg": policy_mean, "loss/value_avg": value_mean, "val/clipfrac_avg": clipped, "val/ratio": ratio,
-            "val/ratio_var": max(0.0, square_ratio - ratio**2), "val/num_eos_tokens": share_eos * B, "val/share_eos": share_eos,
-            "val/explained_variance": 1 - error / max(1e-8, square_return - mean_return**2), "sampling/logp_difference": gap,
-            "grad_norm": norms[0] / count, "value_grad_norm": norms[1] / count, "lr": rate * args.learning_rate,
-        } | ({"loss/ptx": ptx} if ptx_rows else {})  # fmt: skip
-        for name, x in named.items():
-            total, applies = over_ranks(torch.stack([x.nan_to_num(0.0).sum(), (~x.isnan()).sum().float()])).tolist()
-            metrics[f"rewards/{name}/mean"] = total / max(1, applies)
-        too_far = bool(args.max_kl and kl > args.max_kl)
-        took = time.time() - clock
-        if held_out and (too_far or step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0):
-            metrics |= evaluate_policy(policy, reference, rewards, held_out, tokenizer, stops, args, device)
-        now = time.time()
-        metrics |= dict(eps=B / took, tokens_per_second=sum(lengths) / took)
-        metrics |= dict(seconds=now - started, peak_memory_mb=peak_memory(device))
-        log(args, out, metrics)
-        bar.set_postfix(score=f"{score:.3f}", kl=f"{kl:.3f}", length=f"{sum(lengths) / B:.1f}", ended=f"{share_eos:.2f}", refresh=False)
-        if step == state["step"] and RANK == 0:
-            bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
-        if args.show_every and step % args.show_every == 0 and RANK == 0:
-            show(answered, texts, named | dict(total=scores))
-        # 13. the KL coefficient follows its target; a policy gone too far ends the run
-        if args.kl_target:
-            kl_coef = adapted_kl_coef(kl_coef, kl, args.kl_target, B, args.kl_horizon)
-        if due(args, step + 1, steps, device) and not too_far:
-            known = [baselines] * WORLD
-            if WORLD > 1:
-                dist.all_gather_object(known, baselines)
-            progress = dict(episode=episode, seconds=now - started, kl_coef=kl_coef, updates=updates, baselines=known)
-            save_checkpoint(out, step + 1, models, optimizers, **progress)
-        if too_far:
-            say(f"stopped after step {step + 1}: the KL to the reference is {kl:.3f}, beyond --max-kl {args.max_kl}; the policy is saved as it is")
-            break
-
-    # 14. a checkpoint that anything loads
-    finish(out, models, ["objective/scores", "objective/kl", "policy/entropy_avg", "response_length", "val/explained_variance"])
-    if "eval_scores" in metrics:
-        say("held out: " + ", ".join(f"{k[5:]} {v:.4g}" for k, v in metrics.items() if k.startswith("eval_")))
-    say(f"done: {out} after {time.time() - started:.0f} s")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(args)
+    try:
+        main(args)
+    except torch.OutOfMemoryError as e:
+        fail(f"out of memory; --help lists the options that save memory ({str(e)[:150]})")
