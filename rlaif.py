@@ -1,65 +1,55 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11,<=2.13.0", "transformers>=5.17,<5.40", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"]
+# dependencies = [
+#   "torch>=2.11,<=2.13.0", "transformers>=5.17,<5.40", "datasets>=4", "tyro>=1.0", "wandb", "matplotlib", "tqdm"
+# ]
 # ///
-"""Reinforcement learning from AI feedback: data sets labelled, rewritten, chosen or invented by language models, for every other script.
+"""Learning from AI feedback: a language model labels, rewrites, chooses or invents the data for the other scripts.
 
-    P(a > b) = 1/2 [ P(A | a as A, b as B) + P(B | b as A, a as B) ],    P(letter) of a judge's reply, renormalised over the two letters
-    RLAIF (Lee et al. 2023, arXiv 2309.00267): both orders, averaged, so that a taste for a position cancels; a soft label.
+    P(a > b) = 1/2 [ P(A | a as A, b as B) + P(B | b as A, a as B) ]      RLAIF (Lee et al. 2023, arXiv 2309.00267)
 
-  label       Pairs, or K answers a prompt, given or sampled here, compared two by two: soft preferences (pairs.jsonl), or, of K > 2, each
-              answer's mean P against the others (rankings.jsonl; Starling-7B, Zhu et al. 2024). A pair whose orders contradict each other, or
-              near P = 1/2, is a tie. Principles are drawn at random for every judgement, and reasoning clamps P to 0.4 ... 0.6:
-              Constitutional AI (Bai et al. 2022, arXiv 2212.08073), section 4.
-  revise      Critique and revision of the policy's own answers by random principles, several rounds, each from the last one's revision:
-              sft.jsonl. Constitutional AI, section 3.
-  best-of-n   N answers a prompt, scored by reward models or by the judge: the best (sft.jsonl: rejection sampling of Llama 3, arXiv
-              2407.21783), the best and the worst (pairs.jsonl: the online pairs of Qwen2, arXiv 2407.10671), all (rankings.jsonl), and the
-              prompts whose scores differ by --min-spread (prompts.jsonl: ChatGLM-RLHF, arXiv 2404.00934). With the policy as its own judge
-              and --scale points: Self-Rewarding Language Models (Yuan et al. 2024, arXiv 2401.10020).
-  synthesise  Magpie (Xu et al. 2024, arXiv 2406.08464): an aligned model, given the chat template up to where a user speaks, invents
-              the user's turn, then answers it: raw.jsonl, and what passes the filters, sft.jsonl and prompts.jsonl.
-  compare     The win rate of policy A over policy B by the judge, in both orders, with its 95% interval (the automatic rater of Gemma).
-  weigh       The rewards of a rubric's options, fitted so that reward model and rubric together put labelled answers in their order:
-              Rule Based Rewards (Mu et al. 2024, arXiv 2411.01111). Writes the rubric.json of `ppo.py --judge --rubric` (GPT-4).
-  audit       What a judge's labels are worth: agreement with given ones, position bias, length bias, consistency, calibration; by kind.
+P(A) and P(B) are the judge's probabilities of replying with that letter, renormalised over the two. Each pair is shown
+in both orders, so that a preference for a position cancels.
 
-The judge's reward 1 to 10 while training (direct RLAIF) is --judge of ppo.py and grpo.py.
+  label       compares 2 answers: soft preferences (pairs.jsonl); or K: each answer's mean P (rankings.jsonl; Starling)
+  revise      critique and revision of answers by principles (sft.jsonl; Constitutional AI, Bai et al. 2022, 2212.08073)
+  best-of-n   scores N answers: the best (sft.jsonl; Llama 3, 2407.21783), the best and the worst (pairs.jsonl; Qwen2,
+              2407.10671), all (rankings.jsonl), prompts by spread of scores (prompts.jsonl; ChatGLM-RLHF, 2404.00934)
+  synthesise  an aligned model writes its own prompts and answers (raw.jsonl; filtered: sft.jsonl, prompts.jsonl;
+              Magpie, Xu et al. 2024, 2406.08464)
+  compare     the win rate of policy A over policy B, with its 95% interval (comparisons.jsonl)
+  audit       a judge against given labels: agreement, position bias, length bias, consistency
 
-Departures
-  1. A pair whose orders contradict each other, or nearer to 1/2 than --tie-margin, is a tie, counted and left out; --orders average
-     --tie-margin 0 keeps all but P = 1/2, as Lee et al. In rankings every P counts, ties and contradictions too; Starling's were one reply a ranking.
-  2. Answers that were cut off are not used as data: a model trained on them would learn to stop in the middle.
-  3. Magpie: near repeats are found by the policy's own mean hidden states, not by an embedding model, and the earliest stays; ratings are
-     1 to 10; the difference to the base model's reward is left out. ChatGLM drops prompts by the variance of their scores, here by the range.
-  4. Self-rewarding: the additive prompt has the paper's parts in our words. Rule Based Rewards: one question with options, no propositions;
-     all pairs are fitted, none is held out (the authors: 5 %).
-  5. Nothing judges what stands inside <think>, and the judge sees no system prompts.
+Departures from the papers
+  1. A pair whose orders contradict each other, or nearer to 1/2 than --tie-margin, is a tie and left out; --orders
+     average --tie-margin 0 keeps it, as Lee et al. do. A ranking uses every P. Starling's judge ranks in one reply.
+  2. Answers that were cut off are not used: a model trained on them would learn to stop in the middle.
+  3. Magpie: near repeats are found by the policy's mean hidden states, not by an embedding model; the reward of the
+     base model is not subtracted. ChatGLM drops prompts by the variance of their scores, best-of-n by the range.
+  4. --scale points has the parts of the additive prompt of Self-Rewarding Language Models (2401.10020) in our words.
+  5. The judge sees neither thinking nor system prompts.
 
-The judge is a checkpoint, asked through its own chat template and tokenizer (in float32, 4 bytes a parameter, whole on each GPU before it is
-sharded); or, with --judge-url, any server that speaks OpenAI's protocol, to which alone the key of --judge-key goes. What it is asked stands below,
-in REQUESTS; --requests FILE (JSON) replaces any of them: {talk} is the conversation, {a} and {b} or {answer} what is judged, {conversation} both in
-one, and {principle} a line of --principles, worded to follow "Which answer", such as "is more honest". A model that thinks is best asked not to
-(--judge-body).
+--judge is a checkpoint or, with --judge-url, a model on a server with OpenAI's API, which alone gets the key.
+--requests FILE replaces what the judge is asked (REQUESTS below): {talk} is the conversation, {a} and {b} or {answer}
+what is judged, {conversation} both in one, {principle} a line of --principles, worded to follow "Which answer".
 
-Reads prompts, pairs (chosen, rejected) or K answers (completions), in any layout that the other scripts read; other columns are kept.
-Writes the data sets above, report.json and, for audit, audit.png to --output-dir, args.json with all arguments, versions and fingerprints
-of what was read. Every batch of rows is on disk (rows.part) before the next begins: with --resume no finished batch is lost or asked for again.
+Reads prompts, pairs (chosen, rejected) or K answers (completions), as the other scripts do; other columns are kept.
+Writes the files above, report.json and args.json to --output-dir. Finished batches survive a stop: use --resume.
 
-  python rlaif.py audit --dataset data/grid/test_preferences.jsonl --requests data/grid/requests.json              the grid world
-  python rlaif.py label --model runs/sft --judge Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback-prompt --rows 1000  one GPU
-  torchrun --nproc-per-node 8 rlaif.py best-of-n --model Qwen/Qwen3-8B --reward-model runs/reward_model --dataset trl-lib/ultrafeedback-prompt   many
+  python rlaif.py audit --judge runs/sft --dataset data/grid/test_preferences.jsonl --requests data/grid/requests.json
+  python rlaif.py label --model runs/sft --judge Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback-prompt --rows 1000
+  torchrun --nproc-per-node 8 rlaif.py best-of-n --model runs/sft --reward-model runs/rm --dataset trl-lib/tldr
 
-  Figure                 good               if not
-  agreement              above 0.8          (of decided pairs) see report.json by kind, audit.png by gap; a larger judge, --reasoning, --requests
-  same_position          below 0.2          the judge prefers a place: its pairs become ties; a larger judge, or --orders average
-  first_position         about 0.5          of the pairs decided by the place, those that went to the first; near 0 or 1: one place is preferred
-  agreement_by_mean      as agreement       the same by the mean P alone, ties included
-  abstentions            0                  the judge does not reply with a letter: mend --requests; see --min-mass
-  prefers_longer         as given_longer    above it: length bias; train the reward model with --length-buckets
-  consistency            above 0.8          two judgements of a pair agree so often (chance: 0.5): other principles, other verdicts
+  In report.json         good             if not
+  agreement              above 0.8        of decided pairs, audit: another judge, other --requests, --reasoning
+  same_position          below 0.2        the place decides: another judge; first_position 1: it prefers the first place
+  abstentions            0                the judge replies with no letter: other --requests, or a lower --min-mass
+  prefers_longer         as given_longer  above it: length bias; reward_model.py --length-buckets
+  consistency            above 0.8        several --judgements of one pair differ (chance: 0.5): other principles
 """
 
+import os
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal, NamedTuple
@@ -67,34 +57,11 @@ from typing import Annotated, Literal, NamedTuple
 import tyro
 
 
-@dataclass
-class RunArgs:
-    output_dir: str = "data/rlaif"
-    """where data sets and report go"""
-    batch_size: int = 64
-    """rows worked on at a time, over all ranks, and then written"""
-    tokens_per_forward: int = 16384
-    """memory knob: tokens per forward pass and rank"""
-    sample_tokens: int = 65536
-    """memory knob of sampling: tokens in the key-value cache, by rank"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the computation (auto: bfloat16 on GPU, float32 on CPU)"""
-    seed: int = 0
-    """of the choice of rows and principles, and of sampling"""
-    resume: bool = False
-    """continue from the rows that are in --output-dir; a finished run of the same arguments is left as it is"""
-    overwrite: bool = False
-    """replace what is in --output-dir"""
-
-
 @dataclass(kw_only=True)
-class RowsArgs:
+class DataArgs:
     dataset: str
-    """hub id (name or name:config), .jsonl/.json/.parquet file (also .gz), or saved directory"""
-    dataset_split: str = "train"
-    """split, for hub data sets and saved directories"""
-    rows: int = 0
-    """rows of --dataset, drawn at random (0: all)"""
+    """hub id (name, name:config, name:config:split or name::split), .jsonl/.json/.parquet file (also .gz), or
+    directory"""
 
 
 @dataclass(kw_only=True)
@@ -109,56 +76,73 @@ class PolicyArgs:
     """tokens of an answer"""
 
 
-@dataclass
-class AnswerArgs(PolicyArgs):
-    allow_special: bool = False
-    """keep prompts whose text contains one of the tokenizer's special tokens (else dropped: a user must not be able to end a turn)"""
-
-
-@dataclass
+@dataclass(kw_only=True)
 class JudgeArgs:
-    judge: str = "runs/sft"
-    """causal language model that judges: hub id or directory; with --judge-url the model's name there"""
+    judge: str
+    """language model that judges: hub id or directory, or its name on a server"""
     judge_url: str = ""
-    """base address of a server with OpenAI's protocol, such as http://localhost:8000/v1 (empty: --judge is loaded here)"""
+    """address of a server with OpenAI's API, such as http://localhost:8000/v1 (empty: --judge is loaded here)"""
     judge_key: str = ""
-    """name of the environment variable that holds the key for --judge-url, such as OPENAI_API_KEY (empty: no key is sent)"""
+    """name of the environment variable that holds the key for --judge-url, such as OPENAI_API_KEY (empty: no key)"""
     judge_parallel: int = 8
     """requests to --judge-url at a time, by rank"""
     judge_body: str = ""
-    """JSON object to merge into every request, e.g. {"chat_template_kwargs": {"enable_thinking": false}}; null takes a key out"""
+    """JSON object merged into every request, such as {"chat_template_kwargs": {"enable_thinking": false}}; null takes a
+    key out"""
     requests: str = ""
     """JSON file with requests to the judge in place of those in this script"""
 
 
-@dataclass
-class LetterArgs(JudgeArgs):
+@dataclass(kw_only=True)
+class OptionArgs(JudgeArgs):
     min_mass: float = 0.01
-    """the judge abstains where the replies it was given to choose from are together less likely than this"""
+    """the judge abstains where the options that it may reply with are together less likely than this"""
 
 
-@dataclass
-class PairArgs(LetterArgs):
+@dataclass(kw_only=True)
+class PairArgs(OptionArgs):
     principles: str = ""
     """text file with a principle a line, one of which is drawn for every judgement (empty: the request `principle`)"""
     judgements: int = 1
-    """judgements of each pair, averaged; each with a principle and a reasoning of its own (Lee et al.: more of them did not help)"""
+    """judgements of each pair, averaged, each with its own principle and reasoning (Lee et al.: more did not help)"""
     reasoning: bool = False
     """the judge reasons before it chooses (greedily; at temperature 1 with several --judgements)"""
     judge_max_tokens: int = 512
     """tokens of a reasoning"""
     orders: Literal["agree", "average"] = "agree"
-    """a pair whose two orders prefer different answers is a tie (agree), or only if P is near 1/2 (average; Lee et al.)"""
+    """a pair whose orders prefer different answers is a tie (agree), or only if P is near 1/2 (average; Lee et al.)"""
     tie_margin: float = 0.01
-    """P no further from 1/2 than this is a tie (0: only P = 1/2 itself)"""
+    """P no further from 1/2 than this is a tie (0: only 1/2 itself)"""
 
 
 @dataclass(kw_only=True)
-class LabelArgs(RunArgs, RowsArgs, PairArgs, AnswerArgs):
-    dataset: str
-    """prompts; without --model, pairs or `completions`: hub id (name or name:config), file, or saved directory"""
+class RunArgs:
+    output_dir: str
+    """where the data sets and report.json go"""
+    rows: int = 0
+    """rows of --dataset, drawn at random (0: all)"""
+    batch_size: int = 64
+    """rows worked on at a time, over all ranks, and then written"""
+    tokens_per_forward: int = 16384
+    """memory knob: tokens per forward pass and rank"""
+    sample_tokens: int = 65536
+    """memory knob of sampling: tokens in the key-value cache, by rank"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the computation (auto: bfloat16 on GPU, float32 on CPU)"""
+    seed: int = 0
+    """of the choice of rows and principles, and of sampling"""
+    resume: bool = False
+    """continue from the rows that are in --output-dir; a finished run is left as it is"""
+    overwrite: bool = False
+    """replace what a run wrote in --output-dir"""
+    # options of the training scripts that the blocks below ask for
+    track = gradient_checkpointing = False
+
+
+@dataclass(kw_only=True)
+class LabelArgs(RunArgs, PolicyArgs, PairArgs, DataArgs):
     model: str = ""
-    """policy that answers: hub id or directory (empty: the answers are in --dataset)"""
+    """policy that answers: hub id or directory (empty: the answers are in --dataset, as pairs or `completions`)"""
     k: int = 2
     """answers to each prompt that --model gives (Starling: 7)"""
     clamp: float = 0.4
@@ -167,10 +151,10 @@ class LabelArgs(RunArgs, RowsArgs, PairArgs, AnswerArgs):
     """where pairs.jsonl or rankings.jsonl, and report.json, go"""
 
 
-@dataclass
-class ReviseArgs(RunArgs, RowsArgs, JudgeArgs, AnswerArgs):
+@dataclass(kw_only=True)
+class ReviseArgs(RunArgs, JudgeArgs, PolicyArgs, DataArgs):
     judge: str = ""
-    """model that writes critiques and revisions: hub id or directory (empty: --model itself); with --judge-url the model's name there"""
+    """model that writes critiques and revisions, named as any judge (empty: --model itself)"""
     judge_max_tokens: int = 1024
     """tokens of a critique or revision"""
     judge_temperature: float = 1.0
@@ -186,33 +170,31 @@ class ReviseArgs(RunArgs, RowsArgs, JudgeArgs, AnswerArgs):
 
 
 @dataclass(kw_only=True)
-class BestOfNArgs(RunArgs, RowsArgs, LetterArgs, AnswerArgs):
-    model: str
-    """policy that answers: hub id or directory (empty: the answers are the data set's `completions`)"""
+class BestOfNArgs(RunArgs, OptionArgs, PolicyArgs, DataArgs):
+    model: str = ""
+    """policy that answers: hub id or directory (empty: the answers are in --dataset, as pairs or `completions`)"""
+    reward_model: tuple[str, ...] = ()
+    """reward models, whose scores add up: hub ids or directories (empty: --judge scores)"""
+    condition: str = ""
+    """JSON file {kind: system prompt} that the reward models see before prompts of that kind"""
     judge: str = ""
-    """model that scores the answers: hub id or directory, may be --model (empty: --reward-model does); with --judge-url the model's name there"""
+    """language model that scores the answers, may be --model (empty: --reward-model scores)"""
     scale: Literal["ten", "points"] = "ten"
-    """what the judge gives: the expected score of 1 to 10, as -1 to 1 (Lee et al.), or 0 to 5 additive points, written (self-rewarding)"""
+    """of the judge: expected score of 1 to 10, scaled to [-1, 1] (Lee et al.), or 0 to 5 additive points, in words"""
     judgements: int = 3
     """with --scale points: judgements of each answer, averaged (self-rewarding: 3)"""
     judge_max_tokens: int = 512
     """with --scale points: tokens of a judgement"""
-    reward_model: tuple[str, ...] = ()
-    """reward models; their scores add up (empty: --judge scores)"""
-    condition: str = ""
-    """JSON file {kind: system prompt} that the reward models see before prompts of that kind"""
     n: int = 8
     """answers to each prompt that --model gives (Llama 3: 10 to 30; self-rewarding: 4)"""
     min_spread: float = 0.0
-    """prompts whose best and worst scores differ by less are left out of every file (ChatGLM: by the variance, of the prompts alone)"""
+    """prompts whose best and worst scores differ by less are left out of every file"""
     output_dir: str = "data/best_of_n"
     """where sft.jsonl, pairs.jsonl, rankings.jsonl, prompts.jsonl and report.json go"""
 
 
-@dataclass
-class SynthesiseArgs(RunArgs, LetterArgs, PolicyArgs):
-    judge: str = ""
-    """model that rates quality and difficulty: hub id or directory, may be --model (empty: no ratings); with --judge-url the model's name there"""
+@dataclass(kw_only=True)
+class SynthesiseArgs(RunArgs, OptionArgs, PolicyArgs):
     temperature: float = 1.0
     """of the user's turns (Magpie: 1 to 1.25)"""
     top_p: float = 1.0
@@ -227,6 +209,8 @@ class SynthesiseArgs(RunArgs, LetterArgs, PolicyArgs):
     """turns of the user in each"""
     system: str = ""
     """system prompt of the conversations: a domain, a language"""
+    judge: str = ""
+    """language model that rates quality and difficulty, may be --model (empty: no ratings)"""
     min_tokens: int = 1
     """filter: tokens of the user's first turn"""
     min_quality: float | None = None
@@ -234,89 +218,79 @@ class SynthesiseArgs(RunArgs, LetterArgs, PolicyArgs):
     min_difficulty: float | None = None
     """filter: the same of how difficult it is"""
     reward_model: tuple[str, ...] = ()
-    """reward models, for --min-reward; their scores add up"""
+    """reward models for --min-reward, whose scores add up: hub ids or directories"""
     min_reward: float | None = None
     """filter: the reward models' score of the last answer"""
     min_distance: float = 0.0
-    """filter: squared distance of the first turn's mean hidden state, of length 1, to those of all kept before (0: only repeats go);
-    small where a model's states lie close together: see median_distance in report.json"""
+    """filter: squared distance of the first turn's mean hidden state, of length 1, to those of all kept before (0: only
+    repeats go); compare median_distance in report.json"""
     output_dir: str = "data/magpie"
     """where raw.jsonl, sft.jsonl, prompts.jsonl and report.json go"""
 
 
 @dataclass(kw_only=True)
-class CompareArgs(RunArgs, RowsArgs, PairArgs, AnswerArgs):
+class CompareArgs(RunArgs, PolicyArgs, PairArgs, DataArgs):
     model: tyro.conf.Positional[str]
     """policy A: hub id or directory"""
-    against: tyro.conf.Positional[str] = "runs/base"
+    against: tyro.conf.Positional[str]
     """policy B: hub id or directory"""
     output_dir: str = "runs/compare"
     """where comparisons.jsonl and report.json go"""
 
 
 @dataclass(kw_only=True)
-class AuditArgs(RunArgs, RowsArgs, PairArgs):
-    dataset: str
-    """pairs labelled by those who know: hub id (name or name:config), file, or saved directory"""
+class AuditArgs(RunArgs, PairArgs, DataArgs):
     by: Literal["letters", "scores"] = "letters"
-    """what is audited: the judge's choice between two answers, or its scores of 1 to 10 for each (best-of-n and direct RLAIF live on these), which
-    take no principle, order, reasoning or repetition"""
+    """the judge's choice between two answers, or its scores of 1 to 10 for each, which best-of-n and ppo.py use (no
+    principles, orders or reasoning)"""
     min_gap: float = 0.0
-    """only pairs whose better answer's score leads by so much (0: all but those whose scores contradict chosen and rejected)"""
+    """only pairs whose better answer's score leads by so much (0: all whose scores do not contradict the label)"""
     output_dir: str = "runs/audit"
-    """where report.json and audit.png go"""
-
-
-@dataclass(kw_only=True)
-class WeighArgs(RunArgs, RowsArgs, LetterArgs):
-    dataset: str
-    """pairs or `completions` with scores, and a column kind: hub id (name or name:config), file, or saved directory"""
-    rubric: str = "data/grid/rubric.json"
-    """JSON {"question": text, "options": {"A": text, ...}, "reward": {kind: ...}}; kinds without a reward get none"""
-    reward_model: tuple[str, ...] = ("runs/reward_model",)
-    """reward models whose order of answers the rubric is to mend; their scores add up"""
-    condition: str = ""
-    """JSON file {kind: system prompt} that the reward models see before prompts of that kind"""
-    margin: float = 1.0
-    """by which the better answer's total reward shall lead"""
-    output_dir: str = "data/rubric"
-    """where rubric.json and report.json go"""
+    """where report.json goes"""
 
 
 Args = (
-    Annotated[LabelArgs, tyro.conf.subcommand("label", description="Answers compared by a judge: soft preferences, or rankings.")]
-    | Annotated[ReviseArgs, tyro.conf.subcommand("revise", description="Critique and revision: demonstrations of better answers.")]
-    | Annotated[BestOfNArgs, tyro.conf.subcommand("best-of-n", description="The best, and the worst, of N answers to each prompt.")]
-    | Annotated[SynthesiseArgs, tyro.conf.subcommand("synthesise", description="Conversations that an aligned model invents.")]
-    | Annotated[CompareArgs, tyro.conf.subcommand("compare", description="The win rate of one policy over another.")]
-    | Annotated[WeighArgs, tyro.conf.subcommand("weigh", description="The rewards of a rubric's options that make a reward model right.")]
-    | Annotated[AuditArgs, tyro.conf.subcommand("audit", description="What a judge's labels are worth.")]
+    Annotated[LabelArgs, tyro.conf.subcommand("label", description="Compare answers: soft preferences, or rankings.")]
+    | Annotated[ReviseArgs, tyro.conf.subcommand("revise", description="Critique and revise answers.")]
+    | Annotated[BestOfNArgs, tyro.conf.subcommand("best-of-n", description="Score N answers to each prompt.")]
+    | Annotated[SynthesiseArgs, tyro.conf.subcommand("synthesise", description="Let a model invent conversations.")]
+    | Annotated[CompareArgs, tyro.conf.subcommand("compare", description="The win rate of policy A over policy B.")]
+    | Annotated[AuditArgs, tyro.conf.subcommand("audit", description="Measure a judge against given labels.")]
 )
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
 
+    def interrupted(*_):
+        """Ends the program on Ctrl-C, until training begins; libraries catch what an exception would say."""
+        print("\ninterrupted before training", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
+
+import contextlib
 import glob
 import gzip
 import hashlib
 import http.client
+import importlib.util
 import inspect
 import json
 import math
-import os
 import random
 import re
+import resource
 import shutil
+import tempfile
 import time
 import types
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from datetime import timedelta
-from itertools import combinations, groupby, permutations
+from datetime import datetime, timedelta
+from functools import lru_cache, partial
+from itertools import accumulate, combinations, groupby
 from pathlib import Path
 
 import datasets
@@ -325,49 +299,58 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from jinja2 import TemplateError
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+)
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
-for library in (transformers.utils.logging, datasets.utils.logging):  # their bars and warnings would break up our own lines
-    library.disable_progress_bar()
-    library.set_verbosity_error()
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-# ---------------------------------------------------------------------------------------------------------------- the method
+# ------------------------------------------------------------------------------------------------------ the method
 
 
 def preference(first, second):
-    """P(a > b) from a judge's log-probabilities [..., 2] of replying A and B: first with a as A, second with b as A. Lee et al., section 2.1."""
+    """P(a > b) (Lee et al., section 2.1) from a judge's log-probabilities of replying A and B: first has a as A, second
+    has b as A. first, second [..., 2]; returns [...]."""
     return (first.softmax(-1)[..., 0] + second.softmax(-1)[..., 1]) / 2
 
 
 def verdict(first: float, second: float, orders: str = "agree", margin: float = 0.01) -> str:
-    """a, b, tie, or abstain. first, second: P(a > b) as each order has it; NaN where the judge gave no letter."""
+    """a, b, tie or abstain. first, second: P(a > b) of each order, NaN where the judge abstains."""
     p = (first + second) / 2
     if math.isnan(p):
         return "abstain"
-    contradict = orders == "agree" and (first - 0.5) * (second - 0.5) <= 0  # the position decided
-    return "tie" if contradict or abs(p - 0.5) <= margin else "a" if p > 0.5 else "b"
+    if orders == "agree" and (first - 0.5) * (second - 0.5) <= 0:  # the position decided
+        return "tie"
+    if abs(p - 0.5) <= margin:
+        return "tie"
+    return "a" if p > 0.5 else "b"
 
 
-def ranking_scores(wins) -> list:
-    """Each answer's mean P against the others, from wins [K][K], P(i > j), NaN where nothing is known (and on the diagonal)."""
+def ranking_scores(wins: list) -> list:
+    """Each answer's mean P against the others (Starling). wins [K][K]: P(i > j), NaN where unknown and on the
+    diagonal."""
     known = [[p for p in row if not math.isnan(p)] for row in wins]
     return [sum(row) / len(row) if row else math.nan for row in known]
 
 
 def points(text: str) -> float:
-    """The sum that an additive judgement ends with, 0 to 5; NaN where there is none."""
-    found = re.findall(r"score[^\w-]{0,12}(-?\d+(?:\.\d+)?)", after_thinking(text), re.IGNORECASE)
+    """The sum, 0 to 5, with which an additive judgement ends (self-rewarding); NaN if there is none."""
+    # "Score (out of 5): 4" is 4; "Score: 1 + 1 + 0 = 2" is 2, and a sum without its result is none
+    text = re.sub(r"(?i)(score)[^\w(]{0,4}\((?=\D|\d+ ?(?:-|–|to))[^)\n]*\)", r"\1", after_thinking(text))
+    sum_of = r"(?:[\d.+ ]+=[^\w-]{0,12})?"
+    found = re.findall(rf"(?i)score[^\w-]{{0,12}}{sum_of}(-?\d+(?:\.\d+)?)(?![\d.]* *(?:\([^)\n]*\))? *\+)", text)
     return float(found[-1]) if found and 0 <= float(found[-1]) <= 5 else math.nan
 
 
 def nearest(vectors) -> torch.Tensor:
-    """Squared distance of each vector [N, d] to its nearest neighbour [N]; infinity where there is no other."""
+    """Squared distance of each vector to its nearest neighbour (Magpie), infinity if it has none. [N, d]; returns
+    [N]."""
     found = []
     for i in range(0, len(vectors), 256):  # never all N x N at once
         distance = torch.cdist(vectors[i : i + 256], vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -376,206 +359,1924 @@ def nearest(vectors) -> torch.Tensor:
     return torch.cat(found)
 
 
-def keep_distant(vectors, least: float) -> list:
-    """The numbers of the vectors [N, d] that keep more than a squared distance from all kept before them: of a cluster, the earliest.
-
-    Takes time as N x N."""
-    kept, held = [], torch.empty_like(vectors)
+def keep_distant(vectors, min_distance: float) -> list:
+    """The indices of vectors [N, d] further than a squared distance from all kept before them: of a cluster, the
+    earliest. Takes N x N time."""
+    indices, kept = [], torch.empty_like(vectors)
     for i, vector in enumerate(vectors):
-        if not kept or (held[: len(kept)] - vector).square().sum(1).min() > least:
-            held[len(kept)] = vector
-            kept.append(i)
-    return kept
-
-
-def rubric_hinge(weights, better, worse, better_features, worse_features, margin: float = 1.0):
-    """Mean of max(0, margin + R(worse) - R(better)), R = r + w . phi (Rule Based Rewards, Mu et al. 2024).
-
-    better, worse [N]: the reward model's scores; features [N, L]: the judge's probabilities of the options; weights [L] or, by pair, [N, L]."""
-    total = lambda scores, features: scores + (weights * features).sum(-1)
-    return (margin + total(worse, worse_features) - total(better, better_features)).clamp(min=0).mean()
+        if not indices or (kept[: len(indices)] - vector).square().sum(1).min() > min_distance:
+            kept[len(indices)] = vector
+            indices.append(i)
+    return indices
 
 
 def interval(outcomes: list) -> tuple:
-    """Mean of outcomes in [0, 1], and the ends of its 95% interval (Wilson's score)."""
-    n, mean, z = len(outcomes), sum(outcomes) / max(1, len(outcomes)), 1.96
-    if not n:
-        return math.nan, 0.0, 1.0
+    """Mean of outcomes in [0, 1], None of nothing, and both ends of its 95% interval (Wilson's score)."""
+    if not outcomes:
+        return None, 0.0, 1.0
+    n, mean, z = len(outcomes), sum(outcomes) / len(outcomes), 1.96
     centre, half = mean + z**2 / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
     return mean, (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
 
 
-def after_thinking(text: str) -> str:
-    """What stands after the thinking, and before any that follows; nothing, where an answer begins with thinking that has not ended."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
+def main(args: Args):
+    # 0. options, ranks, the output directory
+    check_options(args)
+    device, dtype = setup_distributed(args)
+    # further options that change no result; --judge names the model, wherever it is served
+    FREE_OPTIONS.update(("batch_size", "sample_tokens", "judge_url", "judge_key", "judge_parallel"))
+    out, _, signature = open_run(args, *input_names(args))
+
+    # 1. the policies that answer, whoever judges, and the rows that all of them can read
+    run = load_run(args, device, dtype)
+    items = load_items(run)
+    done = load_records(args, out, signature)  # {row number: record}, of an interrupted run
+
+    # 2. for each batch of rows: answers, judgements, and a record of each row, on disk before the next batch begins
+    work, collect = {
+        LabelArgs: (label_batch, label_files),
+        ReviseArgs: (revise_batch, revise_files),
+        BestOfNArgs: (best_of_n_batch, best_of_n_files),
+        SynthesiseArgs: (synthesise_batch, synthesise_files),
+        CompareArgs: (compare_batch, compare_files),
+        AuditArgs: (audit_batch, audit_files),
+    }[type(args)]
+    catch_interrupt()
+    for batch in batches(args, items, done):
+        save_records(out, from_all_ranks(work(run, batch[RANK::WORLD])), done)
+
+    # 3. the data sets that the records give, and a report
+    files, report = collect(run, [(item, done[item.number]) for item in items])
+    finish(out, files, report)
+
+
+# ------------------------------------------------------------------------------------------------ rlaif.py alone
+
+PAIR = """Here is a conversation, and two answers to its last message.
+
+<conversation>
+{talk}
+</conversation>
+
+<answer A>
+{a}
+</answer A>
+
+<answer B>
+{b}
+</answer B>
+
+"""
+ANSWER = """Here is a conversation, and an answer to its last message.
+
+<conversation>
+{talk}
+</conversation>
+
+<answer>
+{answer}
+</answer>
+
+"""
+PROMPT = "Here is what a user wrote to an assistant.\n\n{talk}\n\n"
+REQUESTS = dict(  # what judges are asked; --requests replaces any of them
+    principle="is more helpful, honest and harmless",
+    compare=PAIR + "Which answer {principle}? Reply with the letter A or B only.",
+    reason=PAIR + "Which answer {principle}? Weigh them step by step, in a few sentences, before you decide.",
+    conclude="Then which answer {principle}? Reply with the letter A or B only.",
+    critique=ANSWER + "What keeps this answer from being one that {principle}? Be specific and brief.",
+    revise="Write that answer anew, so that your criticism no longer applies. Reply with the new answer only.",
+    score=ANSWER + "How good is this answer, from 1 (very bad) to 10 (very good)? Reply with the number only.",
+    points=ANSWER
+    + """Give this answer points, which add up: one if it has to do with what was asked; another if it deals with a
+substantial part of it; another if it answers the essentials in a useful way; another if it is clear, complete, well
+ordered and written from an assistant's point of view; a fifth if an expert could hardly improve on it for this user.
+Explain your points in under 100 words, and end with "Score: " and their sum.""",
+    quality=PROMPT + "How clear, specific and well put is it, from 1 to 10? Reply with the number only.",
+    difficulty=PROMPT + "How hard is it to answer well, from 1 to 10? Reply with the number only.",
+)
+SCORES = [str(score) for score in range(1, 11)]  # what a judge replies that is asked for a score
+DATA_FILES = ("pairs.jsonl", "rankings.jsonl", "sft.jsonl", "prompts.jsonl", "raw.jsonl", "comparisons.jsonl")
+
+
+class Item(NamedTuple):
+    """A row of --dataset.
+
+    prompt: text or messages; responses: texts or lists of messages; scores: of the responses, or None; gap: by how much
+    chosen leads rejected, or None; columns: what else the row holds, kind among it; asked: the prompt's Row for each
+    policy."""
+
+    number: int
+    prompt: str | list = ""
+    responses: list = ()
+    scores: list | None = None
+    gap: float | None = None
+    columns: dict = {}
+    kind: str = ""
+    asked: list = ()
+
+
+class Run(NamedTuple):
+    """What a subcommand works with; policies, reward_models: (model, tokenizer) each; left_out: pairs that an audit
+    leaves out, counted by reason."""
+
+    args: RunArgs
+    device: torch.device
+    policies: list
+    judge: object
+    reward_models: list
+    requests: dict
+    principles: list
+    conditions: dict
+    left_out: Counter
+
+
+# label: soft preferences, or rankings
+
+
+def label_batch(run, batch: list) -> list:
+    """A record of each row: the answers, and P of every two of them."""
+    # 1. the answers: those of the data set, or of the policy, no two alike and none cut off
+    args = run.args
+    unused = dict(cut_off=0, empty=0, repeated=0)
+    records = [dict(number=item.number, responses=item.responses, unused=unused, pairs=[]) for item in batch]
+    if run.policies:
+        for item, record, answers in zip(batch, records, policy_answers(run, 0, batch, args.k)):
+            usable, ended = usable_answers(answers), sum(has_ended for _, has_ended in answers)
+            texts = dict.fromkeys(usable)
+            record["responses"] = [as_response(item.prompt, text) for text in texts]
+            empty, repeated = ended - len(usable), len(usable) - len(texts)
+            record["unused"] = dict(cut_off=args.k - ended, empty=empty, repeated=repeated)
+    # 2. every two of them, compared
+    places, pairs = [], []
+    for item, record in zip(batch, records):
+        texts = [text_of(response) for response in record["responses"]]
+        for i, j in combinations(range(len(texts)), 2):
+            places.append((record, i, j))
+            pairs.append((f"{item.number}-{i}-{j}", item.prompt, texts[i], texts[j]))
+    for (record, i, j), comparison in zip(places, compare_pairs(run, pairs)):
+        record["pairs"].append(dict(comparison, i=i, j=j))
+    return records
+
+
+def label_files(run, found: list) -> tuple:
+    """pairs.jsonl or rankings.jsonl, and the report. What cannot be told apart is counted, not guessed."""
+    args, judge, rows, comparisons = run.args, run.judge.name, [], []
+    most = args.k if run.policies else max(len(item.responses) for item, _ in found)
+    low, counts = args.clamp if args.reasoning else 0.0, Counter(nothing_to_compare=0)
+    for item, record in found:
+        counts.update(record["unused"])
+        responses = record["responses"]
+        base = dict(item.columns, prompt=item.prompt, judge=judge) | (dict(policy=args.model) if args.model else {})
+        wins = [[math.nan] * len(responses) for _ in responses]
+        for comparison in record["pairs"]:
+            i, j = comparison["i"], comparison["j"]
+            is_labelled = item.scores and not run.policies
+            given = item.scores[i] - item.scores[j] if is_labelled else 0
+            judged = with_verdict(args, comparison, item, responses[i], responses[j], given)
+            comparisons.append(judged)
+            if judged["verdict"] == "abstain":
+                continue
+            p = min(max(judged["p"], low), 1 - low)
+            wins[i][j], wins[j][i] = p, 1 - p
+            if most == 2 and judged["verdict"] != "tie":
+                best, worst, p = (i, j, p) if judged["verdict"] == "a" else (j, i, 1 - p)
+                row = dict(base, chosen=responses[best], rejected=responses[worst], probability=p)
+                rows.append(dict(row, principles=comparison["principles"]))
+        scores = ranking_scores(wins)
+        kept = [i for i, score in enumerate(scores) if not math.isnan(score)]
+        if not record["pairs"]:
+            counts["nothing_to_compare"] += 1
+        elif most > 2 and len({scores[i] for i in kept}) < 2:
+            counts["all scores equal" if kept else "all pairs abstained"] += 1
+        elif most > 2:
+            completions = [responses[i] for i in kept]
+            rows.append(dict(base, completions=completions, scores=[scores[i] for i in kept]))
+    report = dict(rows=len(found), labelled=len(rows), **counts)
+    return {"rankings.jsonl" if most > 2 else "pairs.jsonl": rows}, report | judge_report(comparisons)
+
+
+# revise: critique and revision
+
+
+def revise_batch(run, batch: list) -> list:
+    """A record of each row: the answer, and its revisions."""
+    # 1. the first answers: the policy's, unless the data set has one; what was cut off, or is empty, is not revised
+    args = run.args
+    asked = [item for item in batch if len(item.responses) != 1]
+    given = {item.number: [(item.responses[0], True)] for item in batch if len(item.responses) == 1}
+    given |= {item.number: answer for item, answer in zip(asked, policy_answers(run, 0, asked, 1))}
+    answers = {number: text_of(answer) for number, [(answer, _)] in given.items()}
+    every = [dict(number=item.number, original=answers[item.number], revisions=[]) for item in batch]
+    batch = [item for item in batch if usable_answers(given[item.number])]
+    records = [record for record in every if usable_answers(given[record["number"]])]
+    for i in range(args.rounds):
+        # 2. a critique by a principle that is drawn anew
+        critique_talks, keys, principles = [], [], []
+        for item in batch:
+            principles.append(random.Random(f"{args.seed}-{item.number}-{i}").choice(run.principles))
+            parts = about(item.prompt, after_space(item.prompt, answers[item.number]))
+            critique_talks.append(fill(run.requests["critique"], principle=principles[-1], **parts))
+            keys.append(f"{item.number}-{i}")
+        critiques = run.judge.write(critique_talks, [f"critique-{key}" for key in keys], args.judge_temperature)
+        critiques = [text_of(text) for text, _ in critiques]
+        # 3. a revision, which takes the answer's place
+        revise_talks = []
+        for talk, critique, principle in zip(critique_talks, critiques, principles):
+            request = fill(run.requests["revise"], principle=principle)
+            revise_talks.append([*as_messages(talk, "user"), *as_messages(critique), *as_messages(request, "user")])
+        revisions = run.judge.write(revise_talks, [f"revision-{key}" for key in keys], args.judge_temperature)
+        for record, principle, critique, (text, has_ended) in zip(records, principles, critiques, revisions):
+            text = text_of(text)  # its thinking is about a critique that the data does not show
+            is_used = bool(has_ended and text)
+            step = dict(round=i + 1, principle=principle, critique=critique, revision=text, used=is_used)
+            record["revisions"].append(step)
+            if is_used:
+                answers[record["number"]] = text
+    return every
+
+
+def revise_files(run, found: list) -> tuple:
+    """sft.jsonl, of every revision or of the last, and the report."""
+    args, rows, counts = run.args, [], Counter(cut_off_or_empty=0, revisions=0)
+    for item, record in found:
+        answer, revised = record["original"], []
+        counts.update(cut_off_or_empty=not record["revisions"], revisions=len(record["revisions"]))
+        for step in record["revisions"]:
+            counts["unusable" if not step["used"] else "unchanged" if step["revision"] == answer else "changed"] += 1
+            if not step["used"]:
+                continue
+            answer = step["revision"]
+            row = dict(item.columns, prompt=item.prompt)
+            row["completion"] = as_response(item.prompt, after_space(item.prompt, answer))
+            row |= {name: step[name] for name in ("principle", "critique", "round")}
+            revised.append(dict(row, original=record["original"], judge=run.judge.name))
+        rows += revised if args.keep == "all" else revised[-1:]
+    return {"sft.jsonl": rows}, dict(rows=len(found), **counts)
+
+
+# best-of-n: the best and the worst of N answers
+
+
+def best_of_n_batch(run, batch: list) -> list:
+    """A record of each row: its answers, each with its score or the reason why it has none."""
+    # 1. N answers to each prompt, those that came to an end
+    args = run.args
+    if run.policies:
+        answers = policy_answers(run, 0, batch, args.n)
+    else:
+        answers = [[(as_messages(r)[0]["content"], True) for r in item.responses] for item in batch]
+    records, asked = [dict(number=item.number, answers=[]) for item in batch], []
+    for item, record, texts in zip(batch, records, answers):
+        asked += [(item, record, k, text) for k, text in enumerate(usable_answers(texts))]
+    # 2. their scores, by reward models or by the judge
+    read = [(item, final_answer(item.prompt, text)) for item, _, _, text in asked]
+    if run.reward_models:
+        scores, reasons = reward_scores(run, read)
+    elif args.scale == "ten":
+        scores, reasons = judge_scores(run, "score", [about(item.prompt, text) for item, text in read])
+    else:
+        keys = [f"points-{item.number}-{k}" for item, _, k, _ in asked]
+        scores, reasons = point_scores(run, keys, [about(item.prompt, text) for item, text in read])
+    for (_, record, _, text), score, reason in zip(asked, scores, reasons):
+        record["answers"].append([text, score, reason])
+    return records
+
+
+def best_of_n_files(run, found: list) -> tuple:
+    """The best answers, the best with the worst, all of them, and the prompts that tell answers apart."""
+    args, counts, lows, means, highs = run.args, Counter(cut_off_or_empty=0, unscored=0, repeated=0), [], [], []
+    files = {name: [] for name in ("sft.jsonl", "pairs.jsonl", "rankings.jsonl", "prompts.jsonl")}
+    scored_by = run.judge.name if run.judge else ", ".join(args.reward_model)
+    for item, record in found:
+        counts["cut_off_or_empty"] += (args.n if run.policies else len(item.responses)) - len(record["answers"])
+        scored = [(text, score) for text, score, _ in record["answers"] if not math.isnan(score)]
+        counts["unscored"] += len(record["answers"]) - len(scored)
+        counts.update(f"unscored: {reason}" for _, _, reason in record["answers"] if reason)
+        if not scored:
+            counts["without answers"] += 1
+            continue
+        answers = {}
+        for text, score in scored:  # of answers that are alike, the first
+            answers.setdefault(text, score)
+        counts["repeated"] += len(scored) - len(answers)
+        best, worst = max(answers, key=answers.get), min(answers, key=answers.get)
+        low, high = answers[worst], answers[best]
+        lows.append(low)
+        means.append(sum(score for _, score in scored) / len(scored))
+        highs.append(high)
+        if high - low < args.min_spread:
+            counts["below --min-spread"] += 1
+            continue
+        base = dict(item.columns, prompt=item.prompt, policy=args.model or "given", scored_by=scored_by)
+        responses = {text: as_response(item.prompt, text) for text in answers}
+        files["sft.jsonl"].append(dict(base, completion=responses[best], score=high))
+        files["prompts.jsonl"].append(dict(item.columns, prompt=item.prompt, spread=high - low))
+        if high == low:
+            counts["all alike"] += 1
+            continue
+        pair = dict(chosen=responses[best], rejected=responses[worst], score_chosen=high, score_rejected=low)
+        files["pairs.jsonl"].append(base | pair)
+        ranking = dict(completions=[*responses.values()], scores=[*answers.values()])
+        files["rankings.jsonl"].append(base | ranking)
+    report = dict(rows=len(found), kept=len(files["sft.jsonl"]), pairs=len(files["pairs.jsonl"]))
+    report |= dict(score_worst=mean_of(lows), score_mean=mean_of(means), score_best=mean_of(highs))
+    if run.policies:  # nats between the best of n and the policy
+        report["kl_bound"] = math.log(args.n) - (args.n - 1) / args.n
+    return files, report | counts
+
+
+def reward_scores(run, answers: list) -> tuple:
+    """The sum of the reward models' scores of answers, pairs (item, text), NaN where a chat template refuses one.
+
+    Returns the scores, and the reasons why there are none."""
+    totals, reasons = torch.zeros(len(answers)), [""] * len(answers)
+    for model, tokenizer in run.reward_models:
+        rows, indices, refusals = read_all(partial(reward_row, run, model, tokenizer), answers)
+        scores = score_rows(model, rows, run.args, run.device, shared=False)
+        scores = torch.cat([torch.zeros(0, device=run.device), *scores]).cpu()
+        if not scores.isfinite().all():
+            fail("--reward-model: a score is not finite: the weights are damaged, or try --dtype float32")
+        found = torch.full((len(answers),), math.nan)
+        found[indices] = scores
+        totals += found
+        reasons = [reason or refusal for reason, refusal in zip(reasons, refusals)]
+    return totals.tolist(), reasons
+
+
+def read_all(read, asked: list) -> tuple:
+    """What read(value) gives for the values that it can read, the indices of these, and for every value the reason why
+    it cannot be read."""
+    rows, indices, reasons = [], [], [""] * len(asked)
+    for i, value in enumerate(asked):
+        try:
+            rows.append(read(value))
+            indices.append(i)
+        except Drop as drop:
+            reasons[i] = str(drop)
+    return rows, indices, reasons
+
+
+def reward_row(run, model, tokenizer, answer: tuple):
+    """The Row that a reward model reads of an answer, (item, text). Raises Drop."""
+    item, text = answer
+    prompt = with_condition(item.prompt, run.conditions.get(item.kind, ""))
+    return scored_row(tokenizer, prompt, without_special(tokenizer, text), item.columns, positions(model))
+
+
+def judge_scores(run, request: str, parts: list) -> tuple:
+    """The judge's expected scores, 1 to 10 scaled to [-1, 1], of what fills the request; NaN for an abstention.
+
+    Returns the scores, and the reasons of the abstentions."""
+    logps, reasons = run.judge.ask([fill(run.requests[request], **part) for part in parts], SCORES)
+    return expected_score(logps.softmax(-1)).tolist(), reasons
+
+
+def point_scores(run, keys: list, parts: list) -> tuple:
+    """The means of several additive judgements in words of what fills the request, as `judge_scores`; one that names no
+    score does not count."""
+    args, talks, names = run.args, [], []
+    for key, part in zip(keys, parts):
+        talks += [fill(run.requests["points"], **part)] * args.judgements
+        names += [f"{key}-{j}" for j in range(args.judgements)]
+    found = torch.tensor([points(text) for text, _ in run.judge.write(talks, names, 1.0)])
+    scores = found.view(len(parts), args.judgements).nanmean(1).tolist()
+    return scores, ["no judgement names a score" if math.isnan(score) else "" for score in scores]
+
+
+# synthesise: conversations that a model invents
+
+
+def synthesise_batch(run, batch: list) -> list:
+    """A record of each conversation, with its ratings."""
+    args, (model, tokenizer) = run.args, run.policies[0]
+    system, room = system_messages(args), positions(model) - args.max_new_tokens
+    before, after = around_user(tokenizer, system)
+    ends = sorted({*stop_ids(model, tokenizer), *special_tokens(tokenizer)})  # a user's turn ends at any of them
+    missing = dict(first="", whole=True, dropped="", quality=None, difficulty=None, reward=None)
+    records = every = [dict(missing, number=item.number, messages=system) for item in batch]
+
+    def user_row(record: dict):  # a space before the user's words belongs to the first of them
+        opening = around_user(tokenizer, record["messages"])[0].rstrip(" ")
+        return Row(text_ids(tokenizer, opening)[-room:], [[]], [[]], dict(prompt=""))
+
+    def answer_row(record: dict):
+        ids = prompt_ids(tokenizer, record["messages"], {})[-room:]
+        return Row(ids, [[]], [[]], dict(prompt=record["messages"]))
+
+    for turn in range(args.turns):
+        # 1. a user's turn, from what the chat template writes before one
+        rows, records = readable(user_row, records)
+        keys = [f"user-{turn}-{record['number']}-0" for record in records]
+        wrote = write_texts(run.policies[0], rows, keys, args, args.max_new_tokens, args.temperature, args.top_p, ends)
+        for record, (text, has_ended) in zip(records, wrote):
+            if after and after in text:
+                text, has_ended = text.partition(after)[0], True
+            text = text.removeprefix(" ") if before.endswith(" ") else text
+            record["messages"] = [*record["messages"], *as_messages(text, "user")]
+            record["first"] = record["first"] if turn else text
+            record["whole"] = record["whole"] and has_ended and bool(text.strip())
+        # 2. the answer to it
+        rows, records = readable(answer_row, records)
+        keys = [f"answer-{turn}-{record['number']}-0" for record in records]
+        wrote = write_texts(run.policies[0], rows, keys, args, args.max_new_tokens, args.answer_temperature)
+        for record, (text, has_ended) in zip(records, wrote):
+            record["messages"] = [*record["messages"], *as_messages(text.strip())]
+            record["whole"] = record["whole"] and has_ended and bool(text.strip())
+    # 3. ratings of the first turn, and the reward of the last answer
+    for name in ("quality", "difficulty") if run.judge else ():
+        scores, _ = judge_scores(run, name, [dict(talk=record["first"]) for record in records])
+        for record, score in zip(records, scores):
+            record[name] = None if math.isnan(score) else score * 4.5 + 5.5
+    if run.reward_models:
+        read = [(Item(r["number"], r["messages"][:-1]), text_of(r["messages"][-1:])) for r in records]
+        for record, reward in zip(records, reward_scores(run, read)[0]):
+            record["reward"] = None if math.isnan(reward) else reward
+    return every
+
+
+def readable(read, records: list) -> tuple:
+    """What read(record) gives for the conversations that the chat template does not refuse, and these conversations;
+    the others are dropped."""
+    rows, indices, reasons = read_all(read, records)
+    for record, reason in zip(records, reasons):
+        record["dropped"] = reason
+    return rows, [records[i] for i in indices]
+
+
+def synthesise_files(run, found: list) -> tuple:
+    """raw.jsonl, and what passes the filters, each conversation counted under the first filter that it fails."""
+    args, (model, tokenizer) = run.args, run.policies[0]
+    records = [record for _, record in found]
+    seen, passed, rows = set(), [], []
+    for record in records:
+        # 4. the filters by text and by rating
+        ids = text_ids(tokenizer, record["first"])
+        texts = [message["content"] for message in record["messages"]]
+        failed = {
+            "empty or cut off": not record["whole"],
+            "special token in the text": any(without_special(tokenizer, text) != text for text in texts),
+            "repeated": record["first"] in seen,
+            "--min-tokens": len(ids) < args.min_tokens,
+            "--min-quality": is_below(record["quality"], args.min_quality),
+            "--min-difficulty": is_below(record["difficulty"], args.min_difficulty),
+            "--min-reward": is_below(record["reward"], args.min_reward),
+        }
+        failed_first = next((name for name, has_failed in failed.items() if has_failed), "")
+        record["dropped"] = record["dropped"] or failed_first
+        if not record["dropped"]:
+            seen.add(record["first"])
+            # the last token once more, so that its own hidden state counts
+            rows.append(Row(ids[:1], [[*ids[1:], ids[-1]]], [[True] * len(ids)], dict(index=len(passed))))
+            passed.append(record)
+    # 5. near repeats, by the mean hidden state of the first turn; each rank computes its part
+    median_distance = None
+    if passed:
+        vectors = mean_hidden_states(run, model, rows)
+        if len(passed) > 1:
+            median_distance = nearest(vectors).median().item()
+        kept = keep_distant(vectors, args.min_distance) if args.min_distance else range(len(passed))
+        for i in {*range(len(passed))} - {*kept}:
+            passed[i]["dropped"] = "--min-distance"
+    counts = Counter(f"dropped: {record['dropped']}" for record in records if record["dropped"])
+    good = []
+    for record in records:
+        if not record["dropped"]:
+            ratings = dict(quality=record["quality"], reward=record["reward"])
+            good.append(dict(messages=record["messages"], policy=args.model, **ratings))
+    files = {"sft.jsonl": good, "prompts.jsonl": [dict(prompt=row["messages"][:-1]) for row in good]}
+    report = dict(written=len(records), kept=len(good), median_distance=median_distance, **counts)
+    return files | {"raw.jsonl": records}, report
+
+
+def around_user(tokenizer, messages: list) -> tuple:
+    """What the chat template writes before the user's next words, and the first word of what it writes after them."""
+    mark = "MARKTHEPLACE"
+    text = render_text(tokenizer, [*messages, dict(role="user", content=mark)])
+    before, _, after = text.partition(mark)
+    return before, (after.split() or [""])[0]
+
+
+def system_messages(args) -> list:
+    """The beginning of every conversation."""
+    return as_messages(args.system, "system") if args.system else []
+
+
+def is_below(value: float | None, least: float | None) -> bool:
+    """Whether a rating fails a filter that was asked for; one that is missing does."""
+    return least is not None and (value is None or value < least)
+
+
+def mean_hidden(self, inputs, source, lengths: list, last=None):
+    """The mean hidden state at the positions that predict each response, of length 1 [R, d]. A method of the model.
+
+    inputs, source: as `pack` and `pad` return them; lengths: trained tokens of each response."""
+    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source].float()  # [N, d]
+    return F.normalize(torch.stack([part.mean(0) for part in hidden.split(lengths)]), dim=-1)
+
+
+@torch.no_grad()
+def mean_hidden_states(run, model, rows: list):
+    """`mean_hidden` of rows that know their index [N, d], the same on every rank."""
+    vectors = torch.zeros(len(rows), model.config.get_text_config().hidden_size, device=run.device)
+    model.eval()
+    for group, weight, inputs, _ in forwards(rows[RANK::WORLD], run.args, model, run.device, spare=rows[0]):
+        found = model.mean_hidden(**inputs, lengths=[len(row.responses[0]) for row in group])
+        if weight:
+            vectors[[row.extra["index"] for row in group]] = found
+    return over_ranks(vectors)
+
+
+# compare: the win rate of one policy over another
+
+
+def compare_batch(run, batch: list) -> list:
+    """A record of each row: an answer of each policy, and P that the first is better."""
+    # 1. an answer of each
+    answers = [policy_answers(run, which, batch, 1) for which in (0, 1)]
+    records = []
+    for item, ((a, a_ended),), ((b, b_ended),) in zip(batch, *answers):
+        tie = dict(first=0.5, second=0.5, votes=[0.5], principles=[], abstained=[])
+        records.append(dict(tie, number=item.number, a=a, b=b, ended=[a_ended, b_ended]))
+    # 2. compared, unless they are alike
+    pairs, differing = [], []
+    for item, record in zip(batch, records):
+        if record["a"] != record["b"]:
+            pairs.append((f"{item.number}", item.prompt, text_of(record["a"]), text_of(record["b"])))
+            differing.append(record)
+    for record, comparison in zip(differing, compare_pairs(run, pairs)):
+        record |= comparison
+    return records
+
+
+def compare_files(run, found: list) -> tuple:
+    """comparisons.jsonl, and the win rate, a tie being half a win."""
+    args, rows, comparisons, outcomes = run.args, [], [], []
+    for item, record in found:
+        judged = with_verdict(args, record, item, record["a"], record["b"], 0)
+        comparisons.append(judged)
+        if judged["verdict"] != "abstain":
+            outcomes.append((item.kind, dict(a=1.0, b=0.0, tie=0.5)[judged["verdict"]]))
+        row = dict(item.columns, prompt=item.prompt, a=record["a"], b=record["b"], verdict=judged["verdict"])
+        p = None if math.isnan(judged["p"]) else judged["p"]
+        rows.append(dict(row, judge=run.judge.name, probability=p))
+    every = [outcome for _, outcome in outcomes]
+    win_rate, low, high = interval(every)
+    report = dict(win_rate=win_rate, low=low, high=high, wins=every.count(1.0), losses=every.count(0.0))
+    report["identical"] = sum(record["a"] == record["b"] for _, record in found)  # both draw by the same numbers
+    for i, name in enumerate("ab"):
+        report[f"{name}_characters"] = mean_of([c["lengths"][i] for c in comparisons])
+        report[f"{name}_cut_off"] = sum(not record["ended"][i] for _, record in found)
+    report["kinds"] = {}
+    for kind in sorted({kind for kind, _ in outcomes}):
+        ends = interval([outcome for k, outcome in outcomes if k == kind])
+        report["kinds"][kind] = dict(zip(("win_rate", "low", "high"), ends))
+    what = f"none of the {len(found)} pairs could be judged; see the abstentions"
+    if every:
+        what = f"wins {win_rate:.3f} ({low:.3f} to {high:.3f}) of {len(every)}, ties half"
+    print0(f"{args.model} against {args.against}: {what}")
+    return {"comparisons.jsonl": rows}, report | judge_report(comparisons)
+
+
+# audit: the judge's labels against those of people who know
+
+
+def audit_batch(run, batch: list) -> list:
+    """A record of each pair: P that its first answer is better."""
+    args, texts = run.args, [[text_of(response) for response in item.responses] for item in batch]
+    if args.by == "letters":
+        pairs = [(f"{item.number}", item.prompt, a, b) for item, (a, b) in zip(batch, texts)]
+        found = compare_pairs(run, pairs)
+    else:  # P is 1 for the higher score; there are no orders and no principles
+        parts = [about(item.prompt, text) for item, pair in zip(batch, texts) for text in pair]
+        scores, reasons = judge_scores(run, "score", parts)
+        found = []
+        for i in range(0, len(scores), 2):
+            a, b = scores[i : i + 2]
+            p = math.nan if math.isnan(a + b) else (a > b) + 0.5 * (a == b)
+            abstained = sorted({*reasons[i : i + 2]} - {""})
+            found.append(dict(first=p, second=p, votes=[p], principles=[], abstained=abstained))
+    return [dict(comparison, number=item.number) for item, comparison in zip(batch, found)]
+
+
+def audit_files(run, found: list) -> tuple:
+    """No data set, and a report of the judge against the labels."""
+    comparisons = []
+    for item, record in found:
+        given = item.scores[0] - item.scores[1]
+        comparisons.append(with_verdict(run.args, record, item, *item.responses, given))
+    return {}, judge_report(comparisons) | run.left_out
+
+
+# comparisons: what label, compare and audit share
+
+
+def compare_pairs(run, pairs: list) -> list:
+    """The judge's comparisons of pairs (key, prompt, a, b), as dicts.
+
+    first, second: P(a > b) with a as A, and with b as A; votes: P(a > b) of each judgement; principles: one for each
+    judgement; abstained: the reasons of abstentions. Swapping a and b changes nothing: they are asked in the order of
+    the alphabet."""
+    args, asked, keys = run.args, [], []
+    J = args.judgements
+    for key, prompt, a, b in pairs:
+        low, high = sorted((a, b))
+        for j in range(J):
+            principle = random.Random(f"{args.seed}-{key}-{j}").choice(run.principles)
+            for order, (one, other) in enumerate(((low, high), (high, low))):
+                asked.append(dict(talk=talk_of(prompt), principle=principle, a=one, b=other))
+                keys.append(f"reason-{key}-{j}-{order}")
+    if args.reasoning:
+        talks = [as_messages(fill(run.requests["reason"], **parts), "user") for parts in asked]
+        reasonings = run.judge.write(talks, keys, float(J > 1))
+        for talk, (text, _), parts in zip(talks, reasonings, asked):
+            talk += as_messages(text) + as_messages(fill(run.requests["conclude"], **parts), "user")
+    else:
+        talks = [fill(run.requests["compare"], **parts) for parts in asked]
+    logps, reasons = run.judge.ask(talks, ["A", "B"])
+    low_first, high_first = logps.view(len(pairs), J, 2, 2).unbind(2)  # [n, J, letter] each
+    votes = preference(low_first, high_first)  # P(low > high) [n, J], NaN where either order has none
+    orders = torch.stack([low_first.softmax(-1)[..., 0], high_first.softmax(-1)[..., 1]])  # [2, n, J]
+    orders = orders.where(~votes.isnan(), math.nan).nanmean(-1)
+    found = []
+    for i, (_, _, a, b) in enumerate(pairs):
+        (first, second), own = orders[:, i].tolist(), votes[i].tolist()
+        if a > b:  # a is the one called high
+            first, second, own = 1 - second, 1 - first, [1 - p for p in own]
+        mine = slice(2 * J * i, 2 * J * (i + 1))
+        principles = [parts["principle"] for parts in asked[mine][::2]]
+        abstained = sorted({*reasons[mine]} - {""})
+        found.append(dict(first=first, second=second, votes=own, principles=principles, abstained=abstained))
+    return found
+
+
+def with_verdict(args, comparison: dict, item: Item, a, b, given: float) -> dict:
+    """A comparison of `compare_pairs` with what `judge_report` counts. given, sign, longer: 1 if a is known to be the
+    better answer, is judged so, is longer; -1 if b; 0 if neither."""
+    p, (a_length, b_length) = (comparison["first"] + comparison["second"]) / 2, (len(text_of(a)), len(text_of(b)))
+    said = verdict(comparison["first"], comparison["second"], args.orders, args.tie_margin)
+    judged = dict(comparison, p=p, verdict=said, kind=item.kind, lengths=[a_length, b_length])
+    judged |= dict(sign=(said == "a") - (said == "b"), longer=(a_length > b_length) - (a_length < b_length))
+    return dict(judged, given=(given > 0) - (given < 0))
+
+
+def judge_report(comparisons: list) -> dict:
+    """What comparisons are worth, each one of `with_verdict`."""
+    heard = [c for c in comparisons if c["verdict"] != "abstain"]
+    decided = [c for c in heard if c["verdict"] != "tie"]
+    by_place = [c for c in heard if (c["first"] - 0.5) * (c["second"] - 0.5) < 0]
+    uneven = [c for c in decided if c["longer"]]
+    report = dict(comparisons=len(comparisons), decided=len(decided), ties=len(heard) - len(decided))
+    report["abstentions"] = len(comparisons) - len(heard)
+    report |= Counter(f"abstained: {', '.join(c['abstained'])}" for c in comparisons if c["verdict"] == "abstain")
+    report["same_position"] = len(by_place) / len(heard) if heard else None
+    report["first_position"] = mean_of([c["first"] > 0.5 for c in by_place])
+    report["prefers_longer"] = mean_of([c["sign"] == c["longer"] for c in uneven])
+    agreeing = []  # of every two judgements of a pair
+    for c in heard:
+        agreeing += [x == y for x, y in combinations([p > 0.5 for p in c["votes"] if not math.isnan(p)], 2)]
+    if agreeing:
+        report["consistency"] = mean_of(agreeing)
+    if not any(c["given"] for c in comparisons):
+        return report
+    report["given_longer"] = mean_of([c["given"] == c["longer"] for c in uneven if c["given"]])
+    report["agreement"] = mean_of([c["sign"] == c["given"] for c in decided if c["given"]])
+    halves = [(1 + c["given"] * ((c["p"] > 0.5) - (c["p"] < 0.5))) / 2 for c in heard if c["given"]]
+    report["agreement_by_mean"] = mean_of(halves)  # ties too; P = 1/2 counts half
+    report["kinds"] = {}
+    for c in sorted(comparisons, key=lambda c: c["kind"]):
+        if c["given"]:
+            counts = report["kinds"].setdefault(c["kind"], dict(agree=0, disagree=0, tie=0, abstain=0))
+            agrees = "agree" if c["sign"] == c["given"] else "disagree"
+            counts[agrees if c["sign"] else c["verdict"]] += 1
+    return report
+
+
+def mean_of(values: list) -> float | None:
+    """The mean, None of nothing."""
+    return sum(values) / len(values) if values else None
+
+
+# answers
+
+
+def write_texts(writer, rows: list, keys: list, args, length: int, temperature: float, top_p=1.0, stops=None) -> list:
+    """Answers of a writer (model, tokenizer) to the prompts of rows, len(keys) / len(rows) to each: pairs (text,
+    whether it came to an end). Each is a function of --seed and its key."""
+    model, tokenizer = writer
+    stops, numbers = stops or stop_ids(model, tokenizer), uniform_numbers(args.seed, 0, keys, length)
+    prompts, n = [row.prompt for row in rows], len(keys) // max(1, len(rows))
+    answers, _ = sample_answers(model, prompts, numbers, stops, args, temperature, top_p)
+    texts = answer_texts(tokenizer, [row for row in rows for _ in range(n)], answers, stops)
+    return [(text, ids[-1] in stops) for text, ids in zip(texts, answers)]
+
+
+def policy_answers(run, which: int, items: list, n: int) -> list:
+    """n answers of a policy to each item: lists of pairs (text, whether it came to an end)."""
+    args, rows = run.args, [item.asked[which] for item in items]
+    keys = [f"answer-{item.number}-{k}" for item in items for k in range(n)]
+    found = write_texts(run.policies[which], rows, keys, args, args.max_new_tokens, args.temperature, args.top_p)
+    answers = []
+    for i, item in enumerate(items):
+        strip = str.rstrip if continues_text(item.prompt) else str.strip
+        answers.append([(strip(text), has_ended) for text, has_ended in found[i * n : (i + 1) * n]])
+    return answers
+
+
+def usable_answers(answers: list) -> list:
+    """Of pairs (text, whether it came to an end), the texts that did, and that say something besides their thinking."""
+    return [text for text, has_ended in answers if has_ended and text_of(text)]
+
+
+def text_of(response) -> str:
+    """A response, text or messages, as the judge reads it: without its thinking."""
+    return "\n".join(after_thinking(message["content"]) for message in as_messages(response)).strip()
+
+
+def as_response(prompt, text: str):
+    """A text in the form of its prompt: text or messages."""
+    return as_messages(text) if isinstance(prompt, list) else text
+
+
+def after_space(prompt, text: str) -> str:
+    """A text as it follows its prompt: after a space, if it goes on after a word (HH-RLHF's "Assistant:", or an answer
+    that has begun)."""
+    if not continues_text(prompt):
+        return text
+    begun = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return " " * bool(begun[-1:].strip()) + text
+
+
+def positions(model) -> int:
+    """Tokens that a model can read."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+
+
+# requests: what the judge reads
+
+
+def fill(request: str, **parts) -> str:
+    """A request with its {parts} filled in, all at once, so that braces in a part stay what they are."""
+    return re.sub(r"\{(\w+)\}", lambda match: parts.get(match[1], match[0]), request)
+
+
+def about(prompt, text: str) -> dict:
+    """The parts of a request about one answer."""
+    return dict(talk=talk_of(prompt), answer=text.strip(), conversation=conversation_text(prompt, text))
+
+
+def talk_of(prompt) -> str:
+    """A prompt as the judge reads it."""
+    if isinstance(prompt, str):
+        return prompt
+    return conversation_text(prompt, "").removesuffix("assistant: ").rstrip("\n")
+
+
+def conversation_text(prompt, answer: str) -> str:
+    """A prompt and an answer as the judge reads them: no system prompt, and the speakers' names if there are several
+    turns."""
+    if isinstance(prompt, str):
+        return prompt + answer
+    turns = [message for message in prompt if message["role"] != "system"]
+    if len(turns) == 1:
+        return f"{turns[0]['content']}\n{answer}"
+    talk = "\n".join(f"{message['role']}: {message['content']}" for message in turns)
+    return talk + answer if turns and turns[-1]["role"] == "assistant" else f"{talk}\nassistant: {answer}"
+
+
+def load_requests(args) -> dict:
+    """REQUESTS, with those of --requests in their places."""
+    own = load_json("--requests", args.requests) if args.requests else {}
+    for name, text in own.items():
+        if name not in REQUESTS or not isinstance(text, str):
+            fail(f"--requests {args.requests}: {name} must be one of {', '.join(REQUESTS)}, and text")
+        needed = set(re.findall(r"\{(talk|answer|a|b)\}", REQUESTS[name])) - set(re.findall(r"\{(\w+)\}", text))
+        shows_both = "{answer}" in REQUESTS[name] and "{conversation}" in text
+        if needed and not shows_both:
+            missing = ", ".join(f"{{{part}}}" for part in sorted(needed))
+            fail(f"--requests {args.requests}: {name} has no {missing}, so that nothing could be judged by it")
+    return REQUESTS | own
+
+
+def load_principles(args, requests: dict) -> list:
+    """The principles, a line each."""
+    if not getattr(args, "principles", ""):
+        return [requests["principle"]]
+    with user_input(f"--principles {args.principles}: cannot be read"):
+        lines = [line.strip() for line in Path(args.principles).read_text().splitlines() if line.strip()]
+    return lines or fail(f"--principles {args.principles}: has no line with a principle")
+
+
+# judges
+
+
+class Judge:
+    """Whoever is asked. A talk is the text of one turn, or messages.
+
+    Its two kinds have option_logps(talks, options), as `ask` but for options too unlikely, and texts(talks, keys,
+    temperature, length), as `write` but for the number of tokens."""
+
+    def __init__(self, name: str, args):
+        self.name, self.args, self.printed = name, args, {}
+
+    def ask(self, talks: list, options: list) -> tuple:
+        """The log-probabilities of replying with each option [B, K], NaN for an abstention, and its reason [B]."""
+        args, (logps, reasons) = self.args, self.option_logps(talks, options)
+        masses, unlikely = logps.exp().sum(1).tolist(), []
+        for i, mass in enumerate(masses):
+            if not reasons[i] and not mass >= max(args.min_mass, 1e-30):
+                is_named = not math.isnan(mass)
+                reasons[i] = "none of the options is likely (--min-mass)" if is_named else "the reply names no option"
+                unlikely.append(i)
+        chances = ", ".join(f"{option} {p:.3f}" for option, p in zip(options, logps[:1].exp().flatten()))
+        self.show(talks, f"nothing to use: {reasons[0]}" if "nan" in chances else chances)
+        # all ranks take part in sampling, since a model's weights may be spread over them
+        if "abstention" not in self.printed and from_all_ranks(unlikely):
+            first = unlikely[:1]
+            replies = self.texts([talks[i] for i in first], ["reply" for _ in first], 0.0, 12)
+            names, notes = f"{', '.join(options[:-1])} and {options[-1]}", []
+            for i, (text, _) in zip(first, replies):
+                together = f"{names} have probability {masses[i]:.2g} together"
+                together = f"it names none of {names}" if math.isnan(masses[i]) else together
+                notes.append(f"the judge's likeliest reply is {text!r}; {together}")
+            note = f"note: {from_all_ranks(notes)[0]}, so this question is an abstention (see --min-mass, --requests)"
+            self.print_once("abstention", note)
+        logps[unlikely] = math.nan
+        return logps, reasons
+
+    def write(self, talks: list, keys: list, temperature: float) -> list:
+        """Pairs (text, whether it came to an end), each a function of --seed and its key."""
+        args = self.args
+        wrote = self.texts(talks, keys, temperature, args.judge_max_tokens)
+        self.show(talks, wrote[0][0] if wrote else "")
+        return wrote
+
+    def show(self, talks: list, reply: str):
+        """Prints the first request of its length in messages, with the reply: look at it."""
+        if talks:
+            talk = as_messages(talks[0], "user")
+            asked = talk[-1]["content"][-600:].replace("\n", "\n  | ")
+            self.print_once(len(talk), f"the judge is asked:\n  | {asked}\nand replies: {reply[:300]}")
+
+    def print_once(self, kind, text: str):
+        """Prints the first text of each kind, off the progress bar's line."""
+        mine = object()  # of several threads, one prints
+        if self.printed.setdefault(kind, mine) is mine and RANK == 0:
+            tqdm.write(f"\n{text}")
+
+    def check(self, talk):
+        """Raises Drop for a talk that the chat template refuses; that of a server is not known here."""
+
+
+class LocalJudge(Judge):
+    """A checkpoint, asked through its own chat template."""
+
+    def __init__(self, name: str, model, tokenizer, args, device):
+        super().__init__(name, args)
+        self.model, self.tokenizer, self.device = model, tokenizer, device
+
+    def clean(self, talk) -> list:
+        """A talk as messages without special tokens, with which an answer could write the judge's reply."""
+        messages = as_messages(talk, "user")
+        return [dict(m, content=without_special(self.tokenizer, m["content"])) for m in messages]
+
+    def check(self, talk):
+        render_text(self.tokenizer, self.clean(talk), True)
+
+    def asked_row(self, options: list, talk):
+        """The Row of a talk, with the options as responses. Raises Drop."""
+        row = judge_row(self.model, self.tokenizer, self.clean(talk), options)
+        if padded_width(row) >= positions(self.model):  # it was cut
+            raise Drop("too long for the judge")
+        return row
+
+    def option_logps(self, talks: list, options: list) -> tuple:
+        rows, indices, reasons = read_all(partial(self.asked_row, options), talks)
+        logps = torch.full((len(talks), len(options)), math.nan)
+        found = judge_logps(self.model, rows, self.args, self.device)
+        logps[indices] = found.cpu().view(len(rows), len(options))
+        return logps, reasons
+
+    def texts(self, talks: list, keys: list, temperature: float, length: int) -> list:
+        longest = max(1, positions(self.model) - length)
+
+        def prompt_row(talk):
+            talk = self.clean(talk)
+            return Row(prompt_ids(self.tokenizer, talk, {})[-longest:], [[]], [[]], dict(prompt=talk))
+
+        rows, indices, reasons = read_all(prompt_row, talks)
+        for reason in filter(None, reasons):
+            self.print_once("unread", f"note: the judge cannot read a request: {reason}; it writes nothing there")
+        writer, found = (self.model, self.tokenizer), [("", False)] * len(talks)
+        wrote = write_texts(writer, rows, [f"{keys[i]}-0" for i in indices], self.args, length, temperature)
+        for i, (text, has_ended) in zip(indices, wrote):
+            found[i] = text.strip(), has_ended
+        return found
+
+
+class ServerJudge(Judge):
+    """A model on a server with OpenAI's API."""
+
+    def __init__(self, args):
+        super().__init__(args.judge, args)
+        self.url, self.logprobs = args.judge_url.rstrip("/") + "/chat/completions", dict(logprobs=True, top_logprobs=20)
+        self.has_answered, self.failures = False, 0  # in a row
+        if re.search(r"//[^/]*@|[?#\s]", args.judge_url):  # not printed: it may hold a key
+            fail("--judge-url: must have no user, password, ? or #; a key goes into --judge-key")
+        if not re.match(r"https?://[^/]", args.judge_url):
+            fail(f"--judge-url {args.judge_url}: must begin with http:// or https:// and a host")
+        self.key = os.environ.get(args.judge_key, "").strip() if args.judge_key else ""
+        if args.judge_key and not self.key:  # the option is not printed: it may hold the key itself
+            fail("--judge-key: there is no such environment variable; it takes the variable's name, not the key")
+        if not (self.key.isascii() and self.key.isprintable()):
+            fail("--judge-key: what the variable holds is no key: it has line breaks or characters beyond ASCII")
+        with user_input("--judge-body: must be a JSON object"):
+            self.body = dict(json.loads(args.judge_body or "{}").items())
+
+    def hide(self, text: str) -> str:
+        """What a server said without the key; JSON may have a backslash before a character of it."""
+        secret = r"\\?".join(["", *map(re.escape, self.key)])
+        return re.sub(secret, "[key]", text) if self.key else text
+
+    def send(self, talk, **options) -> tuple:
+        """(choice or None, HTTP status, what was said instead) of the last of several attempts, where the server is
+        busy, sends no JSON or is not reached. Raises ConnectionError where no attempt had a reply."""
+        # without what the server might take for the end of a turn
+        messages = [dict(m, content=without_marks(m["content"])) for m in as_messages(talk, "user")]
+        payload = dict(model=self.args.judge, messages=messages, **options) | self.body
+        body = json.dumps({k: v for k, v in payload.items() if v is not None}).encode()
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(self.url, body, headers)
+        for wait in (*WAITS, None):
+            status, reply, after = 0, None, ""
+            try:
+                with urllib.request.build_opener(SameHost).open(request, timeout=600) as response:
+                    status, said = response.status, response.read().decode(errors="replace")
+                # shorter keys are placeholders, which an answer may contain
+                reply = json.loads(self.hide(said) if len(self.key) >= 8 else said)
+            except urllib.error.HTTPError as e:
+                status, said, after = e.code, str(e.reason), e.headers.get("Retry-After") or ""
+                with contextlib.suppress(OSError, http.client.HTTPException):  # the connection may break here too
+                    said += f": {e.read().decode(errors='replace')}"
+            except (OSError, ValueError, http.client.HTTPException) as e:  # no connection, one that broke, no JSON
+                said = f"{type(e).__name__}: {e}"
+            said = " ".join(self.hide(f"replied {status} {said}" if status else said).split())[:300]
+            is_busy = status in BUSY or status >= 500 or (status < 300 and reply is None)
+            if not is_busy:
+                break
+            if wait is None:
+                said = f"no answer after {len(WAITS) + 1} attempts ({said})"
+                if not status:
+                    raise ConnectionError(said)
+                break
+            wait = max(wait, min(60, int(after))) if after.isdecimal() else wait
+            what = f"note: --judge-url {self.args.judge_url}: {said}; asked again up to {len(WAITS)} times"
+            self.print_once(f"again {status or said}", what)
+            time.sleep(wait)
+        choices = reply.get("choices") if isinstance(reply, dict) else None
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        if choice is None and reply is not None:
+            said = f"replied without choices, as OpenAI's API has them ({said})"
+        return choice, status, said
+
+    def chat(self, talk, **options):
+        """The server's choice for a talk. Raises Drop for a talk that it refuses, ConnectionError if it answers
+        none."""
+        choice, status, said = self.send(talk, **options)
+        if choice is not None:
+            self.has_answered, self.failures = True, 0
+            return choice
+        is_refused = 400 <= status < 500 and status not in (401, 403, 404, *BUSY)
+        if not is_refused or "logprobs" not in options:
+            self.failures += 1
+            # does it refuse this talk, or any? A row must not end the run, nor a broken server all rows
+            is_doubtful = self.failures % 20 == 0 if self.has_answered else not is_refused
+            if is_doubtful:
+                if self.send("Reply with the letter A.", max_tokens=16)[0] is None:
+                    raise ConnectionError(said)
+                self.has_answered = True
+        self.print_once("refused", f"note: the server refuses a request: {said}")
+        if is_refused and "logprobs" in options:
+            choice = self.chat(talk, **{name: value for name, value in options.items() if "logprobs" not in name})
+            if "logprob" in said.lower():  # from now on, letters alone
+                self.logprobs = {}
+                self.print_once("letters", "note: the server gives no log-probabilities; its labels are 0 or 1")
+            return choice
+        raise Drop(f"refused by the server ({status})" if status >= 300 else "the server replied without choices")
+
+    def one_option_logps(self, options: list, talk) -> tuple:
+        """The log-probability of each option [K], and the reason of an abstention."""
+        try:
+            choice = self.chat(talk, max_tokens=16, temperature=0, **self.logprobs)
+            return named_logps(choice, options), ""
+        except Drop as drop:
+            return [math.nan] * len(options), str(drop)
+
+    def one_text(self, temperature: float, length: int, talk, key: str) -> tuple:
+        """(text, whether it came to an end); a request that the server refuses gives none."""
+        seed = int.from_bytes(hashlib.sha256(f"{self.args.seed}-{key}".encode()).digest()[:4], "little") >> 1
+        try:
+            choice = self.chat(talk, max_tokens=length, temperature=temperature, seed=seed)
+        except Drop:
+            return "", False
+        is_cut = isinstance(choice, dict) and choice.get("finish_reason") == "length"
+        return content_of(choice), not is_cut
+
+    def for_each(self, function, *lists) -> list:
+        """The results for each element of the lists, --judge-parallel at a time."""
+        args = self.args
+        with ThreadPoolExecutor(args.judge_parallel) as pool:
+            tasks = [pool.submit(function, *each) for each in zip(*lists)]
+            try:
+                return [task.result() for task in tasks]
+            except ConnectionError as e:
+                pool.shutdown(cancel_futures=True)
+                fail(f"--judge-url {args.judge_url}: {e}; continue with --resume")
+
+    def option_logps(self, talks: list, options: list) -> tuple:
+        found = self.for_each(partial(self.one_option_logps, options), talks)
+        logps = torch.tensor([logps for logps, _ in found], dtype=torch.float32).view(len(talks), len(options))
+        return logps, [reason for _, reason in found]
+
+    def texts(self, talks: list, keys: list, temperature: float, length: int) -> list:
+        return self.for_each(partial(self.one_text, temperature, length), talks, keys)
+
+
+WAITS = (1, 2, 4, 8, 16, 32)  # seconds before another attempt
+BUSY = (408, 409, 429)  # statuses after which, as after those from 500 on, there is another attempt
+
+
+class SameHost(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection: the key must not go to another host than the one that was named."""
+
+    def redirect_request(self, request, *rest):
+        return None
+
+
+def without_marks(text: str) -> str:
+    """A text without <|...|>, which may be a special token of the server's model."""
+    while (cleaned := re.sub(r"<\|.{1,40}?\|>", "", text)) != text:  # taking one out may make another
+        text = cleaned
+    return text
+
+
+def content_of(choice) -> str:
+    """What a server's choice says, without its thinking; nothing, where it is of another form."""
+    message = choice.get("message") if isinstance(choice, dict) else None
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list):  # of parts
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return after_thinking(content).strip() if isinstance(content, str) else ""
+
+
+def named_logps(choice, options: list) -> list:
+    """The log-probability of each option from a server's choice; where it tells none, 0 for the option that it named.
+    NaN if it named none.
+
+    It names one as its first word, or after such words as "Answer:". Of "1" and "10", where the server may write the
+    second as two tokens and gives no probability for the whole, the named one is taken as it is."""
+    lead = r"\W*(?i:boxed\W*|(?:the |final )*(?:answer|option|letter|score|rating)\W*(?:is\W*)?)?"
+    word = re.match(lead + r"(\w+)\b(?! +[a-z])", content_of(choice))  # not the "A" of "A fair comparison"
+    if not word or word[1] not in options:
+        return [math.nan] * len(options)
+    named = [0.0 if option == word[1] else -math.inf for option in options]
+    tokens = (choice.get("logprobs") or {}).get("content") or []
+    start = max((i + 1 for i, token in enumerate(tokens) if "</think>" in token["token"]), default=0)
+    token = next((token for token in tokens[start:] if bare(token["token"]) == word[1]), None)
+    if token is None:
+        return named
+    likely = token.get("top_logprobs") or [token]
+    mass = {option: sum(math.exp(t["logprob"]) for t in likely if bare(t["token"]) == option) for option in options}
+    is_split = any(long != short and long.startswith(short) and not mass[long] for long in options for short in options)
+    if is_split or not any(mass.values()):
+        return named
+    return [math.log(p) if p else -math.inf for p in mass.values()]
+
+
+def bare(token: str) -> str:
+    """A token without spaces and punctuation."""
+    return re.sub(r"\W", "", token)
+
+
+# a run: what it reads and writes
+
+
+def check_options(args):
+    """Fails on options that contradict each other, and on numbers that are out of range."""
+    counts = ("sample_tokens", "max_new_tokens", "judge_parallel", "judge_max_tokens", "judgements", "rounds", "turns")
+    shares = ("top_p", "min_mass", "clamp")
+    check_numbers(args, above_zero=(*counts, "n", "top_p"), at_most_one=shares, signed=("min_reward",))
+    if args.judge_url and not args.judge:
+        fail("--judge-url needs --judge, the model's name there")
+    if isinstance(args, LabelArgs) and args.model and args.k < 2:
+        fail(f"--k {args.k}: one answer has nothing to be compared with; use 2 or more")
+    if isinstance(args, LabelArgs) and args.clamp > 0.5:
+        fail(f"--clamp {args.clamp}: must be at most 0.5, where nothing of a preference is left")
+    if isinstance(args, BestOfNArgs) and bool(args.reward_model) == bool(args.judge):
+        fail("best-of-n needs either --reward-model or --judge to score the answers (the judge may be --model itself)")
+    if isinstance(args, BestOfNArgs) and args.n < 2:
+        fail(f"--n {args.n}: the best of one answer is no choice; use 2 or more")
+    if isinstance(args, SynthesiseArgs):
+        if (args.min_quality is not None or args.min_difficulty is not None) and not args.judge:
+            fail("--min-quality and --min-difficulty need a --judge to rate (which may be --model itself)")
+        if args.min_reward is not None and not args.reward_model:
+            fail("--min-reward needs a --reward-model")
+        if not args.rows:
+            fail("--rows 0: how many conversations shall be written?")
+
+
+def input_names(args) -> list:
+    """The models, data sets and files that a run reads."""
+    names = ["model", "against", "judge", "dataset", "requests", "principles", "condition"]
+    if args.judge_url:
+        names.remove("judge")
+    given = [getattr(args, name, "") for name in names]
+    return [*dict.fromkeys([*given, *getattr(args, "reward_model", ())])]
+
+
+def load_run(args, device, dtype) -> Run:
+    """What the judge is asked, and the models, frozen, each loaded once."""
+    requests, loaded = load_requests(args), {}
+    principles = load_principles(args, requests)
+    conditions = load_conditions(args.condition if isinstance(args, BestOfNArgs) else "")
+
+    def language_model(name: str) -> tuple:
+        if name not in loaded:
+            tokenizer = load_tokenizer(name)
+            model = read_model(AutoModelForCausalLM, name, tokenizer).requires_grad_(False)
+            with short_windows(model):
+                check_sampler(model, name)
+            model = prepare_model(model, name, args, device, dtype, token_logps, mean_hidden)
+            loaded[name] = model, tokenizer
+        return loaded[name]
+
+    judge = ServerJudge(args) if args.judge_url else None
+    names = [getattr(args, "model", ""), args.against if isinstance(args, CompareArgs) else ""]
+    policies = [language_model(name) for name in names if name]
+    for model, _ in policies:
+        if positions(model) <= args.max_new_tokens:
+            fail(f"--max-new-tokens {args.max_new_tokens}: the model has {positions(model)} positions; lower it")
+    judge_name = args.judge or (args.model if isinstance(args, ReviseArgs) else "")
+    if judge_name and not judge:
+        if judge_name in loaded:
+            print0(f"note: {judge_name} judges its own answers")
+        judge = LocalJudge(judge_name, *language_model(judge_name), args, device)
+    names = getattr(args, "reward_model", ())
+    reward_models = [load_reward_model("--reward-model", name, args, device, dtype) for name in names]
+    return Run(args, device, policies, judge, reward_models, requests, principles, conditions, Counter())
+
+
+def load_items(run) -> list:
+    """The rows of --dataset, or --rows of them. A prompt that a policy, the judge or a reward model cannot read is
+    dropped."""
+    args = run.args
+    if isinstance(args, SynthesiseArgs):
+        with user_input("--system: cannot be used with the chat template of --model"):
+            around_user(run.policies[0][1], system_messages(args))
+        return [Item(number) for number in range(args.rows)]
+    data, notes, items = load_rows("--dataset", args.dataset, "train"), Counter(), []
+    numbers, columns = range(len(data)), ", ".join(data.column_names)
+    if args.rows:
+        numbers = sorted(random.Random(args.seed).sample(numbers, min(args.rows, len(data))))
+    for number in numbers:
+        try:
+            items.append(read_item(run, number, without_none(data[number]), notes))
+        except Drop as drop:
+            notes[f"dropped: {drop}"] += 1
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
+            what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            hint = f"its columns are {columns}; see 'Reads' in --help"
+            fail(f"--dataset {args.dataset}, row {number} (from 0): not in a known format ({what}); {hint}")
+    counts = ", ".join(f"{n} {note}" for note, n in notes.items() if n) or "none dropped"
+    if not items:
+        what = f"none of its {len(numbers)} rows can be used ({counts})"
+        fail(f"--dataset {args.dataset}: {what}; its columns are {columns}")
+    print0(f"--dataset {args.dataset}: {len(items)} rows from {len(data)}; {counts}")
+    if isinstance(args, AuditArgs):
+        items = labelled_pairs(items, args.min_gap, run.left_out)
+        if not items:
+            fail(f"--dataset {args.dataset}: has no pair whose better answer is known (chosen and rejected, or scores)")
+    elif isinstance(args, (LabelArgs, BestOfNArgs)) and not run.policies and max(len(i.responses) for i in items) < 2:
+        fail(f"--dataset {args.dataset}: has no prompt with two answers; pass --model to sample them")
+    return items
+
+
+def read_item(run, number: int, row: dict, notes: Counter) -> Item:
+    """A row of the data in any format. Raises Drop."""
+    prompt, responses, scores = split_row(row)
+    if not prompt or not has_content(prompt):
+        raise Drop("empty prompt")
+    prompt = as_messages(prompt, "user") if isinstance(prompt, list) else prompt
+    responses = [as_messages(response) if isinstance(response, list) else response for response in responses]
+    if isinstance(run.args, BestOfNArgs) and not run.policies and any(len(as_messages(r)) > 1 for r in responses):
+        raise Drop("answers of several turns, of which only the last could be scored")
+    better = row.get("score_chosen", row.get("chosen_reward"))
+    worse = row.get("score_rejected", row.get("rejected_reward"))
+    gap = None if better is None or worse is None else better - worse
+    columns = {name: value for name, value in row.items() if name not in READ_COLUMNS.split()}
+    item = Item(number, prompt, responses, scores, gap, columns, str(row.get("kind", "")))
+    for model, tokenizer in run.policies:
+        room, extra = positions(model) - run.args.max_new_tokens, dict(columns, prompt=prompt)
+        item = item._replace(asked=[*item.asked, *prompt_rows(tokenizer, room, [], extra, notes)])
+    for reward_model in run.reward_models:
+        reward_row(run, *reward_model, (item, "a"))
+    if run.judge:
+        talk = as_messages(talk_of(prompt), "user")
+        if isinstance(run.args, ReviseArgs) or getattr(run.args, "reasoning", False):
+            talk += [*as_messages("a"), *as_messages("b", "user")]
+        run.judge.check(talk)
+    return item
+
+
+# of a row; all others are copied to the data sets
+READ_COLUMNS = "prompt question instruction input system messages conversations completion completions scores chosen "
+READ_COLUMNS += "rejected score_chosen score_rejected chosen_reward rejected_reward margin probability"
+
+
+def split_row(row: dict) -> tuple:
+    """(prompt, responses, scores or None) of a row; no responses if it holds a prompt alone. Raises Drop."""
+    if row.get("completions") is not None:
+        scores, n = row.get("scores"), len(row["completions"])
+        if scores is not None and (len(scores) != n or not all(s is not None and math.isfinite(s) for s in scores)):
+            raise ValueError(f"{n} completions need as many scores, all of them numbers; they are {scores}")
+        return as_prompt(row), row["completions"], scores
+    if row.get("chosen") is not None or row.get("rejected") is not None:
+        return *as_pair(row), [1.0, 0.0]
+    talk = row.get("messages") or row.get("conversations")
+    if talk:
+        messages = with_system(row, as_messages(talk))
+        end = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1) + 1
+        return messages[:end], [messages[end:]] if messages[end:] else [], None
+    return as_prompt(row), [row["completion"]] if row.get("completion") else [], None
+
+
+def labelled_pairs(items: list, min_gap: float, left_out: Counter) -> list:
+    """Every two responses of which one is known to be better, as items of their own; others are counted in left_out."""
+    pairs = []
+    for item in items:
+        for i, j in combinations(range(len(item.responses)) if item.scores else (), 2):
+            lead = item.scores[i] - item.scores[j]
+            gap = lead if item.gap is None else item.gap  # of chosen and rejected, if the data set has their scores
+            gap = gap if lead > 0 else -gap
+            if not lead or gap < min_gap:
+                left_out["equal scores" if not lead else "contradicting scores" if gap < 0 else "below --min-gap"] += 1
+            else:
+                two = [item.responses[i], item.responses[j]]
+                pairs.append(item._replace(number=len(pairs), responses=two, scores=[item.scores[i], item.scores[j]]))
+    return pairs
+
+
+def load_records(args, out: Path, signature: dict) -> dict:
+    """{row number: record} of an interrupted run; for a new one, the directory is cleared."""
+    records, part = [], out / "rows.part"
+    if RANK == 0 and args.resume and part.exists() and (out / "args.json").exists():
+        # a kill may have cut the last line
+        lines = [line for line in part.read_text().splitlines(True) if line.endswith("\n")]
+        write_lines(part, lines)
+        records = [json.loads(line) for line in lines]
+    records = from_all_ranks(records)
+    if records:
+        print0(f"resuming {out}: {len(records)} rows are done")
+    else:
+        if RANK == 0:  # first the rows: a kill must not leave them beside the args.json of another run
+            (out / "rows.part").unlink(missing_ok=True)
+        clear_run(args, out, signature)
+        for name in DATA_FILES if RANK == 0 else ():
+            (out / name).unlink(missing_ok=True)
+    return {record["number"]: record for record in records}
+
+
+def batches(args, items: list, done: dict):
+    """The items that are not done, --batch-size at a time, with a bar on a terminal, elsewhere a line every half
+    minute."""
+    left, shown_at = [item for item in items if item.number not in done], time.time()
+    bar = tqdm(total=len(items), initial=len(done), disable=RANK > 0 or not sys.stderr.isatty())
+    for start in range(0, len(left), args.batch_size):
+        batch = left[start : start + args.batch_size]
+        yield batch
+        bar.update(len(batch))
+        if bar.disable and time.time() - shown_at > 30:
+            print0(f"{len(done)} of {len(items)} rows")
+            shown_at = time.time()
+    bar.close()
+
+
+def from_all_ranks(values: list) -> list:
+    """The values of all ranks, one after the other."""
+    parts = [values]
+    if WORLD > 1:
+        parts = [None] * WORLD
+        dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
+def save_records(out: Path, records: list, done: dict):
+    """Appends a batch's records to rows.part, and adds them to done."""
+    records = sorted(records, key=lambda record: record["number"])
+    if RANK == 0:
+        with user_input(f"{out}/rows.part: cannot be written; what is there stands; make room, then use --resume"):
+            with (out / "rows.part").open("a") as file:
+                file.writelines(json.dumps(record, default=str) + "\n" for record in records)
+                file.flush()
+                os.fsync(file.fileno())
+    done.update((record["number"], record) for record in records)
+
+
+def catch_interrupt():
+    """From now on Ctrl-C ends the program at once, since finished batches are on disk."""
+
+    def stop(*_):
+        print("\nstopped; the same command with --resume continues", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    if __name__ == "__main__":  # a program that imports the script handles its own signals
+        signal.signal(signal.SIGINT, stop)
+
+
+def write_lines(path: Path, lines: list):
+    """Writes a file beside its place and renames it, so that it is never half there."""
+    part = path.with_name(path.name + ".new")
+    part.write_text("".join(lines))
+    os.replace(part, path)
+
+
+def finish(out: Path, files: dict, report: dict):
+    """Writes the data sets (by file name) and report.json, and says in args.json that the run is finished."""
+    if RANK == 0:
+        with user_input(f"{out}: cannot be written; make room, then continue with --resume"):
+            for name, rows in files.items():
+                write_lines(out / name, [json.dumps(row, default=str) + "\n" for row in rows])
+            write_json(out / "report.json", report)
+        for name, value in report.items():
+            kinds = value if isinstance(value, dict) else {}
+            if value is not None and not kinds:
+                print(f"  {name}: {shown(value)}")
+            for kind, counts in kinds.items():
+                print(f"  {name} {kind or '(none)'}: " + ", ".join(f"{k} {shown(v)}" for k, v in counts.items()))
+        print(f"{out}: " + ", ".join([*(f"{name} ({len(rows)} rows)" for name, rows in files.items()), "report.json"]))
+        if files and not any(rows for name, rows in files.items() if name != "raw.jsonl"):
+            fail(f"{out}: no row is left; report.json there says what became of them")
+        write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
+        (out / "rows.part").unlink(missing_ok=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shown(value) -> str:
+    """A number to be read."""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+# ============================== every block below stands word for word in all scripts that have it ================
+# A parameter that this script never passes serves another one.
+# ---- judges: language models that choose one of several replies
+
+
+def load_json(option: str, name: str) -> dict:
+    """The JSON object in a file."""
+    with user_input(f"{option} {name}: cannot be read as a JSON object"):
+        content = json.loads(Path(name).read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    return content
 
 
 def expected_score(probabilities):
-    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [n, 10]; returns [n]."""
-    return ((probabilities * torch.arange(1, 11, device=probabilities.device)).sum(-1) - 5.5) / 4.5
+    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [B, 10]; returns
+    [B]."""
+    scores = torch.arange(1, 11, device=probabilities.device)
+    return ((probabilities * scores).sum(-1) - 5.5) / 4.5
 
 
-# -------------------------------------------------------------------------------------------------------- what judges are asked
+def judge_row(model, tokenizer, talk, options: list):
+    """What the judge is asked (the text of one turn, or messages), cut at the front to the positions it has; its
+    responses are the options, from where they differ. Raises Drop."""
+    asked, replies, _ = encode(tokenizer, as_messages(talk, "user"), options, {}, Counter())
+    # what all begin with, such as an empty thought
+    common = min(min(shared_prefix(replies[0], reply), len(reply) - 1) for reply in replies)
+    rest = [reply[common:] for reply in replies]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    room = max(1, positions - max(map(len, rest)))
+    return Row((asked + replies[0][:common])[-room:], rest, [[True] * len(reply) for reply in rest], {})
 
-REQUESTS = dict(  # --requests replaces any of them
-    principle="is more helpful, honest and harmless",
-    compare="""Here is a conversation, and two answers to its last message.
 
-<conversation>
-{talk}
-</conversation>
+def judge_logps(model, rows: list, args, device) -> torch.Tensor:
+    """The judge's log-probabilities of replying with each option, the end included, to this rank's rows of `judge_row`;
+    [B, K]."""
+    values_of = lambda group, inputs, target: response_sums(model.token_logps(**inputs, target=target)[0], group)
+    logps = response_values(values_of, model, rows, args, device, shared=False)
+    return logps.view(len(rows), -1) if rows else logps.view(0, 1)
 
-<answer A>
-{a}
-</answer A>
 
-<answer B>
-{b}
-</answer B>
+# ---- scores: what a reward model gives to answers
 
-Which answer {principle}? Reply with the letter A or B only.""",
-    reason="""Here is a conversation, and two answers to its last message.
 
-<conversation>
-{talk}
-</conversation>
+def response_scores(self, inputs, last, source=None):
+    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0. A
+    method of the model.
 
-<answer A>
-{a}
-</answer A>
+    inputs, last: as `pack` and `pad` return them."""
+    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[last]  # [R, d]
+    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
 
-<answer B>
-{b}
-</answer B>
 
-Which answer {principle}? Weigh them step by step, in a few sentences, before you decide.""",
-    conclude="Then which answer {principle}? Reply with the letter A or B only.",
-    critique="""Here is a conversation, and an answer to its last message.
+def score_rows(model, rows: list, args, device, shared: bool = True) -> list:
+    """The scores of every row's responses, a list of tensors [K]; shared: as in `response_values`."""
+    values_of = lambda group, inputs, target: model.response_scores(**inputs)
+    scores = response_values(values_of, model, rows, args, device, shared)
+    return list(scores.split([len(row.responses) for row in rows]))
 
-<conversation>
-{talk}
-</conversation>
 
-<answer>
-{answer}
-</answer>
+def load_reward_model(option: str, name: str, args, device, dtype) -> tuple:
+    """A frozen reward model and its tokenizer."""
+    tokenizer = load_tokenizer(name)
+    if not is_reward_model(name):
+        fail(f"{option} {name}: must be a sequence classifier of one label, such as reward_model.py writes")
+    model = read_model(AutoModelForSequenceClassification, name, tokenizer, num_labels=1).requires_grad_(False)
+    check_score_head(model, name)
+    return prepare_model(model, name, args, device, dtype, response_scores), tokenizer
 
-What keeps this answer from being one that {principle}? Be specific and brief.""",
-    revise="Write that answer anew, so that your criticism no longer applies. Reply with the new answer only.",
-    score="""Here is a conversation, and an answer to its last message.
 
-<conversation>
-{talk}
-</conversation>
+def check_score_head(model, name: str):
+    """Fails on a classifier whose head is not one linear layer named score, without a bias."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        fail(f"{name}: {type(model).__name__} has no linear head `score` without a bias, as decoder models have")
 
-<answer>
-{answer}
-</answer>
 
-How good is this answer, from 1 (very bad) to 10 (very good)? Reply with the number only.""",
-    points="""Here is a conversation, and an answer to its last message.
+def is_reward_model(name: str) -> bool:
+    """Whether a checkpoint has a trained head with one score; fails on a classifier of several labels."""
+    with user_input(f"{name}: no configuration can be loaded from it"):
+        config = AutoConfig.from_pretrained(name)
+    is_classifier = "SequenceClassification" in "".join(config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        fail(f"{name}: is a classifier of {config.num_labels} labels; a reward model has one label, its score")
+    return is_classifier
 
-<conversation>
-{talk}
-</conversation>
 
-<answer>
-{answer}
-</answer>
+@lru_cache
+def after_turn_end(tokenizer) -> list:
+    """What the chat template writes after the token that ends an assistant's turn, as ids. A score is read at the last
+    token of the rendering, as a server that renders the conversation does."""
+    after = turn_end(tokenizer)[1]
+    whole = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
+    return whole[-after:] if after > 0 else []
 
-Give this answer points, which add up: one if it has to do with what was asked; another if it deals with a substantial part of it; another
-if it answers the essentials in a useful way; another if it is clear, complete, well ordered and written from an assistant's point of view; a
-fifth if an expert could hardly improve on it for this user. Explain your points in under 100 words, and end with "Score: " and their sum.""",
-    quality="""Here is what a user wrote to an assistant.
 
-{talk}
+def encode_scored(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tuple:
+    """`encode`, where each response goes on to the last token of the chat template's rendering."""
+    is_text = isinstance(prompt, str) and all(isinstance(response, str) for response in responses)
+    prompt, responses, trained = encode(tokenizer, prompt, responses, row, notes)
+    tail = [] if is_text else after_turn_end(tokenizer)
+    return prompt, [ids + tail for ids in responses], [marks + [False] * len(tail) for marks in trained]
 
-How clear, specific and well put is it, from 1 to 10? Reply with the number only.""",
-    difficulty="""Here is what a user wrote to an assistant.
 
-{talk}
+def without_special(tokenizer, text: str) -> str:
+    """A policy's text without what its reader would take for special tokens: an answer must not end its turn and write
+    its judge's reply."""
+    specials = list(special_tokens(tokenizer).values())
+    while any(special in text for special in specials):  # taking one out may make another
+        for special in specials:
+            text = text.replace(special, "")
+    return text
 
-How hard is it to answer well, from 1 to 10? Reply with the number only.""",
-)
 
-# ---------------------------------------------------------------------------------------------------------------------- data
+def scored_row(tokenizer, prompt, text: str, row: dict, longest: int):
+    """What a reward model reads: a prompt (text or messages) with an answer that may be empty; at most the last
+    `longest` tokens.
 
-CHAT_TEMPLATE = (  # for tokenizers that come without one; the end-of-sequence token ends every turn
-    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
+    row: the row of the data, for its tools and chat_template_kwargs. Raises Drop."""
+    refuse_special(tokenizer, prompt)
+    if isinstance(prompt, str):
+        ids = plain_ids(tokenizer, without_special(tokenizer, prompt + text) + tokenizer.eos_token)
+    elif prompt[-1]["role"] == "assistant":
+        begun = begun_text(tokenizer, prompt, template_options(row))
+        ids = text_ids(tokenizer, begun + text) + [turn_end(tokenizer)[0], *after_turn_end(tokenizer)]
+    else:
+        ids = render(tokenizer, prompt + as_messages(text), **template_options(row))
+        if turn_end(tokenizer)[1] < 0:  # the template marks no end
+            ids.append(tokenizer.eos_token_id)
+    ids = ids[-longest:]
+    return Row(ids[:1], [ids[1:]], [[True] * (len(ids) - 1)], {})
+
+
+def load_conditions(name: str) -> dict:
+    """The system prompts by kind; {} if no file is given."""
+    with user_input(f"--condition {name}: must be a JSON object of kinds and their system prompts"):
+        conditions = json.loads(Path(name).read_text()) if name else {}
+        if not all(isinstance(text, str) for text in conditions.values()):
+            raise ValueError("a system prompt must be text")
+    return conditions
+
+
+def with_condition(prompt, condition: str):
+    """The prompt after a system prompt that the reward model alone sees (InternLM2)."""
+    if not condition:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{condition}\n\n{prompt}"
+    prompt = as_messages(prompt)
+    if prompt and prompt[0]["role"] == "system":
+        return [dict(role="system", content=f"{condition}\n\n{prompt[0]['content']}"), *prompt[1:]]
+    return [dict(role="system", content=condition), *prompt]
+
+
+# ---- sampling: answers drawn token by token, from a model with a key-value cache
+
+
+def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
+    """The randomness of sampling [len(answers), length]: a function of seed, step, number of the answer, and position
+    alone."""
+    rows = []
+    for answer in answers:
+        key = hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        rows.append(torch.rand(length, generator=generator))
+    return torch.stack(rows) if rows else torch.zeros(0, length)
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values [B, H, T, D] in buffers with free places; DynamicLayer copies them all for each
+    token."""
+
+    buffers = ()  # until the first update
+
+    def update(self, keys, values, *args, **kwargs):
+        start = self.get_seq_length()  # 0 before the first update
+        self.is_initialized, end = True, start + keys.shape[-2]
+        if not start or self.buffers[0].shape[-2] < end:
+            grown = [new.new_empty(*new.shape[:-2], end + 32, new.shape[-1]) for new in (keys, values)]
+            for buffer, old in zip(grown, (self.keys, self.values) if start else ()):
+                buffer[..., :start, :] = old
+            self.buffers = grown
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[..., start:end, :] = new
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def reorder_cache(self, indices):
+        if self.buffers:  # none while the model skips the layer
+            length, self.buffers = self.get_seq_length(), [buffer[indices] for buffer in self.buffers]
+            self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+
+
+def cache_argument(model) -> str:
+    """The name under which the model's forward takes its cache: `cache` from transformers 5.24 on."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), "")
+
+
+def nucleus(logps, top_p: float):
+    """Log-probabilities [B, V], renormalised over the smallest set of tokens whose probability reaches top_p."""
+    ordered, order = logps.sort(-1, descending=True)
+    in_nucleus = ordered.exp().cumsum(-1) - ordered.exp() < top_p
+    in_nucleus = torch.zeros_like(in_nucleus).scatter(1, order, in_nucleus)
+    return logps.masked_fill(~in_nucleus, -math.inf).log_softmax(-1)
+
+
+@torch.no_grad()
+def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0) -> tuple:
+    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other, the prompt computed once.
+
+    numbers [answers, max_new_tokens], uniform in [0, 1), on the model's device, are all the randomness there is;
+    temperature 0 takes the likeliest token. Returns for each answer its ids, the stop token included, and the
+    log-probability of each in the very distribution it was drawn from (at temperature 0, in that of temperature 1)."""
+    if not len(numbers):
+        return [], []
+    attention = model.config._attn_implementation
+    model.set_attn_implementation(model.sampling_attention)
+    device, (count, longest), width = numbers.device, numbers.shape, max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]  # on the left
+    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
+    mask = torch.tensor([[0] * pad + [1] * (width - pad + longest) for pad in padding], device=device)
+    positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    options = {cache_argument(model): cache, "use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions, **options).logits[:, -1]
+    repeated = torch.arange(len(prompts), device=device).repeat_interleave(count // len(prompts))
+    cache.reorder_cache(repeated)
+    logits, mask, position = logits[repeated], mask[repeated], positions[repeated, -1:]
+
+    tokens, logps = torch.zeros_like(numbers, dtype=torch.long), torch.zeros_like(numbers, dtype=torch.float32)
+    stops, in_batch = torch.tensor(stops, device=device), torch.arange(count, device=device)  # answers in the batch
+    has_ended = torch.zeros(count, dtype=torch.bool, device=device)
+    for t in range(longest):
+        token_logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [B, V]
+        if top_p < 1:
+            token_logps = nucleus(token_logps, top_p)
+        if temperature == 0:
+            token = token_logps.argmax(-1)
+        else:  # the first token at which the cumulative probability exceeds the number
+            cumulative = token_logps.exp().cumsum(-1)
+            token = torch.searchsorted(cumulative, numbers[in_batch, t, None] * cumulative[:, -1:], right=True)[:, 0]
+            token = token.clamp(max=token_logps.shape[-1] - 1)
+        tokens[in_batch, t] = token
+        logps[in_batch, t] = token_logps.gather(1, token[:, None])[:, 0]
+        has_ended = has_ended | torch.isin(token, stops)
+        ended = int(has_ended.sum())
+        if ended == len(in_batch) or t + 1 == longest:
+            break
+        # to take finished answers out of the batch copies the cache; until an eighth has ended they run on
+        if ended >= len(in_batch) / 8:
+            kept = (~has_ended).nonzero()[:, 0]
+            cache.reorder_cache(kept)
+            in_batch, token, mask, position, has_ended = (x[kept] for x in (in_batch, token, mask, position, has_ended))
+        position = position + 1
+        seen = mask[:, : width + t + 1]
+        logits = model(input_ids=token[:, None], attention_mask=seen, position_ids=position, **options).logits[:, -1]
+    model.set_attn_implementation(attention)
+    is_stop = torch.isin(tokens, stops).int()
+    lengths = torch.where(is_stop.any(1), is_stop.argmax(1) + 1, longest).tolist()
+    return tuple([row[:length] for row, length in zip(x.tolist(), lengths)] for x in (tokens, logps))
+
+
+@torch.no_grad()
+def check_sampler(model, name: str):
+    """Sets model.sampling_attention, under which `sample` gives the log-probabilities of a plain forward pass.
+
+    Tries a few answers to random prompts of unequal lengths. Fails where no attention does: then the model would be
+    trained on answers that it has not given. Call it on a float32 model, before it is sharded."""
+    vocabulary, generator = model.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
+    lowest = min(3, vocabulary - 1)
+    prompts = [torch.randint(lowest, vocabulary, (n,), generator=generator).tolist() for n in (9, 4)]
+    numbers = torch.rand(4, 6, generator=generator).to(next(model.parameters()).device)
+    why = "its forward takes no key-value cache"
+    for attention in ("sdpa", "eager") if cache_argument(model) else ():  # sdpa is faster, but knows no soft cap
+        model.sampling_attention = attention
+        try:
+            gaps = []
+            for i, (answer, sampled) in enumerate(zip(*sample(model, prompts, numbers, [vocabulary]))):
+                ids = torch.tensor([prompts[i // 2] + answer], device=numbers.device)
+                model.set_attn_implementation("eager")
+                plain = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)[-len(answer) - 1 : -1]
+                plain = plain.gather(1, ids[0, -len(answer) :, None])[:, 0]
+                gaps.append((plain - torch.tensor(sampled, device=plain.device)).abs().max())
+            gap = torch.stack(gaps).max().item()  # NaN if one is
+            if gap < 1e-3:
+                return
+            why = f"a log-probability is off by {gap:.1g} with a cache"
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+            why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        finally:
+            model.set_attn_implementation("eager")
+    fail(f"{name}: {type(model).__name__} cannot be sampled here ({why}); choose a model of another family")
+
+
+# ---- answers: prompts, and a policy's answers to them
+
+
+def prompt_rows(tokenizer, max_prompt: int, checks: list, row: dict, notes: Counter) -> list:
+    """One Row: a prompt without an answer; extra holds every column of the data, the prompt as text or messages, and
+    its kind.
+
+    checks: functions of extra that raise Drop where whatever scores the answers cannot read the prompt."""
+    prompt = as_pair(row)[0] if row.get("chosen") is not None and row.get("rejected") is not None else as_prompt(row)
+    if not prompt:
+        raise Drop("empty prompt")
+    options = template_options(row)
+    refuse_special(tokenizer, prompt, options)
+    if isinstance(prompt, str):
+        ids = encode(tokenizer, prompt, [" a"], row, notes)[0]
+    else:
+        prompt = as_messages(prompt, "user")
+        ids = prompt_ids(tokenizer, prompt, options)
+    if len(ids) > max_prompt:
+        raise Drop("prompt leaves no room for --max-new-tokens")
+    extra = dict(row, prompt=prompt, kind="" if row.get("kind") is None else str(row["kind"]))
+    for check in checks:
+        check(extra)
+    return [Row(ids, [[]], [[]], extra)]
+
+
+def stop_ids(model, tokenizer) -> list:
+    """`stop_tokens`, and further ones that the model's generation_config knows."""
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    # a config's default may lie beyond a small vocabulary
+    return sorted({*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))})
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """The whole weights on every rank, so that ranks can sample without keeping step with each other."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        # FSDP keeps its root gathered after a forward
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
+
+
+def sample_answers(model, prompts: list, numbers, stops: list, args, temperature: float, top_p: float = 1.0) -> tuple:
+    """`sample` for this rank's prompts, those of similar lengths together, at most --sample-tokens tokens at a time.
+
+    Returns (ids, logps), a list for each answer, in the order of numbers."""
+    n, device = len(numbers) // max(1, len(prompts)), next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    longest = max(map(len, prompts), default=0) + numbers.shape[1]
+    # at most `room` answers at once: answers_each answers to each of prompts_each prompts
+    room = max(1, args.sample_tokens // longest)
+    answers_each, prompts_each = max(1, min(n, room)), max(1, room // max(1, n))
+    answers, logps = [None] * len(numbers), [None] * len(numbers)
+    model.eval()
+    with gathered(model):
+        for start in range(0, len(order), prompts_each):
+            part = order[start : start + prompts_each]
+            for first in range(0, n, answers_each):
+                places = [i * n + k for i in part for k in range(first, min(n, first + answers_each))]
+                asked, drawn = [prompts[i] for i in part], numbers[places].to(device)
+                for place, ids, values in zip(places, *sample(model, asked, drawn, stops, temperature, top_p)):
+                    answers[place], logps[place] = ids, values
+    model.train()
+    return answers, logps
+
+
+def continues_text(prompt) -> bool:
+    """Whether an answer goes on in the middle of a text: of a prompt in words, or of an answer already begun."""
+    return isinstance(prompt, str) or prompt[-1]["role"] == "assistant"
+
+
+def answer_texts(tokenizer, rows: list, answers: list, stops: list) -> list:
+    """The text of each answer (ids) to the prompts of rows, without the stop token and other special tokens, but with
+    the tags of thinking. An answer begins with <think> if the chat template has written that tag."""
+    removed = [token for token in special_tokens(tokenizer).values() if token not in ("<think>", "</think>")]
+    texts = []
+    for row, ids in zip(rows, answers):
+        # some tokenizers drop the space before the first word of what they decode
+        before = row.prompt[-1:] if continues_text(row.extra["prompt"]) else []
+        words = ids[:-1] if ids and ids[-1] in stops else ids
+        text = tokenizer.decode(before + words)[len(tokenizer.decode(before)) :]
+        for token in removed:
+            text = text.replace(token, "")
+        has_opened = tokenizer.decode(row.prompt[-16:]).rstrip().endswith("<think>")
+        texts.append("<think>" * has_opened + text)
+    return texts
+
+
+def after_thinking(text: str) -> str:
+    """What stands after the thinking and before any that follows; nothing, if the answer begins with thinking that has
+    not ended."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def final_answer(prompt, text: str) -> str:
+    """What the answer says after its thinking: all that its readers see."""
+    answer = after_thinking(text).rstrip()
+    return answer if continues_text(prompt) else answer.lstrip()
+
+
+# ---- log-probabilities: of the answers' tokens, without the logits of a whole batch in memory
+
+
+class TargetLogps(torch.autograd.Function):
+    """log pi(target), the distribution's entropy, and whether the target is the likeliest token; each [N].
+
+    hidden [N, d], head [V, d], bias [V] or None. Only the logits of one chunk of tokens are in memory at a time; the
+    backward pass computes them again, with d log pi(y) / d logits = 1[y] - pi. The head's gradient is summed over the
+    chunks in float32."""
+
+    @staticmethod
+    def logits(hidden, head, bias, scale, cap, temperature):
+        logits = F.linear(hidden, head, bias).float().mul_(scale)
+        logits = cap * torch.tanh(logits / cap) if cap else logits  # Gemma 2's soft cap
+        return logits if temperature == 1 else logits / temperature
+
+    @staticmethod
+    def forward(ctx, hidden, head, bias, target, scale: float, cap: float | None, temperature: float):
+        ctx.save_for_backward(hidden, head, bias, target)
+        ctx.scale, ctx.cap, ctx.temperature, parts = scale, cap, temperature, []
+        ctx.chunk = max(256, 2**23 // len(head))
+        for h, t in zip(hidden.split(ctx.chunk), target.split(ctx.chunk)):
+            logps = TargetLogps.logits(h, head, bias, scale, cap, temperature).log_softmax(-1)  # [n, V]
+            logp = logps.gather(-1, t[:, None])[:, 0]
+            entropy = -(logps.exp() * logps).sum(-1)
+            parts.append((logp, entropy, logp == logps.amax(-1)))  # amax is several times faster than argmax
+        logp, entropy, is_argmax = map(torch.cat, zip(*parts))
+        ctx.mark_non_differentiable(entropy, is_argmax)
+        return logp, entropy, is_argmax
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        hidden, head, bias, target = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for h, t, g, out in zip(*(x.split(ctx.chunk) for x in (hidden, target, grad, d_hidden))):
+            logits = TargetLogps.logits(h, head, bias, ctx.scale, ctx.cap, ctx.temperature)
+            d = logits.softmax(-1).mul_(-g[:, None])
+            d[torch.arange(len(t), device=t.device), t] += g
+            if ctx.cap:
+                d = d * (1 - (logits * ctx.temperature / ctx.cap).square())  # the derivative of the soft cap
+            d = d.mul_(ctx.scale / ctx.temperature).to(head.dtype)
+            out.copy_(d @ head)
+            if d_head is not None:
+                d_head += d.T @ h
+            if d_bias is not None:
+                d_bias += d.sum(0)
+        d_head, d_bias = (x if x is None else x.to(head.dtype) for x in (d_head, d_bias))
+        return d_hidden, d_head, d_bias, None, None, None, None
+
+
+def token_logps(self, inputs, source, target, last=None, temperature: float = 1.0):
+    """Log-probability of each trained token, the entropy of its distribution, whether it is the likeliest; each [N]. A
+    method of the model.
+
+    inputs, source, target: as `pack` and `pad` return them; temperature: of the distribution, as in sampling."""
+    config, head = self.config.get_text_config(), self.get_output_embeddings()
+    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source]  # [N, d]
+    # Cohere scales its logits, Granite divides them, Gemma 2 caps them
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return TargetLogps.apply(hidden, head.weight, head.bias, target, scale, cap, temperature)
+
+
+def response_sums(values, rows: list):
+    """Sums of per-token values [N] over each response's trained tokens [R]."""
+    lengths = torch.tensor([sum(trained) for row in rows for trained in row.trained], device=values.device)
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+
+
+# ---- data: rows of published formats to token ids
 
 
 class Row(NamedTuple):
-    """A prompt and its K responses, as ids. trained: one bool per response token, or None for all; extra: what else is known of it."""
+    """A prompt and its K responses, as ids. trained: one bool per response token; extra: what else is known of the
+    row."""
 
     prompt: list
     responses: list
-    trained: list | None = None
-    extra: dict | None = None
+    trained: list
+    extra: dict
 
 
-def refuse(message: str):
-    """Bad input ends here: one sentence, exit code 2."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # the first rank mostly says the same, and then torchrun stops the others before they do
-    print(f"error: {message}", file=sys.stderr, flush=True)
+class Drop(Exception):
+    """A row that cannot be used. The message is the reason, under which the row is counted."""
+
+
+def fail(message: str):
+    """Ends the program on bad input: one sentence, exit code 2."""
+    if RANK > 0:
+        time.sleep(5)  # the first rank mostly says the same; torchrun stops the others before they repeat it
+    print(f"\nerror: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def reason(e: Exception) -> str:
-    """The first line of what an exception says."""
-    return (str(e.__cause__ or e).splitlines() or [type(e).__name__])[0][:200]
-
-
-def say(*text):
-    """Print on the first rank."""
-    if RANK == 0:
-        print(*text, flush=True)
-
-
-def check_json(path: Path):
-    """Raises ValueError where the reader of JSON would notice too late, or crash: bytes that are no text, and what is no list of objects."""
-    begun = False
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode().strip()
-            except UnicodeDecodeError:
-                raise ValueError(f"line {number} is not UTF-8") from None
-            if not begun and text and text[0] not in "{[":
-                raise ValueError(f"it begins with {text[:20]!r}, not with {{ or [")
-            begun = begun or bool(text)
-
-
-def load_rows(option: str, name: str, split: str = "train") -> Dataset:
-    """A data set from a file, a saved directory, or the hub (name or name:config)."""
-    path, (hub, *config) = Path(name), name.split(":")
+@contextlib.contextmanager
+def user_input(what: str):
+    """Reports what a library raises while it reads or writes something that the user named as an error of that, in one
+    sentence."""
     try:
-        if path.is_dir():
-            data = load_from_disk(name)
-            data = data[split] if isinstance(data, DatasetDict) else data
-        elif path.is_file() and path.stat().st_size == 0:
-            refuse(f"{option} {name}: is an empty file; make it again, or correct the path")
-        elif path.is_file() and ".parquet" in path.suffixes:
-            data = load_dataset("parquet", data_files=glob.escape(name), split="train")
-        elif path.is_file():
-            check_json(path)
-            data = load_dataset("json", data_files=glob.escape(name), split="train")
-        elif path.suffix in (".jsonl", ".json", ".parquet", ".gz"):
-            refuse(f"{option} {name}: there is no such file; make it first (python gridworld.py data writes data/grid) or correct the path")
+        yield
+    except Exception as e:
+        fail(f"{what} ({type(e).__name__}: {' '.join(str(e.__cause__ or e).split())[:300]})")
+
+
+def split_name(name: str) -> tuple:
+    """(source, config, split) of a data set's name; a path that exists is a source, whatever its colons."""
+    return (name, "", "") if Path(name).exists() else (*name.split(":", 2), "", "")[:3]
+
+
+def load_rows(option: str, name: str, default_split: str) -> Dataset:
+    """A data set from a file, a directory (written by save_to_disk, or as downloaded from the hub), or the hub; see
+    --dataset."""
+    source, config, split = split_name(name)
+    path = Path(source)
+    with user_input(f"{option} {name}: cannot be read as a data set"):
+        if path.suffix in (".json", ".jsonl", ".parquet", ".gz") and not path.is_dir():
+            if not path.is_file() or not path.stat().st_size:
+                raise ValueError("the file is empty" if path.is_file() else "the file does not exist")
+            if config:
+                raise ValueError(f"a file has no configuration {config}; a split is written {source}::{config}")
+            kind = "parquet" if ".parquet" in path.suffixes else "json"
+            options = dict(encoding="utf-8-sig") if kind == "json" else {}  # also drops a byte-order mark
+            if kind == "json":
+                with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                    if file.read(100).lstrip(b"\xef\xbb\xbf \t\r\n[").startswith(b"null"):
+                        raise ValueError("it begins with null")  # which would crash the reader
+            data = load_dataset(kind, data_files=glob.escape(source), split=split or "train", **options)
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            data = load_from_disk(source)
+            if isinstance(data, DatasetDict):
+                if (split or default_split) not in data:
+                    raise ValueError(f"it has the splits {', '.join(data)}, and not {split or default_split}")
+                data = data[split or default_split]
+            elif split:
+                raise ValueError(f"it was saved without splits, so there is no {split}")
         else:
-            data = load_dataset(hub, *config, split=split)
-    except Exception as e:  # whatever the readers raise, the user needs to know which file it was
-        refuse(f"{option} {name}: cannot be read as a data set ({type(e).__name__}: {reason(e)})")
-    if len(data) == 0:
-        refuse(f"{option} {name}: has no rows")
+            data = load_dataset(source, config or None, split=split or default_split)
+        if not len(data):
+            raise ValueError("it has no rows")
     return data
-
-
-def shared(a, b) -> int:
-    """Length of the longest common prefix of two sequences."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def without_none(value):
@@ -586,1865 +2287,929 @@ def without_none(value):
 
 
 def as_messages(value, role: str = "assistant") -> list:
-    """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of one turn."""
+    """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of
+    one turn."""
     if isinstance(value, str):
         return [dict(role=role, content=value)]
-    names = dict(human="user", gpt="assistant")
-    messages = []
-    for turn in value:
-        turn = without_none(turn)
+    names, messages = dict(human="user", gpt="assistant"), []
+    for turn in without_none(value):
         if "from" in turn:
-            turn = dict(role=names.get(turn["from"], turn["from"]), content=turn["value"])
-        turn.setdefault("content", "" if "tool_calls" in turn else None)
-        if not isinstance(turn["content"], str) or not isinstance(turn.get("role"), str):
+            turn = turn | dict(role=names.get(turn["from"], turn["from"]), content=turn["value"])
+        if "tool_calls" in turn:
+            turn.setdefault("content", "")
+        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
             raise ValueError(f"a message needs a role and a text content, this one is {str(turn)[:80]}")
-        messages.append(turn)
+        messages.append({k: v for k, v in turn.items() if k not in ("from", "value")})
     return messages
 
 
-def special_tokens(tokenizer) -> dict:
-    """Id and text of every special token."""
-    return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+def has_content(response) -> bool:
+    """Whether a response, text or messages, says anything."""
+    return any(m["content"].strip() or "tool_calls" in m for m in as_messages(response))
 
 
-def has_special(special, values) -> bool:
-    """Whether a special token stands in any text of these values, however nested: in a role, say, or in what a tool is told."""
-    if isinstance(values, str):
-        return any(token in values for token in special)
-    parts = values.items() if isinstance(values, dict) else values if isinstance(values, (list, tuple)) else ()
-    return any(has_special(special, part) for part in parts)
+def as_prompt(row: dict):
+    """A row's prompt, text or messages: prompt, question, or instruction with its input; after the system text, if the
+    row has one."""
+    prompt = row.get("prompt")
+    if prompt is None:
+        asked = row.get("question", row.get("instruction"))
+        material = row.get("input") or row.get("context")
+        if asked == "":
+            raise Drop("empty prompt")
+        if asked is not None:
+            prompt = as_messages(f"{asked}\n\n{material}" if material else asked, "user")
+    return with_system(row, as_messages(prompt, "user")) if prompt and row.get("system") else prompt
 
 
-def render(tokenizer, messages: list, answer_next: bool = False, **options) -> list:
-    """Ids of a conversation under the chat template, up to where the assistant is to speak if answer_next."""
-    if answer_next and messages and messages[-1]["role"] == "assistant":  # an answer already begun
-        return tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False, **options)
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=answer_next, return_dict=False, **options)
+def with_system(row: dict, messages: list) -> list:
+    """Messages after the row's column `system`, if it has one that they do not begin with."""
+    if not row.get("system") or messages and messages[0]["role"] == "system":
+        return messages
+    return as_messages(row["system"], "system") + messages
 
 
-def stop_tokens(tokenizer) -> list:
-    """Ids that end an answer: the end-of-sequence token, and what the chat template puts at the end of an assistant's turn."""
-    ids = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
-    special = special_tokens(tokenizer)
-    while ids[-1] not in special and not tokenizer.decode(ids[-1]).strip():  # the line break after the end-of-turn token
-        ids.pop()
-    return sorted({tokenizer.eos_token_id} | (set(ids[-1:]) & set(special)))
-
-
-def end_turn(tokenizer, ids: list, stops: list) -> list:
-    """An answer's ids up to its end-of-turn token, and no further; where the template marks no end of turn, the end-of-sequence token."""
-    end = len(ids)
-    while end and ids[end - 1] not in stops and not tokenizer.decode(ids[end - 1]).strip():
-        end -= 1
-    if not end or ids[end - 1] not in stops:
-        return ids + [tokenizer.eos_token_id]
-    while end > 1 and ids[end - 2] == ids[end - 1]:  # a tokenizer that adds a second end-of-sequence token of its own
-        end -= 1
-    return ids[:end]
-
-
-def encode(tokenizer, prompt, responses: list, stops: list, **options):
-    """Ids of the prompt and of each response, tokenised together; the boundary is their longest common token prefix.
-
-    prompt: text or messages; responses: texts or messages. Returns (prompt ids, [response ids, ...]), every response with its end."""
-    if isinstance(prompt, str):
-        bos, eos = tokenizer.bos_token, tokenizer.eos_token
-        ids = lambda text: tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids  # one BOS, never two
-        head, whole = ids(prompt), [ids(prompt + r.removesuffix(eos) + eos) for r in responses]
-    else:
-        answers = [as_messages(r) for r in responses]
-        head = render(tokenizer, prompt, answer_next=True, **options)
-        if prompt[-1]["role"] == "assistant":  # the responses continue an answer already begun
-            begun, prompt = prompt[-1], prompt[:-1]
-            answers = [[dict(begun, content=begun["content"] + a[0]["content"]), *a[1:]] for a in answers]
-        whole = [render(tokenizer, prompt + a, **options) for a in answers]
-    whole = [end_turn(tokenizer, w, stops) for w in whole]
-    n = min(shared(head, w) for w in whole)
-    return whole[0][:n], [w[n:] for w in whole]
-
-
-def as_pair(prompt, chosen, rejected):
-    """(prompt, [chosen, rejected]) from any published layout: the prompt apart, or inside both; text or messages."""
-    if isinstance(chosen, list) and (not isinstance(prompt, list) or not prompt):  # a prompt in words is inside the messages, or their first turn
+def as_pair(row: dict):
+    """(prompt, [chosen, rejected]) of any published layout: text or messages, the prompt apart or inside both (or, as
+    messages, both)."""
+    if row.get("chosen") is None or row.get("rejected") is None:
+        raise ValueError("it needs chosen and rejected, or prompt, completions and scores")
+    prompt, chosen, rejected = as_prompt(row), row["chosen"], row["rejected"]
+    if isinstance(chosen, list) and not isinstance(row.get("prompt"), list):  # a prompt in words is their first turn
         chosen, rejected = as_messages(chosen), as_messages(rejected)
-        if not chosen or not rejected or chosen[0]["role"] == "assistant":
-            return as_messages(prompt, "user") if prompt else [], [chosen, rejected]
-        n = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        while n and chosen[n - 1]["role"] == "assistant":  # two talks that part at a user's turn: the answer before it belongs to both
+        if not chosen or not rejected or "assistant" in (chosen[0]["role"], rejected[0]["role"]):
+            return as_messages(prompt or [], "user"), [chosen, rejected]
+        chosen, rejected = with_system(row, chosen), with_system(row, rejected)
+        n = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        # where they part at a user's turn, the answer before it belongs to both
+        while n and chosen[n - 1]["role"] == "assistant":
             n -= 1
         return chosen[:n], [chosen[n:], rejected[n:]]
     if prompt and isinstance(prompt, list):
-        prompt, whole = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
-        if all(talk[: len(prompt)] == prompt and len(talk) > len(prompt) for talk in whole):  # the prompt is given apart and again in both
-            return prompt, [talk[len(prompt) :] for talk in whole]
-        return prompt, [chosen, rejected]
+        prompt, talks = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
+        own = as_messages(row["prompt"]) if isinstance(row.get("prompt"), list) else prompt
+        is_given_twice = all(talk[: len(own)] == own and len(talk) > len(own) for talk in talks)
+        return prompt, [talk[len(own) :] for talk in talks] if is_given_twice else talks
     if prompt:
         return prompt, [chosen, rejected]
-    n = shared(chosen, rejected)
-    speaker = chosen.rfind("\n\nAssistant:", 0, n)  # HH-RLHF: back to the last turn that both share; else to the last whole word
-    n = speaker + len("\n\nAssistant:") if speaker >= 0 else max(0, chosen.rfind(" ", 0, min(n, len(chosen) - 1, len(rejected) - 1) + 1))
+    speaker = "\n\nAssistant:"  # HH-RLHF
+    if speaker not in chosen:
+        raise ValueError("chosen and rejected need a prompt: a column prompt or question, or turns as in HH-RLHF")
+    turn = chosen.rfind(speaker, 0, shared_prefix(chosen, rejected))
+    if turn < 0:
+        raise Drop("chosen and rejected share no prompt")
+    n = turn + len(speaker)
     return chosen[:n], [chosen[n:], rejected[n:]]
 
 
-def load_json(option: str, name: str):
-    """The content of a JSON file."""
+def shared_prefix(a, b) -> int:
+    """Length of the longest common prefix of two sequences."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+@lru_cache
+def special_tokens(tokenizer) -> dict:
+    """Id and text of every special token; `all_special_ids` has the named ones only."""
+    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def render_text(tokenizer, messages: list, answer_next: bool = False, **options) -> str:
+    """A conversation under the chat template, with the generation prompt if answer_next. Raises Drop."""
+    options["add_generation_prompt"] = answer_next
+    template = tokenizer.get_chat_template(tools=options.get("tools"))
+    if "strftime_now" in template:  # the date of the run's start, also when it is resumed
+        today = lambda match: repr(RUN_DATE[0].strftime(match[2]))
+        call = r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)"""
+        options["chat_template"] = re.sub(call, today, template)
+    texts = [call["arguments"] for call in tool_calls(messages) if isinstance(call.get("arguments"), str)]
+    quoted = [json.dumps(arguments, ensure_ascii=ascii) for arguments in texts for ascii in (True, False)]
     try:
-        content = json.loads(Path(name).read_text())
-    except (OSError, ValueError) as e:
-        refuse(f"{option} {name}: cannot be read as JSON ({reason(e)})")
-    if not isinstance(content, dict):
-        refuse(f"{option} {name}: must be a JSON object, it is a {type(content).__name__}")
-    return content
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            wants_objects = any(arguments in text for arguments in quoted)
+        except Exception:
+            if not texts:
+                raise
+            wants_objects = True
+        if wants_objects:
+            messages = json.loads(json.dumps(messages))
+            for call in tool_calls(messages):
+                if isinstance(call.get("arguments"), str):
+                    call["arguments"] = json.loads(call["arguments"] or "{}")
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return text
+    except Exception as e:
+        raise Drop(f"refused by the chat template ({' '.join(str(e).split())[:60]})") from e
 
 
-def load_conditions(name: str) -> dict:
-    """The system prompts by kind, {} where no file is given."""
-    conditions = load_json("--condition", name) if name else {}
-    for kind, text in conditions.items():
-        if not isinstance(text, str):
-            refuse(f"--condition {name}: the system prompt of {kind} must be text, it is {text!r}")
-    return conditions
+def tool_calls(messages: list) -> list:
+    """The calls (name, arguments) of all messages."""
+    return [call.get("function", call) for message in messages for call in message.get("tool_calls", ())]
 
 
-def with_condition(prompt, condition: str):
-    """The prompt behind a system prompt that only the reward model sees (InternLM2)."""
-    if not condition:
-        return prompt
-    if isinstance(prompt, str):
-        return f"{condition}\n\n{prompt}"
-    if prompt and prompt[0]["role"] == "system":
-        return [dict(role="system", content=f"{condition}\n\n{prompt[0]['content']}"), *prompt[1:]]
-    return [dict(role="system", content=condition), *prompt]
+def render(tokenizer, messages: list, answer_next: bool = False, **options) -> list:
+    """Ids of `render_text`."""
+    return text_ids(tokenizer, render_text(tokenizer, messages, answer_next, **options))
+
+
+def text_ids(tokenizer, text: str) -> list:
+    """Ids of a text that holds its special tokens already."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@lru_cache
+def turn_end(tokenizer) -> tuple:
+    """The token that ends an assistant's turn, and how many tokens the template writes after it: the first special
+    token after the content, found by rendering two answers; where the template marks no end, the end-of-sequence token
+    and -1."""
+    user, special = [dict(role="user", content="a")], special_tokens(tokenizer)
+    one, other = (render(tokenizer, user + as_messages(answer)) for answer in ("b", "c"))
+    tail = one[len(one) - shared_prefix(one[::-1], other[::-1]) :]
+    ends = [(token, len(tail) - i - 1) for i, token in enumerate(tail) if token in special]
+    return ends[0] if ends else (tokenizer.eos_token_id, -1)
+
+
+def stop_tokens(tokenizer) -> list:
+    """Ids that end an answer: the end of an assistant's turn, and the end-of-sequence token."""
+    return sorted({turn_end(tokenizer)[0], tokenizer.eos_token_id})
 
 
 def template_options(row: dict) -> dict:
     """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
-    tools = row.get("tools")
-    ours = ("chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt", "continue_final_message")  # no row's business
-    options = {k: v for k, v in without_none(row.get("chat_template_kwargs") or {}).items() if k not in ours}
-    return options | (dict(tools=json.loads(tools) if isinstance(tools, str) else without_none(tools)) if tools else {})
+    reserved = {"chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt"}
+    options = without_none(row.get("chat_template_kwargs") or {})
+    options = {k: v for k, v in options.items() if k not in reserved | {"continue_final_message"}}
+    if row.get("tools"):
+        options["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else without_none(row["tools"])
+    return options
 
 
-# --------------------------------------------------------------------------------------------------------------------- model
+def without_end(tokenizer, messages: list) -> list:
+    """Messages less the end-of-sequence token that the assistant's texts may end with already."""
+    eos, cut = tokenizer.eos_token, []
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        cut.append(message | dict(content=message["content"].removesuffix(eos)) if is_answer else message)
+    return cut
 
 
-def rows_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, sliding_window=None, rows=None, softcap=None, **kwargs):
-    """Attention over rows laid end to end: a response sees its own prompt and itself. q, k, v [1, H, T, D]."""
-    if softcap is not None:
-        raise NotImplementedError("soft-capped attention scores (Gemma 2) need the model's own attention")
-    if rows is None:  # sampling: the ordinary path
-        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+def refuse_special(tokenizer, *values):
+    """Drops a row that holds a special token in any of its texts: data must not be able to end a turn or to begin
+    one."""
+    text = json.dumps(values, ensure_ascii=False, default=str)
+    for token in special_tokens(tokenizer).values():
+        if token in text:
+            raise Drop(f"special token {token} in the text; write a conversation as messages")
+
+
+def encode(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tuple:
+    """A prompt and its responses (text or messages), tokenised together; their boundary is the longest prefix that all
+    share.
+
+    Returns prompt ids, response ids, and for each response token whether the assistant says it. row may hold tools and
+    chat_template_kwargs. Raises Drop."""
+    eos, options = tokenizer.eos_token, template_options(row)
+    is_text = isinstance(prompt, str) and all(isinstance(r, str) for r in responses)
+    replies = [without_end(tokenizer, as_messages(response)) for response in responses]
+    refuse_special(tokenizer, prompt, replies, options)
+    if not prompt:
+        raise Drop("empty prompt")
+    if is_text:
+        texts = [prompt, *(prompt + reply[0]["content"] + eos for reply in replies)]
+        head, *wholes = (plain_ids(tokenizer, text) for text in texts)
+        trained = [[True] * len(whole) for whole in wholes]
+    else:
+        prompt = as_messages(prompt, "user")
+        turns = [encode_turns(tokenizer, prompt + reply, len(prompt), options, notes) for reply in replies]
+        if any(len(rows) > 1 for rows in turns):
+            raise Drop("the chat template rewrites earlier turns")
+        if not all(turns):
+            raise Drop("no assistant turn to train on")
+        wholes, trained = zip(*(rows[0] for rows in turns))
+        head = prompt_ids(tokenizer, prompt, options)
+    n = min(shared_prefix(head, whole) for whole in wholes)
+    if not n:
+        raise Drop("prompt and response share no token boundary")
+    for reply, marks in zip(replies, trained):
+        # n is before this response's own start if another one's first token has merged with the prompt's last
+        if reply[0]["role"] == "assistant" and True in marks:
+            marks[n : marks.index(True)] = [True] * (marks.index(True) - n)
+    return wholes[0][:n], [whole[n:] for whole in wholes], [marks[n:] for marks in trained]
+
+
+def plain_ids(tokenizer, text: str) -> list:
+    """Ids of a text without a chat template, with the special tokens that the tokenizer adds, but at most one end."""
+    ids = tokenizer(text).input_ids
+    while ids[-2:] == [tokenizer.eos_token_id] * 2:
+        ids.pop()
+    return ids
+
+
+def prompt_ids(tokenizer, prompt: list, options: dict) -> list:
+    """Ids of messages up to where the assistant is to speak, or to continue if the last message is an answer that it
+    has begun."""
+    if prompt[-1]["role"] == "assistant":
+        return text_ids(tokenizer, begun_text(tokenizer, prompt, options))
+    return render(tokenizer, prompt, True, **options)
+
+
+def begun_text(tokenizer, messages: list, options: dict) -> str:
+    """The text of a conversation whose last message is the beginning of an answer.
+
+    A template that writes something before the answer (an empty thinking block, say) would put it between prompt and
+    beginning, where generation never has it; then the beginning follows the generation prompt directly."""
+    text, begun = render_text(tokenizer, messages, continue_final_message=True, **options), messages[-1]["content"]
+    opening = render_text(tokenizer, messages[:-1], True, **options)
+    has_generation_prompt = opening != render_text(tokenizer, messages[:-1], **options)
+    start = text.rfind(begun.strip())
+    written = text[len(opening) : start] if text.startswith(opening) else "?"
+    is_header = any(token in written for token in special_tokens(tokenizer).values())
+    if not has_generation_prompt or not written.strip() or is_header:
+        return text[:start] + begun.lstrip()  # which templates may trim
+    overlap = max(n for n in range(len(begun) + 1) if opening.endswith(begun[:n]))  # both may open the thinking block
+    return opening + begun[overlap:]
+
+
+def encode_turns(tokenizer, messages: list, first: int, options: dict, notes: Counter) -> list:
+    """A conversation with the assistant's turns from message `first` on to be trained, each with its end-of-turn token.
+
+    Returns [(ids, trained)], trained one bool per id: one pair for the whole conversation, or one for each turn if the
+    template rewrites earlier turns (drops their thinking, say). Raises Drop where generation would never see what
+    training sees."""
+    turns = []
+    for i in range(max(first, 1), len(messages)):  # an assistant's turn that opens the conversation answers nothing
+        if messages[i]["role"] == "assistant" and messages[i].get("weight") != 0:
+            continues = i == first and messages[i - 1]["role"] == "assistant"
+            turns.append((continue_turn if continues else encode_turn)(tokenizer, messages[: i + 1], options, notes))
+    if turns and all(turns[-1][0][: len(ids)] == ids for ids, _ in turns):
+        whole = turns[-1][0]
+        return [(whole, [any(start <= t < len(ids) for ids, start in turns) for t in range(len(whole))])]
+    return [(ids, [t >= start for t in range(len(ids))]) for ids, start in turns]
+
+
+def continue_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
+    """`encode_turn` where the last message continues an answer that the message before it has begun."""
+    head = begun_text(tokenizer, messages[:-1], options)
+    ids = text_ids(tokenizer, head + messages[-1]["content"]) + [turn_end(tokenizer)[0]]
+    return ids, shared_prefix(text_ids(tokenizer, head), ids)
+
+
+def encode_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
+    """Ids of a conversation up to the end of its last turn, the assistant's, and where that turn begins. Raises
+    Drop."""
+    prompt, turn, special = messages[:-1], messages[-1], special_tokens(tokenizer)
+    text, opening = render_text(tokenizer, messages, **options), render_text(tokenizer, prompt, **options).rstrip()
+    # a template may close the prompt with tokens that it writes elsewhere once a reply follows
+    while token := next((t for t in special.values() if opening.endswith(t)), ""):
+        opening = opening.removesuffix(token).rstrip()
+    if not text.startswith(opening):
+        raise Drop("the chat template changes the prompt once a reply follows")
+    whole, before, reply = ("".join(part.split()) for part in (text, opening, text[len(opening) :]))
+    for content in ("".join(message["content"].split()) for message in prompt):
+        if content in whole and content not in before:
+            raise Drop("the chat template changes the prompt once a reply follows")
+        notes["prompt messages that the chat template leaves out"] += content not in whole
+    content = "".join(turn["content"].split())
+    if content not in reply:
+        raise Drop("the chat template leaves out part of the reply")
+    if "".join(turn.get("reasoning_content", "").split()) not in reply:
+        notes["replies whose reasoning_content the chat template leaves out"] += 1
+    words_alone = {k: v for k, v in turn.items() if k != "tool_calls"}
+    shows_calls = "tool_calls" in turn and render_text(tokenizer, [*prompt, words_alone], **options) != text
+    notes["replies whose tool_calls the chat template leaves out"] += "tool_calls" in turn and not shows_calls
+    if not content and not shows_calls:
+        raise Drop("the reply is empty but for its end-of-turn token")
+    ids, head = end_turn(tokenizer, text_ids(tokenizer, text)), render(tokenizer, prompt, True, **options)
+    start = shared_prefix(head, ids)
+    if len(ids) - start < 2:
+        raise Drop("the reply is empty but for its end-of-turn token")
+    notes["replies that do not begin where the generation prompt ends"] += start < len(head)
+    return ids, start
+
+
+def end_turn(tokenizer, ids: list) -> list:
+    """Ids of a conversation up to the token that ends its last turn, the assistant's. Raises Drop."""
+    end, after = turn_end(tokenizer)
+    if after < 0:  # the template marks no end
+        return ids + [end]
+    if ids[-1 - after :][:1] == [end]:
+        return ids[: len(ids) - after]
+    ends = [i for i, token in enumerate(ids) if token in special_tokens(tokenizer)]  # a turn that ends in another way
+    if not ends or tokenizer.decode(ids[ends[-1] + 1 :]).strip():
+        raise Drop("the chat template writes no special token at the end of the reply")
+    return ids[: ends[-1] + 1]
+
+
+def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_columns=None) -> list:
+    """All rows that encode_row(row, notes) makes of a data set, with a report: kept, dropped and why, lengths, an
+    example.
+
+    add_columns(option, data): the data set with columns that encode_row reads beside its own."""
+    data, rows, notes = load_rows(option, name, split), [], Counter()
+    data = add_columns(option, data) if add_columns else data
+    for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or len(data) < 5000)):
+        try:
+            rows += encode_row(row, notes)
+        except Drop as drop:
+            notes[f"dropped: {drop}"] += 1
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
+            what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            columns = ", ".join(data.column_names)
+            hint = f"its columns are {columns}; see 'Reads' in --help"
+            fail(f"{option} {name}, row {number} (from 0): not in a known format ({what}); {hint}")
+    counts = ", ".join(f"{n} {note}" for note, n in notes.items() if n) or "none dropped, none cut"
+    if not rows:
+        columns = ", ".join(data.column_names)
+        fail(f"{option} {name}: none of its {len(data)} rows can be used ({counts}); its columns are {columns}")
+    print0(f"{option} {name}: {len(rows)} rows from {len(data)}; {counts}")
+    prompts, responses = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
+    quantiles = ["/".join(str(sorted(x)[int(q * (len(x) - 1))]) for q in (0.5, 0.95, 1)) for x in (prompts, responses)]
+    print0("  tokens (median/95%/most): prompt {}, response {}".format(*quantiles))
+    shown = tokenizer.decode(rows[0].prompt)[-200:]
+    for is_trained, part in groupby(zip(rows[0].trained[0], rows[0].responses[0]), key=lambda pair: pair[0]):
+        text = tokenizer.decode([token for _, token in part])
+        shown += f"[[{text[:300]}]]" if is_trained else text[:100]
+    print0("  example, [[trained]]: " + shown.replace("\n", "\n  | "))
+    return rows
+
+
+def prepare_split(args, tokenizer, encode_row, by_prompt: bool = True, add_columns=None) -> tuple:
+    """Rows to train on, and held-out rows: from --eval-dataset, or a share of --dataset (of its prompts, or, if not
+    by_prompt, its rows)."""
+    rows = prepare("--dataset", args.dataset, "train", tokenizer, encode_row, add_columns)
+    if args.eval_dataset:
+        return rows, prepare("--eval-dataset", args.eval_dataset, "test", tokenizer, encode_row, add_columns)
+    keys = [tuple(row.prompt) if by_prompt else i for i, row in enumerate(rows)]
+    every = list(dict.fromkeys(keys))
+    count = min(len(every) - 1, round(args.eval_fraction * len(every)))
+    held = set(random.Random(args.seed).sample(every, count))
+    print0(f"  held out: {count} of {len(every)} {'prompts' if by_prompt else 'rows'}")
+    held_out = [row for row, key in zip(rows, keys) if key in held]
+    return [row for row, key in zip(rows, keys) if key not in held], held_out
+
+
+# ---- rows: packed, a prompt and its K responses lie end to end, the prompt computed once, nothing padded
+#
+#      P1 R1a R1b P2 R2a R2b ...     R1b attends to P1 and itself; its positions start at len(P1)
+
+
+SPARE = Row([0], [[0]], [[True]], {})  # for a rank without rows
+
+
+def count_tokens(row: Row) -> int:
+    """Tokens of a row, its prompt counted once."""
+    return len(row.prompt) + sum(map(len, row.responses))
+
+
+def padded_width(row: Row) -> int:
+    """Tokens of the longest response with its prompt."""
+    return len(row.prompt) + max(map(len, row.responses))
+
+
+def segment_lengths(row: Row) -> tuple:
+    """(length of the first segment, lengths of those that see it): the prompt and its responses; a single response is
+    one with its prompt."""
+    lengths = [len(response) for response in row.responses]
+    return (len(row.prompt) + lengths[0], ()) if len(lengths) == 1 else (len(row.prompt), tuple(lengths))
+
+
+def pack(rows: list, device) -> tuple:
+    """Rows end to end in one sequence. Returns (dict(inputs, source, last), target).
+
+    inputs: of the model; source [N]: positions that predict the trained tokens; last [R]: position of each response's
+    last token; target [N]: the trained tokens. inputs["rows"] is for `rows_attention`: the segments' lengths and, for
+    FlashAttention, the keys that each segment sees."""
+    ids, positions, source, last, target, keys, q_lengths, k_lengths = [], [], [], [], [], [], [], []
+    for row in rows:
+        start, length, (first, others) = len(ids), len(row.prompt), segment_lengths(row)
+        ids += row.prompt
+        positions += range(length)
+        keys += range(start, start + first)
+        for response, trained in zip(row.responses, row.trained):
+            begin = len(ids)
+            ids += response
+            positions += range(length, length + len(response))
+            # the prompt's last token predicts the first of every response
+            predictors = [start + length - 1, *range(begin, len(ids) - 1)]
+            source += [predictor for predictor, keep in zip(predictors, trained) if keep]
+            target += [token for token, keep in zip(response, trained) if keep]
+            last.append(len(ids) - 1)
+            keys += [*range(start, start + length), *range(begin, len(ids))] if others else []
+        q_lengths += [first, *others]
+        k_lengths += [first, *(first + other for other in others)]
+    tensor = partial(torch.tensor, dtype=torch.long, device=device)
+    flash = dict(max_q=max(q_lengths), max_k=max(k_lengths), keys=tensor(keys))
+    flash["cu_q"], flash["cu_k"] = (tensor([0, *x]).cumsum(0, dtype=torch.int32) for x in (q_lengths, k_lengths))
+    attention = dict(segments=[segment_lengths(row) for row in rows], **flash)
+    inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(positions)[None], rows=attention, use_cache=False)
+    return dict(inputs=inputs, source=tensor(source), last=tensor(last)), tensor(target)
+
+
+def pad(rows: list, device) -> tuple:
+    """`pack` for a model whose attention cannot follow packed rows: each response with its prompt, padded on the
+    right."""
+    pairs = [(row.prompt, response, trained) for row in rows for response, trained in zip(row.responses, row.trained)]
+    width, ids, mask, source, last, target = max(len(p) + len(r) for p, r, _ in pairs), [], [], [], [], []
+    for i, (prompt, response, trained) in enumerate(pairs):
+        length, first = len(prompt) + len(response), i * width + len(prompt)
+        ids.append(prompt + response + [0] * (width - length))
+        mask.append([1] * length + [0] * (width - length))
+        source += [first + j - 1 for j, keep in enumerate(trained) if keep]
+        target += [token for token, keep in zip(response, trained) if keep]
+        last.append(i * width + length - 1)
+    tensor = partial(torch.tensor, dtype=torch.long, device=device)
+    inputs = dict(input_ids=tensor(ids), attention_mask=tensor(mask), use_cache=False)
+    return dict(inputs=inputs, source=tensor(source), last=tensor(last)), tensor(target)
+
+
+def rows_attention(
+    module,
+    q,
+    k,
+    v,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    sliding_window=None,
+    rows=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
+    """Attention over packed rows: a response sees its own prompt and itself. q [1, H, T, D]; k, v [1, G, T, D].
+
+    softcap: of Gemma 2's scores; s_aux [H]: GPT-OSS's sinks, a score beside those of the keys."""
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
     options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    flash = q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1] and q.shape[-1] in range(8, 257, 8) and not dropout
-    if flash:  # FlashAttention over segments: its causal mask is aligned to the last key, as a response needs it
+    is_plain = softcap is None and s_aux is None
+    fits_flash = q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1]
+    fits_flash = fits_flash and q.shape[-1] in range(8, 257, 8)
+    if fits_flash and is_plain and not dropout:  # FlashAttention aligns its causal mask to a segment's last key
         from torch.nn.attention.varlen import varlen_attn
 
         if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
             options.pop("enable_gqa")  # torch 2.11 groups heads without being asked
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
-        k, v, window = k[rows["index"]], v[rows["index"]], (sliding_window - 1 if sliding_window else -1, 0)
-        return varlen_attn(q, k, v, rows["cu_q"], rows["cu_k"], rows["max_q"], rows["max_k"], window_size=window, **options)[None], None
+        k, v, lengths = k[rows["keys"]], v[rows["keys"]], [rows[name] for name in ("cu_q", "cu_k", "max_q", "max_k")]
+        window = (sliding_window - 1 if sliding_window else -1, 0)
+        return varlen_attn(q, k, v, *lengths, window_size=window, **options)[None], None
 
-    def attend(q, k, v):  # [n, H, Q, D], [n, H, K, D]: the queries are the last Q of the K positions
+    def attend(q, k, v):  # [n, H, Q, D], [n, G, K, D]: the queries are the last Q of K positions
         Q, K = q.shape[2], k.shape[2]
-        if Q == K and not (sliding_window and sliding_window < K):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, **options)
-        i, j = torch.arange(K - Q, K, device=q.device)[:, None], torch.arange(K, device=q.device)
-        seen = (j <= i) & (j > i - (sliding_window or K))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, **options)
+        if is_plain and Q == K and (sliding_window or K) >= K:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, **options)
+        j = torch.arange(K, device=q.device)
+        i = j[K - Q :, None]
+        visible = (j <= i) & (j > i - (sliding_window or K))  # [Q, K]
+        if is_plain:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, **options)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = q @ k.transpose(2, 3) * scaling
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        scores = scores.masked_fill(~visible, -math.inf)
+        if s_aux is not None:
+            scores = torch.cat([scores, s_aux.to(scores.dtype)[:, None, None].expand(len(q), -1, Q, 1)], -1)
+        return F.dropout(scores.softmax(-1), dropout)[..., :K] @ v
 
-    groups, out = [(form, len(list(same))) for form, same in groupby(rows["layout"])], []  # neighbours of equal shape are one batch
-    sizes = [n * (P + sum(R)) for (P, R), n in groups]
-    for ((P, R), n), *qkv in zip(groups, *(x[0].split(sizes, 1) for x in (q, k, v))):
-        (q0, *qs), (k0, *ks), (v0, *vs) = (x.unflatten(1, (n, -1)).transpose(0, 1).split([P, *R], 2) for x in qkv)
-        parts = [attend(q0, k0, v0), *(attend(q, torch.cat([k0, k], 2), torch.cat([v0, v], 2)) for q, k, v in zip(qs, ks, vs))]
-        out.append(torch.cat(parts, 2).transpose(0, 1).flatten(1, 2))
+    # neighbours of equal lengths are one batch of n
+    groups = [(lengths, len(list(same))) for lengths, same in groupby(rows["segments"])]
+    parts = [x[0].split([n * (first + sum(others)) for (first, others), n in groups], 1) for x in (q, k, v)]
+    out = []
+    for ((first, others), n), *group in zip(groups, *parts):
+        split = [x.unflatten(1, (n, -1)).transpose(0, 1).split([first, *others], 2) for x in group]  # [n, H, length, D]
+        (q0, *qs), (k0, *ks), (v0, *vs) = split
+        segments = [attend(q0, k0, v0)]
+        for q1, k1, v1 in zip(qs, ks, vs):
+            segments.append(attend(q1, torch.cat([k0, k1], 2), torch.cat([v0, v1], 2)))
+        out.append(torch.cat(segments, 2).transpose(0, 1).flatten(1, 2))  # [H, n (P + R1 + ...), D]
     return torch.cat(out, 1).transpose(0, 1)[None], None  # [1, T, H, D]
 
 
-def rows_mask(*args, attention_mask=None, **kwargs):
-    """No mask where rows are given; elsewhere the ordinary one, from the attention_mask, without which a sliding window would be lost."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False})
+AttentionInterface.register("packed_rows", rows_attention)
+AttentionMaskInterface.register("packed_rows", lambda *args, **kwargs: None)  # rows_attention makes its own
 
 
-AttentionInterface.register("rows", rows_attention)
-AttentionMaskInterface.register("rows", rows_mask)
+def forwards(rows: list, args, model, device, spare: Row = SPARE):
+    """This rank's rows in forward passes of at most --tokens-per-forward tokens: yields (rows, weight, inputs, target),
+    the last two from `pack` or `pad`.
+
+    A longer row is a pass of its own. All ranks make equally many passes, as FSDP needs; one that has run out repeats
+    a row with weight 0, or, if it has none, the spare one."""
+    groups, layout, key, responses, tokens = [], pack, segment_lengths, 0, 0
+    if not model.packs:
+        layout, key = pad, padded_width
+    for row in sorted(rows, key=key):
+        responses += len(row.responses)
+        tokens += count_tokens(row)
+        # padded, every response takes the width of the widest, which is the last
+        size = tokens if model.packs else responses * padded_width(row)
+        if not groups or size > args.tokens_per_forward:
+            groups.append([])
+            responses, tokens = len(row.responses), count_tokens(row)
+        groups[-1].append(row)
+    most = len(groups)
+    if WORLD > 1:
+        most = int(over_ranks(torch.tensor(most, device=device), dist.ReduceOp.MAX))
+    for i in range(most):
+        group, weight = (groups[i], 1.0) if i < len(groups) else ([rows[0] if rows else spare], 0.0)
+        yield group, weight, *layout(group, device)
 
 
-def shape(row: Row) -> tuple:
-    """(prompt length, response lengths); a single response is one piece with its prompt, since nothing is shared."""
-    prompt, responses = len(row.prompt), tuple(map(len, row.responses))
-    return (prompt + responses[0], ()) if len(responses) == 1 else (prompt, responses)
+@torch.no_grad()
+def response_values(values_of, model, rows: list, args, device, shared: bool = True) -> torch.Tensor:
+    """values_of(rows, inputs, target), a number for each response, for the responses of all rows in order [R].
+
+    shared: all ranks have the same rows and share the work; else each rank has its own."""
+    counts = [len(row.responses) for row in rows]
+    first = {id(row): count for row, count in zip(rows, accumulate([0, *counts]))}
+    mine = rows[RANK::WORLD] if shared else rows
+    values = torch.zeros(sum(counts), device=device)
+    model.eval()
+    for group, weight, inputs, target in forwards(mine, args, model, device):
+        found = values_of(group, inputs, target)
+        if weight:
+            indices = [first[id(row)] + i for row in group for i in range(len(row.responses))]
+            values[torch.tensor(indices, device=device)] = found
+    model.train()
+    return over_ranks(values).cpu() if shared else values
 
 
-def pack(rows: list, device, together: bool = True):
-    """Rows end to end in one sequence, nothing padded; or, if not together, one sequence for each response.
+# ---- models: loading, sharding, checking, one optimiser step
 
-    Returns forwards, a list of (model inputs, positions that predict the trained tokens, positions of the responses' last tokens),
-    and the trained tokens in order [N]."""
-    if not together:
-        forwards, targets = [], []
-        for row in rows:
-            for i, response in enumerate(row.responses):
-                (forward,), target = pack([Row(row.prompt, [response], row.trained and [row.trained[i]])], device)
-                inputs, *at = forward
-                inputs = {k: v for k, v in inputs.items() if k != "rows"} | dict(attention_mask=torch.ones_like(inputs["input_ids"]))
-                forwards.append((inputs, *at))
-                targets.append(target)
-        return forwards, torch.cat(targets)
-    ids, position, source, last, target, layout, index, q_lens, k_lens = [], [], [], [], [], [], [], [], []
-    for row in rows:
-        start, end, (head, tails) = len(ids), len(ids) + len(row.prompt), shape(row)
-        ids += row.prompt
-        position += range(end - start)
-        index += range(start, start + head)  # the keys of each segment, prompt or response, one after the other
-        for i, response in enumerate(row.responses):
-            t = len(ids)
-            ids += response
-            position += range(end - start, end - start + len(response))
-            before = [end - 1, *range(t, t + len(response) - 1)]  # the prompt's last token predicts every response's first
-            keep = row.trained[i] if row.trained else [True] * len(response)
-            source += [s for s, k in zip(before, keep) if k]
-            target += [token for token, k in zip(response, keep) if k]
-            last.append(len(ids) - 1)
-            index += [*range(start, end), *range(t, t + len(response))] if tails else []
-        layout.append((head, tails))
-        q_lens += [head, *tails]
-        k_lens += [head, *(head + r for r in tails)]
-    tensor = lambda x: torch.tensor(x, device=device)
-    cumulative = lambda x: tensor([0, *x]).cumsum(0, dtype=torch.int32)
-    plan = dict(layout=layout, index=tensor(index), cu_q=cumulative(q_lens), cu_k=cumulative(k_lens), max_q=max(q_lens), max_k=max(k_lens))
-    inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(position)[None], rows=plan, use_cache=False)
-    return [(inputs, tensor(source), tensor(last))], tensor(target)
-
-
-class TargetLogps(torch.autograd.Function):
-    """The log-probability of each target token, the entropy of its distribution, and whether the token is the likeliest; each [N].
-
-    hidden [N, d], head [V, d], bias [V] or None, target [N]; adjust(logits, at): what follows the output layer, for the tokens of slice at.
-    Of the logits [N, V] no more than a chunk of tokens ever stands in memory; the backward pass computes it again, with
-    d log pi(y) / d logits = 1[y] - pi. The gradient of the head is summed over chunks in float32."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, bias, target, adjust):
-        size = max(256, 2**23 // len(head))  # tokens of a chunk: 32 MB of logits; at least 256, as each adds a whole [V, d] to the head's gradient
-        ctx.save_for_backward(hidden, head, bias, target)
-        ctx.chunks, ctx.adjust, parts = [slice(i, i + size) for i in range(0, len(target), size)], adjust, []
-        for at in ctx.chunks:
-            logits = adjust(F.linear(hidden[at], head, bias).float(), at)  # [n, V]
-            logps = logits.log_softmax(-1)
-            logp = logps.gather(-1, target[at, None])[:, 0]
-            top = logp == logps.amax(-1)  # amax is several times faster than argmax
-            parts.append((logp, -torch.exp(logps, out=logits).mul_(logps).sum(-1), top))  # in the room of the logits
-        logp, entropy, top = (torch.cat(x) for x in zip(*parts))
-        ctx.mark_non_differentiable(entropy, top)
-        return logp, entropy, top
-
-    @staticmethod
-    def backward(ctx, g, *_):
-        hidden, head, bias, target = ctx.saved_tensors
-        d_hidden, wanted = torch.empty_like(hidden), zip((head, bias), ctx.needs_input_grad[1:3])  # the head may be frozen
-        d_head, d_bias = (torch.zeros_like(w, dtype=torch.float32) if needed else None for w, needed in wanted)
-        for at in ctx.chunks:
-            raw = F.linear(hidden[at], head, bias).float().requires_grad_()
-            with torch.enable_grad():  # through what adjust does
-                logits = ctx.adjust(raw, at)
-            d = logits.detach().softmax(-1).mul_(-g[at, None])
-            d[torch.arange(len(d), device=d.device), target[at]] += g[at]
-            (d,) = torch.autograd.grad(logits, raw, d)
-            d = d.to(head.dtype)  # [n, V]
-            d_hidden[at] = d @ head
-            if d_head is not None:
-                d_head += d.T @ hidden[at]
-            if d_bias is not None:
-                d_bias += d.sum(0)
-        return d_hidden, *(x if x is None else x.to(head.dtype) for x in (d_head, d_bias)), None, None
-
-
-def token_logps(self, forwards, target, temperature: float = 1.0, kept=None):
-    """Log-probability of each target token, the distribution's entropy, and whether the token is the likeliest; each [N].
-
-    kept: for each token the ids that nucleus sampling kept, a tensor each; the distribution is renormalised over them."""
-    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards])  # [N, d]
-    head, config = self.get_output_embeddings(), self.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-
-    def adjust(logits, at):
-        logits = logits if scale == 1 else logits * scale
-        logits = cap * torch.tanh(logits / cap) if cap else logits
-        logits = logits if temperature == 1 else logits / temperature
-        if kept is not None:
-            count = torch.tensor([len(k) for k in kept[at]], device=logits.device)
-            allowed = torch.zeros_like(logits, dtype=torch.bool)
-            allowed[torch.arange(len(count), device=logits.device).repeat_interleave(count), torch.cat(kept[at])] = True
-            logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)  # finite, so that p log p is 0 there
-        return logits
-
-    return TargetLogps.apply(hidden, head.weight, head.bias, target, adjust)
-
-
-def response_scores(self, forwards):
-    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0."""
-    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, last] for inputs, _, last in forwards])  # [R, d]
-    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
+CHAT_TEMPLATE = (  # for tokenizers that come without one; the end-of-sequence token ends every turn
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 
 
 def load_tokenizer(name: str):
     """A checkpoint's tokenizer; without a chat template it gets a plain one."""
-    if not Path(name).exists() and (name.startswith(("runs/", "./", "../", "/")) or not name):
-        refuse(f"{name or 'the empty path'}: there is no such checkpoint directory; make it first (see README: python sft.py writes runs/base)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as e:
-        refuse(f"{name}: no tokenizer can be loaded from it ({reason(e)})")
-    if tokenizer.eos_token is None:
-        refuse(f"{name}: its tokenizer has no end-of-sequence token, so that no answer could ever end; give it one (eos_token)")
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-    try:
-        talk = tokenizer.apply_chat_template([dict(role="user", content="one"), dict(role="assistant", content="two")], tokenize=False)
-    except Exception as e:
-        refuse(f"{name}: its chat template cannot be used ({reason(e)}); correct chat_template.jinja")
-    if "one" not in talk or "two" not in talk:
-        refuse(f"{name}: its chat template shows {talk[:100]!r} in place of what is said; correct chat_template.jinja")
+    with user_input(f"{name}: no tokenizer can be loaded from it"):
+        if not Path(name).exists() and name.startswith(("runs/", "./", "../", "/")):
+            raise FileNotFoundError("there is no such directory; run the stage that writes it first")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.eos_token is None:
+            raise ValueError("it has no end-of-sequence token, so that no answer could ever end")
+        if not tokenizer.chat_template:
+            print0(f"note: {name} has no chat template; messages are written as 'role: content{tokenizer.eos_token}'")
+            tokenizer.chat_template = CHAT_TEMPLATE
+        try:
+            shown = render_text(tokenizer, [dict(role="user", content="one"), dict(role="assistant", content="two")])
+        except Drop as drop:
+            raise ValueError(f"a conversation is {drop}") from drop
+        if "one" not in shown or "two" not in shown:
+            raise ValueError(f"its chat template shows {shown[:100]!r} in place of what is said")
+        with tempfile.TemporaryDirectory() as folder:  # the next stage must read the same ids
+            save_tokenizer(tokenizer, Path(folder))
+            reloaded = AutoTokenizer.from_pretrained(folder)
+            probes = [
+                shown,
+                "Hello,  world!\n 12 + 3 = 15. é 你好 <a>",
+                "x<|y|>",
+                f"a{tokenizer.eos_token}b {tokenizer.eos_token} c",
+            ]
+            if any(tokenizer(text).input_ids != reloaded(text).input_ids for text in probes):
+                raise ValueError("it reads other ids once it is saved and loaded again")
     return tokenizer
 
 
-def load_config(name: str):
-    """A checkpoint's config."""
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as e:
-        refuse(f"{name}: no model's config can be loaded from it ({reason(e)})")
+def save_tokenizer(tokenizer, directory: Path):
+    """Saves a tokenizer with the option `legacy`, which changes the ids and which transformers leaves out."""
+    tokenizer.save_pretrained(directory)
+    if hasattr(tokenizer, "legacy"):
+        file = directory / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(legacy=tokenizer.legacy), indent=2))
 
 
-def load_model(auto, name: str, tokenizer, device, dtype, dropout: bool = False, **options):
-    """A checkpoint with float32 weights, its attention replaced by `rows_attention`.
+def fit_length(args, name: str) -> int:
+    """--max-length, or what the model's positions allow."""
+    with user_input(f"{name}: no configuration can be loaded from it"):
+        config = AutoConfig.from_pretrained(name).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or args.max_length
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes, *(x for x in ropes.values() if isinstance(x, dict))]:
+        if rope.get("rope_type") in ("longrope", "dynamic"):  # their angles depend on the longest row of a forward
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", positions
+            )
+            if args.max_length > original:
+                what = f"{name} changes its rotary embeddings beyond {original} tokens"
+                fail(f"--max-length {args.max_length}: {what}; set at most {original}")
+    for field in ("index_topk", "keep_window_size"):
+        if getattr(config, field, None) and args.max_length > getattr(config, field):
+            limit = getattr(config, field)  # beyond it transformers' own attention is not causal
+            fail(f"--max-length {args.max_length}: {name} attends to {limit} tokens only; set at most {limit}")
+    if positions < args.max_length:
+        print0(f"note: --max-length {args.max_length} is lowered to the {positions} positions of {name}")
+    return min(args.max_length, positions)
 
-    Where that gives other results (found by trying), the model keeps its own and gets one sequence a forward: slow and right, with a notice."""
-    stored = load_config(name).dtype
-    try:
-        # safetensors only: a pickle could run anything
-        options |= dict(trust_remote_code=False, use_safetensors=True)
-        model = auto.from_pretrained(name, attn_implementation="eager", dtype=torch.float32, **options)
-    except Exception as e:
-        refuse(f"{name}: no model can be loaded from it ({reason(e)}); it takes config.json and safetensors, as save_pretrained writes them")
-    for weight, values in model.named_parameters():
-        if not values.isfinite().all():
-            refuse(f"{name}: its weights are damaged: {weight} holds numbers that are not finite")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        refuse(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {model.get_input_embeddings().num_embeddings}; resize it")
-    if model.base_model is model:
-        refuse(f"{name}: {type(model).__name__} does not name its base model, which this script needs")
-    model = ready(model, device, stored or torch.float32, dropout)
-    model.together = rows_agree(model, device, dtype)
-    if not model.together:
-        model.set_attn_implementation("eager")
-        say(f"note: the attention of {type(model).__name__} does not follow rows: one sequence a forward in float32, right but slow")
+
+def read_model(auto, name: str, tokenizer, **options):
+    """A checkpoint with float32 weights; model.stored_dtype is the dtype in which they were stored."""
+    with user_input(f"{name}: no model can be loaded from it"):
+        options |= dict(attn_implementation="eager", dtype=torch.float32)
+        model = auto.from_pretrained(name, use_safetensors=True, **options)  # a pickle could run anything
+        embeddings = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > embeddings:
+            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model only {embeddings}")
+        damaged = [weight for weight, values in model.named_parameters() if not values.isfinite().all()]
+        if damaged:
+            raise ValueError(f"its weights are damaged: {damaged[0]} holds numbers that are not finite")
+        if model.base_model is model:
+            raise ValueError(f"{type(model).__name__} does not name its base model, which this script needs")
+        model.stored_dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
     return model
 
 
-def ready(model, device, stored=torch.float32, dropout: bool = False):
-    """The model on its device, in training mode, without dropout unless asked; stored: the dtype in which it will be saved."""
-    for module in model.modules() if not dropout else ():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or name == "p" and isinstance(module, torch.nn.Dropout)):
-                setattr(module, name, 0.0)
-    model.together, model.stored = True, stored
-    return model.to(device).train()
+def load_model(auto, name: str, tokenizer, args, device, dtype, *methods, dropout: bool = False, **options):
+    """`read_model` and `prepare_model` in one."""
+    model = read_model(auto, name, tokenizer, **options)
+    return prepare_model(model, name, args, device, dtype, *methods, dropout=dropout)
 
 
-@torch.no_grad()
-def rows_agree(model, device, dtype) -> bool:
-    """Whether rows in one sequence under our attention give what each response alone gives under the model's own, on random tokens."""
-    generator, hidden = torch.Generator().manual_seed(0), []
-    tokens = torch.randint(min(1000, model.config.get_text_config().vocab_size), (25,), generator=generator).tolist()
-    rows = [Row(tokens[:5], [tokens[5:9], tokens[9:15]]), Row(tokens[15:18], [tokens[18:]])]
-    model.eval()
-    try:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for together, attention in ((False, "eager"), (True, "rows")):
-                model.set_attn_implementation(attention)
-                forwards, *_ = pack(rows, device, together)
-                hidden.append(torch.cat([model.base_model(**inputs).last_hidden_state[0, at].float() for inputs, at, _ in forwards]))
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, TypeError, RuntimeError):
-        return False
-    finally:
-        model.train()
-    tolerance = 1e-3 if dtype == torch.float32 else 0.05
-    return bool((hidden[0] - hidden[1]).norm() <= tolerance * hidden[1].norm())
-
-
-@torch.no_grad()
-def check_head(model, name: str, device):
-    """Refuse a model whose output layer does more than token_logps does."""
-    ids = list(range(3, 15))
-    forwards, target = pack([Row(ids[:4], [ids[4:]])], device, model.together)
-    inputs = torch.tensor([ids], device=device)
-    model.eval()
-    whole = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0, 3:-1].float().log_softmax(-1)
-    known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
-    off = (token_logps(model, forwards, target)[0] - whole.gather(-1, target[:, None])[:, 0]).abs().max() if known else None
-    model.train()
-    if not known or not off < 0.01:
-        refuse(f"{name}: the output layer of {type(model).__name__} does more than this script knows; its log-probabilities would be wrong")
-
-
-def is_reward_model(name: str) -> bool:
-    """Whether a checkpoint that loads has a trained head with one score."""
-    config = load_config(name)
-    return "SequenceClassification" in "".join(config.architectures or []) and config.num_labels == 1
-
-
-def all_stops(model, tokenizer) -> list:
-    """`stop_tokens`, and the further ones that a chat model's generation_config may know."""
-    known = model.generation_config.eos_token_id
-    known = known if isinstance(known, list) else [known] if known is not None else []
-    return sorted({*stop_tokens(tokenizer), *(i for i in known if i < len(tokenizer))})  # a config's default may lie beyond a small vocabulary
-
-
-# ------------------------------------------------------------------------------------------------------------------ sampling
-
-
-def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
-    """The randomness of sampling [len(answers), length]: a function of (seed, step, answer, position) and of nothing else."""
-    key = lambda answer: int.from_bytes(hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8], "little") >> 1
-    rows = [torch.rand(length, generator=torch.Generator().manual_seed(key(answer))) for answer in answers]
-    return torch.stack(rows) if rows else torch.zeros(0, length)
-
-
-@contextmanager
-def gathered(model):
-    """Whole weights on every rank, so that ranks need not sample in step with each other."""
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    yield
-    for part in parts:
-        part.set_reshard_after_forward(part is not model, recurse=False)  # the root's weights stay, as FSDP has it
-        part.reshard()
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values [B, H, T, D], growing within room kept for them: DynamicLayer copies them all to add those of one token."""
-
-    room = ()  # two tensors [B, H, T + free places, D], of which `keys` and `values` are views; none while the model skips the layer
-
-    def update(self, keys, values, *args, **kwargs):
-        start, self.is_initialized = self.get_seq_length(), True
-        end = start + keys.shape[-2]
-        if not start or self.room[0].shape[-2] < end:
-            room = [new.new_empty(*new.shape[:-2], end + 32, new.shape[-1]) for new in (keys, values)]
-            for whole, old in zip(room, (self.keys, self.values) if start else ()):
-                whole[..., :start, :] = old
-            self.room = room
-        for whole, new in zip(self.room, (keys, values)):
-            whole[..., start:end, :] = new
-        self.keys, self.values = (whole[..., :end, :] for whole in self.room)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        if self.room:
-            length, self.room = self.get_seq_length(), [whole[indices] for whole in self.room]
-            self.keys, self.values = (whole[..., :length, :] for whole in self.room)
-
-    def batch_repeat_interleave(self, repeats):
-        if self.room:
-            self.batch_select_indices(torch.arange(len(self.keys), device=self.keys.device).repeat_interleave(repeats))
-
-
-@torch.no_grad()
-def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0):
-    """Answers to prompts (lists of ids): n = len(numbers) / len(prompts) to each, one after the other, the prompt computed once for them.
-
-    numbers [answers, max_new_tokens], uniform in [0, 1), are all the randomness there is; temperature 0 takes the likeliest token.
-    Returns for each answer its ids (the stop token included), the log-probability of each in the very distribution it was drawn from,
-    and, with top_p < 1, the ids that the nucleus kept at each position, else None."""
-    device, count, longest = numbers.device, len(numbers), numbers.shape[1]
-    n = count // max(1, len(prompts))
-    tokens, logps, kept = [[] for _ in range(count)], [[] for _ in range(count)], [[] for _ in range(count)] if top_p < 1 else None
-    if not count:
-        return tokens, logps, kept
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * (len(p) + longest) for p in prompts], device=device)
-    position = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache()
-    cache.layer_class_to_replicate = RoomyLayer
-    call = dict(past_key_values=cache, use_cache=True)
-    logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=position, logits_to_keep=1, **call).logits[:, -1]
-    cache.batch_repeat_interleave(n)
-    logits, mask, position = (x.repeat_interleave(n, 0) for x in (logits, mask, position[:, -1:]))
-    alive, ends = torch.arange(count, device=device), torch.tensor(stops, device=device)
-    for t in range(longest):
-        logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [alive, V]
-        if top_p < 1:
-            ordered, order = logp.sort(-1, descending=True)
-            keep = ordered.exp().cumsum(-1) - ordered.exp() < top_p  # the smallest set that reaches top_p
-            logp = logp.masked_fill(~torch.zeros_like(keep).scatter(1, order, keep), -math.inf).log_softmax(-1)
-            for answer, nucleus in zip(alive.tolist(), order[keep].split(keep.sum(-1).tolist())):
-                kept[answer].append(nucleus)
-        if temperature == 0:
-            token = logp.argmax(-1)
-        else:  # the first token at which the cumulative probability exceeds the number
-            cumulative = logp.exp().cumsum(-1)
-            token = torch.searchsorted(cumulative, numbers[alive, t, None] * cumulative[:, -1:], right=True)[:, 0]
-            token = token.clamp(max=logp.shape[-1] - 1)
-        for answer, i, p in zip(alive.tolist(), token.tolist(), logp.gather(1, token[:, None])[:, 0].tolist()):
-            tokens[answer].append(i)
-            logps[answer].append(p)
-        going = (~torch.isin(token, ends)).nonzero()[:, 0]
-        if t + 1 == longest or not len(going):
-            break
-        if len(going) < len(alive):  # finished answers leave the batch
-            cache.batch_select_indices(going)
-            alive, token, mask, position = alive[going], token[going], mask[going], position[going]
-        position = position + 1
-        logits = model(input_ids=token[:, None], attention_mask=mask[:, : width + t + 1], position_ids=position, **call).logits[:, -1]
-    return tokens, logps, kept
-
-
-def load_frozen(auto, name: str, device, dtype, method, **options):
-    """A frozen model and its tokenizer."""
-    tokenizer = load_tokenizer(name)
-    model = load_model(auto, name, tokenizer, device, dtype, **options)
-    if method is token_logps:
-        check_head(model, name, device)
-    return shard(model.requires_grad_(False), dtype, method), tokenizer
-
-
-@torch.no_grad()
-def reward_scores(model, tokenizer, conditions: dict, args, device, rows: list, texts: list) -> torch.Tensor:
-    """The reward model's scores [B] of answers, given as texts, rendered and tokenised as in its training."""
-    stops, longest = stop_tokens(tokenizer), getattr(model.config, "max_position_embeddings", 2**20)
-    asked, scores = [], torch.zeros(len(rows), device=device)
-    for row, text in zip(rows, texts):
-        prompt = with_condition(row.extra["prompt"], conditions.get(row.extra["kind"], ""))
-        text = without_special(tokenizer, text)
-        prompt, (answer,) = encode(tokenizer, prompt, [text], stops, **template_options(row.extra))
-        asked.append(Row(prompt[-max(1, longest - len(answer)) :], [answer[: longest - 1]]))
-    for group, forwards, _ in packed(asked, args.tokens_per_forward, device, model.together):
-        scores[group] = model.response_scores(forwards)[: len(group)]
-    if not scores.isfinite().all():
-        print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"a reward model's score is {scores[~scores.isfinite()][0].item()}: its weights are damaged")
-    return scores
-
-
-def without_special(tokenizer, text: str) -> str:
-    """A policy's text less what its reader would take for special tokens: it must not end its turn and write the judge's reply."""
-    specials = list(special_tokens(tokenizer).values())
-    while any(special in text for special in specials):  # taking one out may make another
-        for special in specials:
-            text = text.replace(special, "")
-    return text
-
-
-def conversation_text(prompt, answer: str) -> str:
-    """What the judge reads: the prompt and the answer, with the speakers' names where there are several turns."""
-    if isinstance(prompt, str):
-        return prompt + answer
-    turns = [m for m in prompt if m["role"] != "system"]
-    if len(turns) == 1:
-        return f"{turns[0]['content']}\n{answer}"
-    talk = "\n".join(f"{m['role']}: {m['content']}" for m in turns)
-    return talk + answer if turns and turns[-1]["role"] == "assistant" else f"{talk}\nassistant: {answer}"  # an answer already begun goes on
-
-
-@torch.no_grad()
-def judge_logps(model, tokenizer, talks: list, options: list, args, device) -> torch.Tensor:
-    """The judge's log-probabilities of replying with each option [B, K]: of every token, the end included, from where the replies differ.
-
-    talks: what the judge is asked, as the text of one turn or as messages."""
-    stops, logps = stop_tokens(tokenizer), torch.zeros(len(talks), len(options), device=device)
-    asked = []
-    for talk in talks:
-        prompt, replies = encode(tokenizer, as_messages(talk, "user"), options, stops)
-        n = min(min(shared(replies[0], reply), len(reply) - 1) for reply in replies)  # what all begin with, such as an empty thought
-        rest = [reply[n:] for reply in replies]
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", 2**20) - max(map(len, rest))
-        asked.append(Row((prompt + replies[0][:n])[-max(1, longest) :], rest))
-    for group, forwards, target in packed(asked, args.tokens_per_forward, device, model.together):
-        token_logp = model.token_logps(forwards, target)[0]
-        lengths = [len(reply) for i in group for reply in asked[i].responses]
-        if group:
-            logps[group] = torch.stack([part.sum() for part in token_logp.split(lengths)]).view(len(group), -1)
-    return logps
-
-
-def load_rubric(name: str) -> dict:
-    """A rubric, checked: a question, and either nothing else or options and, for every kind, a reward for each of them."""
-    rubric = load_json("--rubric", name)
-    options, rewards = rubric.get("options", {}), rubric.get("reward", {})
-    if not isinstance(rubric.get("question"), str) or bool(options) != bool(rewards):
-        refuse(f"--rubric {name}: needs a question, and options and reward together or neither; it has {', '.join(rubric)}")
-    for kind, table in rewards.items():
-        if set(table) != set(options):
-            refuse(f"--rubric {name}: its rewards for {kind} are for {', '.join(table)}, its options are {', '.join(options)}; give one for each")
-    return rubric
-
-
-# ----------------------------------------------------------------------------------------------------------------------- run
-
-
-def start_ranks(dtype: str):
-    """This rank's device and the dtype of the computation; joins the other ranks."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    compute = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" else torch.float32
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if WORLD > 1:
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first rank writes a checkpoint
-    elif compute != torch.float32:  # FSDP's mixed precision, for one rank as for many
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device, compute
-
-
-def shard(model, dtype, *methods):
-    """Bind the methods to the model; with several ranks or in bfloat16, give each rank its part of every weight (FSDP2)."""
+def prepare_model(model, name: str, args, device, dtype, *methods, dropout: bool = False):
+    """The model on its device in training mode, with packed rows if it can follow them, `methods` bound, sharded over
+    the ranks (FSDP2)."""
+    for module in model.modules():  # without noise two forward passes are the same function
+        if hasattr(module, "router_jitter_noise"):  # PhiMoE's is a threshold too: its router stays in evaluation mode
+            module.eval().train = lambda mode=True, module=module: module
+        for field in [k for k, v in vars(module).items() if isinstance(v, float) and k != "router_jitter_noise"]:
+            if "jitter" in field or not dropout and ("dropout" in field or field == "p"):
+                setattr(module, field, 0.0)
     for method in methods:
         setattr(model, method.__name__, types.MethodType(method, model))
-    if dist.is_initialized() and model.together:
+    check_model(model.to(device), name, device, dtype)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if dist.is_initialized():
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
-        for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
+        policy = MixedPrecisionPolicy()
+        if dtype == torch.bfloat16:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        decoder = model.get_decoder() or model  # of a multimodal model, the part that reads text
+        for layer in next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList)):
             fully_shard(layer, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
         for method in methods:
             register_fsdp_forward_method(model, method.__name__)
-    return model
+    return model.train()
 
 
-def micro_batches(rows: list, limit: int, device, together: bool = True) -> list:
-    """This rank's rows, neighbours of one shape, in forwards of at most `limit` tokens (a longer row goes alone): lists of row numbers,
-    equally many on every rank."""
-    groups, total = [], limit  # full, so that the first row opens a group
-    for i in sorted(range(len(rows)), key=lambda i: shape(rows[i])):
-        size = len(rows[i].prompt) + sum(map(len, rows[i].responses))
-        if total + size > limit or not together:
-            groups.append([])
-            total = 0
-        groups[-1].append(i)
-        total += size
-    if WORLD > 1:
-        most = torch.tensor(len(groups), device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        groups += [[] for _ in range(int(most) - len(groups))]
-    return groups
+@contextlib.contextmanager
+def short_windows(model):
+    """For the time of a short probe, sliding windows are four tokens long, so that a model that ignores them is found
+    out."""
+    holders, before = [model.config, model.config.get_text_config(), *model.modules()], []
+    for holder in holders:
+        for field in ("sliding_window", "attention_chunk_size"):
+            if isinstance(vars(holder).get(field), int):
+                before.append((holder, field, vars(holder)[field]))
+                setattr(holder, field, 4)
+    try:
+        yield
+    finally:
+        for holder, field, value in before[::-1]:
+            setattr(holder, field, value)
 
 
-def packed(rows: list, limit: int, device, together: bool = True):
-    """For each forward: the row numbers, and the forwards and targets of `pack`. A rank that has no rows left gets a spare row and no
-    numbers, so that all ranks make equally many forwards."""
-    for group in micro_batches(rows, limit, device, together):
-        yield group, *pack([rows[i] for i in group] or [Row([0], [[0]])], device, together)
+@torch.no_grad()
+def check_model(model, name: str, device, dtype):
+    """Sets model.packs: whether packed rows give the hidden states of the same rows padded, under the model's own
+    attention, on random tokens. Fails where `token_logps` does not give the log-probabilities of the model's own
+    logits."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (25,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [
+        Row(ids[:5], [ids[5:9], ids[9:15]], [[True] * 4, [True] * 6], {}),
+        Row(ids[15:18], [ids[18:]], [[True] * 7], {}),
+    ]
+    (padded, target), (packed, _) = pad(rows, device), pack(rows, device)
+
+    def hidden_states(batch):
+        return model.base_model(**batch["inputs"]).last_hidden_state.flatten(0, 1)[batch["source"]].float()
+
+    model.eval()
+    for kind in dict.fromkeys((torch.float32, dtype)):  # float32 shows small differences, bfloat16 has FlashAttention
+        is_float32 = kind == torch.float32
+        model.set_attn_implementation("eager")
+        with torch.autocast(device.type, kind, enabled=not is_float32), short_windows(model):
+            theirs = hidden_states(padded)
+            if hasattr(model, "token_logps"):
+                is_known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
+                if is_known:
+                    logits = model(**padded["inputs"]).logits.flatten(0, 1)[padded["source"]].float()
+                    own = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+                    gap = (model.token_logps(**padded, target=target)[0] - own).abs().max()
+                if not is_known or not gap < (1e-3 if is_float32 else 0.1):
+                    fail(f"{name}: the output layer of {type(model).__name__} does more than this script knows")
+            try:
+                model.set_attn_implementation("packed_rows")
+                difference = (hidden_states(packed) - theirs).norm() / theirs.norm()
+                model.packs, why = bool(difference < (1e-3 if is_float32 else 0.05)), f"difference {difference:.1g}"
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, TypeError, RuntimeError, ValueError) as e:
+                model.packs, why = False, f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        if not model.packs:
+            break
+    if not model.packs:
+        model.set_attn_implementation("eager")
+        print0(f"note: {type(model).__name__} cannot follow packed rows ({why}); they are padded, which is slower")
 
 
-def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+# ---- runs: ranks, the output directory, checkpoints, metrics
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RECEIVED = []  # the signals that asked this process to stop
+RUN_DATE = [datetime.now()]  # what chat templates write as the date: that of the run's start, also after --resume
+for library in (transformers.utils.logging, datasets.utils.logging):  # they would break up the script's own lines
+    library.disable_progress_bar()
+    library.set_verbosity(50)  # critical
+
+
+def print0(*text):
+    """Prints on the first rank."""
+    if RANK == 0:
+        print(*text, flush=True)
+
+
+def setup_distributed(args) -> tuple:
+    """This rank's device and the dtype of the computation; joins the other ranks."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    elif torch.version.cuda:
+        print0("note: this build of torch has CUDA but finds no device (is the driver too old?); training on the CPU")
+    is_bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    if WORLD > 1 or dtype == torch.bfloat16:  # FSDP's mixed precision, for one rank as for many
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if WORLD == 1 else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2), **alone)
+    torch.manual_seed(args.seed)
+    return device, dtype
+
+
+def over_ranks(values, op=dist.ReduceOp.SUM):
     """The sum (or maximum) over all ranks."""
     if WORLD > 1:
         dist.all_reduce(values, op)
     return values
 
 
-def fingerprint(name: str) -> str:
-    """Of a file or directory: names, sizes, and the content (of large files: both ends); a hub id stands for itself."""
-    path, digest, kinds = Path(name), hashlib.sha256(), (".json", ".jinja", ".safetensors", ".arrow", ".parquet")
-    inside = [f for f in path.rglob("*") if f.suffix in kinds and not f.relative_to(path).parts[0].startswith(("checkpoint-", "saving", "value"))]
-    for file in [path] if path.is_file() else sorted(inside):
-        if file.name not in ("args.json", "report.json"):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as f:
-                digest.update(f.read(2**24))
-                f.seek(max(f.tell(), size - 2**24))
-                digest.update(f.read())
-    return digest.hexdigest()[:16] if path.exists() else "hub"
+def add_scalars(sums: dict, logged: dict, weight: float):
+    """Adds weighted scalars to running sums, by name; they stay on the device."""
+    for name, value in logged.items():
+        sums[name] = sums.get(name, 0) + weight * value.detach()
 
 
-def check_numbers(args):
-    """Numbers out of range are refused before anything is read."""
-    counts = ("epochs", "batch_size", "tokens_per_forward", "max_length", "vocab_size", "hidden_size", "num_layers", "num_heads")
-    counts += ("num_generations", "max_new_tokens", "ppo_epochs", "num_minibatches", "kl_horizon", "num_iterations", "eval_samples", "sample_tokens")
-    counts += ("n", "judgements", "rounds", "turns", "judge_parallel", "judge_max_tokens")
-    shares = ("eval_fraction", "top_p", "warmup_ratio", "gamma", "lam", "merge_keep", "merge_weight", "clamp", "min_mass")
-    signed = ("missing_eos_score", "reward_constant", "rule_weight", "judge_weight", "min_reward")
-    trains = hasattr(args, "learning_rate")  # a policy to be trained needs a chance for every token
+def sum_over_ranks(sums: dict) -> dict:
+    """The sums over all ranks as numbers, with one synchronisation for all."""
+    return dict(zip(sums, over_ranks(torch.stack([*sums.values()])).tolist()))
+
+
+def check_numbers(args, above_zero: tuple = (), at_most_one: tuple = (), signed: tuple = ()):
+    """Fails on a number that is out of range. Counts are at least 1, shares at most 1, others at least 0 unless they
+    are signed."""
+    counts = {"epochs", "batch_size", "tokens_per_forward", "max_length"}
+    counts |= {"vocab_size", "hidden_size", "num_layers", "num_heads"}  # sft.py --from-scratch
     for name, value in asdict(args).items():
         needed = ""
         if isinstance(value, float) and not math.isfinite(value):
-            needed = "a number"
+            needed = "a finite number"
         elif name in counts and value < 1:
             needed = "1 or more"
-        elif name in ("top_p", "beta", "merge_keep", "max_grad_norm") and value <= 0 or name == "temperature" and value == 0 and trains:
+        elif name in ("max_grad_norm", *above_zero) and value <= 0:
             needed = "above 0"
-        elif name in shares and value > 1 or name == "eval_fraction" and value == 1:
-            needed = "at most 1" if value > 1 else "below 1"
+        elif name in ("warmup_ratio", *at_most_one) and value > 1:
+            needed = "at most 1"
+        elif name == "eval_fraction" and value >= 1:
+            needed = "below 1"
         elif isinstance(value, (int, float)) and value < 0 and name not in signed:
             needed = "0 or more"
         if needed:
-            refuse(f"--{name.replace('_', '-')} {value}: must be {needed}")
+            fail(f"--{name.replace('_', '-')} {value}: must be {needed}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs wandb, which is not installed (pip install wandb)")
 
 
-def begin(args, *more_free, **inputs):
-    """The output directory, the checkpoint to continue from or None, and what identifies the run. inputs: by option, all that is read;
-    more_free: options beyond the usual that do not change the result.
+def fingerprint(path: Path) -> str:
+    """Names and sizes of a file, or of a directory's files without those of the run that wrote it, and a hash of both
+    ends of each."""
+    digest, files = hashlib.sha256(), [path]
+    if path.is_dir():
+        parts = lambda file: file.relative_to(path).parts
+        is_input = lambda file: (
+            not RUN_FILES & {*parts(file)} and not parts(file)[0].startswith(("checkpoint-", "saving"))
+        )
+        files = sorted(file for file in path.rglob("*") if file.is_file() and is_input(file))
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            digest.update(f"{file.name} {size}".encode() + f.read(2**24))
+            f.seek(max(f.tell(), size - 2**24))
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
 
-    Ends the program where a finished run of the same arguments stands, and refuses to mix two runs in one directory."""
-    check_numbers(args)
-    if asdict(args).get("track"):
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            refuse("--track: needs wandb, which is not installed (pip install wandb)")
-    out, free = Path(args.output_dir), ("resume", "overwrite", "track", "wandb_project", "run_name", "output_dir", "tokens_per_forward", "save_every")
-    free += ("gradient_checkpointing", "show", "show_every", "sample_tokens", *more_free)
-    plan = {k: v for k, v in asdict(args).items() if k not in free} | {f"content of {k}": fingerprint(v) for k, v in inputs.items() if v}
-    plan, error, finished, last = json.loads(json.dumps(plan)), None, False, None
-    if RANK == 0:  # one rank looks, so that all see the same
-        file, before = out / "args.json", None
-        steps = [int(d.name.split("-")[1]) for d in out.glob("checkpoint-*") if d.name.split("-")[1].isdigit()]
-        try:
-            before = json.loads(file.read_text()) if args.resume and file.exists() else None
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            error = f"--output-dir {out}: cannot be used ({e.strerror}); choose another"
-        except ValueError:
-            error = f"{file}: is damaged, so that nothing can be resumed; choose another --output-dir, or --overwrite without --resume"
-        inside = [k for k, v in inputs.items() if v and (out.resolve() == Path(v).resolve() or out.resolve() in Path(v).resolve().parents)]
-        if inside and not error:
-            error = f"--output-dir {out}: holds what --{inside[0].split()[0].replace('_', '-')} reads; choose another"
-        elif args.resume and before and not error:
-            old = {k: v for k, v in before.get("plan", {}).items() if k not in free}
-            changed = [f"{k} was {old.get(k)!r} and is {plan.get(k)!r}" for k in sorted({*old, *plan}) if old.get(k) != plan.get(k)]
+
+RUN_FILES = {"args.json", "metrics.jsonl", "curves.png", "report.json", "test_time.png", "value", "wandb"}
+# options that change no result
+FREE_OPTIONS = {
+    "resume",
+    "overwrite",
+    "track",
+    "output_dir",
+    "save_every",
+    "tokens_per_forward",
+    "sample_tokens",
+    "gradient_checkpointing",
+}
+
+
+def open_run(args, *inputs) -> tuple:
+    """The output directory, the checkpoint to resume from or None, and the run's signature: its arguments and
+    fingerprints of its inputs.
+
+    Ends the program where a finished run of the same arguments stands. Two runs, or a run and its inputs, are never
+    mixed in a directory."""
+    out, error, last, signature, date = Path(args.output_dir), None, None, None, RUN_DATE[0]
+    if RANK == 0:  # one rank looks, so that all do the same
+        with user_input(f"--output-dir {out}: cannot be used"):
+            paths = [Path(split_name(name)[0]) for name in inputs if name]
+            files = [path for path in paths if path.exists()]
+            signature = {k: v for k, v in asdict(args).items() if k not in FREE_OPTIONS}
+            signature |= {f"content of {file}": fingerprint(file) for file in files}
+            signature = json.loads(json.dumps(signature))  # tuples become lists, as in the file
+            record = out / "args.json"
+            before = json.loads(record.read_text()) if args.resume and record.exists() else None
+            is_used = out.exists() and any(file.suffix != ".part" for file in out.iterdir())  # a write that was killed
+        checkpoints = [d for d in out.glob("checkpoint-*") if d.name[11:].isdigit()]
+        if any(out.resolve() in (file.resolve(), *file.resolve().parents) for file in files):
+            error = f"--output-dir {out}: holds what the run reads; choose another"
+        elif before:
+            old = before.get("signature", {})
+            names = sorted(name for name in {*old, *signature} if old.get(name) != signature.get(name))
+            changed = "; ".join(f"{name} was {old.get(name)!r} and is {signature.get(name)!r}" for name in names)
             if changed:
-                changed = "; ".join(changed)[:500]
-                error = f"--resume: {out} holds another run ({changed}); choose another --output-dir, or --overwrite without --resume"
-            finished = before["finished"]
-            last = str(out / f"checkpoint-{max(steps)}") if steps else None
-        elif not error and not args.overwrite and any(f.suffix != ".part" for f in out.iterdir()):  # .part: a write that was killed
-            error = f"--output-dir {out}: not empty; choose another, --resume a run that stands there, or --overwrite it"
+                error = f"--resume: {out} holds another run ({changed[:500]}); choose another --output-dir"
+            date = datetime.fromisoformat(before.get("date", date.isoformat()))
+            last = str(max(checkpoints, key=lambda d: int(d.name[11:]))) if checkpoints else None
+            last = "finished" if before["finished"] else last
+        elif is_used and not args.overwrite:
+            what = "is not empty, and holds no args.json to resume from" if args.resume else "is not empty"
+            error = f"--output-dir {out}: {what}; choose another, --resume a run that stands there, or --overwrite it"
     if WORLD > 1:
-        error, finished, last = broadcast([error, finished, last])
-        if not error and not out.exists():
-            error = f"--output-dir {out}: rank {RANK} does not see it; choose one on a disk that all nodes share"
+        shared = [error, last, signature, date]
+        dist.broadcast_object_list(shared)
+        error, last, signature, date = shared
     if error:
-        refuse(error)
-    if finished:
-        say(f"{out}: finished already with the same arguments and data; nothing to do")
+        fail(error)
+    if last == "finished":
+        print0(f"{out}: finished already with the same arguments and data; nothing to do")
         sys.exit(0)
-    return out, Path(last) if last else None, plan
+    RUN_DATE[0] = date
+    print0(f"{Path(__file__).name}: loading {', '.join(dict.fromkeys(name for name in inputs if name))}")
+    return out, Path(last) if last else None, signature
 
 
-def broadcast(values: list) -> list:
-    """The first rank's values, on every rank."""
-    dist.broadcast_object_list(values)
-    return values
-
-
-def claim(args, out: Path, plan: dict):
-    """Clear the output directory for a new run and leave args.json there: enough to say where a checkpoint comes from and to run it again.
-
-    Called when all input has been read and found good. An older model stays until the new one takes its place."""
+def clear_run(args, out: Path, signature: dict):
+    """Removes what an earlier run wrote and writes args.json. Call it when all input has been read. An older model
+    stays until the new one is saved."""
     if RANK == 0:
-        for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
-            shutil.rmtree(stale)
-        for stale in ("metrics.jsonl", "report.json", "test_time.png"):  # of whichever script ran here before
-            (out / stale).unlink(missing_ok=True)
-        machine = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
-        machine |= dict(ranks=WORLD, threads=torch.get_num_threads())
-        write_json(out / "args.json", dict(script=Path(__file__).name, finished=False, args=asdict(args), plan=plan) | machine)
-
-
-@contextmanager
-def writing(path: Path):
-    """What the disk does not take ends the run in one sentence."""
-    try:
-        yield
-    except Exception as e:  # safetensors, torch and the system each have their own
-        print(file=sys.stderr)  # off the progress bar's line
-        refuse(f"{path}: cannot be written ({reason(e)}); what was saved before stands; mend that (is the disk full?), then go on with --resume")
+        with user_input(f"--output-dir {out}: cannot be written"):
+            out.mkdir(parents=True, exist_ok=True)
+            for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
+                shutil.rmtree(stale)
+            for stale in ("metrics.jsonl", "report.json", "test_time.png"):
+                (out / stale).unlink(missing_ok=True)
+            versions = dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD)
+            record = dict(
+                script=Path(__file__).name, finished=False, date=RUN_DATE[0].isoformat(), args=asdict(args), **versions
+            )
+            write_json(out / "args.json", record | dict(signature=signature))
+    if WORLD > 1:
+        dist.barrier()
+        if not out.exists():
+            fail(f"--output-dir {out}: rank {RANK} does not see it; choose one on a disk that all nodes share")
 
 
 def write_json(path: Path, value):
-    """Written beside and renamed, so that the file is never half there."""
+    """Writes a file beside its place and renames it, so that it is never half there."""
     part = path.with_name(path.name + ".part")
-    with writing(path):
-        part.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(part, path)
-
-
-def sample_answers(model, rows: list, numbers, stops: list, limit: int, temperature: float, top_p: float):
-    """`sample` for rows, neighbours in length together, at most `limit` tokens in the cache at a time. Returns its three lists; with top_p 1
-    the third holds None for each answer."""
-    n, device = len(numbers) // max(1, len(rows)), model.device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    longest = max((len(row.prompt) for row in rows), default=0) + numbers.shape[1]
-    room, found = max(1, limit // (longest or 1)), [None] * len(numbers)  # answers at a time
-    size, few = max(1, room // (n or 1)), min(n, room)  # prompts, and answers to each
-    model.eval()
-    with gathered(model):
-        for part in (order[i : i + size] for i in range(0, len(order), size)):
-            for first in range(0, n, few):
-                slots = [i * n + k for i in part for k in range(first, min(n, first + few))]
-                tokens, logps, kept = sample(model, [rows[i].prompt for i in part], numbers[slots].to(device), stops, temperature, top_p)
-                for slot, *answer in zip(slots, tokens, logps, kept or [None] * len(slots)):
-                    found[slot] = answer
-    model.train()
-    return [list(x) for x in zip(*found)] or [[], [], []]
-
-
-def as_written(tokenizer, rows: list, answers: list, stops: list) -> list:
-    """Answers as text, with the tags of the thinking (also one that the chat template has opened), without stop and other special tokens."""
-    others, texts = [t for t in special_tokens(tokenizer).values() if t not in ("<think>", "</think>")], []
-    for row, ids in zip(rows, answers):
-        goes_on = isinstance(row.extra["prompt"], str) or row.extra["prompt"][-1]["role"] == "assistant"
-        before = row.prompt[-1:] if goes_on else []  # SentencePiece drops the space before a text's first word
-        text = tokenizer.decode(before + (ids[:-1] if ids and ids[-1] in stops else ids))[len(tokenizer.decode(before)) :]
-        for other in others:
-            text = text.replace(other, "")
-        opened = tokenizer.decode(row.prompt[-16:]).rstrip().endswith("<think>")
-        texts.append("<think>" * opened + text)
-    return texts
-
-
-# ---------------------------------------------------------------------------------------------------------- what goes in and out
-
-
-def text_of(response) -> str:
-    """A response, text or messages, as the text that a judge reads, without its thinking."""
-    return "\n".join(after_thinking(m["content"]) for m in as_messages(response)).strip()
-
-
-def going_on(prompt, text: str) -> str:
-    """An answer's text as it stands after its prompt: behind a space, where that ends in a word (HH-RLHF's "Assistant:", or an answer begun)."""
-    begun = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
-    return " " * bool(begun[-1:].strip()) + text
-
-
-def as_response(prompt, text: str):
-    """A text in the form of its prompt: one message, or text."""
-    return [dict(role="assistant", content=text)] if isinstance(prompt, list) else text
-
-
-def answers_of(row: dict) -> tuple:
-    """(prompt, responses, scores or None) of a row in any known layout; no responses where it holds a prompt alone."""
-    if row.get("completions") is not None:
-        scores = row.get("scores")
-        if scores is not None and (len(scores) != len(row["completions"]) or not all(s is not None and math.isfinite(s) for s in scores)):
-            raise ValueError(f"{len(row['completions'])} completions need as many scores, all of them numbers, they are {scores}")
-        return row["prompt"], row["completions"], scores
-    if "chosen" in row:
-        return *as_pair(row.get("prompt"), row["chosen"], row["rejected"]), [1.0, 0.0]
-    if row.get("messages") is not None:
-        messages = as_messages(row["messages"])
-        end = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1) + 1
-        return messages[:end], [messages[end:]] if messages[end:] else [], None
-    prompt = row.get("prompt")
-    prompt = [dict(role="user", content=row["question"])] if prompt is None and row.get("question") else prompt
-    return prompt, [row["completion"]] if row.get("completion") else [], None
-
-
-def load_items(args, *policies) -> list:
-    """The rows of --dataset as dicts: number, prompt, responses, scores, kind, and columns, all else that the row holds.
-
-    Prompts that one of the policies (model, tokenizer) cannot answer, for their length, special tokens or template, are dropped."""
-    data, notes, items = load_rows("--dataset", args.dataset, args.dataset_split), Counter(), []
-    numbers = sorted(random.Random(args.seed).sample(range(len(data)), min(args.rows, len(data)))) if args.rows else range(len(data))
-    readers = [(tokenizer, set(special_tokens(tokenizer).values()), room(model, args.max_new_tokens)) for model, tokenizer in policies]
-    for number in numbers:
-        row = without_none(data[number])
-        try:
-            prompt, responses, scores = answers_of(row)
-            prompt = as_messages(prompt) if isinstance(prompt, list) else prompt
-            responses = [as_messages(r) if isinstance(r, list) else r for r in responses]
-            texts = [m["content"] for m in as_messages(prompt or "", "user")]
-            if not any(text.strip() for text in texts):
-                notes["dropped: no prompt, or an empty one"] += 1
-                continue
-            if readers and not args.allow_special and any(has_special(special, [prompt, template_options(row)]) for _, special, _ in readers):
-                notes["dropped: special token in the text (--allow-special keeps it)"] += 1
-                continue
-            if any(len(prompt_ids(tokenizer, prompt, **template_options(row))) > longest for tokenizer, _, longest in readers):
-                notes["dropped: prompt too long for the model and --max-new-tokens"] += 1
-                continue
-        except TemplateError as e:
-            notes[f"dropped: refused by the chat template ({str(e)[:60]})"] += 1
-            continue
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
-            refuse(f"--dataset {args.dataset}, row {number}: not in a known format ({type(e).__name__}: {reason(e)}); see 'Reads' at the top")
-        used = ("prompt", "question", "messages", "completion", "completions", "scores", "chosen", "rejected", "score_chosen", "score_rejected")
-        columns = {k: v for k, v in row.items() if k not in (*used, "chosen_reward", "rejected_reward", "margin", "probability")}
-        gap = [row.get("score_chosen", row.get("chosen_reward")), row.get("score_rejected", row.get("rejected_reward"))]
-        item = dict(number=number, prompt=prompt, responses=responses, scores=scores, kind=row.get("kind") or "", columns=columns)
-        item |= dict(gap=None if None in gap else gap[0] - gap[1], chat_template_kwargs=row.get("chat_template_kwargs"), tools=row.get("tools"))
-        items.append(item)
-    why = ", ".join(f"{n} {note}" for note, n in notes.items())
-    if not items:
-        refuse(f"--dataset {args.dataset}: none of its {len(numbers)} rows can be used ({why}); its columns are {', '.join(data.column_names)}")
-    say(f"--dataset {args.dataset}: {len(items)} rows from {len(data)}; {why or 'none dropped'}")
-    return items
-
-
-def begin_rows(args) -> tuple:
-    """Device and dtype; the output directory and what identifies the run; and the records that stand there, by row number."""
-    device, dtype = start_ranks(args.dtype)
-    options = ("model", "against", "judge", "dataset", "requests", "principles", "condition", "rubric")  # what may be read
-    reads = {name: getattr(args, name) for name in options if hasattr(args, name)} | (dict(judge="") if args.judge_url else {})
-    reads |= {f"reward_model {i}": name for i, name in enumerate(getattr(args, "reward_model", ()))}
-    out, _, plan = begin(args, "judge_url", "judge_parallel", "judge_key", "batch_size", **reads)
-    part, done = out / "rows.part", []
-    if RANK == 0 and args.resume and part.exists() and (out / "args.json").exists():
-        whole = [line for line in part.read_text().splitlines(True) if line.endswith("\n")]  # a kill may have cut the last one
-        rewrite(part, whole)
-        done = [json.loads(line) for line in whole]
-    if WORLD > 1:
-        (done,) = broadcast([done])
-    return device, dtype, out, plan, {record["number"]: record for record in done}
-
-
-def batches(args, out: Path, plan: dict, items: list, done: dict, name: str):
-    """This rank's share of each batch of the items that are not done, behind a progress bar. All input has been read by now."""
-    left = [item for item in items if item["number"] not in done]
-    if done:
-        say(f"resuming {out}: {len(done)} rows are done")
-    elif RANK == 0:
-        claim(args, out, plan)
-        (out / "rows.part").unlink(missing_ok=True)
-    bar = tqdm(total=len(items), initial=len(items) - len(left), desc=name, disable=RANK > 0)
-    for i in range(0, len(left), args.batch_size):
-        yield left[i : i + args.batch_size][RANK::WORLD]
-        bar.update(len(left[i : i + args.batch_size]))
-    bar.close()
-
-
-def keep(out: Path, records: list, done: dict):
-    """What all ranks found out about a batch: on disk, and in done."""
-    if WORLD > 1:
-        everyone = [None] * WORLD
-        dist.all_gather_object(everyone, records)
-        records = sorted((record for part in everyone for record in part), key=lambda record: record["number"])
-    if RANK == 0:
-        with writing(out / "rows.part"), (out / "rows.part").open("a") as f:
-            f.writelines(json.dumps(record, default=str) + "\n" for record in records)
-            f.flush()
-            os.fsync(f.fileno())
-    done.update((record["number"], record) for record in records)
-
-
-def rewrite(path: Path, lines: list):
-    """Written beside and renamed, so that the file is never half there."""
-    beside = path.with_name(path.name + ".new")
-    with writing(path):
-        beside.write_text("".join(lines))
-        os.replace(beside, path)
-
-
-def complete(args, out: Path, files: dict, report: dict, judge=None):
-    """The data sets, by file name, and the report; then args.json says that the run is finished, and the report is printed."""
-    clean = lambda x: {k: clean(v) for k, v in x.items()} if isinstance(x, dict) else None if isinstance(x, float) and not math.isfinite(x) else x
-    if RANK == 0:
-        for name, rows in files.items():
-            rewrite(out / name, [json.dumps(row, default=str) + "\n" for row in rows])
-        write_json(out / "report.json", clean(report))
-        for name, value in report.items():
-            if isinstance(value, dict):
-                for kind, counts in value.items():
-                    say(
-                        f"  {name} {kind or '(none)'}: "
-                        + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in counts.items())
-                    )
-            elif value is not None:
-                say(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")
-        if judge and judge.spent:
-            say(
-                f"  since this process began{', on the first rank alone' * (WORLD > 1)}: "
-                + ", ".join(f"{n} {name}" for name, n in judge.spent.items())
-            )
-        say(f"{out}: " + ", ".join([*(f"{name} ({len(rows)} rows)" for name, rows in files.items()), "report.json"]))
-        if files and not any(rows for name, rows in files.items() if name != "raw.jsonl"):
-            refuse(f"{out}: no row is left; report.json there says what became of them")
-        write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
-        (out / "rows.part").unlink(missing_ok=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-# --------------------------------------------------------------------------------------------------------- policies and judges
-
-
-class Judge(NamedTuple):
-    """Whoever is asked. ask(talks, options) gives the log-probabilities of replying with each option [B, K], NaN for an abstention;
-    write(talks, keys, temperature) a list of (text, whether it came to an end), each sampled as its key and the seed say."""
-
-    name: str
-    ask: Callable
-    write: Callable
-    spent: Counter  # questions, texts, and the tokens of a server, since this process began
-
-
-def prompt_ids(tokenizer, prompt, **options) -> list:
-    """Ids of a prompt, text or messages, up to where the assistant is to speak."""
-    if isinstance(prompt, str):
-        return encode(tokenizer, prompt, [" a"], stop_tokens(tokenizer))[0]
-    return render(tokenizer, prompt, answer_next=True, **options)
-
-
-def asked_row(ids: list, prompt) -> Row:
-    """A prompt, as ids and as text or messages, to be answered."""
-    return Row(ids, [[]], None, dict(prompt=prompt))
-
-
-def write_texts(model, tokenizer, rows: list, keys: list, args, longest: int, temperature: float, top_p: float = 1.0, n: int = 1, stops=None) -> list:
-    """n answers to each row's prompt, each a pair: its text, and whether it came to an end. What is sampled is a function of seed and keys."""
-    stops = stops or all_stops(model, tokenizer)
-    numbers = uniform_numbers(args.seed, 0, [f"{key}-{k}" for key in keys for k in range(n)], longest)
-    tokens, *_ = sample_answers(model, rows, numbers, stops, args.sample_tokens, temperature, top_p)
-    texts = as_written(tokenizer, [row for row in rows for _ in range(n)], tokens, stops)
-    return [(text, ids[-1] in stops) for text, ids in zip(texts, tokens)]
-
-
-def stripped(prompt, text: str) -> str:
-    """An answer without the spaces around it; where it goes on in the middle of a text, with the one before it."""
-    goes_on = isinstance(prompt, str) or prompt[-1]["role"] == "assistant"
-    return text.rstrip() if goes_on else text.strip()
-
-
-def policy_answers(policy, tokenizer, items: list, n: int, args) -> list:
-    """n answers of the policy to each item: a list of (text, whether it came to an end) for each."""
-    rows = [asked_row(prompt_ids(tokenizer, item["prompt"], **template_options(item)), item["prompt"]) for item in items]
-    keys = [f"answer-{item['number']}" for item in items]
-    texts = write_texts(policy, tokenizer, rows, keys, args, args.max_new_tokens, args.temperature, args.top_p, n)
-    texts = [(stripped(items[i // n]["prompt"], text), ended) for i, (text, ended) in enumerate(texts)]
-    return [texts[i * n : (i + 1) * n] for i in range(len(items))]
-
-
-def mean_hidden(self, forwards, lengths: list):
-    """The mean hidden state of the tokens from the prompt's last one to each response's last but one, of length 1 [R, d].
-
-    lengths: tokens of the responses."""
-    hidden = torch.cat([self.base_model(**inputs).last_hidden_state[0, source] for inputs, source, _ in forwards]).float()  # [N, d]
-    return F.normalize(torch.stack([part.mean(0) for part in hidden.split(lengths)]), dim=-1)
-
-
-def usable(texts: list) -> list:
-    """Of (text, whether it came to an end), the texts that did and that say something besides their thinking."""
-    return [text for text, ended in texts if ended and text_of(text)]
-
-
-def given_text(response) -> str:
-    """A response of the data set, text or one message, as text."""
-    if not isinstance(response, str) and len(response) > 1:
-        refuse("--dataset: has an answer of several turns, of which only the last could be scored; give answers of one message")
-    return response if isinstance(response, str) else response[0]["content"]
-
-
-def room(model, tokens: int) -> int:
-    """Tokens of a prompt that leave room for so many more in what the model can read."""
-    return getattr(model.config, "max_position_embeddings", 2**30) - tokens
-
-
-def load_answerer(name: str, args, device, dtype) -> tuple:
-    """A policy and its tokenizer."""
-    tokenizer = load_tokenizer(name)
-    policy = load_model(AutoModelForCausalLM, name, tokenizer, device, dtype)
-    check_head(policy, name, device)
-    policy = shard(policy.requires_grad_(False), dtype, token_logps, mean_hidden)
-    if room(policy, args.max_new_tokens) < 1:
-        refuse(f"--max-new-tokens {args.max_new_tokens}: {name} reads {policy.config.max_position_embeddings} tokens in all; lower it")
-    return policy, tokenizer
-
-
-def count(spent: Counter, kind: str, talks: list, reply: Callable):
-    """Counts questions or texts, and prints the first of its kind with the judge's reply: look at it."""
-    if talks and not spent[kind] and RANK == 0:
-        asked = as_messages(talks[0], "user")[-1]["content"]
-        tqdm.write("the judge is asked:\n  | " + asked[-600:].replace("\n", "\n  | ") + f"\nand replies: {reply()[:300]}")
-    spent[kind] += len(talks)
-
-
-def chances(options: list, logps) -> str:
-    """The probabilities [K] of the options, to be read."""
-    return ", ".join(f"{option} {p:.3f}" for option, p in zip(options, logps.exp().tolist()))
-
-
-def local_judge(name: str, model, tokenizer, args, device) -> Judge:
-    """A checkpoint as judge, asked through its own chat template. What it cannot read in one go, it abstains from."""
-    clean = lambda talk: [dict(m, content=without_special(tokenizer, m["content"])) for m in as_messages(talk, "user")]
-    spent = Counter()
-
-    def ask(talks: list, options: list):
-        talks, replies = [clean(talk) for talk in talks], max(len(tokenizer(option).input_ids) for option in options) + 8
-        fits = [i for i, talk in enumerate(talks) if len(render(tokenizer, talk, answer_next=True)) <= room(model, replies)]
-        logps = torch.full((len(talks), len(options)), math.nan)
-        found = judge_logps(model, tokenizer, [talks[i] for i in fits], options, args, device).cpu()
-        logps[fits] = found.where(found.exp().sum(1, keepdim=True) >= args.min_mass, math.nan)
-        count(spent, "questions", talks, lambda: chances(options, logps[0]))
-        return logps
-
-    def write(talks: list, keys: list, temperature: float):
-        last = max(1, room(model, args.judge_max_tokens))  # tokens that can be read, of a talk that is too long
-        rows = [asked_row(render(tokenizer, clean(talk), answer_next=True)[-last:], clean(talk)) for talk in talks]
-        wrote = write_texts(model, tokenizer, rows, keys, args, args.judge_max_tokens, temperature)
-        count(spent, "texts", talks, lambda: wrote[0][0])
-        return [(text.strip(), ended) for text, ended in wrote]
-
-    return Judge(name, ask, write, spent)
-
-
-class SameHost(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection: the key must not go to another host than the one that was named."""
-
-    def redirect_request(self, request, *rest):
-        return None
-
-
-TEN = [str(i) for i in range(1, 11)]  # the replies of whoever gives 1 to 10
-
-WAITS = (1, 2, 4, 8, 16, 32)  # seconds before another attempt
-
-
-def post(url: str, key: str, payload: dict) -> dict:
-    """The server's reply to a request, as JSON; after several attempts where the server is busy or not to be reached.
-
-    Raises HTTPError for a request that the server refuses, ConnectionError where it never replied."""
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(url, json.dumps(payload).encode(), headers)
-    for wait in (*WAITS, None):
-        try:
-            with urllib.request.build_opener(SameHost).open(request, timeout=600) as response:
-                return json.loads(response.read())
-        except urllib.error.HTTPError as e:
-            if e.code not in (408, 409, 429) and e.code < 500:
-                raise
-            why, after = f"it replied {e.code} {e.reason}", e.headers.get("Retry-After") or ""
-            wait = max(wait, min(60, int(after))) if wait is not None and after.isdigit() else wait
-        except (OSError, ValueError, http.client.HTTPException) as e:  # no connection, a connection that broke, no JSON
-            why = f"{type(e).__name__}: {reason(e)}"
-        if wait is None:
-            raise ConnectionError(f"no answer after {len(WAITS) + 1} attempts ({why}); what is done is kept, continue with --resume")
-        time.sleep(wait)
-
-
-def content_of(choice) -> str:
-    """What a server's choice says, without its thinking; nothing, where it is of another form."""
-    message = choice.get("message") if isinstance(choice, dict) else None
-    content = message.get("content") if isinstance(message, dict) else None
-    return after_thinking(content).strip() if isinstance(content, str) else ""
-
-
-def option_logps(choice: dict, options: list) -> list:
-    """The log-probability of each option from a server's reply; where it tells none, 0 for the option that it named. NaN if it named none.
-
-    It names one as its first word, or after such words as "Answer:". Of "1" and "10", where the server may write the second as two tokens and
-    gives no probability for the whole, the named one is taken as it is."""
-    lead = r"\W*(?i:boxed\W*|(?:the |final )*(?:answer|option|letter|score|rating)\W*(?:is\W*)?)?"
-    word = re.match(lead + r"(\w+)\b(?! +[a-z])", content_of(choice))  # not the "A" of "A fair comparison", nor of "As an AI"
-    if not word or word[1] not in options:
-        return [math.nan] * len(options)
-    named = [0.0 if option == word[1] else -math.inf for option in options]
-    bare = lambda token: re.sub(r"\W", "", token)
-    tokens = (choice.get("logprobs") or {}).get("content") or []
-    begin = max((i + 1 for i, token in enumerate(tokens) if "</think>" in token["token"]), default=0)
-    token = next((token for token in tokens[begin:] if bare(token["token"]) == word[1]), None)
-    if token is None:
-        return named
-    likely = token.get("top_logprobs") or [token]
-    mass = {option: sum(math.exp(t["logprob"]) for t in likely if bare(t["token"]) == option) for option in options}
-    split = any(long != short and long.startswith(short) and not mass[long] for long in options for short in options)
-    return named if split or not any(mass.values()) else [math.log(m) if m else -math.inf for m in mass.values()]
-
-
-def url_judge(args) -> Judge:
-    """A server with OpenAI's protocol as judge. A request that it refuses as such (400) is an abstention."""
-    url, extras, spent = args.judge_url.rstrip("/") + "/chat/completions", dict(logprobs=True, top_logprobs=20), Counter()
-    if args.judge_key and not os.environ.get(args.judge_key, "").strip():
-        refuse("--judge-key: the environment has no variable of that name, or it is empty; the option takes the variable's name, not the key")
-    key = os.environ[args.judge_key].strip() if args.judge_key else ""
-    try:
-        body = json.loads(args.judge_body or "{}")
-    except ValueError as e:
-        refuse(f"--judge-body: is no JSON ({e})")
-    if not isinstance(body, dict):
-        refuse(f"--judge-body: must be a JSON object, it is {args.judge_body}")
-    clean = lambda m: dict(m, content=re.sub(r"<\|.{1,40}?\|>", "", m["content"]))  # what a server might take for the end of a turn
-
-    def chat(talk, **options) -> dict:
-        payload = dict(model=args.judge, messages=list(map(clean, as_messages(talk, "user"))), **options) | body
-        try:
-            reply = post(url, key, {k: v for k, v in payload.items() if v is not None})
-        except urllib.error.HTTPError as e:
-            said = e.read()[:300].decode(errors="replace")
-            if e.code == 400 and "logprobs" in options:
-                choice = chat(talk, **{k: v for k, v in options.items() if "logprobs" not in k})
-                if choice and extras:  # it was the log-probabilities: from now on, letters alone
-                    extras.clear()
-                    say(f"note: {args.judge_url} gives no log-probabilities; its labels are 0 or 1")
-                return choice
-            if e.code != 400:
-                raise ConnectionError(f"replied {e.code} {e.reason}: {said}") from e
-            if not spent["refused"]:
-                say(f"note: {args.judge_url} refused a request, which counts as an abstention: {said}")
-            spent["refused"] += 1
-            return {}
-        usage = reply.get("usage") if isinstance(reply, dict) else None
-        for name in ("prompt_tokens", "completion_tokens") if isinstance(usage, dict) else ():
-            spent[name] += usage.get(name) or 0
-        if not isinstance(reply, dict) or not reply.get("choices"):
-            raise ConnectionError(f"replied without choices, as OpenAI's protocol has them: {json.dumps(reply)[:300]}")
-        return reply["choices"][0]
-
-    def several(function, *lists) -> list:
-        with ThreadPoolExecutor(args.judge_parallel) as pool:
-            tasks = [pool.submit(function, *each) for each in zip(*lists)]
-            try:
-                return [task.result() for task in tasks]
-            except ConnectionError as e:
-                pool.shutdown(cancel_futures=True)
-                refuse(f"--judge-url {args.judge_url}: {e}")
-
-    def ask(talks: list, options: list):
-        found = several(lambda talk: option_logps(chat(talk, max_tokens=16, temperature=0, **extras), options), talks)
-        logps = torch.tensor(found, dtype=torch.float32).view(len(talks), len(options))
-        count(spent, "questions", talks, lambda: chances(options, logps[0]))
-        return logps.where(logps.exp().sum(1, keepdim=True) >= args.min_mass, math.nan)
-
-    def write(talks: list, keys: list, temperature: float):
-        number = lambda name: int.from_bytes(hashlib.sha256(f"{args.seed}-{name}".encode()).digest()[:4], "little") >> 1
-        found = several(lambda talk, name: chat(talk, max_tokens=args.judge_max_tokens, temperature=temperature, seed=number(name)), talks, keys)
-        wrote = [(content_of(choice), bool(choice) and choice.get("finish_reason") != "length") for choice in found]
-        count(spent, "texts", talks, lambda: wrote[0][0])
-        return wrote
-
-    return Judge(f"{args.judge} at {args.judge_url}", ask, write, spent)
-
-
-def load_judge(args, device, dtype, loaded: dict) -> Judge:
-    """The judge that --judge names; loaded: models that are here already, by name."""
-    if args.judge_url:
-        if not re.match(r"https?://[^/]", args.judge_url):
-            refuse(f"--judge-url {args.judge_url}: must begin with http:// or https:// and a host")
-        return url_judge(args)
-    if args.judge in loaded:
-        say(f"note: {args.judge} judges its own answers")
-    model, tokenizer = loaded.get(args.judge) or load_frozen(AutoModelForCausalLM, args.judge, device, dtype, token_logps)
-    return local_judge(args.judge, model, tokenizer, args, device)
-
-
-def load_requests(args) -> dict:
-    """What judges are asked: REQUESTS, with those of --requests in their places."""
-    own = load_json("--requests", args.requests) if args.requests else {}
-    for name, text in own.items():
-        if name not in REQUESTS or not isinstance(text, str):
-            refuse(f"--requests {args.requests}: {name} must be one of {', '.join(REQUESTS)}, and text")
-        needed = set(re.findall(r"\{(talk|answer|a|b)\}", REQUESTS[name])) - set(re.findall(r"\{(\w+)\}", text))
-        if needed and not ("{answer}" in REQUESTS[name] and "{conversation}" in text):
-            refuse(f"--requests {args.requests}: {name} has no {{{'}, {'.join(sorted(needed))}}}, so that nothing could be judged by it")
-    return REQUESTS | own
-
-
-def load_principles(args, requests: dict) -> list:
-    """The principles, a line each."""
-    if not args.principles:
-        return [requests["principle"]]
-    try:
-        lines = [line.strip() for line in Path(args.principles).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        refuse(f"--principles {args.principles}: cannot be read ({reason(e)})")
-    return lines or refuse(f"--principles {args.principles}: has no line with a principle")
-
-
-def fill(prompt: str, **parts) -> str:
-    """A prompt with its {parts} filled in, all at once, so that braces in a part stay what they are."""
-    return re.sub(r"\{(\w+)\}", lambda m: parts.get(m[1], m[0]), prompt)
-
-
-def talk_of(prompt) -> str:
-    """A prompt as the judge reads it."""
-    return prompt if isinstance(prompt, str) else conversation_text(prompt, "").removesuffix("assistant: ").rstrip("\n")
-
-
-def about(prompt, text: str) -> dict:
-    """The parts of a request about one answer."""
-    return dict(talk=talk_of(prompt), answer=text.strip(), conversation=conversation_text(prompt, text))
-
-
-def compare_pairs(judge: Judge, requests: dict, principles: list, args, pairs: list) -> list:
-    """P(a > b) of pairs (key, prompt, a, b): dicts with its value with a as A, first, and as B, second; of each judgement, votes; principles.
-
-    The order in which a pair is given changes nothing: its answers are first put in the order of the alphabet."""
-    asked, keys = [], []
-    for key, prompt, *answers in pairs:
-        low, high = sorted(answers)
-        for j in range(args.judgements):
-            principle = random.Random(f"{args.seed}-{key}-{j}").choice(principles)
-            asked += [dict(talk=talk_of(prompt), principle=principle, a=a, b=b) for a, b in ((low, high), (high, low))]
-            keys += [f"reason-{key}-{j}-{order}" for order in range(2)]
-    if args.reasoning:
-        talks = [as_messages(fill(requests["reason"], **parts), "user") for parts in asked]
-        reasons = judge.write(talks, keys, float(args.judgements > 1))
-        ends = [as_messages(fill(requests["conclude"], **parts), "user") for parts in asked]
-        talks = [talk + as_messages(text) + end for talk, (text, _), end in zip(talks, reasons, ends)]
-    else:
-        talks = [fill(requests["compare"], **parts) for parts in asked]
-    first, second = judge.ask(talks, ["A", "B"]).view(len(pairs), args.judgements, 2, 2).unbind(2)  # [n, J, letter] each
-    votes = preference(first, second)  # P(low > high) [n, J], NaN where either order has none
-    orders = torch.stack([first.softmax(-1)[..., 0], second.softmax(-1)[..., 1]]).where(~votes.isnan(), math.nan).nanmean(-1)  # [2, n]
-    drawn, found = iter([parts["principle"] for parts in asked[::2]]), []
-    for (_, _, a, b), (one, two), own in zip(pairs, orders.T.tolist(), votes.tolist()):
-        if a > b:  # a was the one called high: its first place is the other order's
-            one, two, own = 1 - two, 1 - one, [1 - p for p in own]
-        found.append(dict(first=one, second=two, votes=own, principles=[next(drawn) for _ in own]))
-    return found
-
-
-def judge_report(found: list) -> dict:
-    """What comparisons are worth. Each is a dict: first, second and votes of `compare_pairs`, verdict, the lengths of both answers, kind,
-    and given: 1 if a is known to be the better one, -1 if b is, 0 if that is not known."""
-    mean = lambda values: sum(values) / len(values) if values else math.nan
-    heard = [c for c in found if c["verdict"] != "abstain"]
-    decided = [c | dict(sign=1 if c["verdict"] == "a" else -1) for c in heard if c["verdict"] != "tie"]
-    places = [c for c in heard if (c["first"] - 0.5) * (c["second"] - 0.5) < 0]
-    uneven = [c | dict(longer=1 if c["lengths"][0] > c["lengths"][1] else -1) for c in decided if c["lengths"][0] != c["lengths"][1]]
-    votes = [combinations([p > 0.5 for p in c["votes"] if not math.isnan(p)], 2) for c in heard]
-    same = [x == y for two in votes for x, y in two]
-    report = dict(comparisons=len(found), decided=len(decided), ties=len(heard) - len(decided), abstentions=len(found) - len(heard))
-    report |= dict(
-        same_position=len(places) / len(heard) if heard else math.nan,
-        first_position=mean([c["first"] > 0.5 for c in places]),
-        prefers_longer=mean([c["sign"] == c["longer"] for c in uneven]),
-    )
-    report |= dict(consistency=mean(same)) if same else {}
-    known = [c for c in found if c["given"]]
-    if known:
-        report["given_longer"] = mean([c["given"] == c["longer"] for c in uneven if c["given"]])
-        report["agreement"] = mean([c["sign"] == c["given"] for c in decided if c["given"]])
-        means = [(c["given"], (c["first"] + c["second"]) / 2) for c in heard if c["given"]]
-        report["agreement_by_mean"] = mean([(1 + given * ((p > 0.5) - (p < 0.5))) / 2 for given, p in means])  # ties too; 1/2 counts half
-        said = lambda c: {"a": 1, "b": -1}.get(c["verdict"], c["verdict"])
-        names = lambda c: said(c) if isinstance(said(c), str) else "agree" if said(c) == c["given"] else "disagree"
-        counts = {kind: Counter(names(c) for c in known if c["kind"] == kind) for kind in sorted({c["kind"] for c in known})}
-        report["kinds"] = {kind: {name: own[name] for name in ("agree", "disagree", "tie", "abstain")} for kind, own in counts.items()}
-    return report
-
-
-# --------------------------------------------------------------------------------------------------------------- subcommands
-
-
-def label(args: LabelArgs):
-    """Preferences from AI feedback."""
-    # 1. the policy if it is to answer, the judge, and the rows
-    if args.model and args.k < 2:
-        refuse(f"--k {args.k}: one answer has nothing to be compared with; use 2 or more")
-    if args.clamp > 0.5:
-        refuse(f"--clamp {args.clamp}: must be at most 0.5, where nothing of a preference is left")
-    device, dtype, out, plan, done = begin_rows(args)
-    policies = {args.model: load_answerer(args.model, args, device, dtype)} if args.model else {}
-    judge, requests = load_judge(args, device, dtype, policies), load_requests(args)
-    principles, items = load_principles(args, requests), load_items(args, *policies.values())
-    for item in items if policies else ():  # answers that the data set has do not count
-        item |= dict(responses=[], scores=None)
-    if not policies and max(len(item["responses"]) for item in items) < 2:
-        refuse(f"--dataset {args.dataset}: has no two answers to compare; pass --model to sample them")
-
-    for batch in batches(args, out, plan, items, done, "label"):
-        # 2. the answers, no two alike, none cut off
-        for item, texts in zip(batch, policy_answers(*policies[args.model], batch, args.k, args) if policies else []):
-            item["cut"] = sum(not ended for _, ended in texts)
-            item["responses"] = [as_response(item["prompt"], text) for text in dict.fromkeys(usable(texts))]
-        # 3. every two of them, in both orders
-        pairs = [(item, i, j) for item in batch for i, j in combinations(range(len(item["responses"])), 2)]
-        found = compare_pairs(judge, requests, principles, args, [
-            (f"{item['number']}-{i}-{j}", item["prompt"], text_of(item["responses"][i]), text_of(item["responses"][j])) for item, i, j in pairs
-        ])  # fmt: skip
-        # 4. on disk
-        records = {item["number"]: dict(number=item["number"], responses=item["responses"], cut=item.get("cut", 0), pairs=[]) for item in batch}
-        for (item, i, j), comparison in zip(pairs, found):
-            records[item["number"]]["pairs"].append(dict(comparison, i=i, j=j))
-        keep(out, list(records.values()), done)
-
-    # 5. soft preferences of pairs, or scores of K answers; what cannot be told apart is counted, not guessed
-    ranked, rows, found = (args.k if policies else max(len(item["responses"]) for item in items)) > 2, [], []
-    for item in items:
-        record, base = done[item["number"]], dict(item["columns"], prompt=item["prompt"], judge=judge.name)
-        base |= dict(policy=args.model) if policies else {}
-        responses, wins = record["responses"], {}
-        for c in record["pairs"]:
-            said, (i, j) = verdict(c["first"], c["second"], args.orders, args.tie_margin), (c["i"], c["j"])
-            given = item["scores"][i] - item["scores"][j] if item["scores"] else 0
-            lengths = [len(text_of(responses[k])) for k in (i, j)]
-            found.append(dict(c, verdict=said, given=(given > 0) - (given < 0), kind=item["kind"], lengths=lengths))
-            low = args.clamp if args.reasoning else 0.0
-            p = min(max((c["first"] + c["second"]) / 2, low), 1 - low) if said != "abstain" else math.nan
-            wins[i, j], wins[j, i] = p, 1 - p
-            if not ranked and said in "ab":
-                i, j, p = (i, j, p) if said == "a" else (j, i, 1 - p)
-                rows.append(dict(base, chosen=responses[i], rejected=responses[j], probability=p, principles=c["principles"]))
-        if ranked:
-            scores = ranking_scores([[wins.get((i, j), math.nan) for j in range(len(responses))] for i in range(len(responses))])
-            kept = [i for i, score in enumerate(scores) if not math.isnan(score)]
-            if len({scores[i] for i in kept}) > 1:
-                rows.append(dict(base, completions=[responses[i] for i in kept], scores=[scores[i] for i in kept]))
-    report = dict(rows=len(items), labelled=len(rows), cut_off=sum(done[item["number"]]["cut"] for item in items))
-    report |= dict(nothing_to_compare=sum(not done[item["number"]]["pairs"] for item in items), **judge_report(found))
-    if RANK == 0:
-        (out / ("pairs.jsonl" if ranked else "rankings.jsonl")).unlink(missing_ok=True)  # of a run that this one replaces
-    complete(args, out, {"rankings.jsonl" if ranked else "pairs.jsonl": rows}, report, judge)
-
-
-def revise(args: ReviseArgs):
-    """Critique and revision."""
-    # 1. the policy, the critic, and the rows
-    args.judge = args.judge or args.model
-    device, dtype, out, plan, done = begin_rows(args)
-    policies = {args.model: load_answerer(args.model, args, device, dtype)}
-    critic, requests = load_judge(args, device, dtype, policies), load_requests(args)
-    principles, items = load_principles(args, requests), load_items(args, *policies.values())
-
-    for batch in batches(args, out, plan, items, done, "revise"):
-        # 2. the policy's first answers, unless the data set has one
-        asked = [item for item in batch if len(item["responses"]) != 1]
-        texts = {item["number"]: text_of(item["responses"][0]) for item in batch if len(item["responses"]) == 1}
-        texts |= {item["number"]: text_of(found[0][0]) for item, found in zip(asked, policy_answers(*policies[args.model], asked, 1, args))}
-        records = {item["number"]: dict(number=item["number"], original=texts[item["number"]], revisions=[]) for item in batch}
-        for i in range(args.rounds):
-            # 3. a critique by a principle drawn anew, and a revision that takes the answer's place
-            drawn = [random.Random(f"{args.seed}-{item['number']}-{i}").choice(principles) for item in batch]
-            keys = [f"{item['number']}-{i}" for item in batch]
-            parts = [about(item["prompt"], going_on(item["prompt"], texts[item["number"]])) for item in batch]
-            asks, ends = ([fill(requests[name], principle=p, **part) for p, part in zip(drawn, parts)] for name in ("critique", "revise"))
-            wrote = critic.write(asks, [f"critique-{key}" for key in keys], args.judge_temperature)
-            critiques = [text_of(text) for text, _ in wrote]
-            talks = [as_messages(ask, "user") + as_messages(text) + as_messages(end, "user") for ask, text, end in zip(asks, critiques, ends)]
-            revised = critic.write(talks, [f"revision-{key}" for key in keys], args.judge_temperature)
-            for item, principle, critique, (text, ended) in zip(batch, drawn, critiques, revised):
-                text = text_of(text)  # its thinking is about a critique that the data will not show
-                step = dict(round=i + 1, principle=principle, critique=critique, revision=text, used=bool(ended and text))
-                records[item["number"]]["revisions"].append(step)
-                texts[item["number"]] = text if step["used"] else texts[item["number"]]
-        # 4. on disk
-        keep(out, list(records.values()), done)
-
-    # 5. every revision, or the last, as a demonstration
-    rows, counts = [], Counter()
-    for item in items:
-        record, before, made = done[item["number"]], done[item["number"]]["original"], []
-        for step in record["revisions"]:
-            counts["unusable" if not step["used"] else "unchanged" if step["revision"] == before else "changed"] += 1
-            if step["used"]:
-                before = step["revision"]
-                row = dict(item["columns"], prompt=item["prompt"], completion=as_response(item["prompt"], going_on(item["prompt"], before)))
-                row |= {name: step[name] for name in ("principle", "critique", "round")} | dict(original=record["original"], judge=critic.name)
-                made.append(row)
-        rows += made if args.keep == "all" else made[-1:]
-    complete(args, out, {"sft.jsonl": rows}, dict(rows=len(items), revisions=len(items) * args.rounds, **counts), critic)
-
-
-def best_of_n(args: BestOfNArgs):
-    """The best and the worst of N answers."""
-    # 1. the policy, whoever scores its answers, and the rows
-    if bool(args.reward_model) == bool(args.judge):
-        refuse("best-of-n needs somebody to score the answers: either --reward-model or --judge (which may be --model itself)")
-    if args.n < 2:
-        refuse(f"--n {args.n}: the best of one answer is no choice; use 2 or more")
-    device, dtype, out, plan, done = begin_rows(args)
-    policies = {args.model: load_answerer(args.model, args, device, dtype)} if args.model else {}
-    requests, conditions = load_requests(args), load_conditions(args.condition)
-    judge = load_judge(args, device, dtype, policies) if args.judge else None
-    models, items = load_reward_models(args, device, dtype), load_items(args, *policies.values())
-    if not policies and max(len(item["responses"]) for item in items) < 2:
-        refuse(f"--dataset {args.dataset}: has no two answers to choose from; pass --model to sample them")
-    given = {} if policies else {item["number"]: [(given_text(r), True) for r in item["responses"]] for item in items}
-
-    for batch in batches(args, out, plan, items, done, "best of n"):
-        # 2. N answers to each prompt, those that came to an end
-        answers = policy_answers(*policies[args.model], batch, args.n, args) if policies else [given[item["number"]] for item in batch]
-        asked = [(item, k, text) for item, texts in zip(batch, answers) for k, text in enumerate(usable(texts))]
-        read = [stripped(item["prompt"], after_thinking(text)) for item, _, text in asked]  # what a judge or reward model sees
-        # 3. their scores
-        parts = [about(item["prompt"], text) for (item, *_), text in zip(asked, read)]
-        if models:
-            rows = [Row([], [[]], None, item) for item, *_ in asked]
-            scores = sum(reward_scores(*model, conditions, args, device, rows, read) for model in models).tolist()
-        elif args.scale == "ten":
-            logps = judge.ask([fill(requests["score"], **part) for part in parts], TEN)
-            scores = expected_score(logps.softmax(-1)).tolist()
-        else:
-            J = args.judgements
-            keys = [f"points-{item['number']}-{k}-{j}" for item, k, _ in asked for j in range(J)]
-            texts = judge.write([fill(requests["points"], **part) for part in parts for _ in range(J)], keys, 1.0)
-            scores = torch.tensor([points(text) for text, _ in texts]).view(-1, J).nanmean(1).tolist()  # what cannot be read does not count
-        # 4. on disk
-        records = {item["number"]: dict(number=item["number"], answers=[]) for item in batch}
-        for (item, _, text), score in zip(asked, scores):
-            records[item["number"]]["answers"].append([text, score])
-        keep(out, list(records.values()), done)
-
-    # 5. the best, the best and the worst, all; and the prompts that tell answers apart
-    files, counts, means = {name: [] for name in ("sft.jsonl", "pairs.jsonl", "rankings.jsonl", "prompts.jsonl")}, Counter(), []
-    for item in items:
-        every = [score for _, score in done[item["number"]]["answers"]]
-        answers = {}
-        for text, score in done[item["number"]]["answers"]:
-            if not math.isnan(score):
-                answers.setdefault(text, score)
-        counts["cut_off_or_empty"] += (args.n if policies else len(item["responses"])) - len(every)
-        counts["unscored"] += sum(map(math.isnan, every))
-        if not answers:
-            counts["without answers"] += 1
-            continue
-        (worst, low), (best, high) = (pick(answers.items(), key=lambda pair: pair[1]) for pick in (min, max))
-        means.append((low, sum(s for s in every if not math.isnan(s)) / sum(not math.isnan(s) for s in every), high))
-        if high - low < args.min_spread:
-            counts["below --min-spread"] += 1
-            continue
-        base = dict(
-            item["columns"], prompt=item["prompt"], policy=args.model or "given", scored_by=judge.name if judge else ", ".join(args.reward_model)
-        )
-        respond = lambda text: as_response(item["prompt"], text)
-        files["sft.jsonl"].append(dict(base, completion=respond(best), score=high))
-        files["prompts.jsonl"].append(dict(item["columns"], prompt=item["prompt"], spread=high - low))
-        if high > low:
-            files["pairs.jsonl"].append(dict(base, chosen=respond(best), rejected=respond(worst), score_chosen=high, score_rejected=low))
-            files["rankings.jsonl"].append(dict(base, completions=list(map(respond, answers)), scores=list(answers.values())))
-        else:
-            counts["all alike"] += 1
-    low, mean, high = (sum(column) / max(1, len(means)) for column in zip(*means)) if means else (math.nan,) * 3
-    report = dict(rows=len(items), kept=len(files["sft.jsonl"]), pairs=len(files["pairs.jsonl"]), score_worst=low, score_mean=mean, score_best=high)
-    report |= dict(kl_bound=math.log(args.n) - (args.n - 1) / args.n) if policies else {}  # nats, of the best from the policy
-    complete(args, out, files, report | counts, judge)
-
-
-def load_reward_models(args, device, dtype) -> list:
-    """The reward models, each with its tokenizer."""
-    for name in args.reward_model:
-        load_tokenizer(name)
-        if not is_reward_model(name):
-            refuse(f"--reward-model {name}: not a reward model (a sequence classifier with one label); make one with reward_model.py")
-    return [load_frozen(AutoModelForSequenceClassification, name, device, dtype, response_scores, num_labels=1) for name in args.reward_model]
-
-
-def around_user(tokenizer, messages: list) -> tuple:
-    """The text of a conversation up to where the user's next words begin, and the first word of what follows these."""
-    mark = "MARKTHEPLACE"
-    text = tokenizer.apply_chat_template([*messages, dict(role="user", content=mark)], tokenize=False)
-    if mark not in text:
-        refuse("the chat template hides what a user says, so that no turn can be invented; use another model")
-    before, _, after = text.partition(mark)
-    return before, (after.split() or [""])[0]
-
-
-def before_user(tokenizer, messages: list) -> list:
-    """Ids of a conversation up to where the user's next words begin; a space there belongs to the first of these."""
-    return tokenizer(around_user(tokenizer, messages)[0].rstrip(" "), add_special_tokens=False).input_ids
-
-
-def synthesise(args: SynthesiseArgs):
-    """Conversations from nothing."""
-    # 1. the policy, and whoever rates what it writes
-    if (args.min_quality is not None or args.min_difficulty is not None) and not args.judge:
-        refuse("--min-quality and --min-difficulty need a --judge to rate (which may be --model itself)")
-    if args.min_reward is not None and not args.reward_model:
-        refuse("--min-reward needs a --reward-model")
-    if not args.rows:
-        refuse("--rows 0: how many conversations shall be written?")
-    device, dtype, out, plan, done = begin_rows(args)
-    policy, tokenizer = load_answerer(args.model, args, device, dtype)
-    requests, special = load_requests(args), special_tokens(tokenizer)
-    judge = load_judge(args, device, dtype, {args.model: (policy, tokenizer)}) if args.judge else None
-    models, longest = load_reward_models(args, device, dtype), room(policy, args.max_new_tokens)
-    ends = sorted({*all_stops(policy, tokenizer), *special})  # a user's turn ends at any of them
-    opening = [dict(role="system", content=args.system)] if args.system else []
-    before, mark = around_user(tokenizer, opening)
-    items = [dict(number=number) for number in range(args.rows)]
-
-    for batch in batches(args, out, plan, items, done, "synthesise"):
-        talks = [opening for _ in batch]
-        whole = [True] * len(batch)
-        for turn in range(args.turns):
-            # 2. the user's turn, from the template alone
-            asked = [asked_row(before_user(tokenizer, talk)[-longest:], "") for talk in talks]
-            keys = [f"user-{turn}-{item['number']}" for item in batch]
-            said = write_texts(policy, tokenizer, asked, keys, args, args.max_new_tokens, args.temperature, args.top_p, stops=ends)
-            said = [(text.partition(mark)[0], ended or mark in text) if mark else (text, ended) for text, ended in said]
-            said = [(text.removeprefix(" ") if before.endswith(" ") else text, ended) for text, ended in said]
-            talks = [[*talk, dict(role="user", content=text)] for talk, (text, _) in zip(talks, said)]
-            # 3. the answer to it
-            asked = [asked_row(render(tokenizer, talk, answer_next=True)[-longest:], talk) for talk in talks]
-            keys = [f"answer-{turn}-{item['number']}" for item in batch]
-            answers = write_texts(policy, tokenizer, asked, keys, args, args.max_new_tokens, args.answer_temperature)
-            talks = [[*talk, dict(role="assistant", content=text.strip())] for talk, (text, _) in zip(talks, answers)]
-            whole = [w and a.strip() != "" and b and x.strip() != "" and y for w, (a, b), (x, y) in zip(whole, said, answers)]
-        # 4. ratings of the first turn, and the reward of the last answer
-        first = [next(m["content"] for m in talk if m["role"] == "user") for talk in talks]
-        rated = dict(quality=[None] * len(batch), difficulty=[None] * len(batch), reward=[None] * len(batch))
-        for name in ("quality", "difficulty") if judge else ():
-            logps = judge.ask([fill(requests[name], talk=text) for text in first], TEN)
-            rated[name] = [None if math.isnan(score) else score * 4.5 + 5.5 for score in expected_score(logps.softmax(-1)).tolist()]
-        if models:
-            rows = [Row([], [[]], None, dict(prompt=talk[:-1], kind="")) for talk in talks]
-            rated["reward"] = sum(reward_scores(*model, {}, args, device, rows, [text_of(t[-1:]) for t in talks]) for model in models).tolist()
-        # 5. on disk
-        records = [dict(number=item["number"], messages=talk, first=text, whole=w) for item, talk, text, w in zip(batch, talks, first, whole)]
-        keep(out, [record | {k: v[i] for k, v in rated.items()} for i, record in enumerate(records)], done)
-
-    # 6. filters, one after the other; a conversation is counted under the first that it fails
-    seen, survivors = set(), []
-    below = lambda value, least: least is not None and not (value is not None and value >= least)
-    for number in range(args.rows):
-        record = done[number]
-        ids = tokenizer(record["first"], add_special_tokens=False).input_ids
-        fails = {
-            "empty or cut off": not record["whole"],
-            "special token in the text": any(s in m["content"] for m in record["messages"] for s in special.values()),
-            "repeated": record["first"] in seen,
-            "--min-tokens": len(ids) < args.min_tokens,
-            "--min-quality": below(record["quality"], args.min_quality),
-            "--min-difficulty": below(record["difficulty"], args.min_difficulty),
-            "--min-reward": below(record["reward"], args.min_reward),
-        }
-        record["dropped"] = next((why for why, failed in fails.items() if failed), "")
-        if not record["dropped"]:
-            seen.add(record["first"])
-            survivors.append((record, Row(ids[:1], [[*ids[1:], ids[-1]]])))  # the last token once more, for its own hidden state to count
-    # 7. near repeats, by the mean hidden state of the first turn; every rank computes its part
-    distances = math.nan
-    if survivors:
-        mine, vectors = range(RANK, len(survivors), WORLD), torch.zeros(len(survivors), policy.config.get_text_config().hidden_size, device=device)
-        rows = [survivors[i][1] for i in mine]
-        with torch.no_grad():
-            for group, forwards, target in packed(rows, args.tokens_per_forward, device, policy.together):
-                found = policy.mean_hidden(forwards, [len(rows[i].responses[0]) for i in group] or [len(target)])
-                if group:
-                    vectors[[mine[i] for i in group]] = found
-        vectors = over_ranks(vectors)
-        kept = set(keep_distant(vectors, args.min_distance)) if args.min_distance else range(len(survivors))
-        distances = nearest(vectors).median().item()
-        for i, (record, _) in enumerate(survivors):
-            record["dropped"] = "" if i in kept else "--min-distance"
-    raw, counts = [done[number] for number in range(args.rows)], Counter(done[number]["dropped"] for number in range(args.rows))
-    good = [dict(messages=r["messages"], policy=args.model, quality=r["quality"], reward=r["reward"]) for r in raw if not r["dropped"]]
-    files = {"sft.jsonl": good, "prompts.jsonl": [dict(prompt=row["messages"][:-1]) for row in good], "raw.jsonl": raw}
-    report = dict(written=args.rows, kept=len(good), median_distance=distances, **{f"dropped: {why}": n for why, n in counts.items() if why})
-    complete(args, out, files, report, judge)
-
-
-def compare_policies(args: CompareArgs):
-    """The win rate of A over B."""
-    # 1. two policies, the judge, and the rows
-    device, dtype, out, plan, done = begin_rows(args)
-    policies = {name: load_answerer(name, args, device, dtype) for name in dict.fromkeys((args.model, args.against))}
-    judge, requests = load_judge(args, device, dtype, policies), load_requests(args)
-    principles, items = load_principles(args, requests), load_items(args, *policies.values())
-
-    for batch in batches(args, out, plan, items, done, "compare"):
-        # 2. an answer of each
-        answers = [[texts[0] for texts in policy_answers(*policies[name], batch, 1, args)] for name in (args.model, args.against)]
-        # 3. which is better, in both orders; two that are alike tie
-        pairs = [(item, a, b) for item, (a, _), (b, _) in zip(batch, *answers)]
-        asked = [(f"{item['number']}", item["prompt"], text_of(a), text_of(b)) for item, a, b in pairs if a != b]
-        found = iter(compare_pairs(judge, requests, principles, args, asked))
-        records = []
-        for (item, a, b), (_, ended), (_, other) in zip(pairs, *answers):
-            c = next(found) if a != b else dict(first=0.5, second=0.5, votes=[0.5], principles=[])
-            records.append(dict(c, number=item["number"], a=a, b=b, ended=[ended, other]))
-        # 4. on disk
-        keep(out, records, done)
-
-    # 5. the share of wins, a tie being half of one
-    rows, found, outcomes, identical = [], [], [], 0
-    for item in items:
-        record = done[item["number"]]
-        said = verdict(record["first"], record["second"], args.orders, args.tie_margin)
-        found.append(dict(record, verdict=said, given=0, kind=item["kind"], lengths=[len(text_of(record[k])) for k in "ab"]))
-        identical += record["a"] == record["b"]
-        if said != "abstain":
-            outcomes.append((item["kind"], dict(a=1.0, b=0.0, tie=0.5)[said]))
-        p = (record["first"] + record["second"]) / 2
-        row = dict(item["columns"], prompt=item["prompt"], a=record["a"], b=record["b"], verdict=said, judge=judge.name)
-        rows.append(row | dict(probability=None if math.isnan(p) else p))
-    mean, low, high = interval([outcome for _, outcome in outcomes])
-    report = dict(win_rate=mean, low=low, high=high, wins=sum(o == 1 for _, o in outcomes), losses=sum(o == 0 for _, o in outcomes))
-    report["identical"] = identical  # both draw by the same numbers; these count as ties
-    for i, name in enumerate("ab"):
-        report[f"{name}_characters"] = sum(c["lengths"][i] for c in found) / len(found)
-        report[f"{name}_cut_off"] = sum(not c["ended"][i] for c in found)
-    kinds = {kind: interval([o for k, o in outcomes if k == kind]) for kind in sorted({kind for kind, _ in outcomes})}
-    report["kinds"] = {kind: dict(zip(("win_rate", "low", "high"), ends)) for kind, ends in kinds.items()}
-    complete(args, out, {"comparisons.jsonl": rows}, report | judge_report(found), judge)
-    say(f"{args.model} against {args.against}: wins {mean:.3f} ({low:.3f} to {high:.3f}) of {len(outcomes)}, ties half")
-
-
-def audit(args: AuditArgs):
-    """What labels are worth."""
-    # 1. the judge, and pairs whose better answer is known
-    device, dtype, out, plan, done = begin_rows(args)
-    judge, requests = load_judge(args, device, dtype, {}), load_requests(args)
-    principles, pairs = load_principles(args, requests), []
-    for item in load_items(args):
-        for i, j in combinations(range(len(item["responses"])), 2):
-            known = item["scores"][i] - item["scores"][j] if item["scores"] else 0
-            gap = known if item["gap"] is None else item["gap"]  # of chosen and rejected, where the data set has their scores
-            if known and gap * (1 if known > 0 else -1) >= args.min_gap:
-                pairs.append((item | dict(gap=abs(gap)), i, j))
-    items = [dict(number=number, item=item, i=i, j=j) for number, (item, i, j) in enumerate(pairs)]
-    if not items:
-        refuse(f"--dataset {args.dataset}: has no pair whose better answer is known (chosen and rejected, or completions and scores)")
-
-    for batch in batches(args, out, plan, items, done, "audit"):
-        # 2. each of them, in both orders
-        asked = [(f"{p['number']}", p["item"]["prompt"], *(text_of(p["item"]["responses"][p[k]]) for k in "ij")) for p in batch]
-        if args.by == "letters":
-            found = compare_pairs(judge, requests, principles, args, asked)
-        else:  # P is 1 where a has the higher score; no order, no principle
-            logps = judge.ask([fill(requests["score"], **about(prompt, text)) for _, prompt, *pair in asked for text in pair], TEN)
-            a, b = expected_score(logps.softmax(-1)).view(-1, 2).T
-            wins = ((a > b).float() + 0.5 * (a == b)).where(~(a + b).isnan(), math.nan).tolist()
-            found = [dict(first=p, second=p, votes=[p], principles=[]) for p in wins]
-        # 3. on disk
-        keep(out, [dict(c, number=p["number"]) for p, c in zip(batch, found)], done)
-
-    # 4. the labels against the truth
-    found = []
-    for p in items:
-        item, c = p["item"], done[p["number"]]
-        known = item["scores"][p["i"]] - item["scores"][p["j"]]
-        lengths = [len(text_of(item["responses"][p[k]])) for k in "ij"]
-        said = verdict(c["first"], c["second"], args.orders, args.tie_margin)
-        found.append(dict(c, verdict=said, given=1 if known > 0 else -1, kind=item["kind"], lengths=lengths, gap=item["gap"]))
-    report = judge_report(found)
-    if RANK == 0:
-        draw_audit(out, found, report)
-    complete(args, out, {}, report, judge)
-
-
-def weigh(args: WeighArgs):
-    """A rubric's rewards, fitted."""
-    # 1. the judge, the reward models, and answers whose order is known
-    device, dtype, out, plan, done = begin_rows(args)
-    judge, models, conditions = load_judge(args, device, dtype, {}), load_reward_models(args, device, dtype), load_conditions(args.condition)
-    rubric = load_rubric(args.rubric)
-    options, kinds = list(rubric.get("options", {})), list(rubric.get("reward", {}))
-    if not options or not models:
-        refuse("weigh needs a --rubric with options, and at least one --reward-model")
-    items = [item for item in load_items(args) if item["kind"] in kinds and item["scores"] and len(item["responses"]) > 1]
-    kinds = [kind for kind in kinds if any(item["kind"] == kind for item in items)]  # the others get no reward
-    if not items:
-        refuse(f"--dataset {args.dataset}: has no labelled answers whose kind is one of the rubric's: {', '.join(rubric['reward'])}")
-    given = {item["number"]: [after_thinking(given_text(response)) for response in item["responses"]] for item in items}
-
-    for batch in batches(args, out, plan, items, done, "weigh"):
-        # 2. the reward models' scores and the probabilities of the rubric's options, by answer
-        asked = [(item, stripped(item["prompt"], text)) for item in batch for text in given[item["number"]]]
-        scores = sum(
-            reward_scores(*m, conditions, args, device, [Row([], [[]], None, i) for i, _ in asked], [text for _, text in asked]) for m in models
-        )
-        question = f"{rubric['question']}\n" + "\n".join(f"{letter}. {text}" for letter, text in rubric["options"].items())
-        logps = judge.ask([f"{conversation_text(item['prompt'], text)}\n\n{question}" for item, text in asked], options)
-        found = list(zip(scores.tolist(), logps.softmax(-1).tolist()))
-        records = []
-        for item in batch:  # 3. on disk
-            records.append(dict(number=item["number"], answers=found[: len(item["responses"])]))
-            found = found[len(item["responses"]) :]
-        keep(out, records, done)
-
-    # 4. every pair of which one is better; a weight for each kind and option, from 0, by AdamW on all pairs at once
-    pairs = []
-    for item in items:
-        answers = done[item["number"]]["answers"]
-        for i, j in permutations(range(len(answers)), 2):
-            if item["scores"][i] > item["scores"][j]:
-                (r, phi), (q, psi) = answers[i], answers[j]
-                pairs.append((kinds.index(item["kind"]), r, q, phi, psi))
-    skipped, pairs = len(pairs), [pair for pair in pairs if not math.isnan(sum(pair[3]) + sum(pair[4]))]
-    if not pairs:
-        refuse(f"--dataset {args.dataset}: the judge replied to none of its pairs with a letter; see --min-mass")
-    kind, *columns = (torch.tensor(column) for column in zip(*pairs))
-    weights = torch.zeros(len(kinds), len(options), requires_grad=True)
-    optimizer = torch.optim.AdamW([weights], lr=0.01, weight_decay=0.0)
-    wrong = lambda: (rubric_hinge(weights[kind], *columns, margin=args.margin).item(), misordered(weights[kind], *columns))
-    before = wrong()
-    for _ in range(1000):
-        optimizer.zero_grad()
-        rubric_hinge(weights[kind], *columns, margin=args.margin).backward()
-        optimizer.step()
-    after = wrong()
-    centred = weights - weights.mean(1, keepdim=True)  # an answer's probabilities sum to 1, so that a constant says nothing
-    table = {k: {o: round(w, 4) for o, w in zip(options, row)} for k, row in zip(kinds, centred.tolist())}
-    if RANK == 0:
-        write_json(out / "rubric.json", rubric | dict(reward=table))
-    report = dict(pairs=len(pairs), abstentions=skipped - len(pairs), hinge_before=before[0], hinge_after=after[0])
-    complete(args, out, {}, report | dict(misordered_before=before[1], misordered_after=after[1], reward=table), judge)
-
-
-def misordered(weights, better, worse, better_features, worse_features) -> float:
-    """The share of pairs in which the better answer does not have the larger total reward."""
-    return (better + (weights * better_features).sum(-1) <= worse + (weights * worse_features).sum(-1)).float().mean().item()
-
-
-def draw_audit(out: Path, found: list, report: dict):
-    """audit.png: agreement by kind, by how clear the case is, and by how sure the judge is."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.5), layout="constrained")
-    kinds, floor = list(report.get("kinds", {})), [0] * len(report.get("kinds", {}))
-    for name in ("agree", "tie", "abstain", "disagree"):
-        counts = [report["kinds"][kind][name] for kind in kinds]
-        axes[0].bar([kind or "all" for kind in kinds], counts, bottom=floor, label=name)
-        floor = [a + b for a, b in zip(floor, counts)]
-    axes[0].set(title="verdicts by kind", ylabel="pairs", ylim=(0, 1.2 * max([1, *floor])))
-    axes[0].legend(loc="upper center", ncols=4, fontsize="small")
-    for axis, key, title in (
-        (axes[1], lambda c: c["gap"], "agreement by the gap between the given scores"),
-        (axes[2], lambda c: 0.5 + abs((c["first"] + c["second"]) / 2 - 0.5), "agreement by the judge's certainty"),
-    ):
-        decided = sorted((c for c in found if c["verdict"] in "ab"), key=key)
-        cuts = [round(i * len(decided) / 8) for i in range(9)]
-        parts = [decided[a:b] for a, b in zip(cuts, cuts[1:]) if b > a]  # eight parts of equal size
-        middles = [sum(map(key, part)) / len(part) for part in parts]
-        shares = [interval([float((c["verdict"] == "a") == (c["given"] > 0)) for c in part]) for part in parts]
-        if parts:
-            spread = [[max(0.0, mean - low) for mean, low, _ in shares], [max(0.0, high - mean) for mean, _, high in shares]]
-            axis.errorbar(middles, [mean for mean, *_ in shares], spread, fmt="o-", capsize=3)
-        axis.set(title=title, ylim=(0, 1.02))
-    axes[2].plot([0.5, 1], [0.5, 1], ":", color="grey")
-    figure.savefig(out / "audit.part.png", dpi=120)
-    os.replace(out / "audit.part.png", out / "audit.png")
-    plt.close(figure)
-
-
-def main(args: Args):
-    check_numbers(args)
-    commands = {
-        LabelArgs: label,
-        ReviseArgs: revise,
-        BestOfNArgs: best_of_n,
-        SynthesiseArgs: synthesise,
-        CompareArgs: compare_policies,
-        AuditArgs: audit,
-        WeighArgs: weigh,
-    }
-    if args.judge_url and not args.judge:
-        refuse("--judge-url needs --judge, the model's name there")
-    try:
-        commands[type(args)](args)
-    except KeyboardInterrupt:
-        say("\nstopped; finished batches are kept, the same command with --resume goes on")
-        sys.exit(130)
-    except TemplateError as e:
-        refuse(f"a chat template refuses a conversation that it was given ({e}); leave out --system or --condition, or use another model")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def peak_memory(device) -> int:
+    """Peak memory of this process in MB: the device's, or on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 if __name__ == "__main__":
-    main(args)
+    try:
+        main(args)
+    except torch.OutOfMemoryError as e:
+        fail(f"out of memory; --help lists the options that save memory ({str(e)[:150]})")
