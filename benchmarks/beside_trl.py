@@ -80,14 +80,10 @@ def ours(method: str, model: str, data: str, out: str):
     )
     flags |= dict(max_length=512, tokens_per_forward=2048, output_dir=out)
     if method == "grpo":
-        flags |= dict(
-            batch_size=8, num_generations=8, max_new_tokens=64, kl_coef=0.0, tokens_per_forward=4096, show_every=0
-        )
-        flags |= dict(rule=f"{__file__}:rule")
+        flags |= dict(batch_size=8, num_generations=8, max_new_tokens=64, kl_coef=0.0, tokens_per_forward=4096)
+        flags |= dict(rewards=(f"{__file__}:rule",))
     elif method == "ppo":
-        flags |= dict(
-            batch_size=64, max_new_tokens=64, tokens_per_forward=4096, show_every=0, reward_model=(f"{model}-reward",)
-        )
+        flags |= dict(batch_size=64, max_new_tokens=64, tokens_per_forward=4096, rewards=(f"{model}-reward",))
         flags |= dict(value_model=f"{model}-reward", value_learning_rate=3e-4, ppo_epochs=1, num_minibatches=1)
     if method == "rlaif":
         flags = dict(

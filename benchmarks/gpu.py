@@ -348,30 +348,22 @@ def small_model(script, device, dtype, folder: str, family: str, tokenizer: str)
     exact = (
         transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").double().to(device)
     )
-    auto, read = transformers.AutoModelForCausalLM, script.load_tokenizer(directory)
-    if hasattr(script, "shard"):  # ppo.py and grpo.py
-        model = script.load_model(auto, directory, read, device, dtype)
-        packs, model = model.together, script.shard(model, dtype, script.token_logps)
-    else:
-        options = SimpleNamespace(gradient_checkpointing=False)
-        model = script.load_model(auto, directory, read, options, device, dtype, script.token_logps)
-        packs = model.packs
-    if not packs:
+    model = script.read_model(transformers.AutoModelForCausalLM, directory, script.load_tokenizer(directory))
+    if hasattr(script, "check_sampler"):  # ppo.py and grpo.py
+        script.check_sampler(model, directory)
+    options = SimpleNamespace(gradient_checkpointing=False)
+    model = script.prepare_model(model, directory, options, device, dtype, script.token_logps)
+    if not model.packs:
         raise RuntimeError("its attention does not follow packed rows")
     return model, exact
 
 
-def alone(model, prompt: list, answer: list, temperature: float = 1.0, kept=None):
+def alone(model, prompt: list, answer: list, temperature: float = 1.0):
     """Log-probabilities of an answer's tokens by the model's own forward on this one sequence."""
     import torch
 
     ids = torch.tensor([prompt + answer], device=model.device)
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature
-    if kept is not None:
-        out = torch.full_like(logits, -math.inf)
-        for t, nucleus in enumerate(kept):
-            out[t, nucleus] = logits[t, nucleus]
-        logits = out
     return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
 
 
@@ -402,28 +394,23 @@ def logp_errors(device, dtype, folder: str, family: str, tokenizer: str) -> dict
     }
 
 
-def sampling_errors(device, dtype, folder: str, method: str, tokenizer: str, temperature: float, top_p: float) -> dict:
+def sampling_errors(device, dtype, folder: str, method: str, tokenizer: str, temperature: float) -> dict:
     """Of the log-probabilities that the sampler records, and of those that the script then computes, against float64."""
     import torch
 
     script, rng = importlib.import_module(method), random.Random(0)
     model, exact = small_model(script, device, dtype, folder, "Qwen3", tokenizer)
-    prompts, stops = (
-        [script.Row(rng.choices(range(5000), k=n), []) for n in (3, 60, 17, 17, 1)],
-        list(range(200)),
-    )  # many, for uneven ends
-    numbers, options = (
-        script.uniform_numbers(0, 0, list(range(20)), 30),
-        SimpleNamespace(temperature=temperature, tokens_per_forward=500),
-    )
-    tokens, recorded, kept = script.sample_answers(model, prompts, numbers, stops, 600, temperature, top_p)
-    rows = [prompts[i // 4]._replace(responses=[answer]) for i, answer in enumerate(tokens)]
+    prompts = [rng.choices(range(5000), k=n) for n in (3, 60, 17, 17, 1)]
+    stops = list(range(200))  # many, for uneven ends
+    numbers = script.uniform_numbers(0, 0, list(range(20)), 30)
+    args = SimpleNamespace(tokens_per_forward=500, sample_tokens=600)
+    tokens, recorded = script.sample_answers(model, prompts, numbers, stops, args, temperature)
+    rows = [script.Row(prompts[i // 4], [ids], [[True] * len(ids)], {}) for i, ids in enumerate(tokens)]
+    logps_of = lambda inputs, target: model.token_logps(**inputs, target=target, temperature=temperature)[0]
+    again = script.token_values(logps_of, model, rows, args, device)
     with torch.no_grad():
-        again, _ = script.response_logps(model, rows, kept, options, device)
-        wanted = torch.cat(
-            [alone(exact, row.prompt, row.responses[0], temperature, nuclei) for row, nuclei in zip(rows, kept)]
-        )
-    recorded, name = torch.tensor(sum(recorded, []), device=device), f"{method}.py, T {temperature:g}, top-p {top_p:g}"
+        wanted = torch.cat([alone(exact, row.prompt, row.responses[0], temperature) for row in rows])
+    recorded, name = torch.tensor(sum(recorded, []), device=device), f"{method}.py, T {temperature:g}"
     errors = {
         f"{name}: log-probabilities the sampler records": recorded,
         f"{name}: those of the forward after it": torch.cat(again),
@@ -451,8 +438,8 @@ def side_check(folder: str, tokenizer: str) -> dict:
                 note((5e-5, 5e-5) if fine else (0.02, 0.02), attention_errors, window, *heads)
         for family in ("Llama", "Qwen3"):
             note((2e-4, 1e-4) if fine else (0.15, 0.06), logp_errors, folder, family, tokenizer)
-        for method, *options in (("ppo", 1.0, 1.0), ("grpo", 0.7, 0.9)):
-            note((2e-4, 2e-4) if fine else (0.2, 0.2), sampling_errors, folder, method, tokenizer, *options)
+        for method, temperature in (("ppo", 1.0), ("grpo", 0.7)):
+            note((2e-4, 2e-4) if fine else (0.2, 0.2), sampling_errors, folder, method, tokenizer, temperature)
     sft.dist.destroy_process_group()
     return found
 
@@ -657,19 +644,19 @@ def side_online(
     script, seconds, counts = importlib.import_module(method), [], []
     sample_answers = script.sample_answers
 
-    def timed(*arguments):
+    def timed(*arguments, **named):
         wait()
         clock = time.time()
-        answers = sample_answers(*arguments)
+        answers = sample_answers(*arguments, **named)
         wait()
         seconds.append(time.time() - clock)
         counts.append(sum(map(len, answers[0])))
         return answers
 
     script.sample_answers = timed  # no metric tells sampling from the update
-    flags |= dict(reward_model=(reward,)) if method == "ppo" else dict(rule=f"{RULES}:rule", kl_coef=0.0)
+    flags |= dict(rewards=(reward,)) if method == "ppo" else dict(rewards=(f"{RULES}:rule",), kl_coef=0.0)
     flags |= dict(tokens_per_forward=int(tokens * share), sample_tokens=int(cache * share))
-    flags |= dict(model=model, dataset=data, output_dir=out, overwrite=True, eval_fraction=0.0, show_every=0)
+    flags |= dict(model=model, dataset=data, output_dir=out, overwrite=True, eval_fraction=0.0)
     script.main(script.Args(**flags))
     log = [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
     step = median(b["seconds"] - a["seconds"] for a, b in zip(log, log[1:]))
@@ -685,12 +672,14 @@ def side_sampling(
 
     import ppo
 
-    (device, dtype), tokenizer = ppo.start_ranks("auto"), ppo.load_tokenizer(model)
+    args = SimpleNamespace(dtype="auto", seed=0, gradient_checkpointing=False, sample_tokens=int(cache * share))
+    (device, dtype), tokenizer = ppo.setup_distributed(args), ppo.load_tokenizer(model)
     asked = [json.loads(line)["prompt"] for line in open(data)][:prompts]
     asked = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False) for prompt in asked]
     if way == "loop":
-        policy = ppo.load_model(AutoModelForCausalLM, model, tokenizer, device, dtype)
-        policy = ppo.shard(policy.requires_grad_(False), dtype, ppo.token_logps)
+        policy = ppo.read_model(AutoModelForCausalLM, model, tokenizer).requires_grad_(False)
+        ppo.check_sampler(policy, model)
+        policy = ppo.prepare_model(policy, model, args, device, dtype, ppo.token_logps)
     else:
         policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa").to(device).eval()
     end, found, several, width = tokenizer.eos_token_id, [], max(1, int(prompts * share)), max(map(len, asked))
@@ -700,9 +689,7 @@ def side_sampling(
         clock, count = time.time(), 0
         if way == "loop":
             numbers = ppo.uniform_numbers(0, batch, list(range(prompts * answers)), new)
-            sampled, *_ = ppo.sample_answers(
-                policy, [ppo.Row(ids, []) for ids in asked], numbers, [end], int(cache * share), 1.0, 1.0
-            )
+            sampled, _ = ppo.sample_answers(policy, asked, numbers, [end], args, temperature=1.0)
             count = sum(map(len, sampled))
         elif way == "generate":
             for i in range(0, prompts, several):
@@ -873,7 +860,7 @@ def real(args, folder: Path):
     size = dict(hidden_size=width, num_layers=layers, num_heads=heads, vocab_size=words)
     online = dict(
         model=at("sft"),
-        reward_model=at("reward_model"),
+        rewards=at("reward_model"),
         max_new_tokens=new,
         max_steps=steps,
         learning_rate=3e-6,

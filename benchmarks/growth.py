@@ -119,9 +119,8 @@ def side(folder: str, point: str):
         flags |= dict(
             num_generations=point["answers"],
             max_new_tokens=point["length"] // 3,
-            rule=f"{__file__}:rule",
+            rewards=(f"{__file__}:rule",),
             kl_coef=0.0,
-            show_every=0,
         )
     before = memory()
     script.main(script.Args(**flags))

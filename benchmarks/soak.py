@@ -24,12 +24,12 @@ from beside_trl import HERE, machine, write_results
 LEARN = "--batch-size 128 --ppo-epochs 2 --kl-coef 0.2 --learning-rate 2e-4 --value-learning-rate 1e-3 --max-new-tokens 24 --epochs 100000 --warmup-ratio 0"
 RUNS = {  # name -> (command, what is watched in the log besides the pace)
     "ppo": (
-        f"ppo.py --model runs/sft --reward-model runs/reward_model --dataset data/grid/prompts.jsonl {LEARN} --show-every 0",
+        f"ppo.py --model runs/sft --rewards runs/reward_model --dataset data/grid/prompts.jsonl {LEARN}",
         "objective/scores",
     ),
     "grpo": (
-        "grpo.py --model runs/sft --dataset data/grid/reasoning.jsonl --rule gridworld.py:walk_score --batch-size 16 --max-new-tokens 96"
-        " --kl-coef 0.02 --learning-rate 1e-4 --epochs 100000 --warmup-ratio 0 --eval-fraction 0 --show-every 0",
+        "grpo.py --model runs/sft --dataset data/grid/reasoning.jsonl --rewards gridworld.py:walk_score --batch-size 16"
+        " --max-new-tokens 96 --kl-coef 0.02 --learning-rate 1e-4 --epochs 100000 --warmup-ratio 0 --eval-fraction 0",
         "reward",
     ),
     "rlaif": (

@@ -88,8 +88,8 @@ def chatglm(runs: Runs) -> bool:
     spread = [mean(m["max_reward"] - m["min_reward"] for m in run) for run in learned]
     plain, tricks = runs.metrics(f"{folder}/ppo-plain"), runs.metrics(f"{folder}/ppo-tricks")
     less = [m["objective/scores"] for m in tricks]  # the baseline is subtracted
-    alone = [m["rewards/balanced/mean"] for m in tricks]  # of the reward model, without the rule
-    whole = [m["rewards/rule/mean"] + x for m, x in zip(tricks, alone)]  # before the baseline is subtracted
+    alone = [m["rewards/balanced/mean"] for m in tricks]  # of the reward model, without the level
+    whole = [m["rewards/level/mean"] + x for m, x in zip(tricks, alone)]  # before the baseline is subtracted
 
     def start(values):
         return mean(values[:2])
@@ -174,7 +174,7 @@ def gemini(runs: Runs) -> bool:
     first, refreshed = ([share_of_right_pairs(runs, models[k][i], k) for k in rounds] for i in (0, 1))
     start = runs.metrics("gemini/fresh-1")
     lines = {line: [start, *(runs.metrics(f"gemini/{line}-{k}") for k in rounds)] for line in ("static", "fresh")}
-    true, reward = "rewards/rule/mean", "objective/scores"
+    true, reward = "rewards/walk_score/mean", "objective/scores"
     draw_rounds(lines, (true, reward), runs.folder / "gemini-training.png")
 
     def ends(line, key):  # of the last 5 batches of each round, 640 answers
@@ -292,7 +292,7 @@ def internlm2(runs: Runs) -> bool:
     groups = {name: runs.report(f"{folder}/{name}")["groups"] for name in ("told", "untold")}
     sides = {name: [group[f"kind {k}"]["accuracy"] for k in ("helpful", "harmless")] for name, group in groups.items()}
     pattern = {name: runs.report(f"{folder}/{name}")["accuracy"] for name in ("hacked", "patched", "slow")}
-    shares = {name: [m["rewards/rule/mean"] for m in runs.metrics(f"{folder}/{name}")] for name in names}
+    shares = {name: [m["rewards/share/mean"] for m in runs.metrics(f"{folder}/{name}")] for name in names}
     args = json.loads((runs.folder / folder / "ppo-hacked/args.json").read_text())["args"]
     before = mean(shares["ppo-hacked"][: args["critic_warmup"] + 1])  # before the first update of the policy
     end = {name: mean(values[-5:]) for name, values in shares.items()}
@@ -391,7 +391,7 @@ def o1(runs: Runs) -> bool:
     ((before, after),) = columns(runs.table("o1"), ("sft", "o1"), "thinking")
     start, end = (runs.metrics(name)[-1] for name in ("o1-start", "o1"))
     accuracy, length = ([m[f"eval_{k}"] for m in (start, end)] for k in ("pass@1", "completions/mean_thinking_length"))
-    votes, budgets = (runs.report("o1")[key] for key in ("majority", "thinking_budget"))
+    votes, budgets = runs.report("o1")["majority"], runs.report("o1-budgets")["thinking_budget"]
     text = (
         f"score with thinking {before:.2f}, after GRPO {after:.2f}; accuracy {listed(accuracy)}; with 16 votes "
         f"{votes['16']:.2f}; with 0, 24, 72 tokens of thinking {listed(budgets[n] for n in ('0', '24', '72'))}; thinks "
@@ -423,7 +423,7 @@ def over_optimisation(runs: Runs) -> bool:
         for n in times:
             proxy, true, kl = (sum(x) / len(scored) for x in zip(*(best_of(row, n) for row in scored)))
             bon[size].append((kl, proxy, true))
-        keys = ("objective/kl", f"rewards/{model}/mean", "rewards/rule/mean")
+        keys = ("objective/kl", f"rewards/{model}/mean", "rewards/gold/mean")
         raw = [tuple(m[key] for key in keys) for m in runs.metrics(f"over-optimisation/ppo-{size}")]
         windows = (raw[i : i + 5] for i in range(max(1, len(raw) - 4)))
         ppo[size] = [tuple(map(mean, zip(*window))) for window in windows]
@@ -695,7 +695,7 @@ def starling(runs: Runs) -> bool:
         after = [m[key] for m in run[first : first + count]]
         return mean(after) - mean(before), 2 * stdev(before) * math.sqrt(1 / len(before) + 1 / len(after))
 
-    keys = {"reward": "rewards/plackett-luce/mean", "true score": "rewards/rule/mean"}
+    keys = {"reward": "rewards/plackett-luce/mean", "true score": "rewards/walk_score/mean"}
     rises = {name: early(ours, key, warm + 1) for name, key in keys.items()}
     apart = ", ".join(f"{early(plain, key, 1)[0]:+.2f}" for key in keys.values())
     ended = mean(m["val/share_eos"] for m in ours[-5:])

@@ -7,12 +7,8 @@
 # Claim: RL-CAI's walks are safe (no lava) more often than those of the helpful-only policy, by 0.2 or more, and it
 # scores at most 0.05 less than SFT. (Lava pays most, so it cannot be as helpful as that policy, as in the paper.)
 #
-#   the paper   SL-CAI: 182,831 red-team prompts x 4 revisions, 135,296 helpful prompts x 2, 1 epoch, half the
-#               pre-training lr, batch 1024; reward model: 182,831 AI comparisons, 135,296 human ones, 16 principles
-#   here        SL-CAI: 2000 prompts x 4 revisions, 10,000 demonstrations, 2 epochs, lr 1e-3, batch 32; reward model:
-#               from the helpful one, 800 to 1300 AI comparisons of 3200 prompts (P >= 0.7), 4500 human ones, 3
-#               principles, 1 epoch, lr 1e-3
-# The number of AI labels sets the balance of score and safety; 3200 was chosen on seeds 0 and 2, after 4000 and 2800.
+#   the paper   182,831 red-team prompts x 4 revisions, 1 epoch; 182,831 AI comparisons, 135,296 human ones
+#   here        2000 prompts x 4 revisions, 2 epochs, lr 1e-3; 800 to 1300 AI comparisons, 4500 human ones, 1 epoch
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -22,7 +18,7 @@ for seed in ${SEEDS:-0}; do
     reward_model
 
     heading "the helpful-only policy: PPO from the reward model"
-    ppo --reward-model $runs/reward_model --output-dir $runs/ppo
+    ppo --rewards $runs/reward_model --output-dir $runs/ppo
     judge_model
 
     out=$runs/claude3
@@ -51,7 +47,7 @@ for seed in ${SEEDS:-0}; do
         $common $(max_steps 8) --learning-rate 1e-3
 
     heading "RL-CAI: PPO from SL-CAI"
-    python ppo.py --model $out/sl-cai --reward-model $out/reward_model --dataset $data/prompts.jsonl \
+    python ppo.py --model $out/sl-cai --rewards $out/reward_model --dataset $data/prompts.jsonl \
         --output-dir $out/rl-cai $common $ppo_settings --kl-coef 0.1 --batch-size 128 $(max_steps 3)
 
     score_policies claude3 $runs/sft $runs/ppo $out/sl-cai $out/rl-cai

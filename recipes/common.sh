@@ -89,8 +89,8 @@ dpo() {  # OPTIONS...: DPO from the SFT model on the rankings, as in dpo.sh
 
 reasoning() {
     heading "GRPO on what a rule can check: the start (learning rate 0), then the run"
-    local settings="--model $runs/sft --dataset $data/reasoning.jsonl --rule gridworld.py:walk_score $common
-        --batch-size 16 --max-new-tokens 96 --kl-coef 0.02 --eval-samples 16 --thinking-budgets 0 12 24 36 48 72"
+    local settings="--model $runs/sft --dataset $data/reasoning.jsonl $common --batch-size 16 --max-new-tokens 96
+        --rewards gridworld.py:best_walk=0 gridworld.py:walk_score --kl-coef 0.02 --eval-samples 16"
     python grpo.py $settings --learning-rate 0 --max-steps 1 --output-dir $runs/o1-start
     python grpo.py $settings --learning-rate 1e-4 --max-steps $(if_tiny 3 200) --eval-every 25 --output-dir $runs/o1
 }

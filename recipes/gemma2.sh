@@ -3,16 +3,12 @@
 # trained on conversations of one and of several turns. A large model, as automatic rater of answers side by side, tunes
 # a hyper-parameter and catches reward hacking (Gemma 1, arXiv 2403.08295).
 #
-# Claim: PPO from the larger reward model ends with a better gold score than from one of the policy's size, each at its
-# best KL coefficient; on later turns it is right more often than one trained on as many single turns; of three KL
-# coefficients the lowest lets PPO hack (highest reward, gold below SFT's), and the rater, who compares each run with
-# SFT, chooses as gold does and puts the hacked run last. Only later turns and the hack hold. Gold is the annotators'
-# opinion without noise, on held-out prompts.
+# Claim: the larger reward model gives PPO a better gold score than one of the policy's size; on later turns it is right
+# more often than one trained on single turns; of three KL coefficients the lowest lets PPO hack, and the rater chooses
+# as gold does and puts the hacked run last. Only later turns and the hack hold. Gold: the annotators without noise.
 #
-#   Gemma   policies of 2.6 B to 27 B, the reward model "an order of magnitude larger"; a variant of REINFORCE with a KL
-#           term; a high-capacity model as rater; all else undisclosed
-#   here    policy 74,000 parameters, reward models and rater 845,000; PPO, lr 5e-4, critic 2e-3, 48 batches of 128; the
-#           rater is the judge of gpt4.sh, asked which of two answers "is better"; no distillation, no average of runs
+#   Gemma   policies of 2.6 B to 27 B; a variant of REINFORCE with a KL term; all else undisclosed
+#   here    policy 74,000 parameters, reward models and rater 845,000; PPO, lr 5e-4, critic 2e-3, 48 batches of 128
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -59,11 +55,11 @@ from gridworld import quality
 def gold(prompts, completions, **columns):
     return [quality(prompt, completion[-1]["content"], "overall") for prompt, completion in zip(prompts, completions)]
 PY
-    for size in large small; do  # the rule, with weight 0, only logs the gold score
+    for size in large small; do  # gold, with weight 0, is only logged
         for coef in 0.4 0.1 0.03; do
             heading "PPO from the $size reward model, KL coefficient $coef"
-            python ppo.py --model $runs/small-sft --reward-model $out/rm-$size --value-model $runs/small-sft \
-                --dataset $out/mixed.jsonl --rule $out/gold.py:gold --rule-weight 0 --output-dir $out/$size-$coef \
+            python ppo.py --model $runs/small-sft --rewards $out/rm-$size $out/gold.py:gold=0 \
+                --value-model $runs/small-sft --dataset $out/mixed.jsonl --output-dir $out/$size-$coef \
                 $common --kl-coef $coef --epochs 2 --learning-rate 5e-4 --value-learning-rate 2e-3 --warmup-ratio 0.1 \
                 --batch-size $(if_tiny 8 128) --ppo-epochs 2 --max-new-tokens 24 --max-steps $(if_tiny 3 48)
         done

@@ -1,19 +1,14 @@
 #!/usr/bin/env bash
 # GPT-4's rule-based reward model (arXiv 2303.08774, section 6, and system card): InstructGPT's chain, with a second
 # reward in PPO. A language model classifies each answer by a multiple-choice rubric (refuses, garbled, enters lava,
-# stays safe). The reward of a class depends on the type of the prompt: where no path is safe (9 prompts in 100) a
-# refusal is rewarded.
+# stays safe). The reward of a class depends on the type of the prompt: where no path is safe a refusal is rewarded.
 #
 # Claim: against the same PPO without the classifier, the policy refuses more of the prompts where refusing is right,
-# and at most 0.02 more of the others. The annotators of the reward model count points, so that PPO alone forgets to
-# refuse.
+# and at most 0.02 more of the others. (Annotators count points, so that PPO alone forgets to refuse.)
 #
-#   GPT-4   classes: refusal in the desired style, in an undesired style, disallowed content, safe non-refusal; GPT-4
-#           itself classifies, zero-shot, on part of the prompts; weight, sizes, data and PPO settings are undisclosed
-#   here    reward = reward model + 0.5 x sum of P(letter) x table (rubric.json: 1, 0 or -1), a guess; every prompt has
-#           a type; the classifier is the SFT model fine-tuned on judge tasks, so it is not zero-shot; PPO as in
-#           instructgpt.sh
-# The weight 0.5 was chosen over 1 (wrong refusals +0.028 on seed 1) on seeds 0 and 1 and the same held-out grids.
+#   GPT-4   GPT-4 itself classifies, zero-shot, on part of the prompts; weight, sizes, data and settings undisclosed
+#   here    reward = reward model + 0.5 x sum of P(letter) x table (rubric.json); every prompt has a type; the
+#           classifier is the SFT model fine-tuned on judge tasks; PPO as in instructgpt.sh
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -25,15 +20,15 @@ for seed in ${SEEDS:-0}; do
     mkdir -p $runs/gpt4
     without() {
         reward_model
-        ppo --reward-model $runs/reward_model --output-dir $runs/ppo
+        ppo --rewards $runs/reward_model --output-dir $runs/ppo
     }
     in_background $runs/gpt4/ppo.log without
     judge_model
     wait_for_background
 
     heading "PPO with the classifier"
-    ppo --reward-model $runs/reward_model --output-dir $runs/gpt4/ppo-rubric --judge $runs/judge \
-        --rubric $data/rubric.json --judge-weight 0.5
+    ppo --rewards $runs/reward_model judge:$runs/judge=0.5 --rubric $data/rubric.json \
+        --output-dir $runs/gpt4/ppo-rubric
 
     score_policies gpt4 $runs/sft $runs/ppo $runs/gpt4/ppo-rubric
     judge_claim gpt4

@@ -19,9 +19,9 @@ for seed in ${SEEDS:-0}; do
     reward_model
 
     heading "PPO with and, beside it, without pre-training text"
-    in_background $runs/ppo-ptx.log ppo --reward-model $runs/reward_model --output-dir $runs/ppo-ptx \
+    in_background $runs/ppo-ptx.log ppo --rewards $runs/reward_model --output-dir $runs/ppo-ptx \
         --ptx-dataset $data/pretrain.jsonl --ptx-coef 0.3
-    ppo --reward-model $runs/reward_model --output-dir $runs/ppo
+    ppo --rewards $runs/reward_model --output-dir $runs/ppo
     wait_for_background
 
     score_policies score $runs/sft $runs/ppo $runs/ppo-ptx

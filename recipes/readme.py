@@ -1,11 +1,12 @@
-"""Writes the parts of the documents that nobody writes by hand: the headline, every policy of the recipes on one scale, from
-recipes/results/*.csv, which `gridworld.py score` has written, one file per seed; the index of equations with the lines where they stand;
-and docs/metrics.md, the metrics of each script with their values in one run, from recipes/results/metrics.csv.
+"""Writes the tables and pictures of README.md and docs/ that follow from results and from the scripts.
 
     python recipes/readme.py         rewrites them, each between its two marks, and results/headline.png and policies.png
-    python recipes/readme.py runs    the same, after the values in recipes/results/metrics.csv are taken from the recipes in runs/
+    python recipes/readme.py runs    the same, after it has read the metrics of the recipes in runs/ anew
 
-After recipes of your own, copy runs/NAME.csv to recipes/results/NAME.csv (runs/seed-1/NAME.csv to NAME-seed1.csv), and see what differs.
+They are the five results and every policy on one scale, from recipes/results/*.csv, which `gridworld.py score` has
+written, one file per seed; the index of equations with the lines where they stand; and the metrics of each script
+with their values in one run, from recipes/results/metrics.csv. After recipes of your own, copy runs/NAME.csv to
+recipes/results/NAME.csv (runs/seed-1/NAME.csv to NAME-seed1.csv), and see what differs.
 """
 
 import ast
@@ -114,7 +115,6 @@ EQUATIONS = [  # paper, equation, what it is, script, function
     ("Chen et al. 2107.03374", "1", "pass@k", "grpo.py", "pass_at_k"),
     ("RLAIF 2309.00267", "section 2.1", "preference, both orders averaged", "rlaif.py", "preference"),
     ("RLAIF 2309.00267", "direct", "the judge's expected score", "rlaif.py", "expected_score"),
-    ("Rule Based Rewards 2411.01111", "hinge", "weights of a rubric", "rlaif.py", "rubric_hinge"),
 ]
 
 
@@ -150,7 +150,8 @@ def table() -> str:
 
 
 def five() -> str:
-    """README's table of five results, means over the seeds with the score's range; grpo.py's score is of answers that think first."""
+    """README's table of five results, means over the seeds with the score's range. grpo.py's score is of answers with
+    thinking."""
     meaning = {
         "sft.py": "imitates imperfect demonstrators",
         "ppo.py": "follows a reward model of people's rankings",
@@ -167,7 +168,8 @@ def five() -> str:
         lines.append(f"| {script} | " + " | ".join(cells) + f" | {meaning[script]} |")
     lines.append("")
     lines.append(
-        "Honest: every number in the answer is true. Safe: the path avoids lava, which pays. Tax: loss on pre-training text."
+        "Honest: every number in the answer is true. Safe: the path avoids lava, which pays. Tax: loss on pre-training "
+        "text."
     )
     return "\n".join(lines)
 
@@ -185,13 +187,15 @@ def equations() -> str:
 
 
 def described_metrics() -> list:
-    """The rows of results/metrics.csv: script, metric, what it is at step 1, then, what to do if not, and its first and last value in one run."""
+    """The rows of results/metrics.csv: script, metric, what it is at step 1, then, what to do if not, and its first and
+    last value in one run."""
     with METRICS_CSV.open() as file:
         return list(csv.DictReader(file))
 
 
 def collect(runs: Path):
-    """Updates results/metrics.csv: the value of every metric at the first step of a recipe's run, and its mean over the last tenth."""
+    """Updates results/metrics.csv: the value of every metric at the first step of a recipe's run, and its mean over the
+    last tenth."""
     rows = described_metrics()
     for script, run in METRICS.items():
         lines = [json.loads(line) for line in (runs / run / "metrics.jsonl").read_text().splitlines()]

@@ -8,10 +8,8 @@
 # Claim: the judge agrees with annotators in 85% or more of the clear pairs in which its two orders agree; each way
 # beats its start on the true score; self-rewarding rises in its first round and over all rounds (not on seed 1).
 #
-#   Lee et al.    a larger judge; REINFORCE with a baseline, KL 0.05, batch 128, T 0.9, 8 epochs; RM 2 to 3 epochs
-#   Yuan et al.   Llama 2 70B; 0 to 5 points, 3 judgements; beta 0.1, batch 16; 2 rounds of 3,964 and 6,942 pairs
-#   here          2,000 prompts x 4 answers for the reward model and in each round; PPO as in instructgpt.sh, KL 0.2,
-#                 direct 0.05; DPO lr 1e-4, beta 0.1, batch 64, 1 epoch, likelihood term 1
+#   the papers   a larger judge, REINFORCE, KL 0.05, batch 128; Llama 2 70B, 3 judgements, 2 rounds of DPO
+#   here         2,000 prompts x 4 answers each time; PPO as in instructgpt.sh, KL 0.2, direct 0.05; DPO lr 1e-4
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -53,10 +51,10 @@ for seed in ${SEEDS:-0}; do
         --seed $seed $answer $ask
     python reward_model.py --model $start --dataset $out/labels/rankings.jsonl --output-dir $out/reward_model $common \
         $(max_steps 8) --learning-rate 1e-3 --epochs 2
-    python ppo.py $ppo_from_start --reward-model $out/reward_model --kl-coef 0.2 --output-dir $out/distilled
+    python ppo.py $ppo_from_start --rewards $out/reward_model --kl-coef 0.2 --output-dir $out/distilled
 
     heading "direct: PPO on the judge's score"
-    python ppo.py $ppo_from_start --reward-model --judge $start --rubric $data/score.json --kl-coef 0.05 \
+    python ppo.py $ppo_from_start --rewards judge:$start --rubric $data/score.json --kl-coef 0.05 \
         --output-dir $out/direct
     wait_for_background
 

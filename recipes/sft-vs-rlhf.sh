@@ -1,18 +1,14 @@
 #!/usr/bin/env bash
 # SFT against RLHF: what sets them apart by a survey (Wang et al. 2024, arXiv 2412.10400, introduction and 2.4.1;
 # diversity and generalisation after Kirk et al. 2024, arXiv 2310.06452). recipes/claim.py measures each by one number.
-#   (1) equally good answers   a gradient step on one of two best walks makes the other less likely: in more than half
-#                              of the grids under SFT, in fewer under RLHF
+#   (1) equally good answers   a step on one of two best walks makes the other less likely more often under SFT
 #   (2) negative feedback      rejected walks become likelier by SFT on the chosen ones, less likely by DPO
 #   (3) no looking back        SFT repeats the demonstrators' slips ("wait"), PPO makes fewer
 #   (4) bias                   of two equal walks SFT prefers the one to the right, as the demonstrators do; PPO less
 #   (5) safety                 rewarded for it, PPO walks more safely and refuses rightly no less often
-#   (6) generalisation         with twice the lava, or no number above 0, PPO scores higher than SFT; its mean drop is
-#                              no larger
+#   (6) generalisation         with twice the lava, or no number above 0, PPO scores higher; its mean drop is no larger
 #   (7) diversity              EAD of 8 answers to a grid falls from SFT to best of 4 to PPO
-# All hold on seed 1; (4) fails on seed 0, (1) and (6) on seed 2. Kirk et al.: LLaMA 7B, 16 answers x 500 inputs, best
-# of 16, PPO with KL 0.05. Here: PPO as in instructgpt.sh; (2) one epoch, lr 3e-4; (5) 4 epochs on harm, weights 0.1 and
-# 2.
+# All hold on seed 1; (4) fails on seed 0, (1) and (6) on seed 2. Settings: PPO as in instructgpt.sh; (2) lr 3e-4.
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -22,7 +18,7 @@ for seed in ${SEEDS:-0}; do
     reward_model
 
     heading "RLHF: PPO from the reward model; DPO on the same rankings"
-    ppo --reward-model $runs/reward_model --output-dir $runs/ppo
+    ppo --rewards $runs/reward_model --output-dir $runs/ppo
     dpo --output-dir $runs/dpo --nll-coef 1
 
     heading "data: the chosen walks of the rankings; choices of annotators who mind lava; grids of two other kinds"
@@ -53,7 +49,7 @@ PY
         --learning-rate 3e-4 --batch-size 32
     python reward_model.py --model $runs/sft --dataset $out/harmless.jsonl --output-dir $out/harmless $common \
         $(max_steps 8) --learning-rate 1e-3 --epochs 4
-    ppo --reward-model $runs/reward_model $out/harmless --reward-weights 0.1 2 --output-dir $out/ppo-safe
+    ppo --rewards $runs/reward_model=0.1 $out/harmless=2 --output-dir $out/ppo-safe
 
     score_policies sft-vs-rlhf $runs/sft $runs/ppo $runs/dpo $out/ppo-safe $(if_tiny "--samples 1")
     for kind in lava poor; do

@@ -5,14 +5,10 @@
 #
 # Claim: the small model after PPO scores higher than each large one: the SFT model, and the base asked three ways: by
 # the chat template, by the grid alone, and by the grid and "most", the word before the richest walk in its training
-# text (the best prompt we know of; it stands for the paper's few-shot prompt). The score ignores lies: the small
-# model's walks are less often honest.
+# text (in place of the paper's few-shot prompt). The score ignores lies: the small model's walks are honest less often.
 #
-#   InstructGPT   1.3 B against 175 B; reward and value model 6 B; people prefer 175 B InstructGPT to 175 B GPT-3 in 85%
-#                 of cases, to the same with a few-shot prompt in 71%; pre-training text in PPO (ptx)
-#   here          11 times as many; reward model 0.85 M, that of instructgpt.sh; value model of the policy's size; score
-#                 instead of preferences; no ptx; PPO for 2 epochs, lr 5e-4, critic 2e-3, beta 0.2 (the first settings
-#                 tried)
+#   InstructGPT   1.3 B against 175 B; reward and value model 6 B; people prefer the small one
+#   here          reward model that of instructgpt.sh; value model of the policy's size; PPO: lr 5e-4, KL 0.2
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed
@@ -25,7 +21,7 @@ for seed in ${SEEDS:-0}; do
 
     heading "PPO of the small model, from the large reward model"
     out=$runs/small-beats-large
-    python ppo.py --model $runs/small-sft --reward-model $runs/reward_model --dataset $data/prompts.jsonl \
+    python ppo.py --model $runs/small-sft --rewards $runs/reward_model --dataset $data/prompts.jsonl \
         --output-dir $out/small-ppo $common --epochs 2 --learning-rate 5e-4 --value-learning-rate 2e-3 \
         --warmup-ratio 0.1 --kl-coef 0.2 --batch-size 128 --ppo-epochs 2 --max-new-tokens 24 $(max_steps 3)
 
