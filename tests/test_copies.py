@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-FIRST_DRAFT = {"gridworld.py", "grpo.py", "ppo.py", "rlaif.py"}  # have no blocks; see test_first_draft.py
-ORDER = "preferences reference scores log-probabilities data rows models runs".split()
+ORDER = "preferences reference rewards rollouts judges scores sampling answers log-probabilities evaluation".split()
+ORDER += "data rows models runs training".split()
 CALL = '\n\n\nif __name__ == "__main__":\n'
 
 
 def scripts(folder: Path) -> list:
-    return sorted(path for path in folder.glob("*.py") if path.name not in FIRST_DRAFT)
+    return sorted(folder.glob("*.py"))
 
 
 def split(script: Path) -> tuple:
@@ -41,6 +41,7 @@ def split(script: Path) -> tuple:
         raise ValueError(f"{script.name}: has the blocks {found}; allowed, in this order: {order}")
     if not re.fullmatch(r"(# .*\n)+", ruler):
         raise ValueError(f"{script.name}: has something else than comments between the ruler line and the first block")
+    blocks = [block.removesuffix("\n\n\n") for block in blocks]
     return above, {"ruler": ruler, **dict(zip(names, blocks)), "call of main": call + body}
 
 
@@ -65,7 +66,8 @@ def sync(source: Path) -> list:
     for script, (above, blocks) in parts.items():
         theirs = {name: parts[source][1].get(name, block) for name, block in blocks.items()}
         if theirs != blocks:
-            script.write_bytes((above + "".join(theirs.values())).encode("utf-8"))
+            ruler, *middle, call = theirs.values()
+            script.write_bytes((above + ruler + "\n\n\n".join(middle) + call).encode("utf-8"))
             changed += [f"{script.name}: {name}" for name in blocks if theirs[name] != blocks[name]]
     return changed
 
@@ -97,7 +99,10 @@ def test_blocks_are_equal_and_in_order():
     )
 
 
-@pytest.mark.parametrize("script", scripts(REPO), ids=lambda script: script.name)
+ONE_METHOD = [script for script in scripts(REPO) if script.name != "gridworld.py"]  # which has three
+
+
+@pytest.mark.parametrize("script", ONE_METHOD, ids=lambda script: script.name)
 def test_main_stands_directly_below_the_method(script):
     above, _ = split(script)
     head, method, own = re.split(r"(?m)^# -{20,} .*\n", above)
@@ -106,7 +111,7 @@ def test_main_stands_directly_below_the_method(script):
     lines = method.rstrip().split("\n")
     (start,) = (i for i, line in enumerate(lines) if line.startswith("def main(args"))
     assert all(line.startswith("    ") or not line for line in lines[start + 1 :]), "something stands below main"
-    assert head.count("\n") + 1 + len(lines) <= 420
+    assert head.count("\n") + 1 + len(lines) <= (560 if script.name in ("ppo.py", "grpo.py") else 420)
 
 
 # ------------------------------------------------------------------------------------------------- tests of this tool
@@ -128,11 +133,10 @@ def write(folder: Path, name: str, text: str = ""):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two scripts with three blocks each, one with two of them, and one of the first draft."""
+    """Two scripts with three blocks each, and one with two of them."""
     write(tmp_path, "a.py")
     write(tmp_path, "b.py", (tmp_path / "a.py").read_text().replace("A script", "Another"))
     write(tmp_path, "c.py", (tmp_path / "a.py").read_text().replace(BLOCKS["rows"], ""))
-    write(tmp_path, "ppo.py", "x = 1\n")
     return tmp_path
 
 
@@ -164,7 +168,7 @@ def test_a_drifted_block_is_found_and_mended(old, new, folder):
     assert sync(folder / "a.py") == ["b.py: data"] and contents(folder) == before and drift(folder) == []
     write(folder, "b.py", drifted["b.py"].decode())
     assert sync(folder / "b.py") == ["a.py: data", "c.py: data"] and drift(folder) == []
-    assert contents(folder)["b.py"] == drifted["b.py"] and contents(folder)["ppo.py"] == before["ppo.py"]
+    assert contents(folder)["b.py"] == drifted["b.py"]
     assert contents(folder)["a.py"] == drifted["b.py"].replace(b"Another", b"A script")
 
 
@@ -221,7 +225,7 @@ def test_the_command(folder):
         return done.returncode, done.stdout.splitlines()
 
     assert run() == (1, ["data differs: a.py, c.py | b.py"])
-    assert run("--sync", "ppo.py")[0] == run("--sync")[0] == run("a.py")[0] == 2 and drift(folder)
+    assert run("--sync", "d.py")[0] == run("--sync")[0] == run("a.py")[0] == 2 and drift(folder)
     assert run("--sync", "a.py") == (0, ["b.py: data", "all copies are equal"])
     assert run("--sync", "./a.py") == (0, ["nothing to carry over", "all copies are equal"])
     write(folder, "b.py", "x = 1\n")

@@ -1,12 +1,16 @@
-"""The commands of README and docs, run from top to bottom in one empty folder as a new user would, with tiny models and data
-sets under the names of the real ones; the links between the pages; and the commands of every header, as far as their options go."""
+"""The commands and code of README and docs, run from top to bottom in one empty folder as a new user would, with tiny
+models and data sets in place of the real ones. The options, model families, line numbers and links that the pages name.
+Whether the commands in the headers of the scripts can be parsed."""
 
+import ast
+import dataclasses
 import http.server
 import importlib
 import json
 import re
 import shlex
 import threading
+from pathlib import Path
 
 import pytest
 import tyro
@@ -14,6 +18,7 @@ from conftest import REPO
 from test_contract import import_as_module
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+CHINESE = [REPO / "README.zh.md", *sorted((REPO / "docs" / "zh").glob("*.md"))]
 SCRIPTS = sorted(path.stem for path in REPO.glob("*.py"))
 TINY = {  # what makes a command short; given last, so that it wins
     "sft": "--max-steps 1 --batch-size 4",
@@ -31,7 +36,8 @@ TINY = {  # what makes a command short; given last, so that it wins
 
 
 def commands(text: str) -> list:
-    """The commands of a text, as words: lines that begin with `python` or `torchrun`, up to where an explanation follows after two spaces."""
+    """The commands of a text, as words: lines that begin with `python` or `torchrun`, up to two spaces, after which an
+    explanation may follow."""
     found = re.findall(r"(?m)^ *((?:python|torchrun) (?:.*\\\n)*.*)$", text)
     words = [shlex.split(re.split(r" {2,}", re.sub(r"\\\n *", "", command).strip())[0]) for command in found]
     return [command for command in words if any(word.endswith(".py") for word in command)]
@@ -43,10 +49,26 @@ def script_and_flags(words: list) -> tuple:
     return words[at].removesuffix(".py").split("/")[-1], words[at + 1 :]
 
 
-def blocks(pages: list) -> str:
-    """The code blocks of the pages, without those in other languages than the shell's."""
+def blocks(pages: list, language: str = "") -> list:
+    """The code blocks of the pages in one language; those of the shell name none."""
     found = [block for page in pages for block in re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", page.read_text())]
-    return "\n".join(text for kind, text in found if not kind)
+    return [text for kind, text in found if kind == language]
+
+
+def saved_files(pages: list) -> dict:
+    """What the pages tell the reader to save: file name -> content, all blocks of one name together."""
+    files = {}
+    for page in pages:
+        save = r"Save\s+this\s+as\s+`([\w.]+)`(?:(?!```).)*\n```\w+\n(.*?)^```$"
+        for name, text in re.findall(rf"(?ms){save}", page.read_text()):
+            files[name] = files.get(name, "") + text
+    return files
+
+
+def local(word: str, names: dict) -> str:
+    """A word of a command with what stands for a name on the hub, also as a source of --rewards: judge:NAME=WEIGHT."""
+    before, name, after = re.fullmatch(r"(judge:|)(.*?)(=-?[\d.]+|)", word).groups()
+    return before + names.get(name, name) + after
 
 
 @pytest.fixture
@@ -104,25 +126,27 @@ def server():
 
 
 def test_the_pages_can_be_followed_from_top_to_bottom(shop, server, monkeypatch):
-    """Every command that names a model or data set; those of the grid world are the recipes' and have tests of their own. What the runs have logged is
-    what the headers, and so docs/metrics.md, describe."""
+    """Runs every command of a script, and the program in README. The runs log the metrics that docs/metrics.md
+    describes."""
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     ran = []
-    for words in dict.fromkeys(map(tuple, commands(blocks(PAGES)))):  # some stand on two pages
+    for name, text in saved_files(PAGES).items():
+        Path(name).write_text(text)
+    for words in dict.fromkeys(map(tuple, commands("\n".join(blocks(PAGES))))):  # some stand on two pages
         name, flags = script_and_flags(words)
         if name not in SCRIPTS:
             continue
-        for hub, here in shop.items():
-            flags = [here if flag == hub else flag for flag in flags]
-        assert not [flag for flag in flags if re.match(r"(Qwen|trl-lib|openai)/", flag)], (
-            "a name that nothing here stands for"
-        )
+        flags = [local(flag, shop) for flag in flags]
+        unknown = [flag for flag in flags if re.match(r"(judge:)?(Qwen|trl-lib|openai)/", flag)]
+        assert not unknown, "names that nothing here stands for"
         flags = [server if flag.startswith("https://api.") else flag for flag in flags]
         key = f"{name} {flags[0]}" if name == "rlaif" else name
         script = importlib.import_module(name)
         script.main(tyro.cli(script.Args, args=[*flags, *shlex.split(TINY[key])]))
         ran.append(key)
     assert sorted(set(ran)) == sorted(TINY)
+    (program,) = [code for code in blocks(PAGES, "python") if not code.startswith("def ")]
+    exec(program, {})
     tables = import_as_module(REPO / "recipes" / "readme.py", monkeypatch)
     for name in tables.METRICS:
         logged = {key for line in open(f"runs/{name}/metrics.jsonl") for key in json.loads(line)}
@@ -141,20 +165,65 @@ def test_the_commands_of_a_header_have_the_options_that_they_use(name):
         assert tyro.cli(script.Args, args=flags, **options)
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, REPO / "README.zh.md", *sorted((REPO / "docs" / "zh").glob("*.md"))], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", [*PAGES, *CHINESE], ids=lambda page: page.stem)
+def test_every_option_that_a_page_names_exists(page):
+    known = {"help", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "shutdown-timeout", "sync"}
+    for script in map(importlib.import_module, SCRIPTS):
+        for args in filter(dataclasses.is_dataclass, vars(script).values()):
+            known |= {field.name.replace("_", "-") for field in dataclasses.fields(args)}
+    named = re.findall(r"(?<![\w-])--(?:no-)?([a-z][a-z-]*\w)", page.read_text())
+    assert not set(named) - known
+
+
+def test_the_families_of_models_that_a_page_names_are_tested():
+    import test_sampling
+
+    page = (REPO / "docs" / "scaling.md").read_text()
+    for label, tested in {"Tested": test_sampling.FAMILIES, "Refused": test_sampling.REFUSED}.items():
+        (named,) = re.findall(rf"(?s)^{label} for sampling: (.*?)\.\n", page, re.MULTILINE)
+        assert {re.sub(r"\W", "", name).lower() for name in named.split(",")} == {x.replace("_", "") for x in tested}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CHINESE], ids=lambda page: page.stem)
 def test_every_relative_link_leads_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text())
     assert links or page.parent.name == "docs"
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
+def test_the_chinese_pages_have_the_commands_of_the_english_ones():
+    known = commands("\n".join(blocks(PAGES)))
+    assert all(command in known for command in commands("\n".join(blocks(CHINESE))))
+
+
+def test_readme_says_where_the_training_loops_end():
+    pattern = r"first (\d+) to (\d+) lines of a training script \((\d+) in ppo.py and grpo.py\)"
+    ((first, last, online),) = re.findall(pattern, (REPO / "README.md").read_text().replace("\n", " "))
+    ends = {}
+    for name in sorted({*SCRIPTS} - {"gridworld", "rlaif"}):
+        (main,) = [
+            node for node in ast.parse((REPO / f"{name}.py").read_text()).body if getattr(node, "name", "") == "main"
+        ]
+        ends[name] = main.end_lineno
+    sampled = [ends.pop("ppo"), ends.pop("grpo")]
+    said = {first: min(ends.values()), last: max(ends.values()), online: max(sampled)}
+    assert all(abs(int(number) - line) < 10 for number, line in said.items()), said
+
+
 def test_readme_is_short():
     assert len((REPO / "README.md").read_text().splitlines()) <= 150
 
 
+def test_what_to_save_is_found_with_its_name(tmp_path):
+    page = tmp_path / "page.md"
+    python = "Then. Save this as `a.py` and pass it,\nto `x.py`:\n\n```python\none\n```\n\n"
+    page.write_text(python + "Save this as `b.json`:\n\n```json\n2\n```\n")
+    assert saved_files([page, page]) == {"a.py": "one\none\n", "b.json": "2\n2\n"}
+    assert local("judge:Q/q=-0.5", {"Q/q": "here"}) == "judge:here=-0.5"
+    assert local("Q/q", {"Q/q": "here"}) == "here" and local("match:a=b", {}) == "match:a=b"
+
+
 def test_commands_are_found_where_they_stand():
-    text = "x\n  python a.py --b 1                 what it does\n\ntorchrun --n 8 c.py \\\n    --d 'e f'\n see `python z.py`\n"
+    text = "x\n  python a.py --b 1      what it does\n\ntorchrun --n 8 c.py \\\n    --d 'e f'\n see `python z.py`\n"
     assert commands(text) == [["python", "a.py", "--b", "1"], ["torchrun", "--n", "8", "c.py", "--d", "e f"]]
     assert script_and_flags(["torchrun", "--n", "8", "x/c.py", "--d"]) == ("c", ["--d"])
