@@ -621,7 +621,7 @@ def add_process_advantages(rewards: list, tokenizer, groups: dict, stops: list, 
     for place, group in groups.items():
         by_step = step_advantages([next(scores) for _ in group.responses], args.scale)
         group.extra["advantages"] = [
-            values.repeat_interleave(torch.tensor(lengths, device=values.device))
+            values.repeat_interleave(torch.tensor(lengths, device=values.device), output_size=sum(lengths))
             for values, lengths in zip(by_step, steps[place])
         ]
 
@@ -2714,7 +2714,7 @@ def save_model(directory: Path, model, tokenizer, dtype):
     config, before = model.config, (model.config.dtype, model.config._attn_implementation)
     config.dtype, config._attn_implementation = dtype, None
     model.save_pretrained(
-        directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+        directory, state_dict={k: v.to("cpu", dtype) if v.is_floating_point() else v for k, v in weights.items()}
     )
     config.dtype, config._attn_implementation = before
     # save_pretrained has written the dtype of the training there

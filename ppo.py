@@ -697,7 +697,8 @@ def show_rollout(title: str, answers: list, rewards: list, device):
     named = {reward.name: joined(answers, f"rewards/{reward.name}", device) for reward in rewards}
     named["score"] = joined(answers, "score", device)
     prompts, texts = ([row.extra[name] for row in answers] for name in ("prompt_row", "text"))
-    show_samples(prompts, texts, [not row.extra["has_ended"] for row in answers], named)
+    has_ended = joined(answers, "has_ended", device).tolist()
+    show_samples(prompts, texts, [not ended for ended in has_ended], named)
 
 
 def evaluate_policy(rollout, held_out: list, rewards: list, device) -> dict:
@@ -2637,7 +2638,7 @@ def save_model(directory: Path, model, tokenizer, dtype):
     config, before = model.config, (model.config.dtype, model.config._attn_implementation)
     config.dtype, config._attn_implementation = dtype, None
     model.save_pretrained(
-        directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+        directory, state_dict={k: v.to("cpu", dtype) if v.is_floating_point() else v for k, v in weights.items()}
     )
     config.dtype, config._attn_implementation = before
     # save_pretrained has written the dtype of the training there

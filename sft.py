@@ -1556,7 +1556,7 @@ def save_model(directory: Path, model, tokenizer, dtype):
     config, before = model.config, (model.config.dtype, model.config._attn_implementation)
     config.dtype, config._attn_implementation = dtype, None
     model.save_pretrained(
-        directory, state_dict={k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+        directory, state_dict={k: v.to("cpu", dtype) if v.is_floating_point() else v for k, v in weights.items()}
     )
     config.dtype, config._attn_implementation = before
     # save_pretrained has written the dtype of the training there
