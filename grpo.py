@@ -852,7 +852,7 @@ def load_rewards(args, device, dtype) -> list:
             with user_input(f"--rewards {source}: needs number, boxed, hash, or a regular expression"):
                 if not re.compile(how).pattern:
                     raise ValueError("nothing is named")
-            name, score, check = "match", partial(match_scores, how, device), partial(check_answer, how)
+            name, score, check = "match", partial(match_scores, how, device), partial(check_true_answer, how)
         elif source.startswith("judge:"):
             rubric = load_rubric(args.rubric) if args.rubric else {}
             judge = load_judge_model(source.removeprefix("judge:"), args, device, dtype)
@@ -1027,7 +1027,7 @@ def match_scores(how: str, device, rows: list, texts: list, ids: list):
     return torch.tensor(scores, device=device)
 
 
-def check_answer(how: str, extra: dict):
+def check_true_answer(how: str, extra: dict):
     """Fails without a column `answer`, or on one that is no answer; raises Drop where no answer can ever match it."""
     if "answer" not in extra:
         raise ValueError(f"match:{how} compares with a column answer, which is missing")

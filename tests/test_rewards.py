@@ -715,7 +715,7 @@ def test_every_answer_of_gsm8k_is_read(real_data):
         assert script.canonical(script.found_answer(row["answer"], "number")) == true
         boxed = rf"<<1>> so it is \boxed{{\${row['final']}}}."
         assert script.canonical(script.found_answer(boxed, "boxed")) == true
-        assert script.check_answer("number", row) is None
+        assert script.check_true_answer("number", row) is None
 
 
 def test_real_preferences_are_scored_by_the_ids_that_are_trained_on(real_data):
