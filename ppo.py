@@ -1626,8 +1626,9 @@ def as_messages(value, role: str = "assistant") -> list:
     messages = without_none(value)
     for message in messages:
         if "from" in message:
-            speaker, message["content"] = message.pop("from"), message.pop("value")
+            speaker = message.pop("from")
             message["role"] = dict(human="user", gpt="assistant").get(speaker, speaker)
+            message["content"] = message.pop("value")
         if "tool_calls" in message:
             message.setdefault("content", "")
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
@@ -1743,12 +1744,11 @@ def render_text(tokenizer, messages: list, answer_next: bool = False, **options)
         try:
             given = json.loads(json.dumps(messages, default=str), object_hook=parse)
             text = tokenizer.apply_chat_template(given, **options)
-            forms = [(str(a), json.dumps(a, ensure_ascii=False)) for a in tool_arguments(given)]
-            # an object in Python's notation, or JSON text quoted once more: the template takes the other one
-            wrong = [python if parse else quoted for python, quoted in forms if python != quoted]
-            if not any(form in text for form in wrong):
+            calls = [call.get("function", call) for message in given for call in message.get("tool_calls", ())]
+            arguments = [call["arguments"] for call in calls if call.get("arguments")]
+            if not any(is_misread(value, text) for value in arguments):
                 return text
-            errors.append("it takes no arguments of a tool in this form")
+            errors.append("it takes no such arguments of a tool")
         except Exception as e:
             errors.append(e)
     raise Drop(f"refused by the chat template ({' '.join(str(errors[0]).split())[:60]})")
@@ -1757,14 +1757,17 @@ def render_text(tokenizer, messages: list, answer_next: bool = False, **options)
 def parse_arguments(call: dict) -> dict:
     """A tool call with its arguments as an object, if they are JSON text."""
     if isinstance(call.get("arguments"), str):
-        call["arguments"] = json.loads(call["arguments"] or "{}")
+        with contextlib.suppress(ValueError):
+            call["arguments"] = json.loads(call["arguments"] or "{}")
     return call
 
 
-def tool_arguments(messages: list) -> list:
-    """The arguments of all calls of tools."""
-    calls = [call.get("function", call) for message in messages for call in message.get("tool_calls", ())]
-    return [call["arguments"] for call in calls if "arguments" in call]
+def is_misread(arguments, text: str) -> bool:
+    """Whether a template that takes the other form wrote the text: an object as Python writes it, or text in quotes."""
+    as_json = json.dumps(arguments, ensure_ascii=False)
+    if isinstance(arguments, str):
+        return as_json in text
+    return str(arguments) in text and str(arguments) != as_json
 
 
 def date_macro() -> str:
