@@ -1546,8 +1546,7 @@ def response_sums(values, rows: list):
 
 
 class Row(NamedTuple):
-    """A prompt and its K responses, as ids. trained: one bool per response token; extra: what else is known of the
-    row."""
+    """A prompt and its K responses, as ids. trained: a bool per response token; extra: what else is known of the row."""
 
     prompt: list
     responses: list
@@ -1569,8 +1568,7 @@ def fail(message: str):
 
 @contextlib.contextmanager
 def user_input(what: str):
-    """Reports what a library raises while it reads or writes something that the user named as an error of that, in one
-    sentence."""
+    """Ends the program with one sentence where a library fails to read or write something that the user named."""
     try:
         yield
     except Exception as e:
@@ -1583,8 +1581,7 @@ def split_name(name: str) -> tuple:
 
 
 def load_rows(option: str, name: str, default_split: str) -> Dataset:
-    """A data set from a file, a directory (written by save_to_disk, or as downloaded from the hub), or the hub; see
-    --dataset."""
+    """A data set from a file, a directory (written by save_to_disk, or as downloaded from the hub), or the hub."""
     source, config, split = split_name(name)
     path = Path(source)
     with user_input(f"{option} {name}: cannot be read as a data set"):
@@ -1593,9 +1590,9 @@ def load_rows(option: str, name: str, default_split: str) -> Dataset:
                 raise ValueError("the file is empty" if path.is_file() else "the file does not exist")
             if config:
                 raise ValueError(f"a file has no configuration {config}; a split is written {source}::{config}")
-            kind = "parquet" if ".parquet" in path.suffixes else "json"
-            options = dict(encoding="utf-8-sig") if kind == "json" else {}  # also drops a byte-order mark
-            if kind == "json":
+            kind, options = "parquet", {}
+            if ".parquet" not in path.suffixes:
+                kind, options = "json", dict(encoding="utf-8-sig")  # also drops a byte-order mark
                 with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
                     if file.read(100).lstrip(b"\xef\xbb\xbf \t\r\n[").startswith(b"null"):
                         raise ValueError("it begins with null")  # which would crash the reader
@@ -1623,19 +1620,19 @@ def without_none(value):
 
 
 def as_messages(value, role: str = "assistant") -> list:
-    """A conversation as clean messages: from a list of messages, of ShareGPT turns (from/value), or from the text of
-    one turn."""
+    """A conversation as clean messages: from messages, ShareGPT turns (from/value), or the text of one turn."""
     if isinstance(value, str):
         return [dict(role=role, content=value)]
-    names, messages = dict(human="user", gpt="assistant"), []
-    for turn in without_none(value):
-        if "from" in turn:
-            turn = turn | dict(role=names.get(turn["from"], turn["from"]), content=turn["value"])
-        if "tool_calls" in turn:
-            turn.setdefault("content", "")
-        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-            raise ValueError(f"a message needs a role and a text content, this one is {str(turn)[:80]}")
-        messages.append({k: v for k, v in turn.items() if k not in ("from", "value")})
+    messages = without_none(value)
+    for message in messages:
+        if "from" in message:
+            speaker = message.pop("from")
+            message["role"] = dict(human="user", gpt="assistant").get(speaker, speaker)
+            message["content"] = message.pop("value")
+        if "tool_calls" in message:
+            message.setdefault("content", "")
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise ValueError(f"a message needs a role and a text content, this one is {str(message)[:80]}")
     return messages
 
 
@@ -1645,16 +1642,15 @@ def has_content(response) -> bool:
 
 
 def as_prompt(row: dict):
-    """A row's prompt, text or messages: prompt, question, or instruction with its input; after the system text, if the
-    row has one."""
+    """A row's prompt, text or messages: its prompt, question, or instruction with input, after its system text."""
     prompt = row.get("prompt")
     if prompt is None:
-        asked = row.get("question", row.get("instruction"))
-        material = row.get("input") or row.get("context")
-        if asked == "":
+        prompt = row.get("instruction") if row.get("question") is None else row["question"]
+        if prompt == "":
             raise Drop("empty prompt")
-        if asked is not None:
-            prompt = as_messages(f"{asked}\n\n{material}" if material else asked, "user")
+        material = row.get("input") or row.get("context")
+        if prompt is not None:
+            prompt = as_messages(f"{prompt}\n\n{material}" if material else prompt, "user")
     return with_system(row, as_messages(prompt, "user")) if prompt and row.get("system") else prompt
 
 
@@ -1665,36 +1661,37 @@ def with_system(row: dict, messages: list) -> list:
     return as_messages(row["system"], "system") + messages
 
 
-def as_pair(row: dict):
-    """(prompt, [chosen, rejected]) of any published layout: text or messages, the prompt apart or inside both (or, as
-    messages, both)."""
+def as_pair(row: dict) -> tuple:
+    """(prompt, [chosen, rejected]) of any published layout: text or messages, the prompt apart, inside both, or both."""
     if row.get("chosen") is None or row.get("rejected") is None:
         raise ValueError("it needs chosen and rejected, or prompt, completions and scores")
     prompt, chosen, rejected = as_prompt(row), row["chosen"], row["rejected"]
-    if isinstance(chosen, list) and not isinstance(row.get("prompt"), list):  # a prompt in words is their first turn
-        chosen, rejected = as_messages(chosen), as_messages(rejected)
-        if not chosen or not rejected or "assistant" in (chosen[0]["role"], rejected[0]["role"]):
-            return as_messages(prompt or [], "user"), [chosen, rejected]
-        chosen, rejected = with_system(row, chosen), with_system(row, rejected)
-        n = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        # where they part at a user's turn, the answer before it belongs to both
-        while n and chosen[n - 1]["role"] == "assistant":
-            n -= 1
-        return chosen[:n], [chosen[n:], rejected[n:]]
-    if prompt and isinstance(prompt, list):
-        prompt, talks = as_messages(prompt), [as_messages(chosen), as_messages(rejected)]
-        own = as_messages(row["prompt"]) if isinstance(row.get("prompt"), list) else prompt
-        is_given_twice = all(talk[: len(own)] == own and len(talk) > len(own) for talk in talks)
-        return prompt, [talk[len(own) :] for talk in talks] if is_given_twice else talks
-    if prompt:
+    if isinstance(chosen, list) or prompt and isinstance(prompt, list):
+        talks = [as_messages(chosen), as_messages(rejected)]
+        # a prompt in words is their first turn, whatever it says
+        own = as_messages(row["prompt"]) if isinstance(row.get("prompt"), list) else []
+        holds_prompt = all(talk[: len(own)] == own and len(talk) > len(own) for talk in talks)
+        if not holds_prompt or not own and any(talk[0]["role"] == "assistant" for talk in talks):
+            return as_messages(prompt or [], "user"), talks
+        chosen, rejected = (with_system(row, talk) for talk in talks)
+        n = len(with_system(row, own))
+        if not own:
+            n = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+            # where they part at a user's turn, the answer before it belongs to both
+            while n and chosen[n - 1]["role"] == "assistant":
+                n -= 1
+    elif prompt:
         return prompt, [chosen, rejected]
-    speaker = "\n\nAssistant:"  # HH-RLHF
-    if speaker not in chosen:
-        raise ValueError("chosen and rejected need a prompt: a column prompt or question, or turns as in HH-RLHF")
-    turn = chosen.rfind(speaker, 0, shared_prefix(chosen, rejected))
-    if turn < 0:
-        raise Drop("chosen and rejected share no prompt")
-    n = turn + len(speaker)
+    else:  # HH-RLHF
+        speaker = "\n\nAssistant:"
+        if speaker not in chosen and prompt is not None:
+            raise Drop("empty prompt")
+        if speaker not in chosen:
+            raise ValueError("chosen and rejected need a prompt: a column prompt or question, or turns as in HH-RLHF")
+        turn = chosen.rfind(speaker, 0, shared_prefix(chosen, rejected))
+        if turn < 0:
+            raise Drop("chosen and rejected share no prompt")
+        n = turn + len(speaker)
     return chosen[:n], [chosen[n:], rejected[n:]]
 
 
@@ -1709,43 +1706,75 @@ def special_tokens(tokenizer) -> dict:
     return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
+def refuse_special(tokenizer, *values):
+    """Drops a row that holds a special token in any of its texts: data must not be able to end or begin a turn."""
+    text = json.dumps(values, ensure_ascii=False, default=str)
+    for token in special_tokens(tokenizer).values():
+        if token in text:
+            raise Drop(f"special token {token} in the text; write a conversation as messages")
+
+
+def without_end(tokenizer, messages: list) -> list:
+    """Messages less the end-of-sequence token that the assistant's texts may end with already."""
+    messages = [dict(message) for message in messages]
+    for message in messages:
+        if message["role"] == "assistant":
+            message["content"] = message["content"].removesuffix(tokenizer.eos_token)
+    return messages
+
+
+def template_options(row: dict) -> dict:
+    """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
+    reserved = "chat_template tokenize return_dict return_tensors add_generation_prompt continue_final_message".split()
+    options = without_none(row.get("chat_template_kwargs") or {})
+    options = {k: v for k, v in options.items() if k not in reserved}
+    if row.get("tools"):
+        options["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else without_none(row["tools"])
+    return options
+
+
 def render_text(tokenizer, messages: list, answer_next: bool = False, **options) -> str:
     """A conversation under the chat template, with the generation prompt if answer_next. Raises Drop."""
-    options["add_generation_prompt"] = answer_next
+    options |= dict(tokenize=False, add_generation_prompt=answer_next)
     template = tokenizer.get_chat_template(tools=options.get("tools"))
-    if "strftime_now" in template:  # the date of the run's start, also when it is resumed
-        today = lambda match: repr(RUN_DATE[0].strftime(match[2]))
-        call = r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)"""
-        options["chat_template"] = re.sub(call, today, template)
-    texts = [call["arguments"] for call in tool_calls(messages) if isinstance(call.get("arguments"), str)]
-    quoted = [json.dumps(arguments, ensure_ascii=ascii) for arguments in texts for ascii in (True, False)]
-    try:
+    if "strftime_now" in template:
+        options["chat_template"] = date_macro() + template
+    errors = []
+    for parse in (parse_arguments, None):  # most templates take the arguments of a tool as an object, some as JSON text
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-            wants_objects = any(arguments in text for arguments in quoted)
-        except Exception:
-            if not texts:
-                raise
-            wants_objects = True
-        if wants_objects:
-            messages = json.loads(json.dumps(messages))
-            for call in tool_calls(messages):
-                if isinstance(call.get("arguments"), str):
-                    call["arguments"] = json.loads(call["arguments"] or "{}")
-            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        return text
-    except Exception as e:
-        raise Drop(f"refused by the chat template ({' '.join(str(e).split())[:60]})") from e
+            given = json.loads(json.dumps(messages, default=str), object_hook=parse)
+            text = tokenizer.apply_chat_template(given, **options)
+            calls = [call.get("function", call) for message in given for call in message.get("tool_calls", ())]
+            arguments = [call["arguments"] for call in calls if call.get("arguments")]
+            if not any(is_misread(value, text) for value in arguments):
+                return text
+            errors.append("it takes no such arguments of a tool")
+        except Exception as e:
+            errors.append(e)
+    raise Drop(f"refused by the chat template ({' '.join(str(errors[0]).split())[:60]})")
 
 
-def tool_calls(messages: list) -> list:
-    """The calls (name, arguments) of all messages."""
-    return [call.get("function", call) for message in messages for call in message.get("tool_calls", ())]
+def parse_arguments(call: dict) -> dict:
+    """A tool call with its arguments as an object, if they are JSON text."""
+    if isinstance(call.get("arguments"), str):
+        with contextlib.suppress(ValueError):
+            call["arguments"] = json.loads(call["arguments"] or "{}")
+    return call
 
 
-def render(tokenizer, messages: list, answer_next: bool = False, **options) -> list:
-    """Ids of `render_text`."""
-    return text_ids(tokenizer, render_text(tokenizer, messages, answer_next, **options))
+def is_misread(arguments, text: str) -> bool:
+    """Whether a template that takes the other form wrote the text: an object as Python writes it, or text in quotes."""
+    as_json = json.dumps(arguments, ensure_ascii=False)
+    if isinstance(arguments, str):
+        return as_json in text
+    return str(arguments) in text and str(arguments) != as_json
+
+
+def date_macro() -> str:
+    """strftime_now of chat templates as a macro that writes the date of the run's start, also when it is resumed."""
+    codes = "a A b B c d -d e f F H -H I -I j -j m -m M -M p S -S u U w W x X y Y".split()
+    replaced = "".join(f" | replace('%{code}', {RUN_DATE[0].strftime('%' + code)!r})" for code in codes)
+    return "{% macro strftime_now(format) %}{{ format" + replaced + " }}{% endmacro %}\n"
 
 
 def text_ids(tokenizer, text: str) -> list:
@@ -1753,15 +1782,26 @@ def text_ids(tokenizer, text: str) -> list:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+def render(tokenizer, messages: list, answer_next: bool = False, **options) -> list:
+    """Ids of `render_text`."""
+    return text_ids(tokenizer, render_text(tokenizer, messages, answer_next, **options))
+
+
+def plain_ids(tokenizer, text: str) -> list:
+    """Ids of a text without a chat template, with the special tokens that the tokenizer adds, but at most one end."""
+    ids = tokenizer(text).input_ids
+    while ids[-2:] == [tokenizer.eos_token_id] * 2:
+        ids.pop()
+    return ids
+
+
 @lru_cache
 def turn_end(tokenizer) -> tuple:
-    """The token that ends an assistant's turn, and how many tokens the template writes after it: the first special
-    token after the content, found by rendering two answers; where the template marks no end, the end-of-sequence token
-    and -1."""
-    user, special = [dict(role="user", content="a")], special_tokens(tokenizer)
-    one, other = (render(tokenizer, user + as_messages(answer)) for answer in ("b", "c"))
+    """The token that ends an assistant's turn, the first special one after the content, and how many tokens the template
+    writes after it; the end-of-sequence token and -1 where the template marks no end."""
+    one, other = (render(tokenizer, as_messages("a", "user") + as_messages(answer)) for answer in ("b", "c"))
     tail = one[len(one) - shared_prefix(one[::-1], other[::-1]) :]
-    ends = [(token, len(tail) - i - 1) for i, token in enumerate(tail) if token in special]
+    ends = [(token, len(tail) - i - 1) for i, token in enumerate(tail) if token in special_tokens(tokenizer)]
     return ends[0] if ends else (tokenizer.eos_token_id, -1)
 
 
@@ -1770,49 +1810,18 @@ def stop_tokens(tokenizer) -> list:
     return sorted({turn_end(tokenizer)[0], tokenizer.eos_token_id})
 
 
-def template_options(row: dict) -> dict:
-    """A row's own arguments for the chat template: its tools (a list, or JSON text) and chat_template_kwargs."""
-    reserved = {"chat_template", "tokenize", "return_dict", "return_tensors", "add_generation_prompt"}
-    options = without_none(row.get("chat_template_kwargs") or {})
-    options = {k: v for k, v in options.items() if k not in reserved | {"continue_final_message"}}
-    if row.get("tools"):
-        options["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else without_none(row["tools"])
-    return options
-
-
-def without_end(tokenizer, messages: list) -> list:
-    """Messages less the end-of-sequence token that the assistant's texts may end with already."""
-    eos, cut = tokenizer.eos_token, []
-    for message in messages:
-        is_answer = message["role"] == "assistant"
-        cut.append(message | dict(content=message["content"].removesuffix(eos)) if is_answer else message)
-    return cut
-
-
-def refuse_special(tokenizer, *values):
-    """Drops a row that holds a special token in any of its texts: data must not be able to end a turn or to begin
-    one."""
-    text = json.dumps(values, ensure_ascii=False, default=str)
-    for token in special_tokens(tokenizer).values():
-        if token in text:
-            raise Drop(f"special token {token} in the text; write a conversation as messages")
-
-
 def encode(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tuple:
-    """A prompt and its responses (text or messages), tokenised together; their boundary is the longest prefix that all
-    share.
+    """A prompt and its responses (text or messages), tokenised together, parted where their longest common prefix ends.
 
     Returns prompt ids, response ids, and for each response token whether the assistant says it. row may hold tools and
     chat_template_kwargs. Raises Drop."""
-    eos, options = tokenizer.eos_token, template_options(row)
-    is_text = isinstance(prompt, str) and all(isinstance(r, str) for r in responses)
-    replies = [without_end(tokenizer, as_messages(response)) for response in responses]
+    options, replies = template_options(row), [without_end(tokenizer, as_messages(response)) for response in responses]
     refuse_special(tokenizer, prompt, replies, options)
     if not prompt:
         raise Drop("empty prompt")
-    if is_text:
-        texts = [prompt, *(prompt + reply[0]["content"] + eos for reply in replies)]
-        head, *wholes = (plain_ids(tokenizer, text) for text in texts)
+    if isinstance(prompt, str) and all(isinstance(response, str) for response in responses):
+        head = plain_ids(tokenizer, prompt)
+        wholes = [plain_ids(tokenizer, prompt + reply[0]["content"] + tokenizer.eos_token) for reply in replies]
         trained = [[True] * len(whole) for whole in wholes]
     else:
         prompt = as_messages(prompt, "user")
@@ -1827,97 +1836,57 @@ def encode(tokenizer, prompt, responses: list, row: dict, notes: Counter) -> tup
     if not n:
         raise Drop("prompt and response share no token boundary")
     for reply, marks in zip(replies, trained):
-        # n is before this response's own start if another one's first token has merged with the prompt's last
-        if reply[0]["role"] == "assistant" and True in marks:
+        if reply[0]["role"] == "assistant" and reply[0].get("weight") != 0:
+            # its start is after n if another response's first token has merged with the prompt's last
             marks[n : marks.index(True)] = [True] * (marks.index(True) - n)
     return wholes[0][:n], [whole[n:] for whole in wholes], [marks[n:] for marks in trained]
-
-
-def plain_ids(tokenizer, text: str) -> list:
-    """Ids of a text without a chat template, with the special tokens that the tokenizer adds, but at most one end."""
-    ids = tokenizer(text).input_ids
-    while ids[-2:] == [tokenizer.eos_token_id] * 2:
-        ids.pop()
-    return ids
-
-
-def prompt_ids(tokenizer, prompt: list, options: dict) -> list:
-    """Ids of messages up to where the assistant is to speak, or to continue if the last message is an answer that it
-    has begun."""
-    if prompt[-1]["role"] == "assistant":
-        return text_ids(tokenizer, begun_text(tokenizer, prompt, options))
-    return render(tokenizer, prompt, True, **options)
-
-
-def begun_text(tokenizer, messages: list, options: dict) -> str:
-    """The text of a conversation whose last message is the beginning of an answer.
-
-    A template that writes something before the answer (an empty thinking block, say) would put it between prompt and
-    beginning, where generation never has it; then the beginning follows the generation prompt directly."""
-    text, begun = render_text(tokenizer, messages, continue_final_message=True, **options), messages[-1]["content"]
-    opening = render_text(tokenizer, messages[:-1], True, **options)
-    has_generation_prompt = opening != render_text(tokenizer, messages[:-1], **options)
-    start = text.rfind(begun.strip())
-    written = text[len(opening) : start] if text.startswith(opening) else "?"
-    is_header = any(token in written for token in special_tokens(tokenizer).values())
-    if not has_generation_prompt or not written.strip() or is_header:
-        return text[:start] + begun.lstrip()  # which templates may trim
-    overlap = max(n for n in range(len(begun) + 1) if opening.endswith(begun[:n]))  # both may open the thinking block
-    return opening + begun[overlap:]
 
 
 def encode_turns(tokenizer, messages: list, first: int, options: dict, notes: Counter) -> list:
     """A conversation with the assistant's turns from message `first` on to be trained, each with its end-of-turn token.
 
-    Returns [(ids, trained)], trained one bool per id: one pair for the whole conversation, or one for each turn if the
-    template rewrites earlier turns (drops their thinking, say). Raises Drop where generation would never see what
-    training sees."""
+    Returns [(ids, trained)], a bool per id: one pair for the whole conversation, or one for each turn if the template
+    rewrites earlier turns (drops their thinking, say). Raises Drop where generation would not see what training sees."""
     turns = []
     for i in range(max(first, 1), len(messages)):  # an assistant's turn that opens the conversation answers nothing
-        if messages[i]["role"] == "assistant" and messages[i].get("weight") != 0:
-            continues = i == first and messages[i - 1]["role"] == "assistant"
-            turns.append((continue_turn if continues else encode_turn)(tokenizer, messages[: i + 1], options, notes))
+        if messages[i]["role"] != "assistant" or messages[i].get("weight") == 0:
+            continue
+        if i == first and messages[i - 1]["role"] == "assistant":  # which the prompt has begun
+            begun = begun_text(tokenizer, messages[:i], options)
+            ids = text_ids(tokenizer, begun + messages[i]["content"]) + [turn_end(tokenizer)[0]]
+            turns.append((ids, shared_prefix(text_ids(tokenizer, begun), ids)))
+        else:
+            turns.append(encode_turn(tokenizer, messages[: i + 1], options, notes))
     if turns and all(turns[-1][0][: len(ids)] == ids for ids, _ in turns):
         whole = turns[-1][0]
         return [(whole, [any(start <= t < len(ids) for ids, start in turns) for t in range(len(whole))])]
     return [(ids, [t >= start for t in range(len(ids))]) for ids, start in turns]
 
 
-def continue_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
-    """`encode_turn` where the last message continues an answer that the message before it has begun."""
-    head = begun_text(tokenizer, messages[:-1], options)
-    ids = text_ids(tokenizer, head + messages[-1]["content"]) + [turn_end(tokenizer)[0]]
-    return ids, shared_prefix(text_ids(tokenizer, head), ids)
-
-
 def encode_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
-    """Ids of a conversation up to the end of its last turn, the assistant's, and where that turn begins. Raises
-    Drop."""
-    prompt, turn, special = messages[:-1], messages[-1], special_tokens(tokenizer)
+    """Ids of a conversation up to the end of its last turn, the assistant's, and where it begins. Raises Drop."""
+    *prompt, turn = messages
     text, opening = render_text(tokenizer, messages, **options), render_text(tokenizer, prompt, **options).rstrip()
     # a template may close the prompt with tokens that it writes elsewhere once a reply follows
-    while token := next((t for t in special.values() if opening.endswith(t)), ""):
+    while token := next((t for t in special_tokens(tokenizer).values() if opening.endswith(t)), ""):
         opening = opening.removesuffix(token).rstrip()
-    if not text.startswith(opening):
+    whole, before, reply, content, thoughts = (
+        "".join(part.split())  # templates may move white space
+        for part in (text, opening, text[len(opening) :], turn["content"], turn.get("reasoning_content", ""))
+    )
+    said = ["".join(message["content"].split()) for message in prompt]
+    if not text.startswith(opening) or any(words in whole and words not in before for words in said):
         raise Drop("the chat template changes the prompt once a reply follows")
-    whole, before, reply = ("".join(part.split()) for part in (text, opening, text[len(opening) :]))
-    for content in ("".join(message["content"].split()) for message in prompt):
-        if content in whole and content not in before:
-            raise Drop("the chat template changes the prompt once a reply follows")
-        notes["prompt messages that the chat template leaves out"] += content not in whole
-    content = "".join(turn["content"].split())
     if content not in reply:
         raise Drop("the chat template leaves out part of the reply")
-    if "".join(turn.get("reasoning_content", "").split()) not in reply:
-        notes["replies whose reasoning_content the chat template leaves out"] += 1
     words_alone = {k: v for k, v in turn.items() if k != "tool_calls"}
     shows_calls = "tool_calls" in turn and render_text(tokenizer, [*prompt, words_alone], **options) != text
+    notes["prompt messages that the chat template leaves out"] += sum(words not in whole for words in said)
+    notes["replies whose reasoning_content the chat template leaves out"] += thoughts not in reply
     notes["replies whose tool_calls the chat template leaves out"] += "tool_calls" in turn and not shows_calls
-    if not content and not shows_calls:
-        raise Drop("the reply is empty but for its end-of-turn token")
     ids, head = end_turn(tokenizer, text_ids(tokenizer, text)), render(tokenizer, prompt, True, **options)
     start = shared_prefix(head, ids)
-    if len(ids) - start < 2:
+    if not (content or shows_calls) or len(ids) - start < 2:
         raise Drop("the reply is empty but for its end-of-turn token")
     notes["replies that do not begin where the generation prompt ends"] += start < len(head)
     return ids, start
@@ -1936,27 +1905,47 @@ def end_turn(tokenizer, ids: list) -> list:
     return ids[: ends[-1] + 1]
 
 
+def prompt_ids(tokenizer, prompt: list, options: dict) -> list:
+    """Ids of messages up to where the assistant is to speak, or to continue an answer that the last message begins."""
+    if prompt[-1]["role"] == "assistant":
+        return text_ids(tokenizer, begun_text(tokenizer, prompt, options))
+    return render(tokenizer, prompt, True, **options)
+
+
+def begun_text(tokenizer, messages: list, options: dict) -> str:
+    """The text of a conversation whose last message is the beginning of an answer.
+
+    A template that writes something before the answer (an empty thinking block, say) would put it between prompt and
+    beginning, where generation never has it; then the beginning follows the generation prompt directly."""
+    prompt, begun = messages[:-1], messages[-1]["content"]
+    text = render_text(tokenizer, messages, continue_final_message=True, **options)
+    start = text.rfind(begun.strip())
+    without, opening = (render_text(tokenizer, prompt, answer_next, **options) for answer_next in (False, True))
+    written = text[len(opening) : start] if text.startswith(opening) else "?"
+    is_header = any(token in written for token in special_tokens(tokenizer).values())
+    if opening == without or not written.strip() or is_header:  # as the template has it, which may trim the beginning
+        return text[:start] + begun.lstrip()
+    overlap = max(n for n in range(len(begun) + 1) if opening.endswith(begun[:n]))  # both may open the thinking block
+    return opening + begun[overlap:]
+
+
 def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_columns=None) -> list:
-    """All rows that encode_row(row, notes) makes of a data set, with a report: kept, dropped and why, lengths, an
-    example.
+    """All rows that encode_row(row, notes) makes of a data set, with a report of them and of what was dropped.
 
     add_columns(option, data): the data set with columns that encode_row reads beside its own."""
     data, rows, notes = load_rows(option, name, split), [], Counter()
     data = add_columns(option, data) if add_columns else data
+    columns = f"its columns are {', '.join(data.column_names)}"
     for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or len(data) < 5000)):
-        try:
-            rows += encode_row(row, notes)
-        except Drop as drop:
-            notes[f"dropped: {drop}"] += 1
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
-            what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-            columns = ", ".join(data.column_names)
-            hint = f"its columns are {columns}; see 'Reads' in --help"
-            fail(f"{option} {name}, row {number} (from 0): not in a known format ({what}); {hint}")
+        where = f"{option} {name}, row {number} (from 0)"
+        with user_input(f"{where}: not in a known format; {columns}; see 'Reads' in --help"):
+            try:
+                rows += encode_row(row, notes)
+            except Drop as drop:
+                notes[f"dropped: {drop}"] += 1
     counts = ", ".join(f"{n} {note}" for note, n in notes.items() if n) or "none dropped, none cut"
     if not rows:
-        columns = ", ".join(data.column_names)
-        fail(f"{option} {name}: none of its {len(data)} rows can be used ({counts}); its columns are {columns}")
+        fail(f"{option} {name}: none of its {len(data)} rows can be used ({counts}); {columns}")
     print0(f"{option} {name}: {len(rows)} rows from {len(data)}; {counts}")
     prompts, responses = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
     quantiles = ["/".join(str(sorted(x)[int(q * (len(x) - 1))]) for q in (0.5, 0.95, 1)) for x in (prompts, responses)]
@@ -1970,8 +1959,7 @@ def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_colum
 
 
 def prepare_split(args, tokenizer, encode_row, by_prompt: bool = True, add_columns=None) -> tuple:
-    """Rows to train on, and held-out rows: from --eval-dataset, or a share of --dataset (of its prompts, or, if not
-    by_prompt, its rows)."""
+    """Rows to train on, and held-out rows: of --eval-dataset, or a share of --dataset's prompts (or of its rows)."""
     rows = prepare("--dataset", args.dataset, "train", tokenizer, encode_row, add_columns)
     if args.eval_dataset:
         return rows, prepare("--eval-dataset", args.eval_dataset, "test", tokenizer, encode_row, add_columns)
