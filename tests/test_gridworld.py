@@ -223,30 +223,18 @@ RUUR = "right 5 up 9 up -1 right 0 = 13"
 
 
 def by_force(grid) -> dict:
-    """moves -> (total, safe) of every walk, by recursion over the cells."""
-    size, pays = len(grid), {"!": 9, "G": 0}
-
-    def go(x, y):
-        if x == y == size - 1:
-            return {(): (0, True)}
-        found = {}
-        for move, next_x, next_y in (("right", x + 1, y), ("up", x, y + 1)):
-            if next_x < size and next_y < size:
-                cell = grid[size - 1 - next_y][next_x]
-                for moves, (total, safe) in go(next_x, next_y).items():
-                    value = pays[cell] if cell in pays else int(cell)
-                    found[(move, *moves)] = total + value, safe and cell != "!"
-        return found
-
-    return go(0, 0)
+    """moves -> (total, safe) of every walk."""
+    steps, found = len(grid) - 1, {}
+    for moves in product(("right", "up"), repeat=2 * steps):
+        if moves.count("up") == steps:
+            places = [(steps - moves[:i].count("up"), moves[:i].count("right")) for i in range(1, 2 * steps + 1)]
+            cells = [grid[row][column] for row, column in places]
+            found[moves] = sum(9 if cell == "!" else int(cell) for cell in cells[:-1]), "!" not in cells
+    return found
 
 
 def can_be_safe(grid) -> bool:
     return any(safe for _, safe in by_force(grid).values())
-
-
-def totals_of(grid) -> list:
-    return [total for total, _ in by_force(grid).values()]
 
 
 def grids(count: int, size: int = 3, seed: int = 0) -> list:
@@ -343,17 +331,14 @@ def test_demonstrators_refuse_only_where_there_is_no_safe_path(aim, refusals):
 
 
 def test_a_lie_promises_more_than_the_walk_pays_and_a_slip_is_taken_back():
-    rng, kinds = random.Random(0), set()
-    for _ in range(300):
+    rng = random.Random(0)
+    for _ in range(200):
         walk = rng.choice(g.walks(GRID))
-        told, true = g.lie(rng, walk), g.tell(walk)
-        verdict = g.check_answer(GRID, told)
+        verdict = g.check_answer(GRID, told := g.lie(rng, walk))
         assert verdict.walk == walk and not verdict.honest and int(told.split()[-1]) > walk.total
-        kinds.add(told.split("=")[0] == true.split("=")[0])
         before, after = g.slip(rng, walk).split(" wait ")
-        *said, last = before.split()
-        assert after == true and said == true.split()[: len(said)] and last != true.split()[len(said)]
-    assert kinds == {True, False}  # only the sum, or the cells
+        assert after == g.tell(walk) and not after.startswith(before)
+        assert after.startswith(" ".join(before.split()[:-1]))
 
 
 QUALITY = [  # answer, helpful, harmless, overall
@@ -393,10 +378,8 @@ def test_annotators_are_noisy_and_a_pair_is_the_best_and_the_worst():
     scores = torch.tensor([g.annotators_scores(rng, ASKED, [SAFE], "helpful")[0] for _ in range(2000)])
     assert scores.mean().item() == approx(3 / 14, abs=0.015) and scores.std().item() == approx(0.15, abs=0.01)
     row = g.as_preference(ASKED, ["b", "c", "a"], [0.2, 0.9, -1.0], "helpful")
-    assert (row["chosen"], row["score_chosen"]) == ([assistant("c")], 0.9)
-    assert (row["rejected"], row["score_rejected"]) == ([assistant("a")], -1.0)
+    assert row["chosen"] == [assistant("c")] and row["rejected"] == [assistant("a")]
     assert g.as_preference(ASKED, ["b", "a"], [0.2, 0.2], "helpful") is None
-    assert g.as_preference(ASKED, ["a", "a"], [0.2, 0.3], "helpful") is None
 
 
 # ----------------------------------------------------------------------------------------------------------- the files
@@ -485,7 +468,9 @@ def test_prompts_have_their_cells_and_kinds_and_reasoning_its_best_totals(files)
     assert {*cells} == {"!", "S", "G", *map(str, range(-5, 6))}
     assert cells["!"] / (cells.total() - cells["S"] - cells["G"]) == approx(0.18, abs=0.03)
     for row in files["reasoning"] + files["test_reasoning"]:
-        assert row["answer"] == str(max(totals_of(grid_of(row)))) and "!" not in row["grid"]
+        assert (
+            row["answer"] == str(max(total for total, _ in by_force(grid_of(row)).values())) and "!" not in row["grid"]
+        )
         assert row["prompt"] == [user(row["grid"] + "\nthink")]
 
 
@@ -512,7 +497,9 @@ def test_pretraining_text_is_true(files):
         kinds[kind := "told" if said.startswith(("up", "right")) else said.split()[0]] += 1
         *_, last = said.split("\n")
         if kind in ("most", "least"):
-            assert told[0].walk.total == dict(most=max, least=min)[kind](totals_of(grid))
+            assert told[0].walk.total == dict(most=max, least=min)[kind](
+                [total for total, _ in by_force(grid).values()]
+            )
         elif kind in ("pays", "avoids"):
             gap = told[0].walk.total - told[1].walk.total if kind == "pays" else told[0].safe - told[1].safe
             assert last == ("A" if gap > 0 else "B" if gap < 0 else "the same")
@@ -536,9 +523,6 @@ def kind_of(messages: list) -> str:
     return "pair" if "\n\n" in last else "plain"
 
 
-SHARES = dict(plain=0.35, aim=0.10, think=0.15, pair=0.16, rubric=0.05, score=0.04, revision=0.05) | {"two turns": 0.10}
-
-
 @pytest.fixture(scope="module")
 def demonstrations():
     """kind -> (grid, conversation): 4000 demonstrations on 3 x 3 grids."""
@@ -547,14 +531,6 @@ def demonstrations():
         messages = g.sft_row(rng, grid)["messages"]
         found.setdefault(kind_of(messages), []).append((grid, messages))
     return found
-
-
-def test_demonstrations_of_every_kind_have_their_shares(demonstrations, files):
-    found = {kind: len(rows) / 4000 for kind, rows in demonstrations.items()}
-    assert found == {kind: approx(share, abs=0.025) for kind, share in SHARES.items()}
-    kinds = Counter(kind_of(row["messages"]) for row in files["judge"])
-    shares = {kind: count / (2 * ROWS) for kind, count in kinds.items()}
-    assert shares == approx(dict(pair=0.6, rubric=0.1, score=0.15, revision=0.15), abs=0.05)
 
 
 def test_demonstrated_answers_keep_their_aim_and_thoughts_are_true_and_wishes_met(demonstrations):
@@ -607,20 +583,17 @@ def judged(talk: list) -> str:
 
 
 def test_rubric_letters_and_scores_are_right(demonstrations):
-    letters, points = Counter(), []
     for grid, talk in demonstrations["rubric"]:
         verdict = g.check_answer(grid, judged(talk))
         walked = "stays safe" if verdict.safe else "enters lava"
         meaning = dict(refusal="refuses", invalid="garbled", walk=walked)[verdict.kind]
         assert g.RUBRIC["options"][talk[-1]["content"]] == meaning
-        letters[meaning] += 1
-    assert len(letters) == 4
-    for grid, talk in demonstrations["score"]:
-        points.append((g.quality(g.ask(grid), judged(talk), "overall"), int(talk[-1]["content"])))
-    numbers = [number for _, number in sorted(points)]
-    assert numbers == sorted(numbers) and {*numbers} >= {1, 4, 7, 10}
-    assert {number for value, number in points if value >= 1} == {10}
-    assert {number for value, number in points if value <= -0.5} == {1}
+    points = [
+        (g.quality(g.ask(grid), judged(talk), "overall"), talk[-1]["content"]) for grid, talk in demonstrations["score"]
+    ]
+    numbers = [int(number) for _, number in sorted(points)]
+    assert numbers == sorted(numbers) and numbers[0] == 1 and numbers[-1] == 10
+    assert all(number == "10" for value, number in points if value >= 1)
 
 
 def test_critiques_are_true_and_revisions_better(demonstrations):
@@ -650,33 +623,11 @@ def test_critiques_are_true_and_revisions_better(demonstrations):
     assert {*seen} >= {"false", "all", "wrong", "more", "less", "lava", "stays"}
 
 
-def test_rankings_are_of_distinct_answers_and_garbled_ones_score_lowest(files):
-    rng, scores = random.Random(0), {}
-    for row in files["rankings"] + [g.ranking_row(rng, grid) for grid in grids(400, seed=4)]:
-        assert len(set(row["completions"])) == len(row["completions"]) == len(row["scores"]) == 4
-        assert row["annotator"] == "simulated" and row["kind"] == "helpful"
-        for answer, score in zip(row["completions"], row["scores"]):
-            verdict = g.check_answer(grid_of(row), answer)
-            scores.setdefault((verdict.kind, verdict.honest), []).append(score)
-    means = {kind: sum(values) / len(values) for kind, values in scores.items()}
-    order = sorted(means, key=means.get)
-    assert order == [INVALID, ("refusal", False), LIE, WALK, ("refusal", True)], means
-    assert min(map(len, scores.values())) > 20 and len(scores[INVALID]) > 0.05 * 1840
-
-
-def test_preferences_are_mostly_right_the_held_out_ones_always_and_conflicts_split_the_kinds(files):
-    right, turns = [], []
-    for name in ("preferences", "test_preferences", "test_conflicts"):
-        for row in files[name]:
-            assert row["score_chosen"] > row["score_rejected"] and row["annotator"] == "simulated"
-            truth = [g.quality(row["prompt"], row[side][0]["content"], row["kind"]) for side in ("chosen", "rejected")]
-            if name == "preferences":
-                right += [truth[0] > truth[1]] if truth[0] != truth[1] else []
-            else:
-                assert [row["score_chosen"], row["score_rejected"]] == approx(truth, abs=0.006)
-                turns += [len(row["prompt"]) == 3] if name == "test_preferences" else []
-        assert {row["kind"] for row in files[name]} == {"helpful", "harmless"}
-    assert 0.8 < sum(right) / len(right) < 1 and 0.2 < sum(turns) / len(turns) < 0.35
+def test_held_out_preferences_have_no_noise_and_conflicts_split_the_kinds(files):
+    for row in files["test_preferences"] + files["test_conflicts"]:
+        truth = [g.quality(row["prompt"], row[side][0]["content"], row["kind"]) for side in ("chosen", "rejected")]
+        assert [row["score_chosen"], row["score_rejected"]] == approx(truth, abs=0.006) and truth[0] > truth[1]
+    assert 0.2 < sum(len(row["prompt"]) == 3 for row in files["test_preferences"]) / 300 < 0.35
     for row in files["test_conflicts"]:
         chosen, rejected = (narrated(row[side][0]["content"], grid_of(row)) for side in ("chosen", "rejected"))
         rich, safe = (chosen, rejected) if row["kind"] == "helpful" else (rejected, chosen)
@@ -698,26 +649,18 @@ def test_a_judge_s_task_reads_as_ppo_asks_it(task, name, small, tiny_tokenizer, 
         assert talk[0] == user(text) and talk[-1]["content"] in options
 
 
-def test_rubric_conditions_and_requests_fit_the_rows_and_what_was_taught(small, demonstrations):
-    rubric, conditions, requests = (
-        json.loads((small.folder / f"{name}.json").read_text()) for name in ("rubric", "conditions", "requests")
-    )
-    for kind, best in (("helpful", "stays safe"), ("refuse", "refuses")):
-        letter = max(rubric["reward"][kind], key=rubric["reward"][kind].get)
-        assert rubric["options"][letter] == best
-    kinds = {row["kind"] for name in ("prompts", "preferences", "rankings") for row in small[name]}
-    assert conditions == dict(helpful="score", harmless="safety", refuse="safety") and kinds <= set(conditions)
-    principles = (small.folder / "principles.txt").read_text().splitlines()
-    for _, talk in demonstrations["pair"]:
+def test_requests_ask_what_was_taught_and_conditions_know_every_kind(small, demonstrations):
+    requests = json.loads((small.folder / "requests.json").read_text())
+    for grid, talk in demonstrations["pair"]:
         principle, a, b = sides(talk)
-        grid = talk[0]["content"].partition("\n\n")[0]
-        assert requests["compare"].format(talk=grid, principle=principle, a=a, b=b) == talk[0]["content"]
-    taught = {}  # what was asked below the grid and the answer
-    for kind in ("revision", "score"):
-        taught[kind] = {"\n\n" + talk[0]["content"].partition("\n\n")[2] for _, talk in demonstrations[kind]}
-    assert {requests["critique"].format(conversation="", principle=p) for p in principles} <= taught["revision"]
-    assert {requests["score"].format(conversation="")} == taught["score"]
+        asked = requests["compare"].format(talk=g.grid_text(grid), principle=principle, a=a, b=b)
+        assert asked == talk[0]["content"]
+    taught = {"\n\n" + talk[0]["content"].partition("\n\n")[2] for _, talk in demonstrations["revision"]}
+    principles = (small.folder / "principles.txt").read_text().splitlines()
+    assert {requests["critique"].format(conversation="", principle=p) for p in principles} <= taught
     assert {talk[2]["content"] for _, talk in demonstrations["revision"]} == {requests["revise"]}
+    kinds = {row["kind"] for name in ("prompts", "preferences", "rankings") for row in small[name]}
+    assert kinds <= set(json.loads((small.folder / "conditions.json").read_text()))
 
 
 # ------------------------------------------------------------------------------------------------------------ annotate
@@ -1038,39 +981,31 @@ def no_work(*_, **__):
     pytest.fail("the work has begun")
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        (dict(output_dir="file"), "nothing can be written"),
-        (dict(output_dir="/proc"), "nothing can be written"),
-        (dict(output_dir="learn"), "learn/learn.png: must be a file"),
-        (dict(output_dir="data"), "data/principles.txt: must be a file"),
-        (dict(output="folder.png"), "--output folder.png: must be"),
-        (dict(output="score.unknown"), "--output score.unknown: must be"),
-        (dict(csv="folder.csv"), "--csv folder.csv: must be"),
-        (dict(output="folder.jsonl"), "--output folder.jsonl: must be"),
-    ],
-    ids=str,
-)
-def test_a_place_that_takes_no_file_is_an_error_before_the_work(
-    flags, says, small, tiny_model_dir, capsys, tmp_path, monkeypatch
-):
+NO_PLACE = [
+    (g.LearnArgs(output_dir="file"), "nothing can be written"),
+    (g.DataArgs(output_dir="/proc"), "nothing can be written"),
+    (g.LearnArgs(output_dir="learn"), "learn/learn.png: must be a file"),
+    (g.DataArgs(output_dir="data"), "data/principles.txt: must be a file"),
+    (g.ScoreArgs(checkpoints=("MODEL",), output="folder.png"), "--output folder.png: must be"),
+    (g.ScoreArgs(checkpoints=("MODEL",), output="score.unknown"), "--output score.unknown: must be"),
+    (g.ScoreArgs(checkpoints=("MODEL",), csv="folder.csv"), "--csv folder.csv: must be"),
+    (g.AnnotateArgs(model=("MODEL",), output="folder.jsonl"), "--output folder.jsonl: must be"),
+]
+
+
+@pytest.mark.parametrize("args, says", NO_PLACE, ids=[says for _, says in NO_PLACE])
+def test_a_place_that_takes_no_file_is_an_error_before_the_work(args, says, small, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     for folder in ("learn/learn.png", "data/principles.txt", "folder.png", "folder.csv", "folder.jsonl"):
         (tmp_path / folder).mkdir(parents=True)
-    for name in ("make_world", "new_grid", "answer_all"):
+    for name in ("make_world", "new_grid", "load_policy"):
         monkeypatch.setattr(g, name, no_work)
-    model, prompts = str(tiny_model_dir()), str(small.folder / "test.jsonl")
-    if "output_dir" in flags:
-        commands = [g.DataArgs(**flags)] * (flags["output_dir"] != "learn")
-        commands += [g.LearnArgs(**flags)] * (flags["output_dir"] != "data")
-    elif flags.get("output") == "folder.jsonl":
-        commands = [g.AnnotateArgs(model=(model,), prompts=prompts, **flags)]
-    else:
-        commands = [score_args(small, tmp_path, model, **flags)]
-    for command in commands:
-        assert says in error_of(capsys, command)
+    monkeypatch.setattr(g, "why_no_policy", lambda directory: "")
+    for name, value in dict(data=str(small.folder), prompts=str(small.folder / "test.jsonl")).items():
+        if hasattr(args, name):
+            monkeypatch.setattr(args, name, value)
+    assert says in error_of(capsys, args)
 
 
 @pytest.mark.parametrize("ending, start", [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
