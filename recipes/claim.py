@@ -276,7 +276,7 @@ def gpt4(runs: Runs) -> bool:
 
 
 def instructgpt(runs: Runs) -> bool:
-    rows = runs.table("score")
+    rows = runs.table("instructgpt")
     sft, ppo, ptx = (rows[name] for name in ("sft", "ppo", "ppo-ptx"))
     text = (
         f"PPO-ptx scores {ptx['score']:.2f}, SFT {sft['score']:.2f} (PPO {ppo['score']:.2f}); loss on pre-training "
@@ -338,7 +338,7 @@ def llama3(runs: Runs) -> bool:
 def share_of_stops(runs: Runs, name: str) -> float:
     """The share of answers, 4 to a held-out grid, that end by themselves, right behind the total or a refusal."""
     model, tokenizer = world.load_policy(str(runs.folder / name))
-    prompts = [json.loads(line)["prompt"] for line in (runs.data / "test.jsonl").open()]
+    prompts = [json.loads(line)["prompt"] for line in (runs.data / "final.jsonl").open()]
     ids = [world.as_ids(tokenizer, prompt, answer_next=True) for prompt in prompts]
     numbers = world.uniform_numbers(0, 1, range(4 * len(prompts)), 48).to(model.device)
     answers, *_ = world.sample(model, ids, numbers, [tokenizer.eos_token_id])
@@ -631,7 +631,7 @@ def sft_vs_rlhf_numbers(runs: Runs) -> dict:
         found["rejected"] = {name: mean(logp(name, p, text).item() for p, _, text in rejected) for name in policies}
 
     # (3) slips, in 16 answers to each held-out grid
-    prompts = [json.loads(line)["prompt"] for line in (runs.data / "test.jsonl").open()][: 8 if small else 300]
+    prompts = [json.loads(line)["prompt"] for line in (runs.data / "final.jsonl").open()][: 8 if small else 300]
     answers, slips = {}, {}
     for name in ("sft", "ppo"):
         answers[name], _ = world.answer_all(*policies[name], prompts, 2 if small else 16, 48, 1.0, 0)
