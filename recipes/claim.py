@@ -12,7 +12,6 @@ import math
 import random
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -52,17 +51,33 @@ class Runs:
     def report(self, run: str) -> dict:
         return json.loads((self.folder / run / "report.json").read_text())
 
+    def prompts(self, name: str) -> list:
+        return [json.loads(line)["prompt"] for line in (self.data / f"{name}.jsonl").open()]
 
-def verdict(runs: Runs, holds: bool, reason: str = "") -> str:
-    return "not judged (tiny)" if runs.tiny else "holds" if holds else f"does not hold{reason}"
+    def policy(self, run: str) -> tuple:
+        return world.load_policy(str(self.folder / run))
+
+    def rewards(self, run: str):
+        """A reward model, as a function from a prompt and an answer to its score."""
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / run)
+        model = AutoModelForSequenceClassification.from_pretrained(self.folder / run, dtype=torch.float32).eval()
+
+        @torch.no_grad()
+        def score(prompt, answer):
+            ids = world.as_ids(tokenizer, [*prompt, world.assistant(answer)])
+            return model(input_ids=torch.tensor([ids])).logits[0, 0].item()
+
+        return score
 
 
-def judge(runs: Runs, parts: dict, reason: str = "", after: str = "") -> bool:
+def judge(runs: Runs, parts: dict, reason: str = "") -> bool:
     """Prints the claim, {what was measured: whether it holds}; of several parts, those that fail get a `(no)`."""
+    holds = all(parts.values())
     mark = len(parts) > 1 and not runs.tiny
-    measured = "; ".join(text + " (no)" * (mark and not holds) for text, holds in parts.items())
-    print(f"claim: {measured}: {verdict(runs, all(parts.values()), reason)}{after}")
-    return all(parts.values())
+    measured = "; ".join(text + " (no)" * (mark and not part) for text, part in parts.items())
+    verdict = "not judged (tiny)" if runs.tiny else "holds" if holds else f"does not hold{reason}"
+    print(f"claim: {measured}: {verdict}")
+    return holds
 
 
 def listed(values, digits: int = 2) -> str:
@@ -78,18 +93,16 @@ def columns(table: dict, rows: tuple, *names: str) -> list:
 
 
 def chatglm(runs: Runs) -> bool:
-    names, folder = ("sft", "ppo-plain", "ppo-tricks"), "chatglm"
-    rows = runs.table(folder)
-    score, thinking, judging, tokens, tax = columns(rows, names, "score", "thinking", "judge", "tokens", "tax")
-    loss = [runs.metrics(f"{folder}/demonstrations/{name}")[-1]["eval_loss"] for name in names]
-    reports = [runs.report(f"{folder}/{name}") for name in ("plain", "balanced")]
+    names = ("sft", "ppo-plain", "ppo-tricks")
+    score, thinking = columns(runs.table("chatglm"), names, "score", "thinking")
+    loss = [runs.metrics(f"chatglm/demonstrations/{name}")[-1]["eval_loss"] for name in names]
+    reports = [runs.report(f"chatglm/{name}") for name in ("plain", "balanced")]
     length, right = ([report[key] for report in reports] for key in ("length_correlation", "accuracy"))
-    learned = [runs.metrics(f"{folder}/{name}")[-20:] for name in ("plain", "balanced")]
+    learned = [runs.metrics(f"chatglm/{name}")[-20:] for name in ("plain", "balanced")]
     spread = [mean(m["max_reward"] - m["min_reward"] for m in run) for run in learned]
-    plain, tricks = runs.metrics(f"{folder}/ppo-plain"), runs.metrics(f"{folder}/ppo-tricks")
+    tricks = runs.metrics("chatglm/ppo-tricks")
     less = [m["objective/scores"] for m in tricks]  # the baseline is subtracted
-    alone = [m["rewards/balanced/mean"] for m in tricks]  # of the reward model, without the level
-    whole = [m["rewards/level/mean"] + x for m, x in zip(tricks, alone)]  # before the baseline is subtracted
+    whole = [m["rewards/level/mean"] + m["rewards/balanced/mean"] for m in tricks]  # before it is
 
     def start(values):
         return mean(values[:2])
@@ -97,21 +110,9 @@ def chatglm(runs: Runs) -> bool:
     def changes(values):  # from batch to batch, so that a trend hardly counts
         return math.sqrt(mean([(b - a) ** 2 for a, b in zip(values, values[1:])] or [0]) / 2)
 
-    def by_side(report):
-        sides = (f"better is {side}" for side in ("longer", "shorter"))
-        return listed(report["groups"].get(side, dict(accuracy=0.0))["accuracy"] for side in sides)
-
-    kept, kl = runs.report(f"{folder}/prompts"), [run[-1]["objective/kl"] for run in (plain, tricks)]
-    print(
-        f"beside it: held-out pairs right where longer is better, and shorter: plain {by_side(reports[0])}, balanced "
-        f"{by_side(reports[1])}; prompts kept {kept['kept']} of {kept['rows']}; KL at the end {listed(kl)}; "
-        f"tokens {listed(tokens, 1)}; loss on pre-training text {listed(tax)}; the reward model alone starts at "
-        f"{start(alone):.2f} and varies by {changes(alone):.3f}"
-    )
     steady = spread[1] < spread[0] and right[1] >= right[0] - 0.01
     nearer = abs(start(less)) < abs(start(whole)) / 2
     calmer = changes(less) < changes(whole)
-    apart = verdict(runs, judging[2] > judging[1])
     return judge(
         runs,
         {
@@ -123,7 +124,6 @@ def chatglm(runs: Runs) -> bool:
             f"score with thinking {listed(thinking)}": thinking[2] > thinking[1],
             f"score {listed(score)}": score[2] > score[0],
         },
-        after=f"; that judging suffers less too (right judgements {listed(judging)}): {apart}",
     )
 
 
@@ -140,10 +140,8 @@ def claude3(runs: Runs) -> bool:
 def deepseek_v2(runs: Runs) -> bool:
     rows, names = runs.table("deepseek-v2"), ("sft", "o1", "policy")
     thinking, safe, refused = columns(rows, names, "thinking", "safe", "refused")
-    score, honest, wrongly = columns(rows, names, "score", "honest", "wrongly")
     wide = (runs.folder.parent if runs.seed else runs.folder) / "deepseek-v2" / "wide"  # one measurement for all seeds
     peak = {name: max(m["peak_memory_mb"] for m in runs.metrics((wide / name).resolve())) for name in ("ppo", "grpo")}
-    print(f"beside it: score {listed(score)}; honest {listed(honest)}; wrong refusals {listed(wrongly)}")
     return judge(
         runs,
         {
@@ -199,18 +197,10 @@ def gemini(runs: Runs) -> bool:
 def share_of_right_pairs(runs: Runs, name: str, round: int) -> float:
     """The share of pairs of held-out answers in which a reward model prefers the better answer, by the annotators'
     opinion without its noise; ties are left out."""
-    tokenizer = AutoTokenizer.from_pretrained(runs.folder / "sft")
-    model = AutoModelForSequenceClassification.from_pretrained(runs.folder / name, dtype=torch.float32).eval()
-
-    @torch.no_grad()
-    def score(prompt, answer):
-        ids = torch.tensor([world.as_ids(tokenizer, [*prompt, world.assistant(answer)])])
-        return model(input_ids=ids).logits[0, 0].item()
-
-    found = []
+    score, found = runs.rewards(name), []
     for row in runs.lines(f"gemini/held-out-{round}"):
         prompt = row["prompt"]
-        answers = [(world.quality(prompt, answer, "helpful"), score(prompt, answer)) for answer in row["completions"]]
+        answers = [(world.quality(prompt, text, "helpful"), score(prompt, text)) for text in row["completions"]]
         found += [a[1] > b[1] for a, b in permutations(answers, 2) if a[0] > b[0] + 0.01]
     return sum(found) / len(found) if found else math.nan
 
@@ -257,10 +247,9 @@ def gemma2(runs: Runs) -> bool:
 
 def gold_scores(runs: Runs, names: list) -> dict:
     """The mean opinion of the annotators, without noise, on 4 answers of each policy to each held-out prompt."""
-    prompts = [json.loads(line)["prompt"] for line in (runs.data / "test_preferences.jsonl").open()]
-    gold = {}
+    prompts, gold = runs.prompts("test_preferences"), {}
     for name in names:
-        answers, _ = world.answer_all(*world.load_policy(str(runs.folder / name)), prompts, 4, 24, 1.0, runs.seed)
+        answers, _ = world.answer_all(*runs.policy(name), prompts, 4, 24, 1.0, runs.seed)
         opinions = [mean(world.quality(p, text, "overall") for text in texts) for p, texts in zip(prompts, answers)]
         gold[name.split("/")[-1]] = mean(opinions)
     return gold
@@ -287,25 +276,16 @@ def instructgpt(runs: Runs) -> bool:
 
 def internlm2(runs: Runs) -> bool:
     names, folder = ("ppo-hacked", "ppo-patched", "ppo-slow"), "internlm2"
-    rows = runs.table(folder)
-    sft, hacked, patched = (rows[name]["score"] for name in ("sft", "ppo-hacked", "ppo-patched"))
+    ((sft, hacked, patched, slow),) = columns(runs.table(folder), ("sft", *names), "score")
     groups = {name: runs.report(f"{folder}/{name}")["groups"] for name in ("told", "untold")}
     sides = {name: [group[f"kind {k}"]["accuracy"] for k in ("helpful", "harmless")] for name, group in groups.items()}
-    pattern = {name: runs.report(f"{folder}/{name}")["accuracy"] for name in ("hacked", "patched", "slow")}
     shares = {name: [m["rewards/share/mean"] for m in runs.metrics(f"{folder}/{name}")] for name in names}
     args = json.loads((runs.folder / folder / "ppo-hacked/args.json").read_text())["args"]
     before = mean(shares["ppo-hacked"][: args["critic_warmup"] + 1])  # before the first update of the policy
     end = {name: mean(values[-5:]) for name, values in shares.items()}
-    most = max(max(m["max_reward"], -m["min_reward"]) for m in runs.metrics(f"{folder}/told"))
     patches = len(runs.lines(f"{folder}/patches"))
     two = {name: "{:.2f} by points, {:.2f} by safety".format(*pair) for name, pair in sides.items()}
-    print(
-        f"beside it: after the slow path too: share {end['ppo-slow']:.2f}, score {rows['ppo-slow']['score']:.2f}; "
-        "right in held-out pairs against the pattern: "
-        f"{', '.join(f'{name} {value:.2f}' for name, value in pattern.items())}; "
-        f"highest score in training {most:.1f}; right refusals "
-        + ", ".join(f"{name} {rows[name]['refused']:.2f}" for name in ("sft", *names))
-    )
+    print(f"beside it: after the slow path too: share {end['ppo-slow']:.2f}, score {slow:.2f}")
     cured = patches <= 100 and end["ppo-patched"] <= before + 0.05
     return judge(
         runs,
@@ -321,8 +301,8 @@ def internlm2(runs: Runs) -> bool:
 
 def llama3(runs: Runs) -> bool:
     score = {name: row["score"] for name, row in runs.table("llama3").items()}
-    stop = {name: share_of_stops(runs, "sft" if name == "sft" else f"llama3/{name}")
-            for name in ("sft", "sft-2", "dpo-2", "unmasked", "average")}  # fmt: skip
+    stop = {name: share_of_stops(runs, f"llama3/{name}") for name in ("sft-2", "dpo-2", "unmasked", "average")}
+    stop["sft"] = share_of_stops(runs, "sft")
     parts = [score[name] for name in ("slower", "dpo-2", "faster")]
     rises, unharmed = score["sft"] < score["dpo-1"] < score["average"], stop["average"] >= stop["sft"] - 0.02
     text = (
@@ -337,8 +317,8 @@ def llama3(runs: Runs) -> bool:
 
 def share_of_stops(runs: Runs, name: str) -> float:
     """The share of answers, 4 to a held-out grid, that end by themselves, right behind the total or a refusal."""
-    model, tokenizer = world.load_policy(str(runs.folder / name))
-    prompts = [json.loads(line)["prompt"] for line in (runs.data / "final.jsonl").open()]
+    model, tokenizer = runs.policy(name)
+    prompts = runs.prompts("final")
     ids = [world.as_ids(tokenizer, prompt, answer_next=True) for prompt in prompts]
     numbers = world.uniform_numbers(0, 1, range(4 * len(prompts)), 48).to(model.device)
     answers, *_ = world.sample(model, ids, numbers, [tokenizer.eos_token_id])
@@ -445,11 +425,6 @@ def over_optimisation(runs: Runs) -> bool:
         kl, kl_ppo = kl_spent(bon[size], gain), kl_spent(ppo[size], gain)
         text = f"KL for {gain:.2f} more true score from the {size} one: best-of-n {kl:.2f}, PPO {kl_ppo:.2f}"
         parts[text] = gain > noise and kl < kl_ppo
-    for size in models:
-        points = []
-        for n, (kl, _, true) in zip(times, bon[size]):
-            points.append(f"{n}: {true:.2f} ({kl:.2f}, bound {math.log(n) - (n - 1) / n:.2f})")
-        print(f"beside it: best of n by the {size} reward model, true score (KL): {', '.join(points)}")
     return judge(runs, parts)
 
 
@@ -565,18 +540,17 @@ def sft_vs_rlhf(runs: Runs) -> bool:
         f"(across inputs {listed(across[kind] for kind in ('sft', 'best', 'ppo'))})",
     )
     for number, (text, part) in enumerate(zip(texts, holds), 1):
-        print(f"({number}) {text}: {verdict(runs, part)}")
+        print(f"({number}) {text}{'' if runs.tiny else ': holds' if part else ': does not hold'}")
     return judge(runs, {f"{sum(holds)} of {len(holds)} differences between SFT and RLHF are as described": all(holds)})
 
 
 def sft_vs_rlhf_numbers(runs: Runs) -> dict:
     """What the table of `gridworld.py score` does not have: see (1), (2), (3), (4) and (7) in sft-vs-rlhf.sh."""
-    small, found, folder = runs.tiny, {}, runs.folder
+    small, found = runs.tiny, {}
     paths = dict(sft="sft", ppo="ppo", dpo="dpo", chosen="sft-vs-rlhf/chosen")
-    policies = {name: world.load_policy(str(folder / path)) for name, path in paths.items()}
+    policies, reward = {name: runs.policy(path) for name, path in paths.items()}, runs.rewards("reward_model")
     for model, _ in policies.values():
         model.cpu()
-    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model", dtype=torch.float32).eval()
 
     def logp(name, prompt, answer):
         """log pi(answer | prompt), the end of the turn included."""
@@ -585,11 +559,6 @@ def sft_vs_rlhf_numbers(runs: Runs) -> dict:
         ids = world.as_ids(tokenizer, [*prompt, world.assistant(answer)])
         logits = policy(input_ids=torch.tensor([ids])).logits[0, before - 1 : -1]
         return logits.log_softmax(-1).gather(1, torch.tensor(ids[before:])[:, None]).sum()
-
-    @torch.no_grad()
-    def reward(prompt, answer):
-        ids = world.as_ids(policies["sft"][1], [*prompt, world.assistant(answer)])
-        return model(input_ids=torch.tensor([ids])).logits[0, 0]
 
     def gradient(value):
         parameters = list(policies["sft"][0].parameters())
@@ -613,7 +582,7 @@ def sft_vs_rlhf_numbers(runs: Runs) -> dict:
     for prompt, grid, (a, b) in new_grids(3 if small else 100, 1, two_best):
         told = list(map(world.tell, world.walks(grid)))
         logps = torch.stack([logp("sft", prompt, text) for text in told])
-        scores = torch.stack([reward(prompt, text) for text in told])
+        scores = torch.tensor([reward(prompt, text) for text in told])
         other = gradient(logps[told.index(world.tell(b))])
         falls["sft"].append((gradient(logps[told.index(world.tell(a))]) @ other).item() < 0)
         falls["rlhf"].append((gradient((logps.softmax(0) * scores).sum()) @ other).item() < 0)
@@ -631,7 +600,7 @@ def sft_vs_rlhf_numbers(runs: Runs) -> dict:
         found["rejected"] = {name: mean(logp(name, p, text).item() for p, _, text in rejected) for name in policies}
 
     # (3) slips, in 16 answers to each held-out grid
-    prompts = [json.loads(line)["prompt"] for line in (runs.data / "final.jsonl").open()][: 8 if small else 300]
+    prompts = runs.prompts("final")[: 8 if small else 300]
     answers, slips = {}, {}
     for name in ("sft", "ppo"):
         answers[name], _ = world.answer_all(*policies[name], prompts, 2 if small else 16, 48, 1.0, 0)
@@ -648,12 +617,12 @@ def sft_vs_rlhf_numbers(runs: Runs) -> dict:
     with torch.no_grad():
         gaps = {name: [logp(name, p, a) - logp(name, p, b) for p, a, b in pairs] for name in ("sft", "ppo")}
     found["right"] = {name: mean(gap.sigmoid().item() for gap in values) for name, values in gaps.items()}
-    found["taste"] = mean((reward(p, a) - reward(p, b)).item() for p, a, b in pairs)
+    found["taste"] = mean(reward(p, a) - reward(p, b) for p, a, b in pairs)
 
     # (7) diversity: 8 answers to a grid; best of 4 chooses from 8 groups of 4
     prompts, best = prompts[:100], []
     for prompt, texts in zip(prompts, world.answer_all(*policies["sft"], prompts, 4 if small else 32, 48, 1.0, 1)[0]):
-        worth = {text: reward(prompt, text).item() for text in texts}
+        worth = {text: reward(prompt, text) for text in texts}
         best.append([max(texts[i : i + 4], key=worth.get) for i in range(0, len(texts), 4)])
     groups = {name: [texts[:8] for texts in group[:100]] for name, group in answers.items()} | dict(best=best)
     found["diverse"] = {name: mean(map(world.ead, group)) for name, group in groups.items()}
@@ -684,7 +653,7 @@ def parameters(checkpoint: Path) -> int:
 
 def starling(runs: Runs) -> bool:
     names, folder = ("judge", "all-weights", "last-layer", "plain"), "starling"
-    score, tokens, honest = columns(runs.table(folder), names, "score", "tokens", "honest")
+    score, tokens = columns(runs.table(folder), names, "score", "tokens")
     ours, plain = runs.metrics(f"{folder}/all-weights"), runs.metrics(f"{folder}/plain")
     warm = json.loads((runs.folder / folder / "all-weights/args.json").read_text())["args"]["critic_warmup"]
 
@@ -701,12 +670,7 @@ def starling(runs: Runs) -> bool:
     ended = mean(m["val/share_eos"] for m in ours[-5:])
     ranked, paired = (runs.metrics(f"{folder}/{name}")[-1]["eval_accuracy"] for name in ("plackett-luce", "pairs"))
     changes = ", ".join(f"{name} {rise:+.2f} (noise {noise:.2f})" for name, (rise, noise) in rises.items())
-    people = runs.report(f"{folder}/audit")["kinds"]["helpful"]
-    print(
-        f"beside it: the judge agrees with people who count points {people['agree']} times, disagrees "
-        f"{people['disagree']}, cannot say {people['tie']}; PPO without critic training and constant: first fifth "
-        f"{apart}, score {score[3]:.2f}, tokens {tokens[3]:.1f}; honest {listed(honest)}"
-    )
+    print(f"beside it: PPO without critic training and constant: first fifth {apart}, score {score[3]:.2f}")
     rises_on = all(rise >= -noise for rise, noise in rises.values())
     same_length = abs(tokens[1] / tokens[0] - 1) <= 0.1 and ended >= 0.98
     as_well = ranked >= paired - 0.02
@@ -737,17 +701,9 @@ def zephyr(runs: Runs) -> bool:
     return judge(runs, {text: orpo["score"] > tuned["score"] and ours < chosen and odds[1] > odds[2]})
 
 
-CLAIMS: dict[str, Callable] = {
-    function.__name__.replace("_", "-"): function
-    for function in (
-        chatglm, claude3, deepseek_v2, dpo, gemini, gemma2, gpt4, instructgpt, internlm2, llama3, magpie, nemotron, o1,
-        over_optimisation, qwen2, rlaif, sft_vs_rlhf, small_beats_large, starling, zephyr,
-    )
-}  # fmt: skip
-
-
 if __name__ == "__main__":
     name, folder, data, seed, *tiny = sys.argv[1:]
     disable_progress_bar()
-    holds = CLAIMS[name](Runs(Path(folder), Path(data), int(seed), tiny == ["tiny"]))
+    claim = globals()[name.replace("-", "_")]  # the function above of the recipe's name
+    holds = claim(Runs(Path(folder), Path(data), int(seed), tiny == ["tiny"]))
     sys.exit(0 if holds or tiny == ["tiny"] else 1)
