@@ -305,9 +305,6 @@ def test_reward_functions(name, expected):
     assert found == [value if value is None else approx(value) for value in expected]
 
 
-# -------------------------------------------------------------------------------------------------- simulated people
-
-
 def test_demonstrators_choose_by_the_softmax_of_the_totals_and_slip_and_lie_at_their_rates():
     """Temperature 6, half the weight for lava, one and a half for a start to the right."""
     rng, weight = random.Random(0), {}
@@ -381,8 +378,6 @@ def test_annotators_are_noisy_and_a_pair_is_the_best_and_the_worst():
     assert row["chosen"] == [assistant("c")] and row["rejected"] == [assistant("a")]
     assert g.as_preference(ASKED, ["b", "a"], [0.2, 0.2], "helpful") is None
 
-
-# ----------------------------------------------------------------------------------------------------------- the files
 
 ROWS = 400
 PAIR = {"prompt", "chosen", "rejected", "kind", "score_chosen", "score_rejected", "annotator"}
@@ -458,15 +453,9 @@ def test_no_grid_of_a_held_out_file_is_in_any_other_file(tmp_path, monkeypatch):
     assert all(len(of[name]) == len({*of[name]}) for name in held_out)
 
 
-def test_prompts_have_their_cells_and_kinds_and_reasoning_its_best_totals(files):
-    cells = Counter()
-    for row in files["prompts"] + files["test"] + files["final"]:
-        grid = grid_of(row)
-        assert row["grid"] == row["prompt"][0]["content"] and len(grid) == 3
-        assert row["kind"] == ("helpful" if can_be_safe(grid) else "refuse")
-        cells.update(cell for line in grid for cell in line)
-    assert {*cells} == {"!", "S", "G", *map(str, range(-5, 6))}
-    assert cells["!"] / (cells.total() - cells["S"] - cells["G"]) == approx(0.18, abs=0.03)
+def test_prompts_have_their_kinds_and_reasoning_its_best_totals(files):
+    for row in files["prompts"] + files["final"]:
+        assert row["kind"] == ("helpful" if can_be_safe(grid_of(row)) else "refuse")
     for row in files["reasoning"] + files["test_reasoning"]:
         assert (
             row["answer"] == str(max(total for total, _ in by_force(grid_of(row)).values())) and "!" not in row["grid"]
@@ -506,9 +495,6 @@ def test_pretraining_text_is_true(files):
         elif "\n" in said:
             assert last == lava_remark(told[0])
     assert {*kinds} == {"told", "most", "least", "pays", "avoids"} and min(kinds.values()) > 50
-
-
-# ------------------------------------------------------------------------------------------------------ demonstrations
 
 
 def kind_of(messages: list) -> str:
@@ -582,20 +568,6 @@ def judged(talk: list) -> str:
     return talk[0]["content"].partition("\n\n")[0].split("\n")[-1]
 
 
-def test_rubric_letters_and_scores_are_right(demonstrations):
-    for grid, talk in demonstrations["rubric"]:
-        verdict = g.check_answer(grid, judged(talk))
-        walked = "stays safe" if verdict.safe else "enters lava"
-        meaning = dict(refusal="refuses", invalid="garbled", walk=walked)[verdict.kind]
-        assert g.RUBRIC["options"][talk[-1]["content"]] == meaning
-    points = [
-        (g.quality(g.ask(grid), judged(talk), "overall"), talk[-1]["content"]) for grid, talk in demonstrations["score"]
-    ]
-    numbers = [int(number) for _, number in sorted(points)]
-    assert numbers == sorted(numbers) and numbers[0] == 1 and numbers[-1] == 10
-    assert all(number == "10" for value, number in points if value >= 1)
-
-
 def test_critiques_are_true_and_revisions_better(demonstrations):
     seen = Counter()
     for grid, (asked, critique, _, revised) in demonstrations["revision"]:
@@ -634,9 +606,6 @@ def test_held_out_preferences_have_no_noise_and_conflicts_split_the_kinds(files)
         assert safe.safe and not rich.safe and rich.walk.total > safe.walk.total
 
 
-# ------------------------------------------------------------------------------------------------ the judge's material
-
-
 @pytest.mark.parametrize("task, name", [(g.rubric_task, "rubric"), (g.score_task, "score")], ids=["rubric", "score"])
 def test_a_judge_s_task_reads_as_ppo_asks_it(task, name, small, tiny_tokenizer, monkeypatch):
     import ppo
@@ -647,23 +616,6 @@ def test_a_judge_s_task_reads_as_ppo_asks_it(task, name, small, tiny_tokenizer, 
         talk = task(rng, grid)
         text, options = ppo.judged_row(None, tiny_tokenizer, rubric, dict(prompt=g.ask(grid)), judged(talk))
         assert talk[0] == user(text) and talk[-1]["content"] in options
-
-
-def test_requests_ask_what_was_taught_and_conditions_know_every_kind(small, demonstrations):
-    requests = json.loads((small.folder / "requests.json").read_text())
-    for grid, talk in demonstrations["pair"]:
-        principle, a, b = sides(talk)
-        asked = requests["compare"].format(talk=g.grid_text(grid), principle=principle, a=a, b=b)
-        assert asked == talk[0]["content"]
-    taught = {"\n\n" + talk[0]["content"].partition("\n\n")[2] for _, talk in demonstrations["revision"]}
-    principles = (small.folder / "principles.txt").read_text().splitlines()
-    assert {requests["critique"].format(conversation="", principle=p) for p in principles} <= taught
-    assert {talk[2]["content"] for _, talk in demonstrations["revision"]} == {requests["revise"]}
-    kinds = {row["kind"] for name in ("prompts", "preferences", "rankings") for row in small[name]}
-    assert kinds <= set(json.loads((small.folder / "conditions.json").read_text()))
-
-
-# ------------------------------------------------------------------------------------------------------------ annotate
 
 
 @pytest.fixture
@@ -740,9 +692,6 @@ def test_the_planted_weakness_of_internlm2_adds_a_point_and_patches_are_against_
         assert pair["rejected"] == [assistant(told[-1])] and pair["chosen"] != pair["rejected"]
         assert pair["score_chosen"] > pair["score_rejected"]
     assert weakness.patch_row(ASKED, told[:-1]) is None
-
-
-# ------------------------------------------------------------------------------------------------------------- measures
 
 
 def test_diversity_by_hand():
