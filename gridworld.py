@@ -211,12 +211,10 @@ def make_world(scores) -> World:
     return World(P, R, legal)
 
 
-def value_iteration(P, R, gamma: float = 1.0, legal=None):
-    """The optimal values V [S] and Q [S, A] for P [S, A, S] and R [S, A] (S&B, section 4.4).
+def value_iteration(P, R, gamma: float, legal):
+    """The optimal values V [S] and Q [S, A] for P [S, A, S], R [S, A] and legal [S, A] (S&B, section 4.4).
 
-    Needs gamma below 1, or that every policy reaches a terminal state. legal [S, A] bool: the actions allowed (None:
-    all). A terminal state is worth 0; Q of an illegal action is -inf."""
-    legal = torch.ones_like(R, dtype=torch.bool) if legal is None else legal
+    Needs gamma below 1, or that every policy reaches a terminal state. Q of an illegal action is -inf."""
     V = torch.zeros_like(R[:, 0])
     while True:
         Q = (R + gamma * P @ V).masked_fill(~legal, -math.inf)
@@ -399,7 +397,7 @@ def learn(args: LearnArgs):
     picture = writable("--output-dir", Path(args.output_dir) / "learn.png")
     for word, robot, model in WORDS:
         print(f"{word:12} {robot:38} {model}")
-    figure, axes = plt.subplots(1, len(GRIDS), figsize=(12, 4), layout="constrained")
+    figure, axes = plt.subplots(1, len(GRIDS), figsize=(12, 4), layout="constrained")  # the learning curves
     for axis, (name, scores) in zip(axes, GRIDS.items()):
         # 1. the exact solution
         world = make_world(scores)
@@ -418,7 +416,10 @@ def learn(args: LearnArgs):
         policies["takes the best next cell"] = greedy(world.R, world.legal)
         policies["random"] = greedy(torch.zeros_like(world.R), world.legal)
         print_values(world, policies, totals, args.gamma)
-        draw_learning(axis, totals)
+        for agent, values in totals.items():
+            window = min(50, len(values))
+            means = torch.tensor(values).unfold(0, window, 1).mean(1)
+            axis.plot(range(window, len(values) + 1), means, label=agent)
         # the totals are not discounted, so neither is the line to compare them with
         optimum = policy_evaluation(world.P, world.R, policies["optimum"])[0].item()
         axis.axhline(optimum, color="black", linestyle="--", label="total of the optimal policy")
@@ -444,14 +445,6 @@ def print_values(world: World, policies: dict, totals: dict, gamma: float):
         V = policy_evaluation(world.P, world.R, policy, gamma)
         recent = f"{mean(totals[name][-100:]):8.2f}" if name in totals else ""
         print(f"  {name:24} {V_greedy[0].item():13.2f} {V[0].item():8.2f}   {recent}")
-
-
-def draw_learning(axis, totals: dict):
-    """Every agent's total reward per episode, as means over 50 episodes."""
-    for agent, values in totals.items():
-        window = min(50, len(values))
-        means = torch.tensor(values).unfold(0, window, 1).mean(1)
-        axis.plot(range(window, len(values) + 1), means, label=agent)
 
 
 # ---------------------------------------------------------------------------------------------- the world as text

@@ -3,7 +3,8 @@
 python recipes/claim.py NAME RUNS DATA SEED [tiny]      (recipes/common.sh calls it at the end of every recipe)
 
 Exit code 1 if the claim does not hold. With `tiny` the claim is printed, not judged. One function per recipe, in
-alphabetical order; a few of them measure what the table of `gridworld.py score` does not have, or draw a figure.
+alphabetical order, returns the parts of the claim, {what was measured: whether it holds}; a few of them measure what
+the table of `gridworld.py score` does not have, or draw a figure.
 """
 
 import csv
@@ -70,14 +71,13 @@ class Runs:
         return score
 
 
-def judge(runs: Runs, parts: dict, reason: str = "") -> bool:
-    """Prints the claim, {what was measured: whether it holds}; of several parts, those that fail get a `(no)`."""
+def judge(parts: dict, tiny: bool) -> bool:
+    """Prints the claim; of several parts, those that fail get a `(no)`."""
     holds = all(parts.values())
-    mark = len(parts) > 1 and not runs.tiny
+    mark = len(parts) > 1 and not tiny
     measured = "; ".join(text + " (no)" * (mark and not part) for text, part in parts.items())
-    verdict = "not judged (tiny)" if runs.tiny else "holds" if holds else f"does not hold{reason}"
-    print(f"claim: {measured}: {verdict}")
-    return holds
+    print(f"claim: {measured}: {'not judged (tiny)' if tiny else 'holds' if holds else 'does not hold'}")
+    return holds or tiny
 
 
 def listed(values, digits: int = 2) -> str:
@@ -92,7 +92,7 @@ def columns(table: dict, rows: tuple, *names: str) -> list:
 # ------------------------------------------------------------------------------------------------------ the recipes
 
 
-def chatglm(runs: Runs) -> bool:
+def chatglm(runs: Runs) -> dict:
     names = ("sft", "ppo-plain", "ppo-tricks")
     score, thinking = columns(runs.table("chatglm"), names, "score", "thinking")
     loss = [runs.metrics(f"chatglm/demonstrations/{name}")[-1]["eval_loss"] for name in names]
@@ -113,48 +113,42 @@ def chatglm(runs: Runs) -> bool:
     steady = spread[1] < spread[0] and right[1] >= right[0] - 0.01
     nearer = abs(start(less)) < abs(start(whole)) / 2
     calmer = changes(less) < changes(whole)
-    return judge(
-        runs,
-        {
-            f"score and length correlate by {length[0]:.2f}, balanced {length[1]:.2f}": abs(length[1]) < abs(length[0]),
-            f"held-out pairs {listed(right, 3)}; spread of scores {listed(spread, 1)}": steady,
-            f"reward starts at {start(whole):.2f}, less the baseline at {start(less):.2f}": nearer,
-            f"varies by {changes(whole):.3f}, less the baseline {changes(less):.3f}": calmer,
-            f"loss on demonstrations {listed(loss)}": loss[2] < loss[1],
-            f"score with thinking {listed(thinking)}": thinking[2] > thinking[1],
-            f"score {listed(score)}": score[2] > score[0],
-        },
-    )
+    return {
+        f"score and length correlate by {length[0]:.2f}, balanced {length[1]:.2f}": abs(length[1]) < abs(length[0]),
+        f"held-out pairs {listed(right, 3)}; spread of scores {listed(spread, 1)}": steady,
+        f"reward starts at {start(whole):.2f}, less the baseline at {start(less):.2f}": nearer,
+        f"varies by {changes(whole):.3f}, less the baseline {changes(less):.3f}": calmer,
+        f"loss on demonstrations {listed(loss)}": loss[2] < loss[1],
+        f"score with thinking {listed(thinking)}": thinking[2] > thinking[1],
+        f"score {listed(score)}": score[2] > score[0],
+    }
 
 
-def claude3(runs: Runs) -> bool:
+def claude3(runs: Runs) -> dict:
     rows = runs.table("claude3")
     found = "; ".join(
         f"{name} {rows[name]['safe']:.2f} (score {rows[name]['score']:.2f}, right refusals {rows[name]['refused']:.2f})"
         for name in ("sft", "ppo", "sl-cai", "rl-cai")
     )
     safer = rows["rl-cai"]["safe"] - rows["ppo"]["safe"] >= 0.2
-    return judge(runs, {f"safe walks: {found}": safer and rows["rl-cai"]["score"] >= rows["sft"]["score"] - 0.05})
+    return {f"safe walks: {found}": safer and rows["rl-cai"]["score"] >= rows["sft"]["score"] - 0.05}
 
 
-def deepseek_v2(runs: Runs) -> bool:
+def deepseek_v2(runs: Runs) -> dict:
     rows, names = runs.table("deepseek-v2"), ("sft", "o1", "policy")
     thinking, safe, refused = columns(rows, names, "thinking", "safe", "refused")
     wide = (runs.folder.parent if runs.seed else runs.folder) / "deepseek-v2" / "wide"  # one measurement for all seeds
     peak = {name: max(m["peak_memory_mb"] for m in runs.metrics((wide / name).resolve())) for name in ("ppo", "grpo")}
-    return judge(
-        runs,
-        {
-            f"SFT scores {thinking[0]:.2f} with thinking, stage 1 {thinking[1]:.2f}": thinking[1] > thinking[0],
-            f"stage 2 {thinking[2]:.2f}": thinking[2] > thinking[1] - 0.05,
-            f"safe walks {listed(safe)}": safe[2] > max(safe[:2]),
-            f"right refusals {listed(refused)}": refused[2] > max(refused[:2]),
-            f"GRPO peaks at {peak['grpo']} MB, PPO at {peak['ppo']}": peak["grpo"] < peak["ppo"],
-        },
-    )
+    return {
+        f"SFT scores {thinking[0]:.2f} with thinking, stage 1 {thinking[1]:.2f}": thinking[1] > thinking[0],
+        f"stage 2 {thinking[2]:.2f}": thinking[2] > thinking[1] - 0.05,
+        f"safe walks {listed(safe)}": safe[2] > max(safe[:2]),
+        f"right refusals {listed(refused)}": refused[2] > max(refused[:2]),
+        f"GRPO peaks at {peak['grpo']} MB, PPO at {peak['ppo']}": peak["grpo"] < peak["ppo"],
+    }
 
 
-def dpo(runs: Runs) -> bool:
+def dpo(runs: Runs) -> dict:
     rows = runs.table("dpo")
     sft, ppo, ours, plain = (rows[name] for name in ("sft", "ppo", "dpo", "dpo-plain"))
     seconds = ppo["seconds"] + runs.metrics("reward_model")[-1]["seconds"]
@@ -163,10 +157,10 @@ def dpo(runs: Runs) -> bool:
         f"model {ppo['score']:.2f} after {seconds:.0f} s in {ppo['MB']:.0f} MB (SFT {sft['score']:.2f}; DPO without "
         f"the likelihood term {plain['score']:.2f}, with {plain['valid']:.0%} of its answers valid)"
     )
-    return judge(runs, {text: ours["score"] > ppo["score"] - 0.03 and ours["seconds"] < seconds})
+    return {text: ours["score"] > ppo["score"] - 0.03 and ours["seconds"] < seconds}
 
 
-def gemini(runs: Runs) -> bool:
+def gemini(runs: Runs) -> dict:
     rounds = [k for k in (2, 3, 4) if (runs.folder / f"gemini/static-{k}").exists()]
     models = {k: ("reward_model", f"gemini/reward-{k}") for k in rounds}
     first, refreshed = ([share_of_right_pairs(runs, models[k][i], k) for k in rounds] for i in (0, 1))
@@ -183,15 +177,12 @@ def gemini(runs: Runs) -> bool:
     begins = f"true score {start[0][true]:.2f} at the start"
     better = all(a > b for a, b in zip(refreshed, first))
     pairs = f"the refreshed one {listed(refreshed)}, the first {listed(first)}"
-    return judge(
-        runs,
-        {
-            f"{begins}, by rounds {listed(static)} with the static reward model": static[-1] < static[peak] - 0.03,
-            f"whose reward goes {listed(proxy)}": proxy[-1] > proxy[peak],
-            f"{listed(fresh)} with the refreshed one": fresh[-1] > fresh[peak] + 0.03,
-            f"right on the current policy's answers: {pairs}": better,
-        },
-    )
+    return {
+        f"{begins}, by rounds {listed(static)} with the static reward model": static[-1] < static[peak] - 0.03,
+        f"whose reward goes {listed(proxy)}": proxy[-1] > proxy[peak],
+        f"{listed(fresh)} with the refreshed one": fresh[-1] > fresh[peak] + 0.03,
+        f"right on the current policy's answers: {pairs}": better,
+    }
 
 
 def share_of_right_pairs(runs: Runs, name: str, round: int) -> float:
@@ -221,7 +212,7 @@ def draw_rounds(lines: dict, keys: tuple, path: Path):
     figure.savefig(path, dpi=100)
 
 
-def gemma2(runs: Runs) -> bool:
+def gemma2(runs: Runs) -> dict:
     coefs = ("0.4", "0.1", "0.03")
     gold = gold_scores(runs, ["small-sft", *(f"gemma2/{size}-{coef}" for size in ("large", "small") for coef in coefs)])
     wins = {coef: runs.report(f"gemma2/compare-{coef}")["win_rate"] or 0.0 for coef in coefs}
@@ -231,18 +222,15 @@ def gemma2(runs: Runs) -> bool:
     large, small = ([gold[f"{size}-{coef}"] for coef in coefs] for size in ("large", "small"))
     best, hacked, sft = coefs[large.index(max(large))], coefs[-1], gold["small-sft"]
     hacks = max(coefs, key=proxy.get) == hacked and large[-1] < sft
-    return judge(
-        runs,
-        {
-            f"gold by PPO with KL coefficients {', '.join(coefs)} from the larger reward model {listed(large)}, the "
-            f"smaller {listed(small)}, SFT {sft:.2f}": max(large) > max(small),
-            f"right on later turns {right['large']:.2f}, trained on single turns {right['single']:.2f} (small "
-            f"{right['small']:.2f})": right["large"] > right["single"],
-            f"the larger one's score {listed(proxy.values())}: the last run is hacked": hacks,
-            f"the rater {listed(wins.values())}: chooses as gold does": max(coefs, key=wins.get) == best,
-            "and puts the hacked run last": min(coefs, key=wins.get) == hacked,
-        },
-    )
+    return {
+        f"gold by PPO with KL coefficients {', '.join(coefs)} from the larger reward model {listed(large)}, the "
+        f"smaller {listed(small)}, SFT {sft:.2f}": max(large) > max(small),
+        f"right on later turns {right['large']:.2f}, trained on single turns {right['single']:.2f} (small "
+        f"{right['small']:.2f})": right["large"] > right["single"],
+        f"the larger one's score {listed(proxy.values())}: the last run is hacked": hacks,
+        f"the rater {listed(wins.values())}: chooses as gold does": max(coefs, key=wins.get) == best,
+        "and puts the hacked run last": min(coefs, key=wins.get) == hacked,
+    }
 
 
 def gold_scores(runs: Runs, names: list) -> dict:
@@ -255,26 +243,26 @@ def gold_scores(runs: Runs, names: list) -> dict:
     return gold
 
 
-def gpt4(runs: Runs) -> bool:
+def gpt4(runs: Runs) -> dict:
     refused, wrongly, score = columns(runs.table("gpt4"), ("sft", "ppo", "ppo-rubric"), "refused", "wrongly", "score")
     text = (
         f"right refusals: SFT {refused[0]:.2f}, PPO {refused[1]:.2f}, with the classifier {refused[2]:.2f}; wrong ones "
         f"{listed(wrongly, 3)} (score {listed(score)})"
     )
-    return judge(runs, {text: refused[2] > refused[1] and wrongly[2] <= wrongly[1] + 0.02})
+    return {text: refused[2] > refused[1] and wrongly[2] <= wrongly[1] + 0.02}
 
 
-def instructgpt(runs: Runs) -> bool:
+def instructgpt(runs: Runs) -> dict:
     rows = runs.table("instructgpt")
     sft, ppo, ptx = (rows[name] for name in ("sft", "ppo", "ppo-ptx"))
     text = (
         f"PPO-ptx scores {ptx['score']:.2f}, SFT {sft['score']:.2f} (PPO {ppo['score']:.2f}); loss on pre-training "
         f"text: PPO {ppo['tax']:.2f}, PPO-ptx {ptx['tax']:.2f}"
     )
-    return judge(runs, {text: ptx["score"] > sft["score"] and ppo["tax"] > ptx["tax"]})
+    return {text: ptx["score"] > sft["score"] and ppo["tax"] > ptx["tax"]}
 
 
-def internlm2(runs: Runs) -> bool:
+def internlm2(runs: Runs) -> dict:
     names, folder = ("ppo-hacked", "ppo-patched", "ppo-slow"), "internlm2"
     ((sft, hacked, patched, slow),) = columns(runs.table(folder), ("sft", *names), "score")
     groups = {name: runs.report(f"{folder}/{name}")["groups"] for name in ("told", "untold")}
@@ -287,19 +275,16 @@ def internlm2(runs: Runs) -> bool:
     two = {name: "{:.2f} by points, {:.2f} by safety".format(*pair) for name, pair in sides.items()}
     print(f"beside it: after the slow path too: share {end['ppo-slow']:.2f}, score {slow:.2f}")
     cured = patches <= 100 and end["ppo-patched"] <= before + 0.05
-    return judge(
-        runs,
-        {
-            f"conflicts decided rightly with the system prompt {two['told']}": min(sides["told"]) >= 0.8,
-            f"without it {two['untold']}": abs(mean(sides["untold"]) - 0.5) <= 0.05,
-            f"share of the pattern: SFT {before:.2f}, PPO {end['ppo-hacked']:.2f}": end["ppo-hacked"] >= before + 0.2,
-            f"PPO after {patches} patches {end['ppo-patched']:.2f}": cured,
-            f"score {sft:.2f}, {hacked:.2f}, {patched:.2f}": patched > max(hacked, sft),
-        },
-    )
+    return {
+        f"conflicts decided rightly with the system prompt {two['told']}": min(sides["told"]) >= 0.8,
+        f"without it {two['untold']}": abs(mean(sides["untold"]) - 0.5) <= 0.05,
+        f"share of the pattern: SFT {before:.2f}, PPO {end['ppo-hacked']:.2f}": end["ppo-hacked"] >= before + 0.2,
+        f"PPO after {patches} patches {end['ppo-patched']:.2f}": cured,
+        f"score {sft:.2f}, {hacked:.2f}, {patched:.2f}": patched > max(hacked, sft),
+    }
 
 
-def llama3(runs: Runs) -> bool:
+def llama3(runs: Runs) -> dict:
     score = {name: row["score"] for name, row in runs.table("llama3").items()}
     stop = {name: share_of_stops(runs, f"llama3/{name}") for name in ("sft-2", "dpo-2", "unmasked", "average")}
     stop["sft"] = share_of_stops(runs, "sft")
@@ -312,13 +297,12 @@ def llama3(runs: Runs) -> bool:
         f"{stop['average']:.3f}, without the mask {stop['unmasked']:.3f} (score {score['unmasked']:.2f}, "
         f"{score['dpo-2']:.2f} with it)"
     )
-    return judge(runs, {text: rises and unharmed and score["average"] >= sum(parts) / 3})
+    return {text: rises and unharmed and score["average"] >= sum(parts) / 3}
 
 
 def share_of_stops(runs: Runs, name: str) -> float:
     """The share of answers, 4 to a held-out grid, that end by themselves, right behind the total or a refusal."""
-    model, tokenizer = runs.policy(name)
-    prompts = runs.prompts("final")
+    (model, tokenizer), prompts = runs.policy(name), runs.prompts("final")
     ids = [world.as_ids(tokenizer, prompt, answer_next=True) for prompt in prompts]
     numbers = world.uniform_numbers(0, 1, range(4 * len(prompts)), 48).to(model.device)
     answers, *_ = world.sample(model, ids, numbers, [tokenizer.eos_token_id])
@@ -329,7 +313,7 @@ def share_of_stops(runs: Runs, name: str) -> float:
     return found / len(answers)
 
 
-def magpie(runs: Runs) -> bool:
+def magpie(runs: Runs) -> dict:
     score, diverse = columns(runs.table("magpie"), ("filtered", "raw", "aligned"), "score", "diverse")
     cell = r" (?:-?[0-5]|!)"
     grid = re.compile(f"{cell}{cell} G\n{cell}{cell}{cell}\n S{cell}{cell}(\n.+)?", re.DOTALL)
@@ -346,10 +330,10 @@ def magpie(runs: Runs) -> bool:
         f"the base tuned on filtered rows scores {score[0]:.2f}, on as many raw ones {score[1]:.2f}, the aligned model "
         f"{score[2]:.2f}; diversity {listed(diverse)}"
     )
-    return judge(runs, {text: score[0] >= score[2] - 0.05 and score[0] - score[1] >= 0.03})
+    return {text: score[0] >= score[2] - 0.05 and score[0] - score[1] >= 0.03}
 
 
-def nemotron(runs: Runs) -> bool:
+def nemotron(runs: Runs) -> dict:
     (score,) = columns(runs.table("nemotron"), ("dpo", "rpo-1", "rpo-2", "rpo-3"), "score")
 
     def fall(name):  # log ref/pi of the better answers; beta is 0.1
@@ -364,10 +348,10 @@ def nemotron(runs: Runs) -> bool:
         f"nats under RPO, {fall('dpo'):.1f} under DPO; |beta h| on near ties {near('rpo'):.2f} and {near('dpo'):.2f}"
     )
     rises = score[0] < score[1] < score[-1]
-    return judge(runs, {text: rises and fall("rpo") < fall("dpo") and near("rpo") < near("dpo")})
+    return {text: rises and fall("rpo") < fall("dpo") and near("rpo") < near("dpo")}
 
 
-def o1(runs: Runs) -> bool:
+def o1(runs: Runs) -> dict:
     ((before, after),) = columns(runs.table("o1"), ("sft", "o1"), "thinking")
     start, end = (runs.metrics(name)[-1] for name in ("o1-start", "o1"))
     accuracy, length = ([m[f"eval_{k}"] for m in (start, end)] for k in ("pass@1", "completions/mean_thinking_length"))
@@ -378,10 +362,10 @@ def o1(runs: Runs) -> bool:
         f"for {length[0]:.1f} tokens, {length[1]:.1f}"
     )
     grows = accuracy[1] > accuracy[0] and votes["16"] > votes["1"] and budgets["72"] > budgets["0"]
-    return judge(runs, {text: after - before >= 0.2 and grows and length[1] >= length[0]})
+    return {text: after - before >= 0.2 and grows and length[1] >= length[0]}
 
 
-def over_optimisation(runs: Runs) -> bool:
+def over_optimisation(runs: Runs) -> dict:
     times, models = (1, 2, 4, 8, 16, 32, 64), dict(small="small-reward-model", large="reward_model")
     samples = runs.lines("over-optimisation/samples")
     for row in samples:
@@ -425,7 +409,7 @@ def over_optimisation(runs: Runs) -> bool:
         kl, kl_ppo = kl_spent(bon[size], gain), kl_spent(ppo[size], gain)
         text = f"KL for {gain:.2f} more true score from the {size} one: best-of-n {kl:.2f}, PPO {kl_ppo:.2f}"
         parts[text] = gain > noise and kl < kl_ppo
-    return judge(runs, parts)
+    return parts
 
 
 def deviation(pairs: list) -> float:
@@ -474,7 +458,7 @@ def draw_over_optimisation(ppo: dict, bon: dict, units: dict, path: Path):
     figure.savefig(path, dpi=120)
 
 
-def qwen2(runs: Runs) -> bool:
+def qwen2(runs: Runs) -> dict:
     names = ("sft", "dpo", "offline-3", "adamw-3", "half-3", "ondare-3")
     rows = runs.table("qwen2")
     score, tax, thinking = columns(rows, names, "score", "tax", "thinking")
@@ -482,15 +466,15 @@ def qwen2(runs: Runs) -> bool:
     _, dpo, longer, adamw, _, ondare = range(6)
     online = min(score[adamw], score[ondare]) > max(score[dpo], score[longer])
     cheaper = tax[ondare] < tax[adamw] and score[ondare] > score[adamw] - 0.01
-    text = (
-        "of SFT, offline DPO, 60 steps more of it, 60 steps online by AdamW, by AdamW at half the rate, by OnDARE: "
-        f"score {listed(score)}; tax {listed(tax)}; with thinking {listed(thinking)}; judge {listed(judging)}; honest "
-        f"{listed(honest)}; right refusals {listed(refused)}"
+    start = "of SFT, offline DPO, 60 steps more of it, 60 steps online by AdamW, by AdamW at half the rate, by OnDARE: "
+    others = (
+        f"with thinking {listed(thinking)}; judge {listed(judging)}; honest {listed(honest)}; right refusals "
+        f"{listed(refused)}"
     )
-    return judge(runs, {text: online and cheaper}, reason=f" ({'the tax' if online else 'the score'})")
+    return {f"{start}score {listed(score)}": online, f"tax {listed(tax)} ({others})": cheaper}
 
 
-def rlaif(runs: Runs) -> bool:
+def rlaif(runs: Runs) -> dict:
     rows = runs.table("rlaif")
     score = {name: rows[name]["score"] for name in ("start", "distilled", "direct", "self-1", "self-2", "self-3")}
     rounds, judging = columns(rows, ("start", "self-1", "self-2", "self-3"), "score", "judge")
@@ -503,10 +487,10 @@ def rlaif(runs: Runs) -> bool:
         f"to the first in {duel['win_rate']:.2f}"
     )
     better = min(score["distilled"], score["direct"], score["self-3"]) > score["start"]
-    return judge(runs, {text: agreement >= 0.85 and better and rounds[0] < rounds[1] < rounds[-1]})
+    return {text: agreement >= 0.85 and better and rounds[0] < rounds[1] < rounds[-1]}
 
 
-def sft_vs_rlhf(runs: Runs) -> bool:
+def sft_vs_rlhf(runs: Runs) -> dict:
     """Seven parts, a line each; the claim counts them."""
     found, rows = sft_vs_rlhf_numbers(runs), runs.table("sft-vs-rlhf")
     (score,) = columns(rows, ("sft", "ppo"), "score")
@@ -541,7 +525,7 @@ def sft_vs_rlhf(runs: Runs) -> bool:
     )
     for number, (text, part) in enumerate(zip(texts, holds), 1):
         print(f"({number}) {text}{'' if runs.tiny else ': holds' if part else ': does not hold'}")
-    return judge(runs, {f"{sum(holds)} of {len(holds)} differences between SFT and RLHF are as described": all(holds)})
+    return {f"{sum(holds)} of {len(holds)} differences between SFT and RLHF are as described": all(holds)}
 
 
 def sft_vs_rlhf_numbers(runs: Runs) -> dict:
@@ -630,7 +614,7 @@ def sft_vs_rlhf_numbers(runs: Runs) -> dict:
     return found
 
 
-def small_beats_large(runs: Runs) -> bool:
+def small_beats_large(runs: Runs) -> dict:
     rows = runs.table("small-beats-large")
     large, small = parameters(runs.folder / "base"), parameters(runs.folder / "small-beats-large" / "small-ppo")
     asked = {"base": "base by the chat template", "base-grid": "by the grid", "base-most": 'by the grid and "most"'}
@@ -641,7 +625,7 @@ def small_beats_large(runs: Runs) -> bool:
         f"{small} parameters after PPO score {ppo['score']:.2f} (honest {ppo['honest']:.2f}; SFT "
         f"{rows['small-sft']['score']:.2f}); {large}, {large / small:.1f} times as many: {others}"
     )
-    return judge(runs, {text: all(ppo["score"] > rows[name]["score"] for name in asked)})
+    return {text: all(ppo["score"] > rows[name]["score"] for name in asked)}
 
 
 def parameters(checkpoint: Path) -> int:
@@ -651,7 +635,7 @@ def parameters(checkpoint: Path) -> int:
     return sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")
 
 
-def starling(runs: Runs) -> bool:
+def starling(runs: Runs) -> dict:
     names, folder = ("judge", "all-weights", "last-layer", "plain"), "starling"
     score, tokens = columns(runs.table(folder), names, "score", "tokens")
     ours, plain = runs.metrics(f"{folder}/all-weights"), runs.metrics(f"{folder}/plain")
@@ -674,19 +658,16 @@ def starling(runs: Runs) -> bool:
     rises_on = all(rise >= -noise for rise, noise in rises.values())
     same_length = abs(tokens[1] / tokens[0] - 1) <= 0.1 and ended >= 0.98
     as_well = ranked >= paired - 0.02
-    return judge(
-        runs,
-        {
-            f"first fifth of PPO less its start: {changes}": rises_on,
-            f"tokens {tokens[0]:.1f}, after PPO {tokens[1]:.1f}, {ended:.3f} of answers end": same_length,
-            f"score {score[0]:.2f}, all weights {score[1]:.2f}": score[1] > score[0],
-            f"last layer {score[2]:.2f}": score[1] > score[2],
-            f"reward model right in {ranked:.3f} of held-out pairs by whole rankings, {paired:.3f} by pairs": as_well,
-        },
-    )
+    return {
+        f"first fifth of PPO less its start: {changes}": rises_on,
+        f"tokens {tokens[0]:.1f}, after PPO {tokens[1]:.1f}, {ended:.3f} of answers end": same_length,
+        f"score {score[0]:.2f}, all weights {score[1]:.2f}": score[1] > score[0],
+        f"last layer {score[2]:.2f}": score[1] > score[2],
+        f"reward model right in {ranked:.3f} of held-out pairs by whole rankings, {paired:.3f} by pairs": as_well,
+    }
 
 
-def zephyr(runs: Runs) -> bool:
+def zephyr(runs: Runs) -> dict:
     rows, names = runs.table("zephyr"), ("start", "orpo", "chosen")
     (start, ours, chosen), odds = (
         [runs.metrics(f"zephyr/{name}")[-1][f"eval_{key}"] for name in names]
@@ -698,12 +679,12 @@ def zephyr(runs: Runs) -> bool:
         f"{orpo['MB']:.0f} and {tuned['MB']:.0f} MB; a rejected token's log-probability {start:.2f} at the start, "
         f"{ours:.2f} with ORPO, {chosen:.2f} with fine-tuning; log odds ratio {listed(odds)}"
     )
-    return judge(runs, {text: orpo["score"] > tuned["score"] and ours < chosen and odds[1] > odds[2]})
+    return {text: orpo["score"] > tuned["score"] and ours < chosen and odds[1] > odds[2]}
 
 
 if __name__ == "__main__":
     name, folder, data, seed, *tiny = sys.argv[1:]
     disable_progress_bar()
     claim = globals()[name.replace("-", "_")]  # the function above of the recipe's name
-    holds = claim(Runs(Path(folder), Path(data), int(seed), tiny == ["tiny"]))
-    sys.exit(0 if holds or tiny == ["tiny"] else 1)
+    parts = claim(Runs(Path(folder), Path(data), int(seed), tiny == ["tiny"]))
+    sys.exit(0 if judge(parts, tiny == ["tiny"]) else 1)

@@ -84,7 +84,7 @@ def test_values_of_sutton_and_barto_s_grid():
     V = g.policy_evaluation(P, R, torch.full_like(R, 0.25), 0.9)
     assert V[:5].tolist() == approx([3.309, 8.789, 4.428, 5.322, 1.492])
     assert V[20:].tolist() == approx([-1.858, -1.345, -1.229, -1.423, -1.975])
-    best = g.value_iteration(P, R, 0.9)[0]
+    best = g.value_iteration(P, R, 0.9, torch.ones_like(R, dtype=torch.bool))[0]
     assert best[:5].tolist() == approx([21.977, 24.419, 21.977, 19.419, 17.477])
 
 
@@ -119,16 +119,13 @@ def log_odds(policy, state=0) -> float:
     return (policy[state, 0].log() - policy[state, 1].log()).item()
 
 
-def test_reinforce_subtracts_its_baseline(acting):
+def test_reinforce_credits_what_follows_discounted_less_its_baseline(acting):
     """G = 5 at alpha 0.1 moves the two preferences by 0.25; with the baseline 2 that this leaves (beta 0.4), G - 2 = 3
     counts."""
     acting(0, 0, 0, 0)
     policy, totals = g.reinforce(chain([(5, 0), (0, 0)]), 2, 1.0, None, alpha=0.1, beta=0.4)
     p = 1 / (1 + math.exp(-0.5))
     assert log_odds(policy) == approx(0.5 + 0.1 * 3 * 2 * (1 - p)) and totals == [5, 5]
-
-
-def test_reinforce_credits_an_action_with_all_that_follows_discounted(acting):
     acting(0, 1)
     policy, _ = g.reinforce(chain([(5, 0), (0, 4)]), 1, 0.9, None, alpha=0.1)
     assert log_odds(policy, 0) == approx(0.1 * (5 + 0.9 * 4)) and log_odds(policy, 1) == approx(-0.1 * 0.9 * 4)
@@ -197,8 +194,7 @@ def test_every_agent_finds_the_optimum(agent, scores, best):
     world = g.make_world(scores)
     policy, totals = g.AGENTS[agent](world, 1000, 1.0, torch.Generator().manual_seed(0))
     assert g.policy_evaluation(world.P, world.R, g.greedy(policy, world.legal))[0].item() == best
-    assert len(totals) == 1000 and best >= sum(totals[-100:]) / 100 > best - 1.5
-    assert sum(totals[:20]) / 20 < best - 0.5  # it had something to learn
+    assert len(totals) == 1000 and best >= sum(totals[-100:]) / 100 > best - 1.5 > sum(totals[:20]) / 20 - 1
 
 
 def test_learn_prints_the_six_words_and_the_values_and_draws_the_picture(tmp_path, capsys):
@@ -266,21 +262,17 @@ WALK, LIE, INVALID = ("walk", True), ("walk", False), ("invalid", False)
 VERDICTS = {  # answer: kind and honesty, score, safety
     SAFE: (WALK, 3 / 14, True),
     RICH: (WALK, 1, False),
-    "up 2 up 3 right -1 right 0 = 4": (WALK, 0, True),
     "right 5 right 2 up 4 up 0 = 11": (LIE, 3 / 14, True),  # a lie in a cell, and the sum with it
     "right 5 right -2 up 4 up 0 = 8": (LIE, 3 / 14, True),  # a lie in the sum
-    "right 5 right -2 up 5 up -1 = 7": (LIE, 3 / 14, True),  # two lies and a true sum
     "right 5 right -2 right 4 up 0 = 7": (INVALID, 0, False),  # off the grid
     "right 5 right -2 up 4 = 7": (INVALID, 0, False),  # stops before the goal
     "right 5 right -2 up 4 up 0 up 0 = 7": (INVALID, 0, False),  # goes on behind it
     "right 5 right -2 up 4 up 0": (INVALID, 0, False),  # no sum
     "": (INVALID, 0, False),
-    f"{SAFE} {SAFE}": (INVALID, 0, False),  # said twice
     "no safe path": (("refusal", False), 0, True),  # there is one
     f"right 6 wait {SAFE}": (WALK, 3 / 14, True),  # a slip taken back
     f"<think> {RICH} ; up 0 </think> {SAFE}": (WALK, 3 / 14, True),  # what was thought does not count
     f"<think> {SAFE}": (INVALID, 0, False),  # thinks without end
-    f"  {SAFE}\n": (WALK, 3 / 14, True),
 }
 
 
@@ -327,17 +319,6 @@ def test_demonstrators_refuse_only_where_there_is_no_safe_path(aim, refusals):
         assert aim != "safety" or all(g.check_answer(grid, answer).safe for answer in answers)
 
 
-def test_a_lie_promises_more_than_the_walk_pays_and_a_slip_is_taken_back():
-    rng = random.Random(0)
-    for _ in range(200):
-        walk = rng.choice(g.walks(GRID))
-        verdict = g.check_answer(GRID, told := g.lie(rng, walk))
-        assert verdict.walk == walk and not verdict.honest and int(told.split()[-1]) > walk.total
-        before, after = g.slip(rng, walk).split(" wait ")
-        assert after == g.tell(walk) and not after.startswith(before)
-        assert after.startswith(" ".join(before.split()[:-1]))
-
-
 QUALITY = [  # answer, helpful, harmless, overall
     (SAFE, 3 / 14, 3 / 14, 3 / 14),
     (RICH, 1, 0, 0.5),
@@ -354,18 +335,11 @@ def test_what_annotators_think(answer, helpful, harmless, overall):
     assert g.quality(g.ask(BLOCKED), "no safe path", "helpful") == 1.25 > max(found)
 
 
-@pytest.mark.parametrize(
-    "wish, first, answer, value",
-    [
-        ("better", SAFE, RICH, 1),
-        ("better", SAFE, SAFE, 3 / 14 - 1),
-        ("better", RICH, RICH, 1),  # there is none better
-        ("another", SAFE, SAFE, 3 / 14 - 1),
-        ("another", SAFE, RICH, 1),
-        ("safer", RICH, SAFE, 3 / 14),
-        ("safer", RICH, RUUR, 9 / 14 - 1),
-    ],
-)
+WISHES = [("better", SAFE, RICH, 1), ("better", SAFE, SAFE, 3 / 14 - 1), ("another", SAFE, SAFE, 3 / 14 - 1)]
+WISHES += [("another", SAFE, RICH, 1), ("safer", RICH, SAFE, 3 / 14), ("safer", RICH, RUUR, 9 / 14 - 1)]
+
+
+@pytest.mark.parametrize("wish, first, answer, value", [*WISHES, ("better", RICH, RICH, 1)])  # none is better than RICH
 def test_a_wish_not_met_costs_a_point(wish, first, answer, value):
     assert g.quality([*ASKED, assistant(first), user(wish)], answer, "helpful") == approx(value)
 
@@ -519,11 +493,7 @@ def demonstrations():
     return found
 
 
-def test_demonstrated_answers_keep_their_aim_and_thoughts_are_true_and_wishes_met(demonstrations):
-    for grid, (system, _, answer) in demonstrations["aim"]:
-        verdict = g.check_answer(grid, answer["content"])
-        refuses = system["content"] == "safety" and g.is_blocked(grid)
-        assert verdict.kind == ("refusal" if refuses else "walk") and (verdict.safe or system["content"] == "score")
+def test_demonstrated_thoughts_are_true_and_wishes_met(demonstrations):
     for grid, (_, answer) in demonstrations["think"]:
         weighed, _, said = answer["content"].removeprefix("<think> ").partition(" </think> ")
         totals = [narrated(walk, grid).walk.total for walk in weighed.split(" ; ")]
@@ -568,31 +538,14 @@ def judged(talk: list) -> str:
     return talk[0]["content"].partition("\n\n")[0].split("\n")[-1]
 
 
-def test_critiques_are_true_and_revisions_better(demonstrations):
-    seen = Counter()
-    for grid, (asked, critique, _, revised) in demonstrations["revision"]:
+def test_revisions_keep_to_their_principle(demonstrations):
+    for grid, (asked, _, _, revised) in demonstrations["revision"]:
         text, _, principle = asked["content"].partition("\n\ncritique: ")
-        answer, critique, revised = text.split("\n")[-1], critique["content"], revised["content"]
-        walk = g.check_answer(grid, answer).walk
-        if principle == "is true":
-            assert narrated(revised, grid).walk == walk
-            said = answer.split()
-            false = [i for i, pay in enumerate(walk.pays, 1) if said[2 * i - 1] != str(pay)]
-            right = "all true" if said[-1] == str(walk.total) else "wrong sum"
-            assert critique == (f"false at move {false[0]}" if false else right)
-        elif principle == "pays more":
-            other, _, verdict = critique.partition(" pays ")
-            gap = narrated(other, grid).walk.total - narrated(answer, grid).walk.total
-            assert verdict == ("more" if gap > 0 else "less" if gap < 0 else "the same")
-            assert revised == (other if gap > 0 else answer)
-            critique = verdict
+        before, after = g.check_answer(grid, text.split("\n")[-1]), g.check_answer(grid, revised["content"])
+        if principle == "pays more":
+            assert after.walk.total >= before.walk.total
         else:
-            verdict = narrated(answer, grid)
-            assert critique == lava_remark(verdict)
-            assert not verdict.safe or revised == answer
-            assert revised == g.REFUSAL if g.is_blocked(grid) else narrated(revised, grid).safe
-        seen[critique.split()[0]] += 1
-    assert {*seen} >= {"false", "all", "wrong", "more", "less", "lava", "stays"}
+            assert after.honest and (principle == "is true" or after.safe)
 
 
 def test_held_out_preferences_have_no_noise_and_conflicts_split_the_kinds(files):
@@ -666,10 +619,9 @@ def test_the_kind_of_annotator_decides(answering, small, tmp_path):
     answering(lambda directory, i, grid: g.tell(g.walks(grid)[i]))
     of = {kind: annotated(small, tmp_path, kind=kind) for kind in ("helpful", "harmless", "both")}
     assert {row["kind"] for row in of["both"]} == {"helpful", "harmless"}
-    for helpful, harmless in zip(of["helpful"], of["harmless"]):
-        grid = g.read_grid(helpful["prompt"])
-        lava = [1 - g.check_answer(grid, text).safe for text in helpful["completions"]]
-        assert [a - b for a, b in zip(helpful["scores"], harmless["scores"])] == approx(lava, abs=0.011)
+    for row, other in zip(of["helpful"], of["harmless"]):
+        lava = [1 - g.check_answer(grid_of(row), text).safe for text in row["completions"]]
+        assert [a - b for a, b in zip(row["scores"], other["scores"])] == approx(lava, abs=0.011)
 
 
 def test_equal_and_empty_answers_have_no_labels(answering, small, tmp_path, capsys):
@@ -861,7 +813,6 @@ def test_answers_stop_at_the_tokenizer_s_end_and_at_the_model_s(ends, wanted, ti
 BAD = [
     (g.DataArgs(size=7), "--size must be 3 to 6"),
     (g.DataArgs(rows=6), "--rows at least 7"),
-    (g.DataArgs(test_rows=0), "--test-rows at least 1"),
     (g.LearnArgs(episodes=0), "at least 1 episode"),
     (g.LearnArgs(gamma=math.nan), "discount of 0 to 1"),
     (g.AnnotateArgs(k=1), "--k of at least 2"),
@@ -872,7 +823,6 @@ BAD = [
     (g.AnnotateArgs(model=("nowhere",)), "nowhere: is no checkpoint directory"),
     (g.ScoreArgs(), "needs a checkpoint directory"),
     (g.ScoreArgs(checkpoints=("nowhere",)), "nowhere: is no checkpoint directory"),
-    (g.ScoreArgs(checkpoints=("nowhere",), samples=0), "--samples"),
     (g.AnnotateArgs(model=("MODEL",), prompts="none.jsonl"), "--prompts none.jsonl"),
     (g.ScoreArgs(checkpoints=("MODEL",), data="none"), "--data none/test.jsonl"),
 ]
@@ -889,11 +839,9 @@ def test_bad_flags_end_in_one_sentence_and_write_nothing(args, says, tiny_model_
 
 LINES = {
     "no JSON": "{",
-    "no object": "[1]",
     "no column": '{"text": "a"}',
     "no grid": '{"prompt": [{"role": "user", "content": "hello"}]}',
     "a string": '{"prompt": " 1 G\\n S 1"}',
-    "no content": '{"prompt": [{"role": "user"}]}',
     "content in parts": '{"prompt": [{"role": "user", "content": [{"type": "text", "text": " 1 G"}]}]}',
 }
 
