@@ -194,7 +194,8 @@ def test_every_agent_finds_the_optimum(agent, scores, best):
     world = g.make_world(scores)
     policy, totals = g.AGENTS[agent](world, 1000, 1.0, torch.Generator().manual_seed(0))
     assert g.policy_evaluation(world.P, world.R, g.greedy(policy, world.legal))[0].item() == best
-    assert len(totals) == 1000 and best >= sum(totals[-100:]) / 100 > best - 1.5 > sum(totals[:20]) / 20 - 1
+    assert len(totals) == 1000 and best >= sum(totals[-100:]) / 100 > best - 1.5
+    assert sum(totals[:20]) / 20 < best - 0.5  # it had something to learn
 
 
 def test_learn_prints_the_six_words_and_the_values_and_draws_the_picture(tmp_path, capsys):
