@@ -12,7 +12,7 @@ of the cell entered. (The survey words the goal in two ways; these moves can onl
 
   learn      trains four tabular agents on two grids and compares each with value iteration; writes learn.png
   data       writes the same world as text: the data sets of all other scripts. The people in them are simulated. No
-             grid of a test*.jsonl file is in any other file, and none of final.jsonl
+             grid of final.jsonl or of a test*.jsonl file is in any other file
   annotate   samples answers from policies, and lets simulated annotators rank or compare them
   score      measures policies on held-out grids, next to the exact optimum; writes a table and a picture
 
@@ -116,8 +116,8 @@ class ScoreArgs:
     checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
     """directories of policies, one row of the table each; reward models and other things in runs/* are left out"""
     data: str = "data/grid"
-    """directory of test.jsonl and test_pretrain.jsonl, or another file of prompts beside the latter: final.jsonl has
-    grids for the numbers to report, never used to choose settings"""
+    """directory of test.jsonl and test_pretrain.jsonl; or a file of prompts beside test_pretrain.jsonl, such as
+    final.jsonl, whose grids are for the numbers to report"""
     samples: int = 8
     """number of answers to each grid at temperature 1 (greedy and with thinking: one each)"""
     max_new_tokens: int = 48
@@ -955,11 +955,11 @@ def data(args: DataArgs):
     texts["principles.txt"] = "".join(f"{principle}\n" for principle in CONSTITUTION)
     for name in [*files, *texts]:
         writable("--output-dir", folder / name)
-    drawn, held_out = set(), set()  # the grids of all files so far, and those of the test files
+    drawn, held_out = set(), set()  # the grids of all files so far; those of the test files
     for name, (count, make_row) in files.items():
         rng, rows = random.Random(f"{args.seed}/{name}"), []
         lava = 0.0 if "reasoning" in name else LAVA_SHARE  # without lava, the best walk is the right one
-        # no file repeats a grid of the test files, which come first; the last one repeats no grid at all
+        # the test files come first: no later file repeats their grids; final.jsonl comes last: it repeats no grid
         taken = drawn if name == "final.jsonl" else held_out
         while len(rows) < count:
             grid = new_grid(rng, args.size, lava)
@@ -967,7 +967,7 @@ def data(args: DataArgs):
             if row:
                 rows.append(row)
                 drawn.add(grid)
-                if name.startswith(("test", "final")):
+                if name.startswith("test") or name == "final.jsonl":
                     held_out.add(grid)
         write_rows(folder / name, rows)
         print(f"{folder / name}: {count} rows", flush=True)

@@ -913,9 +913,3 @@ def test_a_picture_is_renamed_into_place(ending, start, tmp_path, monkeypatch):
     monkeypatch.setattr(g.os, "replace", lambda part, to: (seen.append(path.read_text()), rename(part, to)))
     g.draw_scores(path, {"exact optimum": dict(score=1.0)})
     assert seen == ["old"] and path.read_bytes().startswith(start) and list(tmp_path.iterdir()) == [path]
-
-
-def test_the_command_line_has_no_traceback(run_script, tmp_path):
-    run = run_script("gridworld", "score", "no-such-directory", cwd=tmp_path, check=False)
-    assert run.returncode == 2 and run.stderr.startswith("error: no-such-directory") and run.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
