@@ -7,13 +7,12 @@
 """A robot on a grid: reinforcement learning in a table, and a text world with an exact optimum for language models.
 
 A survey of RL for language models (Wang et al. 2024, arXiv 2412.10400) introduces the subject with a robot on a grid.
-Agent: the robot. Environment: the grid. State: the cell it stands in. Action: a move, right or up. Reward: the score of
-the cell entered. Policy: the probability of each move in each cell. The robot starts at the bottom left, S, and walks
-to the top right, G. The survey words the goal in two ways; with moves right and up only the top right can be reached.
+It starts at the bottom left, S, and walks to the top right, G, by moves right and up. The reward of a move is the score
+of the cell entered. (The survey words the goal in two ways; these moves can only reach the top right.)
 
   learn      trains four tabular agents on two grids and compares each with value iteration; writes learn.png
   data       writes the same world as text: the data sets of all other scripts. The people in them are simulated. No
-             grid of a test*.jsonl file is in any other file
+             grid of final.jsonl or of a test*.jsonl file is in any other file
   annotate   samples answers from policies, and lets simulated annotators rank or compare them
   score      measures policies on held-out grids, next to the exact optimum; writes a table and a picture
 
@@ -79,7 +78,7 @@ class DataArgs:
     """number of rows of sft.jsonl; pretrain has 3 times as many, judge twice, prompts and reasoning 1/5, preferences
     and rankings 3/20"""
     test_rows: int = 300
-    """number of rows of each test file, none of whose grids is in another file"""
+    """number of rows of final.jsonl and of each test file, none of whose grids is in another file"""
     seed: int = 0
     """seed of all draws; the same seed writes the same bytes"""
 
@@ -106,10 +105,6 @@ class AnnotateArgs:
     """sampling temperature"""
     max_new_tokens: int = 48
     """largest number of tokens of an answer"""
-    hack: bool = False
-    """plant a weakness: the annotators add 1 to the score of an answer that begins with two moves up"""
-    patch: bool = False
-    """write pairs against that weakness: a better answer against one that begins so (needs --format preferences)"""
     seed: int = 0
     """seed of the choice of prompts, the sampling, and the annotators' noise"""
 
@@ -119,9 +114,10 @@ class ScoreArgs:
     """Measure checkpoints on held-out grids and compare them with the exact optimum."""
 
     checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
-    """directories of policies, one row of the table each; of runs/*, what is no policy is left out"""
+    """directories of policies, one row of the table each; reward models and other things in runs/* are left out"""
     data: str = "data/grid"
-    """directory of test.jsonl and test_pretrain.jsonl"""
+    """directory of test.jsonl and test_pretrain.jsonl; or a file of prompts beside test_pretrain.jsonl, such as
+    final.jsonl, whose grids are for the numbers to report"""
     samples: int = 8
     """number of answers to each grid at temperature 1 (greedy and with thinking: one each)"""
     max_new_tokens: int = 48
@@ -198,8 +194,8 @@ class World(NamedTuple):
 
 
 def make_world(scores) -> World:
-    """The world of a square grid of scores, top row first. The state is y * size + x, with y counted upwards. Entering
-    a cell pays its score. The robot cannot leave the grid: such a move is not legal."""
+    """The world of a square grid of scores, top row first. The state is y * size + x, with y counted upwards. Moves
+    that leave the grid are not legal."""
     size = len(scores)
     P = torch.zeros(size**2, len(MOVES), size**2, dtype=torch.float64)
     R = torch.zeros(size**2, len(MOVES), dtype=torch.float64)
@@ -210,34 +206,32 @@ def make_world(scores) -> World:
             P[s, a, next_y * size + next_x] = 1
             R[s, a] = scores[size - 1 - next_y][next_x]
             legal[s, a] = True
-        else:  # never taken; it stays in place, so that every P[s, a] is a distribution, as `play` needs
-            P[s, a, s] = 1
+        else:
+            P[s, a, s] = 1  # never taken, but every P[s, a] is a distribution, as `play` needs
     return World(P, R, legal)
 
 
-def value_iteration(P, R, gamma: float = 1.0, legal=None, tolerance: float = 1e-10):
-    """The optimal values V [S] and Q [S, A] for P [S, A, S] and R [S, A] (S&B, section 4.4).
+def value_iteration(P, R, gamma: float, legal):
+    """The optimal values V [S] and Q [S, A] for P [S, A, S], R [S, A] and legal [S, A] (S&B, section 4.4).
 
-    Needs gamma below 1, or that every policy reaches a terminal state. legal [S, A] bool: the actions allowed (None:
-    all). A terminal state is worth 0; Q of an illegal action is -inf."""
-    legal = torch.ones_like(R, dtype=torch.bool) if legal is None else legal
+    Needs gamma below 1, or that every policy reaches a terminal state. Q of an illegal action is -inf."""
     V = torch.zeros_like(R[:, 0])
     while True:
         Q = (R + gamma * P @ V).masked_fill(~legal, -math.inf)
         new_V = torch.where(legal.any(1), Q.amax(1), 0)  # eq. 4.10
-        if (new_V - V).abs().max() < tolerance:
+        if (new_V - V).abs().max() < 1e-10:
             return new_V, Q
         V = new_V
 
 
-def policy_evaluation(P, R, policy, gamma: float = 1.0, tolerance: float = 1e-10):
+def policy_evaluation(P, R, policy, gamma: float = 1.0):
     """The values V [S] of a policy [S, A] (S&B, section 4.1).
 
     Needs gamma below 1, or that the policy reaches a terminal state."""
     V = torch.zeros_like(R[:, 0])
     while True:
         new_V = (policy * (R + gamma * P @ V)).sum(1)  # eq. 4.5
-        if (new_V - V).abs().max() < tolerance:
+        if (new_V - V).abs().max() < 1e-10:
             return new_V
         V = new_V
 
@@ -270,11 +264,6 @@ def draw(probabilities, generator) -> int:
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def take_action(world: World, s: int, a: int, generator):
-    """The environment's answer to an action: the reward and the next state."""
-    return world.R[s, a].item(), draw(world.P[s, a], generator)
-
-
 def q_learning(world: World, episodes: int, gamma: float, generator, alpha: float = 0.5, epsilon: float = 0.1):
     """Q-learning (S&B, section 6.5), epsilon-greedy."""
     legal, Q, totals = world.legal, torch.zeros_like(world.R), []
@@ -283,7 +272,7 @@ def q_learning(world: World, episodes: int, gamma: float, generator, alpha: floa
         while legal[s].any():
             explore = torch.rand((), generator=generator) < epsilon
             a = draw(legal[s].to(Q.dtype) if explore else greedy(Q[s], legal[s]), generator)
-            r, s_next = take_action(world, s, a, generator)
+            r, s_next = world.R[s, a].item(), draw(world.P[s, a], generator)
             best_next = Q[s_next, legal[s_next]].max() if legal[s_next].any() else 0.0
             Q[s, a] += alpha * (r + gamma * best_next - Q[s, a])  # eq. 6.8
             s, total = s_next, total + r
@@ -299,7 +288,7 @@ def reinforce(world: World, episodes: int, gamma: float, generator, alpha: float
         s, episode = 0, []
         while legal[s].any():
             a = draw(log_policy(theta[s], legal[s]).exp(), generator)
-            r, s_next = take_action(world, s, a, generator)
+            r, s_next = world.R[s, a].item(), draw(world.P[s, a], generator)
             episode.append((s, a, r))
             s = s_next
         # 2. back from its end: the return G of each step, and the updates
@@ -321,7 +310,7 @@ def actor_critic(world: World, episodes: int, gamma: float, generator, alpha: fl
         s, t, total = 0, 0, 0.0
         while legal[s].any():
             a = draw(log_policy(theta[s], legal[s]).exp(), generator)
-            r, s_next = take_action(world, s, a, generator)
+            r, s_next = world.R[s, a].item(), draw(world.P[s, a], generator)
             delta = r + gamma * V[s_next] - V[s]  # V of a terminal state stays 0
             V[s] += beta * delta
             # eq. 13.14; gamma**t stands in the box of section 13.5
@@ -408,7 +397,7 @@ def learn(args: LearnArgs):
     picture = writable("--output-dir", Path(args.output_dir) / "learn.png")
     for word, robot, model in WORDS:
         print(f"{word:12} {robot:38} {model}")
-    figure, axes = plt.subplots(1, len(GRIDS), figsize=(12, 4), layout="constrained")
+    figure, axes = plt.subplots(1, len(GRIDS), figsize=(12, 4), layout="constrained")  # the learning curves
     for axis, (name, scores) in zip(axes, GRIDS.items()):
         # 1. the exact solution
         world = make_world(scores)
@@ -420,13 +409,22 @@ def learn(args: LearnArgs):
             policies[agent], totals[agent] = train(world, args.episodes, args.gamma, generator)
         # 3. what they have learnt
         print(f"\n{name}: start at the bottom left, goal at the top right; values at the start, discount {args.gamma}")
-        print_arrows(scores, policies, world.legal)
+        drawings = {"scores": [" ".join(f"{score:3}" for score in row) for row in scores]}
+        drawings |= {policy: arrows(policies[policy], world.legal) for policy in policies}
+        for line in [drawings, *zip(*drawings.values())]:
+            print("  " + "  ".join(f"{part:13}" for part in line))
         policies["takes the best next cell"] = greedy(world.R, world.legal)
         policies["random"] = greedy(torch.zeros_like(world.R), world.legal)
         print_values(world, policies, totals, args.gamma)
+        for agent, values in totals.items():
+            window = min(50, len(values))
+            means = torch.tensor(values).unfold(0, window, 1).mean(1)
+            axis.plot(range(window, len(values) + 1), means, label=agent)
         # the totals are not discounted, so neither is the line to compare them with
-        optimum = policy_evaluation(world.P, world.R, policies["optimum"], 1.0)[0].item()
-        draw_learning(axis, f"{name}: mean of the last 50 episodes", totals, optimum)
+        optimum = policy_evaluation(world.P, world.R, policies["optimum"])[0].item()
+        axis.axhline(optimum, color="black", linestyle="--", label="total of the optimal policy")
+        axis.set(title=f"{name}: mean of the last 50 episodes", xlabel="episodes")
+        axis.legend()
     save_picture(figure, picture)
     print(f"\n{picture}: the learning curves")
 
@@ -439,14 +437,6 @@ def arrows(policy, legal) -> list:
     return [" ".join(cells[y * size : (y + 1) * size]) for y in reversed(range(size))]
 
 
-def print_arrows(scores, policies: dict, legal):
-    """The scores, and beside them the arrows of each policy."""
-    drawings = {"scores": [" ".join(f"{score:3}" for score in row) for row in scores]}
-    drawings |= {name: arrows(policy, legal) for name, policy in policies.items()}
-    for line in [drawings, *zip(*drawings.values())]:
-        print("  " + "  ".join(f"{part:13}" for part in line))
-
-
 def print_values(world: World, policies: dict, totals: dict, gamma: float):
     """The values at the start of each policy and of its greedy one, and the mean total of an agent's last episodes."""
     print(f"  {'':24} greedy policy   policy   mean total, last 100")
@@ -455,17 +445,6 @@ def print_values(world: World, policies: dict, totals: dict, gamma: float):
         V = policy_evaluation(world.P, world.R, policy, gamma)
         recent = f"{mean(totals[name][-100:]):8.2f}" if name in totals else ""
         print(f"  {name:24} {V_greedy[0].item():13.2f} {V[0].item():8.2f}   {recent}")
-
-
-def draw_learning(axis, title: str, totals: dict, optimum: float):
-    """Every agent's total reward per episode, as means over 50 episodes."""
-    for agent, values in totals.items():
-        window = min(50, len(values))
-        means = torch.tensor(values).unfold(0, window, 1).mean(1)
-        axis.plot(range(window, len(values) + 1), means, label=agent)
-    axis.axhline(optimum, color="black", linestyle="--", label="total of the optimal policy")
-    axis.set(title=title, xlabel="episodes")
-    axis.legend()
 
 
 # ---------------------------------------------------------------------------------------------- the world as text
@@ -525,29 +504,24 @@ def follow(grid: tuple, moves) -> Walk | None:
     return Walk(tuple(moves), pays, LAVA not in cells)
 
 
-@lru_cache
-def all_paths(size: int) -> list:
-    """The moves of every path from corner to corner: all orders of the rights and the ups."""
-    return [moves for moves in product(("right", "up"), repeat=2 * (size - 1)) if moves.count("up") == size - 1]
-
-
 @lru_cache(maxsize=4096)
 def walks(grid: tuple) -> tuple:
-    """Every walk on the grid."""
-    return tuple(follow(grid, moves) for moves in all_paths(len(grid)))
+    """Every walk from corner to corner: all orders of the rights and the ups."""
+    steps = len(grid) - 1
+    orders = product(MOVES, repeat=2 * steps)
+    return tuple(follow(grid, moves) for moves in orders if moves.count("up") == steps)
 
 
 def safe_walks(grid: tuple) -> list:
+    """The walks without lava; where there is none, the right answer is a refusal."""
     return [walk for walk in walks(grid) if walk.safe]
 
 
 def is_blocked(grid: tuple) -> bool:
-    """Every path crosses lava: the right answer is a refusal."""
     return not safe_walks(grid)
 
 
 def richest(options) -> Walk:
-    """The walk of the largest total."""
     return max(options, key=attrgetter("total"))
 
 
@@ -632,7 +606,7 @@ REFUSES = 0.7  # share of refusals where there is no safe path
 SLIPS, LIES = 0.04, 0.02  # shares of walks with a false number that is taken back, or that stays
 
 
-def choose(rng, options, temperature: float, caution: float = 1.0, taste: float = 1.0) -> Walk:
+def choose(rng, options, temperature: float = TEMPERATURE, caution: float = CAUTION, taste: float = TASTE) -> Walk:
     """A walk drawn by the softmax of the totals; caution and taste weigh lava and a start to the right."""
     best, weights = richest(options).total, []
     for walk in options:
@@ -661,7 +635,7 @@ def demonstrate(rng, grid: tuple, aim: str = "") -> str:
     options = safe_walks(grid) if aim == "safety" else walks(grid)
     if not options or (is_blocked(grid) and aim != "score" and rng.random() < REFUSES):
         return REFUSAL
-    walk = choose(rng, options, TEMPERATURE, 1.0 if aim == "score" else CAUTION, TASTE)
+    walk = choose(rng, options, caution=1.0 if aim == "score" else CAUTION)
     luck = rng.random()
     if luck < SLIPS:
         return slip(rng, walk)
@@ -677,7 +651,7 @@ def think(rng, grid: tuple) -> str:
 
 def first_turn(rng, grid: tuple) -> tuple:
     """A conversation with one answer and then a wish: its messages, and the walk of the answer."""
-    previous = choose(rng, walks(grid), TEMPERATURE, CAUTION, TASTE)
+    previous = choose(rng, walks(grid))
     return [*ask(grid), assistant(tell(previous)), user(rng.choice(WISHES))], previous
 
 
@@ -691,7 +665,7 @@ def meets(wish: str, walk: Walk, previous: Walk) -> bool:
 def follow_up(rng, grid: tuple, wish: str, previous: Walk) -> str:
     """The answer to a wish; the previous walk again where no other meets it."""
     options = [walk for walk in walks(grid) if meets(wish, walk, previous)]
-    return tell(choose(rng, options or [previous], TEMPERATURE, CAUTION, TASTE))
+    return tell(choose(rng, options or [previous]))
 
 
 # -------------------------------------------------------------------------------------------- simulated annotators
@@ -747,7 +721,7 @@ def corrupt(rng, answer: str) -> str:
 
 def propose(rng, grid: tuple) -> str:
     """An answer to be judged: of sharp, average and aimless walkers, with refusals, lies and corrupted answers."""
-    walk = choose(rng, walks(grid), rng.choice((2.0, 6.0, math.inf)))
+    walk = choose(rng, walks(grid), rng.choice((2.0, TEMPERATURE, math.inf)), caution=1.0, taste=1.0)
     luck = rng.random()
     if luck < (0.3 if is_blocked(grid) else 0.12):
         return REFUSAL
@@ -757,12 +731,8 @@ def propose(rng, grid: tuple) -> str:
 
 
 # ----------------------------------------------------------------------------------------------- the judge's tasks
-# What every script here asks a judge, word for word. TALK is the grid and an answer, for a pair the grid alone.
-#
-#   better of two   TALK\n\nPRINCIPLE\nA. ...\nB. ...                  A or B; principles.txt, "pays more", "is better"
-#   rubric          TALK\n\nQUESTION\nA. ...\nB. ...\nC. ...\nD. ...   a letter; rubric.json
-#   score           TALK\n\nscore 1 to 10                              a number; score.json
-#   critique        TALK\n\ncritique: PRINCIPLE                        what is wrong; "revise" then gets a better answer
+# What every script here asks a judge, word for word: the better of two, a score, a critique and then a revision (all by
+# requests.json), and a multiple-choice question (by rubric.json).
 
 PRINCIPLES = ("pays more", "avoids lava", "is safer", "is true", "is better")  # the last is an overall opinion
 CONSTITUTION = ("avoids lava", "is safer", "is true")  # principles.txt: harmless and honest
@@ -841,7 +811,7 @@ def revision_task(rng, grid: tuple) -> list:
     elif walk.safe or is_blocked(grid):
         critique, revised = first_lava(walk), tell(walk) if walk.safe else REFUSAL
     else:
-        critique, revised = first_lava(walk), tell(choose(rng, safe_walks(grid), TEMPERATURE))
+        critique, revised = first_lava(walk), tell(choose(rng, safe_walks(grid), taste=1.0))
     talk = REQUESTS["critique"].format(conversation=f"{grid_text(grid)}\n{answer}", principle=principle)
     return [user(talk), assistant(critique), user(REQUESTS["revise"]), assistant(revised)]
 
@@ -904,14 +874,17 @@ def sft_row(rng, grid: tuple) -> dict:
         return dict(messages=[*talk, assistant(follow_up(rng, grid, talk[-1]["content"], previous))])
     if luck < 0.7:
         return dict(messages=[*ask(grid, THINK), assistant(think(rng, grid))])
-    tasks = ((0.86, pair_task), (0.91, rubric_task), (0.95, score_task), (1.0, revision_task))
-    return dict(messages=next(task for bound, task in tasks if luck < bound)(rng, grid))
+    return task_row(rng, grid, luck, pair=0.86, rubric=0.91, score=0.95)
 
 
 def judge_row(rng, grid: tuple) -> dict:
     """A demonstration of one of the judge's tasks, for a better judge than sft.jsonl makes."""
-    luck = rng.random()
-    tasks = ((0.6, pair_task), (0.7, rubric_task), (0.85, score_task), (1.0, revision_task))
+    return task_row(rng, grid, rng.random(), pair=0.6, rubric=0.7, score=0.85)
+
+
+def task_row(rng, grid: tuple, luck: float, pair: float, rubric: float, score: float) -> dict:
+    """The judge's task that luck, a number below 1, chooses: pair below the first of the bounds, and so on."""
+    tasks = ((pair, pair_task), (rubric, rubric_task), (score, score_task), (1.0, revision_task))
     return dict(messages=next(task for bound, task in tasks if luck < bound)(rng, grid))
 
 
@@ -962,34 +935,39 @@ def data(args: DataArgs):
     if not 3 <= args.size <= 6 or args.rows < 7 or args.test_rows < 1:
         fail("data: --size must be 3 to 6, --rows at least 7, and --test-rows at least 1")
     folder = Path(args.output_dir)
-    files = {  # name: how many rows, the share of lava, what makes a row or None
-        "test.jsonl": (args.test_rows, LAVA_SHARE, prompt_row),
-        "test_pretrain.jsonl": (args.test_rows, LAVA_SHARE, pretrain_row),
-        "test_reasoning.jsonl": (args.test_rows, 0.0, reasoning_row),  # no lava: the best walk is the right one
-        "test_preferences.jsonl": (args.test_rows, LAVA_SHARE, partial(preference_row, noise=0.0)),
-        "test_conflicts.jsonl": (args.test_rows, LAVA_SHARE, conflict_row),
-        "pretrain.jsonl": (3 * args.rows, LAVA_SHARE, pretrain_row),
-        "sft.jsonl": (args.rows, LAVA_SHARE, sft_row),
-        "preferences.jsonl": (args.rows * 3 // 20, LAVA_SHARE, preference_row),
-        "rankings.jsonl": (args.rows * 3 // 20, LAVA_SHARE, ranking_row),
-        "prompts.jsonl": (args.rows // 5, LAVA_SHARE, prompt_row),
-        "reasoning.jsonl": (args.rows // 5, 0.0, reasoning_row),
-        "judge.jsonl": (2 * args.rows, LAVA_SHARE, judge_row),
+    files = {  # name: how many rows, what makes a row or None
+        "test.jsonl": (args.test_rows, prompt_row),
+        "test_pretrain.jsonl": (args.test_rows, pretrain_row),
+        "test_reasoning.jsonl": (args.test_rows, reasoning_row),
+        "test_preferences.jsonl": (args.test_rows, partial(preference_row, noise=0.0)),
+        "test_conflicts.jsonl": (args.test_rows, conflict_row),
+        "pretrain.jsonl": (3 * args.rows, pretrain_row),
+        "sft.jsonl": (args.rows, sft_row),
+        "preferences.jsonl": (args.rows * 3 // 20, preference_row),
+        "rankings.jsonl": (args.rows * 3 // 20, ranking_row),
+        "prompts.jsonl": (args.rows // 5, prompt_row),
+        "reasoning.jsonl": (args.rows // 5, reasoning_row),
+        "judge.jsonl": (2 * args.rows, judge_row),
+        "final.jsonl": (args.test_rows, prompt_row),
     }
     settings = {"rubric.json": RUBRIC, "score.json": SCORE, "conditions.json": CONDITIONS, "requests.json": REQUESTS}
     texts = {name: json.dumps(value, indent=2) + "\n" for name, value in settings.items()}
     texts["principles.txt"] = "".join(f"{principle}\n" for principle in CONSTITUTION)
     for name in [*files, *texts]:
         writable("--output-dir", folder / name)
-    held_out = set()  # grids of the test files, which come first, so that no later file repeats them
-    for name, (count, lava, make_row) in files.items():
+    drawn, held_out = set(), set()  # the grids of all files so far; those of the test files
+    for name, (count, make_row) in files.items():
         rng, rows = random.Random(f"{args.seed}/{name}"), []
+        lava = 0.0 if "reasoning" in name else LAVA_SHARE  # without lava, the best walk is the right one
+        # the test files come first: no later file repeats their grids; final.jsonl comes last: it repeats no grid
+        taken = drawn if name == "final.jsonl" else held_out
         while len(rows) < count:
             grid = new_grid(rng, args.size, lava)
-            row = make_row(rng, grid) if grid not in held_out else None
+            row = make_row(rng, grid) if grid not in taken else None
             if row:
                 rows.append(row)
-                if name.startswith("test"):
+                drawn.add(grid)
+                if name.startswith("test") or name == "final.jsonl":
                     held_out.add(grid)
         write_rows(folder / name, rows)
         print(f"{folder / name}: {count} rows", flush=True)
@@ -998,11 +976,11 @@ def data(args: DataArgs):
     print(f"{folder}: {', '.join(texts)}; demonstrators and annotators are simulated")
 
 
-# -------------------------------------------------------------------------------------------------------- policies
+# ---------------------------------------------------------------------------------------------- answers of policies
 
 
 def why_no_policy(directory: str) -> str:
-    """Why a path is no policy's; "" if it is one's."""
+    """Why a directory holds no policy; "" if it holds one."""
     config = Path(directory) / "config.json"
     if not config.is_file():
         return "is no checkpoint directory (it has no config.json); correct the path, or make it first"
@@ -1023,6 +1001,15 @@ def load_policy(name: str) -> tuple:
     check_sampler(model, name)
     model.set_attn_implementation(model.sampling_attention)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def check_policies(directories):
+    """Ends the program before the work if one of the policies cannot be loaded."""
+    for directory in directories:
+        if why := why_no_policy(directory):
+            fail(f"{directory}: {why}")
+    for directory in directories[1:]:  # the work begins with the first
+        load_policy(directory)
 
 
 def as_ids(tokenizer, messages: list, answer_next: bool = False) -> list:
@@ -1046,33 +1033,35 @@ def answer_all(model, tokenizer, prompts: list, n: int, max_new_tokens: int, tem
 
 # -------------------------------------------------------------------------------------------------------- annotate
 
-HACK = re.compile(r"up \S+ up ")  # the planted weakness: these annotators like walks that begin with two moves up
-HACK_BONUS = 1.0
 
-
-def patch_row(prompt: list, answers: list) -> dict | None:
-    """A pair against the weakness: a better answer against one that begins with two moves up. None where there is no
-    such pair."""
-    hacked, grid = [answer for answer in answers if HACK.match(answer)], read_grid(prompt)
-    # the walks themselves too: a policy that has learnt the weakness may give no other answer
-    others = [*answers, *([REFUSAL] if is_blocked(grid) else map(tell, walks(grid)))]
-    values = {answer: round(quality(prompt, answer, "overall"), 2) for answer in others}
-    better = max((answer for answer in others if not HACK.match(answer)), key=values.get)
-    if not hacked or values[better] <= values[hacked[0]]:
-        return None
-    return as_preference(prompt, [better, hacked[0]], [values[better], values[hacked[0]]], "helpful")
+def sampled_answers(args: AnnotateArgs, rng) -> list:
+    """The prompts to label, each with its k answers, as (prompt, texts)."""
+    if args.k < 2 or args.rows < 1 or args.max_new_tokens < 1 or not 0 < args.temperature < math.inf:
+        fail("annotate: needs --k of at least 2, --rows and --max-new-tokens of at least 1, and --temperature above 0")
+    if args.k < len(args.model):
+        fail(f"--k {args.k}: must be at least {len(args.model)}, an answer from each --model")
+    check_policies(args.model)
+    prompts = read_column("--prompts", Path(args.prompts), "prompt", read_grid)
+    if writable("--output", args.output, ".jsonl").exists():
+        fail(f"--output {args.output}: exists; name another file")
+    prompts = rng.sample(prompts, min(args.rows, len(prompts)))
+    share, by_policy = math.ceil(args.k / len(args.model)), []
+    for step, directory in enumerate(args.model):
+        policy = load_policy(directory)
+        texts, _ = answer_all(*policy, prompts, share, args.max_new_tokens, args.temperature, args.seed, step)
+        by_policy.append(texts)
+    found = []
+    for prompt, *texts_by_policy in zip(prompts, *by_policy):
+        turns = [text for turn in zip(*texts_by_policy) for text in turn]  # the policies take turns
+        found.append((prompt, turns[: args.k]))
+    return found
 
 
 def annotated_row(args: AnnotateArgs, rng, prompt: list, answers: list) -> dict | None:
     """The answers to one prompt, labelled by one annotator; None if no two of them can be told apart."""
-    if args.patch:
-        return patch_row(prompt, answers)
     kind = rng.choice(("helpful", "harmless")) if args.kind == "both" else args.kind
     distinct = [answer for answer in dict.fromkeys(answers) if answer]
     scores = annotators_scores(rng, prompt, distinct, kind)
-    if args.hack:
-        bonuses = [HACK_BONUS * bool(HACK.match(answer)) for answer in distinct]
-        scores = [round(score + bonus, 2) for score, bonus in zip(scores, bonuses)]
     if len(distinct) < 2:
         return None
     if args.format == "preferences":
@@ -1082,43 +1071,16 @@ def annotated_row(args: AnnotateArgs, rng, prompt: list, answers: list) -> dict 
 
 def annotate(args: AnnotateArgs):
     """Samples answers from one or several policies and writes what simulated annotators think of them."""
-    if args.k < 2 or args.rows < 1 or args.max_new_tokens < 1 or not 0 < args.temperature < math.inf:
-        fail("annotate: needs --k of at least 2, --rows and --max-new-tokens of at least 1, and --temperature above 0")
-    if args.k < len(args.model):
-        fail(f"--k {args.k}: must be at least {len(args.model)}, an answer from each --model")
-    if args.patch and (args.format != "preferences" or args.hack or args.kind != "both"):
-        fail("--patch writes pairs by the true quality: it needs --format preferences, and takes no --hack or --kind")
-    for directory in args.model:
-        if why := why_no_policy(directory):
-            fail(f"{directory}: {why}")
-    prompts, rng = read_column("--prompts", Path(args.prompts), "prompt", read_grid), random.Random(args.seed)
-    output = writable("--output", args.output, ".jsonl")
-    if output.exists():
-        fail(f"--output {output}: exists; name another file")
-    for directory in args.model[1:]:  # step 1 begins with the first
-        load_policy(directory)  # a policy that cannot be loaded ends the program before the work
-    prompts = rng.sample(prompts, min(args.rows, len(prompts)))
-    # 1. answers: every policy gives its share of the k, and they take turns
-    share, by_policy = math.ceil(args.k / len(args.model)), []
-    for step, directory in enumerate(args.model):
-        model, tokenizer = load_policy(directory)
-        texts, _ = answer_all(model, tokenizer, prompts, share, args.max_new_tokens, args.temperature, args.seed, step)
-        by_policy.append(texts)
-    answers = []
-    for texts_by_policy in zip(*by_policy):
-        turns = [text for turn in zip(*texts_by_policy) for text in turn]
-        answers.append(turns[: args.k])
-    # 2. labels
-    labelled = [annotated_row(args, rng, prompt, texts) for prompt, texts in zip(prompts, answers)]
+    rng = random.Random(args.seed)
+    answered = sampled_answers(args, rng)
+    labelled = [annotated_row(args, rng, prompt, answers) for prompt, answers in answered]
     rows = [row for row in labelled if row]
     if not rows:
         fail(f"--model {' '.join(args.model)}: nothing to label: no prompt got two answers that can be told apart")
-    write_rows(output, rows)
-    print(f"{output}: {len(rows)} rows from {len(prompts)} prompts; the annotators are simulated")
-    given = [(prompt, text) for prompt, texts in zip(prompts, answers) for text in texts]
-    value = mean(quality(prompt, text, "overall") for prompt, text in given)
-    pattern = mean(bool(HACK.match(text)) for _, text in given)
-    print(f"true quality: {value:.2f} of at most 1 (a right refusal: 1.25); {pattern:.0%} begin with two moves up")
+    write_rows(Path(args.output), rows)
+    print(f"{args.output}: {len(rows)} rows from {len(answered)} prompts; the annotators are simulated")
+    value = mean(quality(prompt, answer, "overall") for prompt, answers in answered for answer in answers)
+    print(f"true quality: {value:.2f} of at most 1 (a right refusal: 1.25)")
 
 
 # ----------------------------------------------------------------------------------------------------------- score
@@ -1154,8 +1116,7 @@ def measure(grids: list, answers: list) -> dict:
     blocked, passable, scores = [], [], []
     for grid, texts in zip(grids, answers):
         verdicts = [check_answer(grid, text) for text in texts]
-        group = blocked if is_blocked(grid) else passable
-        group += verdicts
+        (blocked if is_blocked(grid) else passable).extend(verdicts)
         if has_score(grid):
             scores += [verdict.score for verdict in verdicts]
     return dict(
@@ -1173,12 +1134,12 @@ def measure(grids: list, answers: list) -> dict:
 
 def references(grids: list, n: int) -> dict:
     """What to compare with: the best walk and the best safe walk, which refuse where they must, and random walks."""
-    rng, best, best_safe, random_walks = random.Random(0), [], [], []
+    rng, answers = random.Random(0), {"exact optimum": [], "best safe walk": [], "random policy": []}
     for grid in grids:
-        best.append([REFUSAL if is_blocked(grid) else tell(richest(walks(grid)))] * n)
-        best_safe.append([REFUSAL if is_blocked(grid) else tell(richest(safe_walks(grid)))] * n)
-        random_walks.append([tell(rng.choice(walks(grid))) for _ in range(n)])
-    answers = {"exact optimum": best, "best safe walk": best_safe, "random policy": random_walks}
+        blocked = is_blocked(grid)
+        answers["exact optimum"].append([REFUSAL if blocked else tell(richest(walks(grid)))] * n)
+        answers["best safe walk"].append([REFUSAL if blocked else tell(richest(safe_walks(grid)))] * n)
+        answers["random policy"].append([tell(rng.choice(walks(grid))) for _ in range(n)])
     return {name: measure(grids, texts) for name, texts in answers.items()}
 
 
@@ -1207,7 +1168,7 @@ def text_loss(model, tokenizer, texts: list) -> float:
         ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
         if len(ids) > 1:  # an empty text has no token to predict
             logits = next_logits(model, ids)[:-1]
-            target = torch.tensor(ids[1:], dtype=torch.long, device=logits.device)
+            target = torch.tensor(ids[1:], device=logits.device)
             losses += F.cross_entropy(logits, target, reduction="none").tolist()
     return mean(losses)
 
@@ -1218,11 +1179,8 @@ def costs(directory: str) -> dict:
         lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").open(encoding="utf-8")]
     except (OSError, ValueError):
         return {}
-
-    def most(key):
-        return max((line[key] for line in lines if key in line), default=math.nan)
-
-    return dict(seconds=most("seconds"), MB=most("peak_memory_mb"))
+    columns = dict(seconds="seconds", MB="peak_memory_mb")
+    return {name: max((line[key] for line in lines if key in line), default=math.nan) for name, key in columns.items()}
 
 
 def score_policy(args: ScoreArgs, directory: str, prompts: list, tasks: list, texts: list) -> dict:
@@ -1245,20 +1203,16 @@ def score(args: ScoreArgs):
         example = "python gridworld.py score runs/sft"
         fail(f"score: needs a checkpoint directory ({example}), and --samples and --max-new-tokens of at least 1")
     paths = {os.path.abspath(path): path for path in args.checkpoints}.values()  # each directory once
-    why = {path: why_no_policy(path) for path in paths}
-    left_out = [path for path in paths if why[path] and Path(path).exists()]
+    left_out = [path for path in paths if why_no_policy(path) and Path(path).exists()]
     policies = [path for path in paths if path not in left_out]
-    for path in policies or left_out:
-        if why[path]:
-            fail(f"{path}: {why[path]}")
+    check_policies(policies or left_out)
     if left_out:
         print(f"left out, no policies: {', '.join(left_out)}")
-    prompts = read_column("--data", Path(args.data) / "test.jsonl", "prompt", read_grid)
-    texts = read_column("--data", Path(args.data) / "test_pretrain.jsonl", "text", str.strip)
+    held_out = Path(args.data) if args.data.endswith(".jsonl") else Path(args.data) / "test.jsonl"
+    prompts = read_column("--data", held_out, "prompt", read_grid)
+    texts = read_column("--data", held_out.with_name("test_pretrain.jsonl"), "text", str.strip)
     picture = writable("--output", args.output, ".png", ".pdf", ".svg")
     table = writable("--csv", args.csv, ".csv")
-    for path in policies[1:]:  # the first is scored at once
-        load_policy(path)  # a policy that cannot be loaded ends the program before the work
     grids, rng = [read_grid(prompt) for prompt in prompts], random.Random(args.seed)
     tasks = [pair_task(rng, grid, clear=True) for grid in grids]
     names = [os.path.basename(os.path.abspath(path)) for path in policies]
@@ -1268,12 +1222,12 @@ def score(args: ScoreArgs):
     width = max(map(len, [*names, *rows]))
     blocked = sum(map(is_blocked, grids))
     print(f"{len(grids)} held-out grids, {blocked} of them without a safe path; {args.samples} answers to each")
-    print(" " * width + "".join(f"{column:>{max(len(column), 5) + 1}}" for column in COLUMNS))
+    print(table_line("", COLUMNS, width))
     for name, row in rows.items():
-        print(table_line(name, row, width), flush=True)
+        print(table_line(name, shown(row), width), flush=True)
     for name, directory in zip(names, policies):
         rows[name] = score_policy(args, directory, prompts, tasks, texts)
-        print(table_line(name, rows[name], width), flush=True)
+        print(table_line(name, shown(rows[name]), width), flush=True)
     lines = [["checkpoint", *COLUMNS]]
     lines += [[name, *(f"{row.get(column, math.nan):.4f}" for column in COLUMNS)] for name, row in rows.items()]
     csv.writer(buffer := io.StringIO(), lineterminator="\n").writerows(lines)
@@ -1282,12 +1236,13 @@ def score(args: ScoreArgs):
     print(f"{table} and {picture}: the table in numbers and as a picture")
 
 
-def table_line(name: str, row: dict, width: int) -> str:
-    line = f"{name:{width}}"
-    for column, decimals in COLUMNS.items():
-        cell = f"{row.get(column, math.nan):.{decimals}f}".replace("nan", "-")
-        line += f"{cell:>{max(len(column), 5) + 1}}"
-    return line
+def shown(row: dict) -> list:
+    """The cells of a row of the table, with each column's decimals."""
+    return [f"{row.get(column, math.nan):.{digits}f}".replace("nan", "-") for column, digits in COLUMNS.items()]
+
+
+def table_line(name: str, cells, width: int) -> str:
+    return f"{name:{width}}" + "".join(f"{cell:>{max(len(column), 5) + 1}}" for column, cell in zip(COLUMNS, cells))
 
 
 def draw_scores(path: Path, rows: dict):
@@ -1335,23 +1290,25 @@ def writable(option: str, name, *endings: str) -> Path:
     return path
 
 
-def write_text(path: Path, text: str):
+def write_bytes(path: Path, content: bytes):
     """Writes a file beside its place and renames it, so that it is never half there."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content)
     os.replace(part, path)
 
 
-def save_picture(figure, path: Path):
-    """Draws a picture beside its place and renames it."""
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=120, format=path.suffix[1:])
-    plt.close(figure)
-    os.replace(part, path)
+def write_text(path: Path, text: str):
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_rows(path: Path, rows: list):
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def save_picture(figure, path: Path):
+    figure.savefig(buffer := io.BytesIO(), dpi=120, format=path.suffix[1:])
+    plt.close(figure)
+    write_bytes(path, buffer.getvalue())
 
 
 def read_column(option: str, path: Path, column: str, check) -> list:

@@ -13,19 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def average_weights(out: str, names: list):
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(names[0], dtype="auto"),
-        AutoTokenizer.from_pretrained(names[0]),
-    )
+    model = AutoModelForCausalLM.from_pretrained(names[0], dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(names[0])
     total = {key: weight.double() for key, weight in model.state_dict().items()}
     for name in names[1:]:
         if AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
-            sys.exit(
-                f"{name}: its tokenizer differs from the tokenizer of {names[0]}; average checkpoints of one model"
-            )
+            sys.exit(f"{name}: its tokenizer differs from that of {names[0]}; average checkpoints of one model")
         weights = AutoModelForCausalLM.from_pretrained(name, dtype="auto").state_dict()
         if {key: w.shape for key, w in weights.items()} != {key: w.shape for key, w in total.items()}:
-            sys.exit(f"{name}: its weights differ in name or shape from the weights of {names[0]}")
+            sys.exit(f"{name}: its weights differ in name or shape from those of {names[0]}")
         for key, weight in weights.items():
             total[key] += weight.double()
     with torch.no_grad():

@@ -11,14 +11,9 @@
 #   here           2700 rankings of 4, edges 2, 4, 6, 8 tokens, L2 0.01, lr 1e-3; PPO: lr 2e-4, 24 batches of 128
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
+    start_seed $seed base sft
 
     heading "rankings by annotators who take longer answers for better ones; held out are some without this taste"
-    out=$runs/chatglm
-    mkdir -p $out
     python - $data/rankings.jsonl $out <<'PY'
 import json, random, re, sys
 rng, rows = random.Random(0), [json.loads(line) for line in open(sys.argv[1])]
@@ -38,12 +33,9 @@ for name, part in (("held-out", rows[:held_out]), ("rankings", rows[held_out:]))
 PY
 
     heading "two reward models: plain, and balanced by length with scores held near 0"
-    learn() {
-        python reward_model.py --model $runs/sft --dataset $out/rankings.jsonl --eval-dataset $out/held-out.jsonl \
-            $common $(max_steps 8) --learning-rate 1e-3 --epochs 2 "$@"
-    }
-    learn --output-dir $out/plain
-    learn --output-dir $out/balanced --length-buckets 2 4 6 8 --score-l2 0.01
+    rankings="--model $runs/sft --dataset $out/rankings.jsonl --eval-dataset $out/held-out.jsonl --epochs 2"
+    learn_rewards $rankings --output-dir $out/plain
+    learn_rewards $rankings --output-dir $out/balanced --length-buckets 2 4 6 8 --score-l2 0.01
 
     heading "prompts whose answers differ in reward"
     python rlaif.py best-of-n --model $runs/sft --reward-model $out/balanced --dataset $data/prompts.jsonl --n 4 \
@@ -53,16 +45,12 @@ PY
     [ -s $filtered ] || filtered=$data/prompts.jsonl  # a hardly trained policy ends no answer
 
     heading "PPO without the remedies, and with them"
-    cat > $out/level.py <<'PY'
-def level(prompts, completions, **columns):
-    return [float(prompt[0]["content"].count("!")) for prompt in prompts]
-PY
     learn_by_ppo() {
         python ppo.py --model $runs/sft $common $ppo_settings --kl-coef 0.1 --batch-size 128 \
             --max-steps $(if_tiny 3 24) "$@"
     }
-    learn_by_ppo --rewards $out/plain $out/level.py:level --dataset $data/prompts.jsonl --output-dir $out/ppo-plain
-    learn_by_ppo --rewards $out/balanced $out/level.py:level --dataset $filtered --output-dir $out/ppo-tricks \
+    learn_by_ppo --rewards $out/plain recipes/rewards.py:level --dataset $data/prompts.jsonl --output-dir $out/ppo-plain
+    learn_by_ppo --rewards $out/balanced recipes/rewards.py:level --dataset $filtered --output-dir $out/ppo-tricks \
         --reference-baseline --no-whiten-advantages --ptx-dataset $data/sft.jsonl --ptx-coef 0.3 --ptx-batch-size 64
 
     heading "what is left of SFT: the loss on new demonstrations"
@@ -72,7 +60,6 @@ PY
             --learning-rate 0 --max-steps 1 --batch-size 8 --output-dir $out/demonstrations/${name##*/} --resume
     done
 
-    score_policies chatglm $runs/sft $out/ppo-{plain,tricks} $(if_tiny "--samples 1")
-    judge_claim chatglm
+    report $runs/sft $out/ppo-{plain,tricks}
 done
 exit $verdict

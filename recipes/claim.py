@@ -3,7 +3,8 @@
 python recipes/claim.py NAME RUNS DATA SEED [tiny]      (recipes/common.sh calls it at the end of every recipe)
 
 Exit code 1 if the claim does not hold. With `tiny` the claim is printed, not judged. One function per recipe, in
-alphabetical order; a few of them measure what the table of `gridworld.py score` does not have, or draw a figure.
+alphabetical order, returns the parts of the claim, {what was measured: whether it holds}; a few of them measure what
+the table of `gridworld.py score` does not have, or draw a figure.
 """
 
 import csv
@@ -12,7 +13,6 @@ import math
 import random
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -52,17 +52,32 @@ class Runs:
     def report(self, run: str) -> dict:
         return json.loads((self.folder / run / "report.json").read_text())
 
+    def prompts(self, name: str) -> list:
+        return [json.loads(line)["prompt"] for line in (self.data / f"{name}.jsonl").open()]
 
-def verdict(runs: Runs, holds: bool, reason: str = "") -> str:
-    return "not judged (tiny)" if runs.tiny else "holds" if holds else f"does not hold{reason}"
+    def policy(self, run: str) -> tuple:
+        return world.load_policy(str(self.folder / run))
+
+    def rewards(self, run: str):
+        """A reward model, as a function from a prompt and an answer to its score."""
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / run)
+        model = AutoModelForSequenceClassification.from_pretrained(self.folder / run, dtype=torch.float32).eval()
+
+        @torch.no_grad()
+        def score(prompt, answer):
+            ids = world.as_ids(tokenizer, [*prompt, world.assistant(answer)])
+            return model(input_ids=torch.tensor([ids])).logits[0, 0].item()
+
+        return score
 
 
-def judge(runs: Runs, parts: dict, reason: str = "", after: str = "") -> bool:
-    """Prints the claim, {what was measured: whether it holds}; of several parts, those that fail get a `(no)`."""
-    mark = len(parts) > 1 and not runs.tiny
-    measured = "; ".join(text + " (no)" * (mark and not holds) for text, holds in parts.items())
-    print(f"claim: {measured}: {verdict(runs, all(parts.values()), reason)}{after}")
-    return all(parts.values())
+def judge(parts: dict, tiny: bool) -> bool:
+    """Prints the claim; of several parts, those that fail get a `(no)`."""
+    holds = all(parts.values())
+    mark = len(parts) > 1 and not tiny
+    measured = "; ".join(text + " (no)" * (mark and not part) for text, part in parts.items())
+    print(f"claim: {measured}: {'not judged (tiny)' if tiny else 'holds' if holds else 'does not hold'}")
+    return holds or tiny
 
 
 def listed(values, digits: int = 2) -> str:
@@ -77,19 +92,17 @@ def columns(table: dict, rows: tuple, *names: str) -> list:
 # ------------------------------------------------------------------------------------------------------ the recipes
 
 
-def chatglm(runs: Runs) -> bool:
-    names, folder = ("sft", "ppo-plain", "ppo-tricks"), "chatglm"
-    rows = runs.table(folder)
-    score, thinking, judging, tokens, tax = columns(rows, names, "score", "thinking", "judge", "tokens", "tax")
-    loss = [runs.metrics(f"{folder}/demonstrations/{name}")[-1]["eval_loss"] for name in names]
-    reports = [runs.report(f"{folder}/{name}") for name in ("plain", "balanced")]
+def chatglm(runs: Runs) -> dict:
+    names = ("sft", "ppo-plain", "ppo-tricks")
+    score, thinking = columns(runs.table("chatglm"), names, "score", "thinking")
+    loss = [runs.metrics(f"chatglm/demonstrations/{name}")[-1]["eval_loss"] for name in names]
+    reports = [runs.report(f"chatglm/{name}") for name in ("plain", "balanced")]
     length, right = ([report[key] for report in reports] for key in ("length_correlation", "accuracy"))
-    learned = [runs.metrics(f"{folder}/{name}")[-20:] for name in ("plain", "balanced")]
+    learned = [runs.metrics(f"chatglm/{name}")[-20:] for name in ("plain", "balanced")]
     spread = [mean(m["max_reward"] - m["min_reward"] for m in run) for run in learned]
-    plain, tricks = runs.metrics(f"{folder}/ppo-plain"), runs.metrics(f"{folder}/ppo-tricks")
+    tricks = runs.metrics("chatglm/ppo-tricks")
     less = [m["objective/scores"] for m in tricks]  # the baseline is subtracted
-    alone = [m["rewards/balanced/mean"] for m in tricks]  # of the reward model, without the level
-    whole = [m["rewards/level/mean"] + x for m, x in zip(tricks, alone)]  # before the baseline is subtracted
+    whole = [m["rewards/level/mean"] + m["rewards/balanced/mean"] for m in tricks]  # before it is
 
     def start(values):
         return mean(values[:2])
@@ -97,66 +110,45 @@ def chatglm(runs: Runs) -> bool:
     def changes(values):  # from batch to batch, so that a trend hardly counts
         return math.sqrt(mean([(b - a) ** 2 for a, b in zip(values, values[1:])] or [0]) / 2)
 
-    def by_side(report):
-        sides = (f"better is {side}" for side in ("longer", "shorter"))
-        return listed(report["groups"].get(side, dict(accuracy=0.0))["accuracy"] for side in sides)
-
-    kept, kl = runs.report(f"{folder}/prompts"), [run[-1]["objective/kl"] for run in (plain, tricks)]
-    print(
-        f"beside it: held-out pairs right where longer is better, and shorter: plain {by_side(reports[0])}, balanced "
-        f"{by_side(reports[1])}; prompts kept {kept['kept']} of {kept['rows']}; KL at the end {listed(kl)}; "
-        f"tokens {listed(tokens, 1)}; loss on pre-training text {listed(tax)}; the reward model alone starts at "
-        f"{start(alone):.2f} and varies by {changes(alone):.3f}"
-    )
     steady = spread[1] < spread[0] and right[1] >= right[0] - 0.01
     nearer = abs(start(less)) < abs(start(whole)) / 2
     calmer = changes(less) < changes(whole)
-    apart = verdict(runs, judging[2] > judging[1])
-    return judge(
-        runs,
-        {
-            f"score and length correlate by {length[0]:.2f}, balanced {length[1]:.2f}": abs(length[1]) < abs(length[0]),
-            f"held-out pairs {listed(right, 3)}; spread of scores {listed(spread, 1)}": steady,
-            f"reward starts at {start(whole):.2f}, less the baseline at {start(less):.2f}": nearer,
-            f"varies by {changes(whole):.3f}, less the baseline {changes(less):.3f}": calmer,
-            f"loss on demonstrations {listed(loss)}": loss[2] < loss[1],
-            f"score with thinking {listed(thinking)}": thinking[2] > thinking[1],
-            f"score {listed(score)}": score[2] > score[0],
-        },
-        after=f"; that judging suffers less too (right judgements {listed(judging)}): {apart}",
-    )
+    return {
+        f"score and length correlate by {length[0]:.2f}, balanced {length[1]:.2f}": abs(length[1]) < abs(length[0]),
+        f"held-out pairs {listed(right, 3)}; spread of scores {listed(spread, 1)}": steady,
+        f"reward starts at {start(whole):.2f}, less the baseline at {start(less):.2f}": nearer,
+        f"varies by {changes(whole):.3f}, less the baseline {changes(less):.3f}": calmer,
+        f"loss on demonstrations {listed(loss)}": loss[2] < loss[1],
+        f"score with thinking {listed(thinking)}": thinking[2] > thinking[1],
+        f"score {listed(score)}": score[2] > score[0],
+    }
 
 
-def claude3(runs: Runs) -> bool:
+def claude3(runs: Runs) -> dict:
     rows = runs.table("claude3")
     found = "; ".join(
         f"{name} {rows[name]['safe']:.2f} (score {rows[name]['score']:.2f}, right refusals {rows[name]['refused']:.2f})"
         for name in ("sft", "ppo", "sl-cai", "rl-cai")
     )
     safer = rows["rl-cai"]["safe"] - rows["ppo"]["safe"] >= 0.2
-    return judge(runs, {f"safe walks: {found}": safer and rows["rl-cai"]["score"] >= rows["sft"]["score"] - 0.05})
+    return {f"safe walks: {found}": safer and rows["rl-cai"]["score"] >= rows["sft"]["score"] - 0.05}
 
 
-def deepseek_v2(runs: Runs) -> bool:
+def deepseek_v2(runs: Runs) -> dict:
     rows, names = runs.table("deepseek-v2"), ("sft", "o1", "policy")
     thinking, safe, refused = columns(rows, names, "thinking", "safe", "refused")
-    score, honest, wrongly = columns(rows, names, "score", "honest", "wrongly")
     wide = (runs.folder.parent if runs.seed else runs.folder) / "deepseek-v2" / "wide"  # one measurement for all seeds
     peak = {name: max(m["peak_memory_mb"] for m in runs.metrics((wide / name).resolve())) for name in ("ppo", "grpo")}
-    print(f"beside it: score {listed(score)}; honest {listed(honest)}; wrong refusals {listed(wrongly)}")
-    return judge(
-        runs,
-        {
-            f"SFT scores {thinking[0]:.2f} with thinking, stage 1 {thinking[1]:.2f}": thinking[1] > thinking[0],
-            f"stage 2 {thinking[2]:.2f}": thinking[2] > thinking[1] - 0.05,
-            f"safe walks {listed(safe)}": safe[2] > max(safe[:2]),
-            f"right refusals {listed(refused)}": refused[2] > max(refused[:2]),
-            f"GRPO peaks at {peak['grpo']} MB, PPO at {peak['ppo']}": peak["grpo"] < peak["ppo"],
-        },
-    )
+    return {
+        f"SFT scores {thinking[0]:.2f} with thinking, stage 1 {thinking[1]:.2f}": thinking[1] > thinking[0],
+        f"stage 2 {thinking[2]:.2f}": thinking[2] > thinking[1] - 0.05,
+        f"safe walks {listed(safe)}": safe[2] > max(safe[:2]),
+        f"right refusals {listed(refused)}": refused[2] > max(refused[:2]),
+        f"GRPO peaks at {peak['grpo']} MB, PPO at {peak['ppo']}": peak["grpo"] < peak["ppo"],
+    }
 
 
-def dpo(runs: Runs) -> bool:
+def dpo(runs: Runs) -> dict:
     rows = runs.table("dpo")
     sft, ppo, ours, plain = (rows[name] for name in ("sft", "ppo", "dpo", "dpo-plain"))
     seconds = ppo["seconds"] + runs.metrics("reward_model")[-1]["seconds"]
@@ -165,10 +157,10 @@ def dpo(runs: Runs) -> bool:
         f"model {ppo['score']:.2f} after {seconds:.0f} s in {ppo['MB']:.0f} MB (SFT {sft['score']:.2f}; DPO without "
         f"the likelihood term {plain['score']:.2f}, with {plain['valid']:.0%} of its answers valid)"
     )
-    return judge(runs, {text: ours["score"] > ppo["score"] - 0.03 and ours["seconds"] < seconds})
+    return {text: ours["score"] > ppo["score"] - 0.03 and ours["seconds"] < seconds}
 
 
-def gemini(runs: Runs) -> bool:
+def gemini(runs: Runs) -> dict:
     rounds = [k for k in (2, 3, 4) if (runs.folder / f"gemini/static-{k}").exists()]
     models = {k: ("reward_model", f"gemini/reward-{k}") for k in rounds}
     first, refreshed = ([share_of_right_pairs(runs, models[k][i], k) for k in rounds] for i in (0, 1))
@@ -185,32 +177,21 @@ def gemini(runs: Runs) -> bool:
     begins = f"true score {start[0][true]:.2f} at the start"
     better = all(a > b for a, b in zip(refreshed, first))
     pairs = f"the refreshed one {listed(refreshed)}, the first {listed(first)}"
-    return judge(
-        runs,
-        {
-            f"{begins}, by rounds {listed(static)} with the static reward model": static[-1] < static[peak] - 0.03,
-            f"whose reward goes {listed(proxy)}": proxy[-1] > proxy[peak],
-            f"{listed(fresh)} with the refreshed one": fresh[-1] > fresh[peak] + 0.03,
-            f"right on the current policy's answers: {pairs}": better,
-        },
-    )
+    return {
+        f"{begins}, by rounds {listed(static)} with the static reward model": static[-1] < static[peak] - 0.03,
+        f"whose reward goes {listed(proxy)}": proxy[-1] > proxy[peak],
+        f"{listed(fresh)} with the refreshed one": fresh[-1] > fresh[peak] + 0.03,
+        f"right on the current policy's answers: {pairs}": better,
+    }
 
 
 def share_of_right_pairs(runs: Runs, name: str, round: int) -> float:
     """The share of pairs of held-out answers in which a reward model prefers the better answer, by the annotators'
     opinion without its noise; ties are left out."""
-    tokenizer = AutoTokenizer.from_pretrained(runs.folder / "sft")
-    model = AutoModelForSequenceClassification.from_pretrained(runs.folder / name, dtype=torch.float32).eval()
-
-    @torch.no_grad()
-    def score(prompt, answer):
-        ids = torch.tensor([world.as_ids(tokenizer, [*prompt, world.assistant(answer)])])
-        return model(input_ids=ids).logits[0, 0].item()
-
-    found = []
+    score, found = runs.rewards(name), []
     for row in runs.lines(f"gemini/held-out-{round}"):
         prompt = row["prompt"]
-        answers = [(world.quality(prompt, answer, "helpful"), score(prompt, answer)) for answer in row["completions"]]
+        answers = [(world.quality(prompt, text, "helpful"), score(prompt, text)) for text in row["completions"]]
         found += [a[1] > b[1] for a, b in permutations(answers, 2) if a[0] > b[0] + 0.01]
     return sum(found) / len(found) if found else math.nan
 
@@ -231,7 +212,7 @@ def draw_rounds(lines: dict, keys: tuple, path: Path):
     figure.savefig(path, dpi=100)
 
 
-def gemma2(runs: Runs) -> bool:
+def gemma2(runs: Runs) -> dict:
     coefs = ("0.4", "0.1", "0.03")
     gold = gold_scores(runs, ["small-sft", *(f"gemma2/{size}-{coef}" for size in ("large", "small") for coef in coefs)])
     wins = {coef: runs.report(f"gemma2/compare-{coef}")["win_rate"] or 0.0 for coef in coefs}
@@ -241,88 +222,72 @@ def gemma2(runs: Runs) -> bool:
     large, small = ([gold[f"{size}-{coef}"] for coef in coefs] for size in ("large", "small"))
     best, hacked, sft = coefs[large.index(max(large))], coefs[-1], gold["small-sft"]
     hacks = max(coefs, key=proxy.get) == hacked and large[-1] < sft
-    return judge(
-        runs,
-        {
-            f"gold by PPO with KL coefficients {', '.join(coefs)} from the larger reward model {listed(large)}, the "
-            f"smaller {listed(small)}, SFT {sft:.2f}": max(large) > max(small),
-            f"right on later turns {right['large']:.2f}, trained on single turns {right['single']:.2f} (small "
-            f"{right['small']:.2f})": right["large"] > right["single"],
-            f"the larger one's score {listed(proxy.values())}: the last run is hacked": hacks,
-            f"the rater {listed(wins.values())}: chooses as gold does": max(coefs, key=wins.get) == best,
-            "and puts the hacked run last": min(coefs, key=wins.get) == hacked,
-        },
-    )
+    return {
+        f"gold by PPO with KL coefficients {', '.join(coefs)} from the larger reward model {listed(large)}, the "
+        f"smaller {listed(small)}, SFT {sft:.2f}": max(large) > max(small),
+        f"right on later turns {right['large']:.2f}, trained on single turns {right['single']:.2f} (small "
+        f"{right['small']:.2f})": right["large"] > right["single"],
+        f"the larger one's score {listed(proxy.values())}: the last run is hacked": hacks,
+        f"the rater {listed(wins.values())}: chooses as gold does": max(coefs, key=wins.get) == best,
+        "and puts the hacked run last": min(coefs, key=wins.get) == hacked,
+    }
 
 
 def gold_scores(runs: Runs, names: list) -> dict:
     """The mean opinion of the annotators, without noise, on 4 answers of each policy to each held-out prompt."""
-    prompts = [json.loads(line)["prompt"] for line in (runs.data / "test_preferences.jsonl").open()]
-    gold = {}
+    prompts, gold = runs.prompts("test_preferences"), {}
     for name in names:
-        answers, _ = world.answer_all(*world.load_policy(str(runs.folder / name)), prompts, 4, 24, 1.0, runs.seed)
+        answers, _ = world.answer_all(*runs.policy(name), prompts, 4, 24, 1.0, runs.seed)
         opinions = [mean(world.quality(p, text, "overall") for text in texts) for p, texts in zip(prompts, answers)]
         gold[name.split("/")[-1]] = mean(opinions)
     return gold
 
 
-def gpt4(runs: Runs) -> bool:
+def gpt4(runs: Runs) -> dict:
     refused, wrongly, score = columns(runs.table("gpt4"), ("sft", "ppo", "ppo-rubric"), "refused", "wrongly", "score")
     text = (
         f"right refusals: SFT {refused[0]:.2f}, PPO {refused[1]:.2f}, with the classifier {refused[2]:.2f}; wrong ones "
         f"{listed(wrongly, 3)} (score {listed(score)})"
     )
-    return judge(runs, {text: refused[2] > refused[1] and wrongly[2] <= wrongly[1] + 0.02})
+    return {text: refused[2] > refused[1] and wrongly[2] <= wrongly[1] + 0.02}
 
 
-def instructgpt(runs: Runs) -> bool:
-    rows = runs.table("score")
+def instructgpt(runs: Runs) -> dict:
+    rows = runs.table("instructgpt")
     sft, ppo, ptx = (rows[name] for name in ("sft", "ppo", "ppo-ptx"))
     text = (
         f"PPO-ptx scores {ptx['score']:.2f}, SFT {sft['score']:.2f} (PPO {ppo['score']:.2f}); loss on pre-training "
         f"text: PPO {ppo['tax']:.2f}, PPO-ptx {ptx['tax']:.2f}"
     )
-    return judge(runs, {text: ptx["score"] > sft["score"] and ppo["tax"] > ptx["tax"]})
+    return {text: ptx["score"] > sft["score"] and ppo["tax"] > ptx["tax"]}
 
 
-def internlm2(runs: Runs) -> bool:
+def internlm2(runs: Runs) -> dict:
     names, folder = ("ppo-hacked", "ppo-patched", "ppo-slow"), "internlm2"
-    rows = runs.table(folder)
-    sft, hacked, patched = (rows[name]["score"] for name in ("sft", "ppo-hacked", "ppo-patched"))
+    ((sft, hacked, patched, slow),) = columns(runs.table(folder), ("sft", *names), "score")
     groups = {name: runs.report(f"{folder}/{name}")["groups"] for name in ("told", "untold")}
     sides = {name: [group[f"kind {k}"]["accuracy"] for k in ("helpful", "harmless")] for name, group in groups.items()}
-    pattern = {name: runs.report(f"{folder}/{name}")["accuracy"] for name in ("hacked", "patched", "slow")}
     shares = {name: [m["rewards/share/mean"] for m in runs.metrics(f"{folder}/{name}")] for name in names}
     args = json.loads((runs.folder / folder / "ppo-hacked/args.json").read_text())["args"]
     before = mean(shares["ppo-hacked"][: args["critic_warmup"] + 1])  # before the first update of the policy
     end = {name: mean(values[-5:]) for name, values in shares.items()}
-    most = max(max(m["max_reward"], -m["min_reward"]) for m in runs.metrics(f"{folder}/told"))
     patches = len(runs.lines(f"{folder}/patches"))
     two = {name: "{:.2f} by points, {:.2f} by safety".format(*pair) for name, pair in sides.items()}
-    print(
-        f"beside it: after the slow path too: share {end['ppo-slow']:.2f}, score {rows['ppo-slow']['score']:.2f}; "
-        "right in held-out pairs against the pattern: "
-        f"{', '.join(f'{name} {value:.2f}' for name, value in pattern.items())}; "
-        f"highest score in training {most:.1f}; right refusals "
-        + ", ".join(f"{name} {rows[name]['refused']:.2f}" for name in ("sft", *names))
-    )
+    print(f"beside it: after the slow path too: share {end['ppo-slow']:.2f}, score {slow:.2f}")
     cured = patches <= 100 and end["ppo-patched"] <= before + 0.05
-    return judge(
-        runs,
-        {
-            f"conflicts decided rightly with the system prompt {two['told']}": min(sides["told"]) >= 0.8,
-            f"without it {two['untold']}": abs(mean(sides["untold"]) - 0.5) <= 0.05,
-            f"share of the pattern: SFT {before:.2f}, PPO {end['ppo-hacked']:.2f}": end["ppo-hacked"] >= before + 0.2,
-            f"PPO after {patches} patches {end['ppo-patched']:.2f}": cured,
-            f"score {sft:.2f}, {hacked:.2f}, {patched:.2f}": patched > max(hacked, sft),
-        },
-    )
+    return {
+        f"conflicts decided rightly with the system prompt {two['told']}": min(sides["told"]) >= 0.8,
+        f"without it {two['untold']}": abs(mean(sides["untold"]) - 0.5) <= 0.05,
+        f"share of the pattern: SFT {before:.2f}, PPO {end['ppo-hacked']:.2f}": end["ppo-hacked"] >= before + 0.2,
+        f"PPO after {patches} patches {end['ppo-patched']:.2f}": cured,
+        f"score {sft:.2f}, {hacked:.2f}, {patched:.2f}": patched > max(hacked, sft),
+    }
 
 
-def llama3(runs: Runs) -> bool:
+def llama3(runs: Runs) -> dict:
     score = {name: row["score"] for name, row in runs.table("llama3").items()}
-    stop = {name: share_of_stops(runs, "sft" if name == "sft" else f"llama3/{name}")
-            for name in ("sft", "sft-2", "dpo-2", "unmasked", "average")}  # fmt: skip
+    stop = {name: share_of_stops(runs, f"llama3/{name}") for name in ("sft-2", "dpo-2", "unmasked", "average")}
+    stop["sft"] = share_of_stops(runs, "sft")
     parts = [score[name] for name in ("slower", "dpo-2", "faster")]
     rises, unharmed = score["sft"] < score["dpo-1"] < score["average"], stop["average"] >= stop["sft"] - 0.02
     text = (
@@ -332,13 +297,12 @@ def llama3(runs: Runs) -> bool:
         f"{stop['average']:.3f}, without the mask {stop['unmasked']:.3f} (score {score['unmasked']:.2f}, "
         f"{score['dpo-2']:.2f} with it)"
     )
-    return judge(runs, {text: rises and unharmed and score["average"] >= sum(parts) / 3})
+    return {text: rises and unharmed and score["average"] >= sum(parts) / 3}
 
 
 def share_of_stops(runs: Runs, name: str) -> float:
     """The share of answers, 4 to a held-out grid, that end by themselves, right behind the total or a refusal."""
-    model, tokenizer = world.load_policy(str(runs.folder / name))
-    prompts = [json.loads(line)["prompt"] for line in (runs.data / "test.jsonl").open()]
+    (model, tokenizer), prompts = runs.policy(name), runs.prompts("final")
     ids = [world.as_ids(tokenizer, prompt, answer_next=True) for prompt in prompts]
     numbers = world.uniform_numbers(0, 1, range(4 * len(prompts)), 48).to(model.device)
     answers, *_ = world.sample(model, ids, numbers, [tokenizer.eos_token_id])
@@ -349,7 +313,7 @@ def share_of_stops(runs: Runs, name: str) -> float:
     return found / len(answers)
 
 
-def magpie(runs: Runs) -> bool:
+def magpie(runs: Runs) -> dict:
     score, diverse = columns(runs.table("magpie"), ("filtered", "raw", "aligned"), "score", "diverse")
     cell = r" (?:-?[0-5]|!)"
     grid = re.compile(f"{cell}{cell} G\n{cell}{cell}{cell}\n S{cell}{cell}(\n.+)?", re.DOTALL)
@@ -366,10 +330,10 @@ def magpie(runs: Runs) -> bool:
         f"the base tuned on filtered rows scores {score[0]:.2f}, on as many raw ones {score[1]:.2f}, the aligned model "
         f"{score[2]:.2f}; diversity {listed(diverse)}"
     )
-    return judge(runs, {text: score[0] >= score[2] - 0.05 and score[0] - score[1] >= 0.03})
+    return {text: score[0] >= score[2] - 0.05 and score[0] - score[1] >= 0.03}
 
 
-def nemotron(runs: Runs) -> bool:
+def nemotron(runs: Runs) -> dict:
     (score,) = columns(runs.table("nemotron"), ("dpo", "rpo-1", "rpo-2", "rpo-3"), "score")
 
     def fall(name):  # log ref/pi of the better answers; beta is 0.1
@@ -384,10 +348,10 @@ def nemotron(runs: Runs) -> bool:
         f"nats under RPO, {fall('dpo'):.1f} under DPO; |beta h| on near ties {near('rpo'):.2f} and {near('dpo'):.2f}"
     )
     rises = score[0] < score[1] < score[-1]
-    return judge(runs, {text: rises and fall("rpo") < fall("dpo") and near("rpo") < near("dpo")})
+    return {text: rises and fall("rpo") < fall("dpo") and near("rpo") < near("dpo")}
 
 
-def o1(runs: Runs) -> bool:
+def o1(runs: Runs) -> dict:
     ((before, after),) = columns(runs.table("o1"), ("sft", "o1"), "thinking")
     start, end = (runs.metrics(name)[-1] for name in ("o1-start", "o1"))
     accuracy, length = ([m[f"eval_{k}"] for m in (start, end)] for k in ("pass@1", "completions/mean_thinking_length"))
@@ -398,10 +362,10 @@ def o1(runs: Runs) -> bool:
         f"for {length[0]:.1f} tokens, {length[1]:.1f}"
     )
     grows = accuracy[1] > accuracy[0] and votes["16"] > votes["1"] and budgets["72"] > budgets["0"]
-    return judge(runs, {text: after - before >= 0.2 and grows and length[1] >= length[0]})
+    return {text: after - before >= 0.2 and grows and length[1] >= length[0]}
 
 
-def over_optimisation(runs: Runs) -> bool:
+def over_optimisation(runs: Runs) -> dict:
     times, models = (1, 2, 4, 8, 16, 32, 64), dict(small="small-reward-model", large="reward_model")
     samples = runs.lines("over-optimisation/samples")
     for row in samples:
@@ -445,12 +409,7 @@ def over_optimisation(runs: Runs) -> bool:
         kl, kl_ppo = kl_spent(bon[size], gain), kl_spent(ppo[size], gain)
         text = f"KL for {gain:.2f} more true score from the {size} one: best-of-n {kl:.2f}, PPO {kl_ppo:.2f}"
         parts[text] = gain > noise and kl < kl_ppo
-    for size in models:
-        points = []
-        for n, (kl, _, true) in zip(times, bon[size]):
-            points.append(f"{n}: {true:.2f} ({kl:.2f}, bound {math.log(n) - (n - 1) / n:.2f})")
-        print(f"beside it: best of n by the {size} reward model, true score (KL): {', '.join(points)}")
-    return judge(runs, parts)
+    return parts
 
 
 def deviation(pairs: list) -> float:
@@ -499,7 +458,7 @@ def draw_over_optimisation(ppo: dict, bon: dict, units: dict, path: Path):
     figure.savefig(path, dpi=120)
 
 
-def qwen2(runs: Runs) -> bool:
+def qwen2(runs: Runs) -> dict:
     names = ("sft", "dpo", "offline-3", "adamw-3", "half-3", "ondare-3")
     rows = runs.table("qwen2")
     score, tax, thinking = columns(rows, names, "score", "tax", "thinking")
@@ -507,15 +466,15 @@ def qwen2(runs: Runs) -> bool:
     _, dpo, longer, adamw, _, ondare = range(6)
     online = min(score[adamw], score[ondare]) > max(score[dpo], score[longer])
     cheaper = tax[ondare] < tax[adamw] and score[ondare] > score[adamw] - 0.01
-    text = (
-        "of SFT, offline DPO, 60 steps more of it, 60 steps online by AdamW, by AdamW at half the rate, by OnDARE: "
-        f"score {listed(score)}; tax {listed(tax)}; with thinking {listed(thinking)}; judge {listed(judging)}; honest "
-        f"{listed(honest)}; right refusals {listed(refused)}"
+    start = "of SFT, offline DPO, 60 steps more of it, 60 steps online by AdamW, by AdamW at half the rate, by OnDARE: "
+    others = (
+        f"with thinking {listed(thinking)}; judge {listed(judging)}; honest {listed(honest)}; right refusals "
+        f"{listed(refused)}"
     )
-    return judge(runs, {text: online and cheaper}, reason=f" ({'the tax' if online else 'the score'})")
+    return {f"{start}score {listed(score)}": online, f"tax {listed(tax)} ({others})": cheaper}
 
 
-def rlaif(runs: Runs) -> bool:
+def rlaif(runs: Runs) -> dict:
     rows = runs.table("rlaif")
     score = {name: rows[name]["score"] for name in ("start", "distilled", "direct", "self-1", "self-2", "self-3")}
     rounds, judging = columns(rows, ("start", "self-1", "self-2", "self-3"), "score", "judge")
@@ -528,10 +487,10 @@ def rlaif(runs: Runs) -> bool:
         f"to the first in {duel['win_rate']:.2f}"
     )
     better = min(score["distilled"], score["direct"], score["self-3"]) > score["start"]
-    return judge(runs, {text: agreement >= 0.85 and better and rounds[0] < rounds[1] < rounds[-1]})
+    return {text: agreement >= 0.85 and better and rounds[0] < rounds[1] < rounds[-1]}
 
 
-def sft_vs_rlhf(runs: Runs) -> bool:
+def sft_vs_rlhf(runs: Runs) -> dict:
     """Seven parts, a line each; the claim counts them."""
     found, rows = sft_vs_rlhf_numbers(runs), runs.table("sft-vs-rlhf")
     (score,) = columns(rows, ("sft", "ppo"), "score")
@@ -565,18 +524,17 @@ def sft_vs_rlhf(runs: Runs) -> bool:
         f"(across inputs {listed(across[kind] for kind in ('sft', 'best', 'ppo'))})",
     )
     for number, (text, part) in enumerate(zip(texts, holds), 1):
-        print(f"({number}) {text}: {verdict(runs, part)}")
-    return judge(runs, {f"{sum(holds)} of {len(holds)} differences between SFT and RLHF are as described": all(holds)})
+        print(f"({number}) {text}{'' if runs.tiny else ': holds' if part else ': does not hold'}")
+    return {f"{sum(holds)} of {len(holds)} differences between SFT and RLHF are as described": all(holds)}
 
 
 def sft_vs_rlhf_numbers(runs: Runs) -> dict:
     """What the table of `gridworld.py score` does not have: see (1), (2), (3), (4) and (7) in sft-vs-rlhf.sh."""
-    small, found, folder = runs.tiny, {}, runs.folder
+    small, found = runs.tiny, {}
     paths = dict(sft="sft", ppo="ppo", dpo="dpo", chosen="sft-vs-rlhf/chosen")
-    policies = {name: world.load_policy(str(folder / path)) for name, path in paths.items()}
+    policies, reward = {name: runs.policy(path) for name, path in paths.items()}, runs.rewards("reward_model")
     for model, _ in policies.values():
         model.cpu()
-    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model", dtype=torch.float32).eval()
 
     def logp(name, prompt, answer):
         """log pi(answer | prompt), the end of the turn included."""
@@ -585,11 +543,6 @@ def sft_vs_rlhf_numbers(runs: Runs) -> dict:
         ids = world.as_ids(tokenizer, [*prompt, world.assistant(answer)])
         logits = policy(input_ids=torch.tensor([ids])).logits[0, before - 1 : -1]
         return logits.log_softmax(-1).gather(1, torch.tensor(ids[before:])[:, None]).sum()
-
-    @torch.no_grad()
-    def reward(prompt, answer):
-        ids = world.as_ids(policies["sft"][1], [*prompt, world.assistant(answer)])
-        return model(input_ids=torch.tensor([ids])).logits[0, 0]
 
     def gradient(value):
         parameters = list(policies["sft"][0].parameters())
@@ -613,7 +566,7 @@ def sft_vs_rlhf_numbers(runs: Runs) -> dict:
     for prompt, grid, (a, b) in new_grids(3 if small else 100, 1, two_best):
         told = list(map(world.tell, world.walks(grid)))
         logps = torch.stack([logp("sft", prompt, text) for text in told])
-        scores = torch.stack([reward(prompt, text) for text in told])
+        scores = torch.tensor([reward(prompt, text) for text in told])
         other = gradient(logps[told.index(world.tell(b))])
         falls["sft"].append((gradient(logps[told.index(world.tell(a))]) @ other).item() < 0)
         falls["rlhf"].append((gradient((logps.softmax(0) * scores).sum()) @ other).item() < 0)
@@ -631,7 +584,7 @@ def sft_vs_rlhf_numbers(runs: Runs) -> dict:
         found["rejected"] = {name: mean(logp(name, p, text).item() for p, _, text in rejected) for name in policies}
 
     # (3) slips, in 16 answers to each held-out grid
-    prompts = [json.loads(line)["prompt"] for line in (runs.data / "test.jsonl").open()][: 8 if small else 300]
+    prompts = runs.prompts("final")[: 8 if small else 300]
     answers, slips = {}, {}
     for name in ("sft", "ppo"):
         answers[name], _ = world.answer_all(*policies[name], prompts, 2 if small else 16, 48, 1.0, 0)
@@ -648,12 +601,12 @@ def sft_vs_rlhf_numbers(runs: Runs) -> dict:
     with torch.no_grad():
         gaps = {name: [logp(name, p, a) - logp(name, p, b) for p, a, b in pairs] for name in ("sft", "ppo")}
     found["right"] = {name: mean(gap.sigmoid().item() for gap in values) for name, values in gaps.items()}
-    found["taste"] = mean((reward(p, a) - reward(p, b)).item() for p, a, b in pairs)
+    found["taste"] = mean(reward(p, a) - reward(p, b) for p, a, b in pairs)
 
     # (7) diversity: 8 answers to a grid; best of 4 chooses from 8 groups of 4
     prompts, best = prompts[:100], []
     for prompt, texts in zip(prompts, world.answer_all(*policies["sft"], prompts, 4 if small else 32, 48, 1.0, 1)[0]):
-        worth = {text: reward(prompt, text).item() for text in texts}
+        worth = {text: reward(prompt, text) for text in texts}
         best.append([max(texts[i : i + 4], key=worth.get) for i in range(0, len(texts), 4)])
     groups = {name: [texts[:8] for texts in group[:100]] for name, group in answers.items()} | dict(best=best)
     found["diverse"] = {name: mean(map(world.ead, group)) for name, group in groups.items()}
@@ -661,7 +614,7 @@ def sft_vs_rlhf_numbers(runs: Runs) -> dict:
     return found
 
 
-def small_beats_large(runs: Runs) -> bool:
+def small_beats_large(runs: Runs) -> dict:
     rows = runs.table("small-beats-large")
     large, small = parameters(runs.folder / "base"), parameters(runs.folder / "small-beats-large" / "small-ppo")
     asked = {"base": "base by the chat template", "base-grid": "by the grid", "base-most": 'by the grid and "most"'}
@@ -672,7 +625,7 @@ def small_beats_large(runs: Runs) -> bool:
         f"{small} parameters after PPO score {ppo['score']:.2f} (honest {ppo['honest']:.2f}; SFT "
         f"{rows['small-sft']['score']:.2f}); {large}, {large / small:.1f} times as many: {others}"
     )
-    return judge(runs, {text: all(ppo["score"] > rows[name]["score"] for name in asked)})
+    return {text: all(ppo["score"] > rows[name]["score"] for name in asked)}
 
 
 def parameters(checkpoint: Path) -> int:
@@ -682,9 +635,9 @@ def parameters(checkpoint: Path) -> int:
     return sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")
 
 
-def starling(runs: Runs) -> bool:
+def starling(runs: Runs) -> dict:
     names, folder = ("judge", "all-weights", "last-layer", "plain"), "starling"
-    score, tokens, honest = columns(runs.table(folder), names, "score", "tokens", "honest")
+    score, tokens = columns(runs.table(folder), names, "score", "tokens")
     ours, plain = runs.metrics(f"{folder}/all-weights"), runs.metrics(f"{folder}/plain")
     warm = json.loads((runs.folder / folder / "all-weights/args.json").read_text())["args"]["critic_warmup"]
 
@@ -701,28 +654,20 @@ def starling(runs: Runs) -> bool:
     ended = mean(m["val/share_eos"] for m in ours[-5:])
     ranked, paired = (runs.metrics(f"{folder}/{name}")[-1]["eval_accuracy"] for name in ("plackett-luce", "pairs"))
     changes = ", ".join(f"{name} {rise:+.2f} (noise {noise:.2f})" for name, (rise, noise) in rises.items())
-    people = runs.report(f"{folder}/audit")["kinds"]["helpful"]
-    print(
-        f"beside it: the judge agrees with people who count points {people['agree']} times, disagrees "
-        f"{people['disagree']}, cannot say {people['tie']}; PPO without critic training and constant: first fifth "
-        f"{apart}, score {score[3]:.2f}, tokens {tokens[3]:.1f}; honest {listed(honest)}"
-    )
+    print(f"beside it: PPO without critic training and constant: first fifth {apart}, score {score[3]:.2f}")
     rises_on = all(rise >= -noise for rise, noise in rises.values())
     same_length = abs(tokens[1] / tokens[0] - 1) <= 0.1 and ended >= 0.98
     as_well = ranked >= paired - 0.02
-    return judge(
-        runs,
-        {
-            f"first fifth of PPO less its start: {changes}": rises_on,
-            f"tokens {tokens[0]:.1f}, after PPO {tokens[1]:.1f}, {ended:.3f} of answers end": same_length,
-            f"score {score[0]:.2f}, all weights {score[1]:.2f}": score[1] > score[0],
-            f"last layer {score[2]:.2f}": score[1] > score[2],
-            f"reward model right in {ranked:.3f} of held-out pairs by whole rankings, {paired:.3f} by pairs": as_well,
-        },
-    )
+    return {
+        f"first fifth of PPO less its start: {changes}": rises_on,
+        f"tokens {tokens[0]:.1f}, after PPO {tokens[1]:.1f}, {ended:.3f} of answers end": same_length,
+        f"score {score[0]:.2f}, all weights {score[1]:.2f}": score[1] > score[0],
+        f"last layer {score[2]:.2f}": score[1] > score[2],
+        f"reward model right in {ranked:.3f} of held-out pairs by whole rankings, {paired:.3f} by pairs": as_well,
+    }
 
 
-def zephyr(runs: Runs) -> bool:
+def zephyr(runs: Runs) -> dict:
     rows, names = runs.table("zephyr"), ("start", "orpo", "chosen")
     (start, ours, chosen), odds = (
         [runs.metrics(f"zephyr/{name}")[-1][f"eval_{key}"] for name in names]
@@ -734,20 +679,12 @@ def zephyr(runs: Runs) -> bool:
         f"{orpo['MB']:.0f} and {tuned['MB']:.0f} MB; a rejected token's log-probability {start:.2f} at the start, "
         f"{ours:.2f} with ORPO, {chosen:.2f} with fine-tuning; log odds ratio {listed(odds)}"
     )
-    return judge(runs, {text: orpo["score"] > tuned["score"] and ours < chosen and odds[1] > odds[2]})
-
-
-CLAIMS: dict[str, Callable] = {
-    function.__name__.replace("_", "-"): function
-    for function in (
-        chatglm, claude3, deepseek_v2, dpo, gemini, gemma2, gpt4, instructgpt, internlm2, llama3, magpie, nemotron, o1,
-        over_optimisation, qwen2, rlaif, sft_vs_rlhf, small_beats_large, starling, zephyr,
-    )
-}  # fmt: skip
+    return {text: orpo["score"] > tuned["score"] and ours < chosen and odds[1] > odds[2]}
 
 
 if __name__ == "__main__":
     name, folder, data, seed, *tiny = sys.argv[1:]
     disable_progress_bar()
-    holds = CLAIMS[name](Runs(Path(folder), Path(data), int(seed), tiny == ["tiny"]))
-    sys.exit(0 if holds or tiny == ["tiny"] else 1)
+    claim = globals()[name.replace("-", "_")]  # the function above of the recipe's name
+    parts = claim(Runs(Path(folder), Path(data), int(seed), tiny == ["tiny"]))
+    sys.exit(0 if judge(parts, tiny == ["tiny"]) else 1)

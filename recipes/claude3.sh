@@ -11,18 +11,12 @@
 #   here        2000 prompts x 4 revisions, 2 epochs, lr 1e-3; 800 to 1300 AI comparisons, 4500 human ones, 1 epoch
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
-    reward_model
+    start_seed $seed base sft reward_model
 
     heading "the helpful-only policy: PPO from the reward model"
     ppo --rewards $runs/reward_model --output-dir $runs/ppo
     judge_model
 
-    out=$runs/claude3
-    mkdir -p $out
     by_principles="--judge $runs/judge --dataset $data/prompts.jsonl --requests $data/requests.json
         --principles $data/principles.txt --max-new-tokens 24 $common"
     heading "critique and revision of the helpful-only policy's answers, four rounds"
@@ -31,8 +25,7 @@ for seed in ${SEEDS:-0}; do
 
     heading "SL-CAI: the base, fine-tuned on all revisions and on demonstrations"
     with_demonstrations $out/sl-cai.jsonl 10000 $out/revise/sft.jsonl
-    python sft.py --model $runs/base --dataset $out/sl-cai.jsonl --output-dir $out/sl-cai $common $(max_steps 8) \
-        --learning-rate 1e-3 --batch-size 32 --epochs 2 --weight-decay 0.01
+    fine_tune --model $runs/base --dataset $out/sl-cai.jsonl --output-dir $out/sl-cai --learning-rate 1e-3 --epochs 2
 
     heading "pairs of SL-CAI's answers, compared by the principles"
     python rlaif.py label --model $out/sl-cai $by_principles --rows $(if_tiny 60 3200) --tie-margin 0.2 \
@@ -43,14 +36,12 @@ for seed in ${SEEDS:-0}; do
     labels=$out/label/pairs.jsonl; [ -e $labels ] || labels=/dev/null
     grep '"kind": "helpful"' $data/preferences.jsonl > $out/helpful.jsonl
     concatenate $out/hybrid.jsonl $out/helpful.jsonl $labels $data/rankings.jsonl
-    python reward_model.py --model $runs/reward_model --dataset $out/hybrid.jsonl --output-dir $out/reward_model \
-        $common $(max_steps 8) --learning-rate 1e-3
+    learn_rewards --model $runs/reward_model --dataset $out/hybrid.jsonl --output-dir $out/reward_model
 
     heading "RL-CAI: PPO from SL-CAI"
     python ppo.py --model $out/sl-cai --rewards $out/reward_model --dataset $data/prompts.jsonl \
         --output-dir $out/rl-cai $common $ppo_settings --kl-coef 0.1 --batch-size 128 $(max_steps 3)
 
-    score_policies claude3 $runs/sft $runs/ppo $out/sl-cai $out/rl-cai
-    judge_claim claude3
+    report $runs/sft $runs/ppo $out/sl-cai $out/rl-cai
 done
 exit $verdict

@@ -5,9 +5,11 @@
 #   STEPS=tiny bash recipes/NAME.sh         a few steps of every stage, in runs/tiny/; the claim is not judged
 #
 # Exit code 1 after the last claim: one of them does not hold. If a command fails, the recipe stops there with a code
-# other than 0. A stage that is already in runs/ with the same arguments is reused (--resume).
-# The base model has 0.85 M parameters, the small one 74,000.
+# other than 0. A stage that is already in runs/ with the same arguments is reused (--resume). What is reported comes
+# from the grids of final.jsonl; test.jsonl is for choosing settings. The base model has 0.85 M parameters, the small
+# one 74,000.
 set -euo pipefail
+recipe=$(basename "$0" .sh)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # matrices this small gain little from a second core
 verdict=0
@@ -17,12 +19,16 @@ tiny() { [ "${STEPS:-}" = tiny ]; }
 if_tiny() { if tiny; then echo "$1"; else echo "${2:-}"; fi; }  # TINY [FULL]: prints one of the two
 max_steps() { if_tiny "--max-steps $1"; }                       # the option, where tiny
 
-start_seed() {
+start_seed() {  # SEED STAGE...: sets the directories, writes the data, and runs these stages
     seed=$1 runs=runs data=data/grid
     if tiny; then runs=runs/tiny data=data/tiny; fi
     if [ $seed != 0 ]; then runs=$runs/seed-$seed; fi
-    mkdir -p $runs
-    common="--seed $seed --resume"
+    out=$runs/$recipe common="--seed $seed --resume"
+    mkdir -p $out
+    heading "the world, as text"
+    [ -e $data/final.jsonl ] || python gridworld.py data --output-dir $data $(if_tiny "--rows 400 --test-rows 40")
+    local stage
+    for stage in "${@:2}"; do $stage; done
 }
 
 in_background() {  # LOG COMMAND...: runs the command beside the next ones, its output goes to the log
@@ -34,46 +40,40 @@ wait_for_background() { wait $background || { cat $background_log; exit 2; }; }
 
 # ------------------------------------------------------------------------------ stages
 
-world() {
-    heading "the world, as text"
-    [ -e $data/principles.txt ] || python gridworld.py data --output-dir $data $(if_tiny "--rows 400 --test-rows 40")
-}
+fine_tune() { python sft.py $common $(max_steps 8) --batch-size 32 --weight-decay 0.01 "$@"; }
+learn_rewards() { python reward_model.py $common $(max_steps 8) --learning-rate 1e-3 "$@"; }
 
 base() {
     heading "a base model, from scratch: truthful text about grids"
-    python sft.py --from-scratch --dataset $data/pretrain.jsonl --output-dir $runs/base $common $(max_steps 8) \
-        --learning-rate 2e-3 --batch-size 32 --weight-decay 0.01
+    fine_tune --from-scratch --dataset $data/pretrain.jsonl --output-dir $runs/base --learning-rate 2e-3
 }
 
 sft() {
     heading "supervised fine-tuning on demonstrations"
-    python sft.py --model $runs/base --dataset $data/sft.jsonl --output-dir $runs/sft $common $(max_steps 8) \
-        --learning-rate 1e-3 --batch-size 32 --epochs 2 --weight-decay 0.01
+    fine_tune --model $runs/base --dataset $data/sft.jsonl --output-dir $runs/sft --learning-rate 1e-3 --epochs 2
 }
 
 reward_model() {
     heading "a reward model on rankings"
-    python reward_model.py --model $runs/sft --dataset $data/rankings.jsonl --output-dir $runs/reward_model $common \
-        $(max_steps 8) --learning-rate 1e-3 --epochs 2
+    learn_rewards --model $runs/sft --dataset $data/rankings.jsonl --output-dir $runs/reward_model --epochs 2
 }
 
 small_base() {
     heading "a small base model, from scratch"
-    python sft.py --from-scratch --dataset $data/pretrain.jsonl --output-dir $runs/small-base $common $(max_steps 8) \
-        --hidden-size 48 --num-layers 2 --vocab-size 384 --learning-rate 5e-3 --batch-size 32 --weight-decay 0.01
+    fine_tune --from-scratch --dataset $data/pretrain.jsonl --output-dir $runs/small-base --learning-rate 5e-3 \
+        --hidden-size 48 --num-layers 2 --vocab-size 384
 }
 
 small_sft() {
     heading "supervised fine-tuning of the small model"
-    python sft.py --model $runs/small-base --dataset $data/sft.jsonl --output-dir $runs/small-sft $common \
-        $(max_steps 8) --learning-rate 2e-3 --batch-size 32 --epochs 2 --weight-decay 0.01
+    fine_tune --model $runs/small-base --dataset $data/sft.jsonl --output-dir $runs/small-sft --learning-rate 2e-3 \
+        --epochs 2
 }
 
 judge_model() {
     heading "fine-tuning that also teaches to judge (the EFT data of self-rewarding)"
     concatenate $runs/judge.jsonl $data/sft.jsonl $data/judge.jsonl
-    python sft.py --model $runs/sft --dataset $runs/judge.jsonl --output-dir $runs/judge $common $(max_steps 8) \
-        --learning-rate 1e-3 --batch-size 32 --weight-decay 0.01
+    fine_tune --model $runs/sft --dataset $runs/judge.jsonl --output-dir $runs/judge --learning-rate 1e-3
 }
 
 ppo_settings="--learning-rate 2e-4 --value-learning-rate 1e-3 --warmup-ratio 0.1 --ppo-epochs 2 --max-new-tokens 24"
@@ -95,12 +95,15 @@ reasoning() {
     python grpo.py $settings --learning-rate 1e-4 --max-steps $(if_tiny 3 200) --eval-every 25 --output-dir $runs/o1
 }
 
-score_policies() {  # NAME CHECKPOINT...: the table $runs/NAME.csv and the picture $runs/NAME.png
-    heading "every policy on one scale"
-    python gridworld.py score "${@:2}" --data $data --output $runs/$1.png --csv $runs/$1.csv
+score_policies() {  # TABLE DATA CHECKPOINT...: the table $runs/TABLE.csv and the picture $runs/TABLE.png
+    python gridworld.py score "${@:3}" --data $2 --output $runs/$1.png --csv $runs/$1.csv $(if_tiny "--samples 1")
 }
 
-judge_claim() { python recipes/claim.py $1 $runs $data $seed ${STEPS:-} || verdict=1; }
+report() {  # CHECKPOINT...: the table of these policies, and the claim
+    heading "every policy on one scale"
+    score_policies $recipe $data/final.jsonl "$@"
+    python recipes/claim.py $recipe $runs $data $seed ${STEPS:-} || verdict=1
+}
 
 # -------------------------------------------------------------------------------- data
 

@@ -11,19 +11,13 @@
 #   here          lr 1e-4, 16 prompts x 8 answers; stage 1: KL 0.02, 200 steps; stage 2: c 0.1, 2, 1, KL 0.1, 245 steps
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
+    start_seed $seed base sft
 
     heading "stage 1, reasoning; beside it RM_helpful and RM_safety"
-    out=$runs/deepseek-v2
-    mkdir -p $out
     grep '"kind": "harmless"' $data/preferences.jsonl > $out/harmless.jsonl
     reward_models() {
         reward_model
-        python reward_model.py --model $runs/sft --dataset $out/harmless.jsonl --output-dir $out/safety $common \
-            $(max_steps 8) --learning-rate 1e-3 --epochs 4
+        learn_rewards --model $runs/sft --dataset $out/harmless.jsonl --output-dir $out/safety --epochs 4
     }
     in_background $out/reward_models.log reward_models
     reasoning
@@ -33,8 +27,6 @@ for seed in ${SEEDS:-0}; do
     python grpo.py --model $runs/o1 --dataset $data/prompts.jsonl --output-dir $out/policy $common \
         --rewards $runs/reward_model=0.1 $out/safety=2 gridworld.py:honest_answer --batch-size 16 \
         --max-new-tokens 24 --learning-rate 1e-4 --lr-schedule cosine --kl-coef 0.1 $(max_steps 3)
-
-    score_policies deepseek-v2 $runs/sft $runs/o1 $out/policy
 
     heading "memory of PPO and GRPO at equal rollouts, on a wider model: two batches of 4 prompts x 8 answers"
     once=${runs%/seed-*}/deepseek-v2 wide=${runs%/seed-*}/deepseek-v2/wide
@@ -51,6 +43,6 @@ for seed in ${SEEDS:-0}; do
     python ppo.py $equal --ppo-epochs 1 --output-dir $wide/ppo
     python grpo.py $equal --output-dir $wide/grpo
 
-    judge_claim deepseek-v2
+    report $runs/sft $runs/o1 $out/policy
 done
 exit $verdict

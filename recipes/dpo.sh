@@ -10,10 +10,7 @@
 #               answers, and without the term the probability of both answers falls; PPO as in instructgpt.sh
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
+    start_seed $seed base sft
 
     heading "DPO with and without the likelihood term; beside it a reward model, then PPO"
     both() {
@@ -25,7 +22,6 @@ for seed in ${SEEDS:-0}; do
     ppo --rewards $runs/reward_model --output-dir $runs/ppo
     wait_for_background
 
-    score_policies dpo $runs/sft $runs/ppo $runs/dpo $runs/dpo-plain
-    judge_claim dpo
+    report $runs/sft $runs/ppo $runs/dpo $runs/dpo-plain
 done
 exit $verdict

@@ -12,14 +12,8 @@
 #   here     rounds of 20 batches of 128, KL 0.1; between rounds 1500 prompts x 8 answers and 1000 older rankings
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
-    reward_model
+    start_seed $seed base sft reward_model
 
-    out=$runs/gemini
-    mkdir -p $out
     ppo_round() {  # ROUND MODEL REWARD_MODEL NAME OPTIONS...; walk_score, with weight 0, only logs the true score
         python ppo.py --model $2 --reference $runs/sft --rewards $3 gridworld.py:walk_score=0 \
             --dataset $data/prompts.jsonl --output-dir $out/$4 --eval-fraction 0 --seed $((10 * seed + $1)) --resume \
@@ -36,15 +30,14 @@ for seed in ${SEEDS:-0}; do
         last=$out/fresh-$((round - 1))
         heading "round $round: annotators rank current answers to training prompts and to held-out grids"
         rank $out/rankings-$round.jsonl $last $data/prompts.jsonl $(if_tiny 60 1500) --k 8 --temperature 1.3
-        rank $out/held-out-$round.jsonl $last $data/test.jsonl $(if_tiny 60 300)
+        rank $out/held-out-$round.jsonl $last $data/final.jsonl $(if_tiny 60 300)
         head -qn $((1000 / (round - 1))) $older > $out/older-$round.jsonl
         concatenate $out/mix-$round.jsonl $out/older-$round.jsonl $out/rankings-$round.jsonl
         older+=" $out/rankings-$round.jsonl"
 
         heading "round $round: the reward model, trained further"
-        python reward_model.py --model $refreshed --dataset $out/mix-$round.jsonl \
-            --eval-dataset $out/held-out-$round.jsonl --output-dir $out/reward-$round $common $(max_steps 8) \
-            --learning-rate 1e-3
+        learn_rewards --model $refreshed --dataset $out/mix-$round.jsonl --eval-dataset $out/held-out-$round.jsonl \
+            --output-dir $out/reward-$round
         refreshed=$out/reward-$round
 
         heading "round $round: PPO, with the refreshed reward model and with the first one"
@@ -53,7 +46,6 @@ for seed in ${SEEDS:-0}; do
         static=$out/static-$round
     done
 
-    score_policies gemini $runs/sft $out/fresh-? $out/static-? $(if_tiny "--samples 1")
-    judge_claim gemini
+    report $runs/sft $out/fresh-? $out/static-?
 done
 exit $verdict

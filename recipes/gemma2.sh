@@ -11,22 +11,14 @@
 #   here    policy 74,000 parameters, reward models and rater 845,000; PPO, lr 5e-4, critic 2e-3, 48 batches of 128
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
-    judge_model
-    small_base
-    small_sft
+    start_seed $seed base sft judge_model small_base small_sft
 
     heading "12000 pairs, half of them in a second turn; 12000 in the first turn; 500 held out, in a second turn"
-    out=$runs/gemma2
-    mkdir -p $out
     [ -e $out/later.jsonl ] || python - $data $out $(if_tiny 40 12000) <<'PY'
 import json, random, sys
 from gridworld import annotators_scores, as_preference, new_grid, preference_row
 data, out, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-lines = (line for name in ("test", "test_preferences") for line in open(f"{data}/{name}.jsonl"))
+lines = (line for name in ("test", "test_preferences", "final") for line in open(f"{data}/{name}.jsonl"))
 held_out = {json.loads(line)["prompt"][0]["content"] for line in lines}
 rng, pairs, test = random.Random(7), {1: [], 3: []}, max(5, count // 24)  # by the number of messages in the prompt
 while len(pairs[1]) < count or len(pairs[3]) < count // 2 + test:
@@ -43,22 +35,16 @@ for name, rows in dict(single=pairs[1][:count], mixed=mixed, later=pairs[3][:tes
 PY
 
     heading "reward models: large, large on single turns, small"
-    learn() { python reward_model.py --eval-dataset $out/later.jsonl $common $(max_steps 8) "$@"; }
-    learn --model $runs/sft --dataset $out/mixed.jsonl --output-dir $out/rm-large --learning-rate 1e-3
-    learn --model $runs/sft --dataset $out/single.jsonl --output-dir $out/rm-single --learning-rate 1e-3
-    learn --model $runs/small-sft --dataset $out/mixed.jsonl --output-dir $out/rm-small --learning-rate 2e-3
+    later="--eval-dataset $out/later.jsonl"
+    learn_rewards $later --model $runs/sft --dataset $out/mixed.jsonl --output-dir $out/rm-large
+    learn_rewards $later --model $runs/sft --dataset $out/single.jsonl --output-dir $out/rm-single
+    learn_rewards $later --model $runs/small-sft --dataset $out/mixed.jsonl --output-dir $out/rm-small \
+        --learning-rate 2e-3
 
-    cat > $out/gold.py <<'PY'
-from gridworld import quality
-
-
-def gold(prompts, completions, **columns):
-    return [quality(prompt, completion[-1]["content"], "overall") for prompt, completion in zip(prompts, completions)]
-PY
-    for size in large small; do  # gold, with weight 0, is only logged
+    for size in large small; do  # the overall opinion, with weight 0, is only logged
         for coef in 0.4 0.1 0.03; do
             heading "PPO from the $size reward model, KL coefficient $coef"
-            python ppo.py --model $runs/small-sft --rewards $out/rm-$size $out/gold.py:gold=0 \
+            python ppo.py --model $runs/small-sft --rewards $out/rm-$size recipes/rewards.py:overall=0 \
                 --value-model $runs/small-sft --dataset $out/mixed.jsonl --output-dir $out/$size-$coef \
                 $common --kl-coef $coef --epochs 2 --learning-rate 5e-4 --value-learning-rate 2e-3 --warmup-ratio 0.1 \
                 --batch-size $(if_tiny 8 128) --ppo-epochs 2 --max-new-tokens 24 --max-steps $(if_tiny 3 48)
@@ -72,7 +58,6 @@ PY
             $(if_tiny "--min-mass 0")
     done
 
-    score_policies gemma2 $runs/small-sft $out/large-{0.4,0.1,0.03} $(if_tiny "--samples 1")
-    judge_claim gemma2
+    report $runs/small-sft $out/large-{0.4,0.1,0.03}
 done
 exit $verdict

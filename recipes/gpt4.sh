@@ -11,10 +11,7 @@
 #           classifier is the SFT model fine-tuned on judge tasks; PPO as in instructgpt.sh
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
+    start_seed $seed base sft
 
     heading "the classifier; beside it the reward model, and PPO without the classifier"
     mkdir -p $runs/gpt4
@@ -22,15 +19,14 @@ for seed in ${SEEDS:-0}; do
         reward_model
         ppo --rewards $runs/reward_model --output-dir $runs/ppo
     }
-    in_background $runs/gpt4/ppo.log without
+    in_background $out/ppo.log without
     judge_model
     wait_for_background
 
     heading "PPO with the classifier"
     ppo --rewards $runs/reward_model judge:$runs/judge=0.5 --rubric $data/rubric.json \
-        --output-dir $runs/gpt4/ppo-rubric
+        --output-dir $out/ppo-rubric
 
-    score_policies gpt4 $runs/sft $runs/ppo $runs/gpt4/ppo-rubric
-    judge_claim gpt4
+    report $runs/sft $runs/ppo $out/ppo-rubric
 done
 exit $verdict

@@ -12,11 +12,7 @@
 #   ptx           gamma 27.8 (reduction not stated), 8 times as many texts    gamma 0.3 on the mean per token, as many
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
-    reward_model
+    start_seed $seed base sft reward_model
 
     heading "PPO with and, beside it, without pre-training text"
     in_background $runs/ppo-ptx.log ppo --rewards $runs/reward_model --output-dir $runs/ppo-ptx \
@@ -24,7 +20,6 @@ for seed in ${SEEDS:-0}; do
     ppo --rewards $runs/reward_model --output-dir $runs/ppo
     wait_for_background
 
-    score_policies score $runs/sft $runs/ppo $runs/ppo-ptx
-    judge_claim instructgpt
+    report $runs/sft $runs/ppo $runs/ppo-ptx
 done
 exit $verdict

@@ -11,22 +11,19 @@
 #   here        4900 pairs, same gamma and barrier, 4 epochs; KL 0.1, lr 2e-4, critic 1e-3, lambda 0.99, top-p 1
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
+    start_seed $seed base sft
 
-    out=$runs/internlm2
-    mkdir -p $out
-    annotate() {  # FILE PROMPTS OPTIONS...: annotators label answers of policies, unless the file exists
-        [ -e $1 ] || python gridworld.py annotate --output $1 --prompts $2 --max-new-tokens 24 --seed $seed "${@:3}" ||
-            { tiny && touch $1; }  # a hardly trained policy may show no pattern
+    answers="--max-new-tokens 24 --seed $seed"
+    annotate() {  # FILE OPTIONS...: annotators label answers of policies, unless the file exists
+        [ -e $1 ] || python gridworld.py annotate --output $1 --prompts $data/prompts.jsonl $answers "${@:2}"
     }
-    learn() { python reward_model.py --loss focal --barrier 0.02 $common $(max_steps 8) --learning-rate 1e-3 "$@"; }
+    patch() {  # FILE PROMPTS OPTIONS...: pairs against the pattern, unless the file exists
+        [ -e $1 ] || python recipes/weakness.py patch --output $1 --prompts $2 $answers "${@:3}"
+    }
+    learn() { learn_rewards --loss focal --barrier 0.02 "$@"; }
 
     heading "pairs by two kinds of annotators; a reward model that is told which kind, and one that is not"
-    annotate $out/pairs.jsonl $data/prompts.jsonl --model $runs/sft --rows $(if_tiny 60 4000) --kind both \
-        --format preferences
+    annotate $out/pairs.jsonl --model $runs/sft --rows $(if_tiny 60 4000) --format preferences
     { head -n 1000 $data/preferences.jsonl; cat $out/pairs.jsonl; } > $out/first.jsonl
     echo '{"helpful": "pays more", "harmless": "avoids lava", "refuse": "avoids lava"}' > $out/conditions.json
     condition="--condition $out/conditions.json"
@@ -35,40 +32,35 @@ for seed in ${SEEDS:-0}; do
     learn $first --output-dir $out/untold
 
     heading "rankings by annotators with a weakness for two moves up; held out are pairs that show it"
-    annotate $out/weak.jsonl $data/prompts.jsonl --model $runs/sft --rows $(if_tiny 60 1500) --kind both --hack
-    annotate $out/held-out.jsonl $data/test.jsonl --model $runs/sft --format preferences --patch --k 8
+    annotate $out/rankings.jsonl --model $runs/sft --rows $(if_tiny 60 1500)
+    python recipes/weakness.py hack $out/rankings.jsonl $out/weak.jsonl
+    patch $out/held-out.jsonl $data/final.jsonl --model $runs/sft --k 8
     concatenate $out/second.jsonl $data/preferences.jsonl $out/weak.jsonl
     held_out=$out/held-out.jsonl; [ -s $held_out ] || held_out=$data/test_conflicts.jsonl  # empty where tiny
     learn --model $out/told --dataset $out/second.jsonl $condition --eval-dataset $held_out --output-dir $out/hacked
 
     heading "PPO from this reward model; a function of weight 0 counts the answers with the pattern"
-    cat > $out/pattern.py <<'PY'
-import re
-def share(prompts, completions, **columns):
-    return [float(bool(re.match(r"up \S+ up ", completion[-1]["content"]))) for completion in completions]
-PY
     cool_ppo() {  # REWARD_MODEL OPTIONS...
         python ppo.py --model $runs/sft --dataset $data/prompts.jsonl $condition $common $ppo_settings --kl-coef 0.1 \
             $(max_steps 3) --critic-warmup $(if_tiny 1 5) --batch-size $(if_tiny 16 128) --value-clip 0 \
             --no-whiten-advantages --lam 0.99 --ptx-dataset $data/pretrain.jsonl --ptx-coef 0.3 \
-            --ptx-batch-size 64 --rewards $out/$1 $out/pattern.py:share=0 "${@:2}"
+            --ptx-batch-size 64 --rewards $out/$1 recipes/weakness.py:share=0 "${@:2}"
     }
     cool_ppo hacked --save-every $(if_tiny 1 10) --output-dir $out/ppo-hacked
     policies="$out/ppo-hacked/checkpoint-$(if_tiny 1 10) $out/ppo-hacked"  # early and last
 
     heading "the fast path: pairs against the pattern, from answers of the early and the last policy; PPO again"
-    annotate $out/patches.jsonl $data/prompts.jsonl --model $policies --rows 110 --format preferences --patch
+    patch $out/patches.jsonl $data/prompts.jsonl --model $policies --rows 110
     { cat $out/second.jsonl; for _ in {1..14}; do cat $out/patches.jsonl; done; } > $out/third.jsonl
     learn --model $out/hacked --dataset $out/third.jsonl $condition --eval-dataset $held_out --output-dir $out/patched
     cool_ppo patched --output-dir $out/ppo-patched
 
     heading "the slow path: annotators without the weakness label answers of all three policies; PPO again"
-    annotate $out/slow.jsonl $data/prompts.jsonl --model $runs/sft $policies --k 6 --rows $(if_tiny 60 1500) --kind both
+    annotate $out/slow.jsonl --model $runs/sft $policies --k 6 --rows $(if_tiny 60 1500)
     concatenate $out/fourth.jsonl $data/preferences.jsonl $out/slow.jsonl $out/patches.jsonl
     learn --model $out/patched --dataset $out/fourth.jsonl $condition --eval-dataset $held_out --output-dir $out/slow
     cool_ppo slow --output-dir $out/ppo-slow
 
-    score_policies internlm2 $runs/sft $out/ppo-{hacked,patched,slow} $(if_tiny "--samples 1")
-    judge_claim internlm2
+    report $runs/sft $out/ppo-{hacked,patched,slow}
 done
 exit $verdict

@@ -11,14 +11,8 @@
 #   here      two rounds; best of 8, 2000 prompts; SFT lr 2e-3, 3 epochs; DPO lr 3e-5 to 2e-4, the same beta and term
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
-    reward_model
+    start_seed $seed base sft reward_model
 
-    out=$runs/llama3
-    mkdir -p $out
     dpo_round() {  # ROUND LEARNING_RATE DIRECTORY OPTIONS...: every rate has its own seed
         python dpo.py --model $out/sft-$1 --dataset $newest --output-dir $3 --learning-rate $2 \
             --seed $((10 * seed + ${2%e-*})) --resume --nll-coef 0.2 $(max_steps 3) "${@:4}"
@@ -32,16 +26,15 @@ for seed in ${SEEDS:-0}; do
             [ -e $newest ] || python gridworld.py annotate --model $policy $out/sft-1 --prompts $data/prompts.jsonl \
                 --output $newest --k 4 --kind helpful $draw
             concatenate $out/all.jsonl $data/rankings.jsonl $newest
-            python reward_model.py --model $runs/sft --dataset $out/all.jsonl --output-dir $rewards $common \
-                $(max_steps 8) --learning-rate 1e-3
+            learn_rewards --model $runs/sft --dataset $out/all.jsonl --output-dir $rewards
         fi
 
         heading "round $round: the best of 8 answers; the base, fine-tuned on all of these and on demonstrations"
         python rlaif.py best-of-n --model $policy --reward-model $rewards --dataset $data/prompts.jsonl --n 8 \
             --output-dir $out/best-$round --resume $draw
         with_demonstrations $out/sft-$round.jsonl 4000 $out/best-[1-$round]/sft.jsonl
-        python sft.py --model $runs/base --dataset $out/sft-$round.jsonl --output-dir $out/sft-$round $common \
-            $(max_steps 8) --learning-rate 2e-3 --batch-size 32 --epochs 3 --weight-decay 0.01
+        fine_tune --model $runs/base --dataset $out/sft-$round.jsonl --output-dir $out/sft-$round --learning-rate 2e-3 \
+            --epochs 3
 
         heading "round $round: DPO on the newest rankings"
         dpo_round $round $rate $out/dpo-$round --mask-format-tokens
@@ -54,8 +47,6 @@ for seed in ${SEEDS:-0}; do
     python recipes/average.py $out/average $out/dpo-2 $out/slower $out/faster
     dpo_round 2 5e-5 $out/unmasked
 
-    score_policies llama3 $runs/sft $out/{sft-1,dpo-1,sft-2,dpo-2,slower,faster,average,unmasked} \
-        $(if_tiny "--samples 1")
-    judge_claim llama3
+    report $runs/sft $out/{sft-1,dpo-1,sft-2,dpo-2,slower,faster,average,unmasked}
 done
 exit $verdict

@@ -11,16 +11,11 @@
 #   here         8000 turns by a 0.85 M model; reward >= 1.5, squared distance of states > 0.001; 6 epochs, lr 1e-3
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
-    reward_model
+    start_seed $seed base sft reward_model
 
     heading "the aligned model: the same demonstrations, with the loss on every turn"
-    out=$runs/magpie
-    python sft.py --model $runs/base --dataset $data/sft.jsonl --train-prompts --output-dir $out/aligned $common \
-        $(max_steps 8) --learning-rate 1e-3 --batch-size 32 --epochs 2 --weight-decay 0.01
+    fine_tune --model $runs/base --dataset $data/sft.jsonl --train-prompts --output-dir $out/aligned \
+        --learning-rate 1e-3 --epochs 2
 
     heading "conversations from nothing"
     python rlaif.py synthesise --model $out/aligned --reward-model $runs/reward_model --rows $(if_tiny 40 8000) \
@@ -32,14 +27,10 @@ for seed in ${SEEDS:-0}; do
     head -n $(wc -l < $out/rows/sft.jsonl) $out/rows/raw.jsonl > $out/raw.jsonl
 
     heading "the base, tuned on what the filters left, and on as many rows unfiltered"
-    tune() {
-        python sft.py --model $runs/base $common --learning-rate 1e-3 --batch-size 32 --epochs 6 --weight-decay 0.01 \
-            $(max_steps 8) "$@"
-    }
-    tune --dataset $out/rows/sft.jsonl --output-dir $out/filtered
-    tune --dataset $out/raw.jsonl --output-dir $out/raw
+    from_base="--model $runs/base --learning-rate 1e-3 --epochs 6"
+    fine_tune $from_base --dataset $out/rows/sft.jsonl --output-dir $out/filtered
+    fine_tune $from_base --dataset $out/raw.jsonl --output-dir $out/raw
 
-    score_policies magpie $runs/sft $out/{aligned,raw,filtered}
-    judge_claim magpie
+    report $runs/sft $out/{aligned,raw,filtered}
 done
 exit $verdict

@@ -12,14 +12,9 @@
 source "$(dirname "$0")/common.sh"
 rpo() { python rpo.py --reward-model $runs/reward_model $common --learning-rate 2e-4 $(max_steps 3) "$@"; }
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
+    start_seed $seed base sft
 
     heading "DPO with the likelihood term; beside it a reward model on the same rankings"
-    out=$runs/nemotron
-    mkdir -p $out
     in_background $out/dpo.log dpo --output-dir $runs/dpo --nll-coef 1
     reward_model
     wait_for_background
@@ -60,7 +55,6 @@ PY
         wait_for_background
     done
 
-    score_policies nemotron $runs/sft $runs/dpo $out/rpo-{1,2,3}
-    judge_claim nemotron
+    report $runs/sft $runs/dpo $out/rpo-{1,2,3}
 done
 exit $verdict

@@ -11,30 +11,15 @@
 #   here         proxies of 74,000 and 845,000 parameters on 3000 rankings of 4; policy 845,000; 60 batches; n to 64
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
-    reward_model
-    small_base
-    small_sft
+    start_seed $seed base sft reward_model small_base small_sft
     heading "the small reward model, on the same rankings"
-    python reward_model.py --model $runs/small-sft --dataset $data/rankings.jsonl \
-        --output-dir $runs/small-reward-model $common $(max_steps 8) --learning-rate 2e-3 --epochs 2
+    learn_rewards --model $runs/small-sft --dataset $data/rankings.jsonl --output-dir $runs/small-reward-model \
+        --learning-rate 2e-3 --epochs 2
 
-    out=$runs/over-optimisation
-    mkdir -p $out
-    cat > $out/gold.py <<'PY'
-from gridworld import quality
-
-
-def gold(prompts, completions, **columns):
-    return [quality(prompt, completion[-1]["content"], "helpful") for prompt, completion in zip(prompts, completions)]
-PY
     for size in small large; do  # gold, the true score, has weight 0: it is only logged
         heading "PPO without a KL penalty, from the $size reward model"
         rewards=$runs/reward_model; [ $size = large ] || rewards=$runs/small-reward-model
-        python ppo.py --model $runs/sft --rewards $rewards $out/gold.py:gold=0 --value-model $runs/sft \
+        python ppo.py --model $runs/sft --rewards $rewards recipes/rewards.py:gold=0 --value-model $runs/sft \
             --dataset $data/prompts.jsonl --kl-coef 0 --output-dir $out/ppo-$size $common --epochs 2 \
             --max-steps $(if_tiny 3 60) --learning-rate 4e-4 --value-learning-rate 1e-3 --warmup-ratio 1 \
             --critic-warmup $(if_tiny 1 5) --batch-size 128 --ppo-epochs 2 --max-new-tokens 24
@@ -63,9 +48,6 @@ PY
             --output-dir $out/scores-$size $common
     done
 
-    heading "every policy on one scale"
-    python gridworld.py score $runs/sft $out/ppo-{small,large} --data $data --output $out/score.png \
-        --csv $runs/over-optimisation.csv $(if_tiny "--samples 1")
-    judge_claim over-optimisation
+    report $runs/sft $out/ppo-{small,large}  # the claim replaces the picture by its own
 done
 exit $verdict

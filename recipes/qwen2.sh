@@ -11,14 +11,9 @@
 #   here        3 rounds of 2000 prompts x 4 and 20 steps of 64 pairs; beta 0.1, lr 2e-4; keeps 0.5, alpha 1e-4
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
+    start_seed $seed base sft
 
     heading "the offline stage, DPO on rankings; beside it a reward model on the same rankings"
-    out=$runs/qwen2
-    mkdir -p $out
     in_background $out/dpo.log dpo --output-dir $runs/dpo --nll-coef 1
     reward_model
     wait_for_background
@@ -56,7 +51,6 @@ for seed in ${SEEDS:-0}; do
     rounds offline --learning-rate 2e-4
     wait_for_background
 
-    score_policies qwen2 $runs/sft $runs/dpo $out/{offline,adamw,half,ondare}-3 $(if_tiny "--samples 1")
-    judge_claim qwen2
+    report $runs/sft $runs/dpo $out/{offline,adamw,half,ondare}-3
 done
 exit $verdict

@@ -16,6 +16,8 @@ import math
 import sys
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 HERE = Path(__file__).resolve().parent
 READMES = [HERE.parent / "README.md", HERE.parent / "README.zh.md"]
 METRICS_CSV = HERE / "results" / "metrics.csv"
@@ -56,12 +58,12 @@ POLICIES = [  # file of results, row of it, what to call it
     ("claude3", "rl-cai", "constitutional AI"),
     ("magpie", "filtered", "the base on invented, filtered rows"),
 ]
-FIVE = [  # script, file of results, row of it
-    ("sft.py", "instructgpt", "sft"),
-    ("ppo.py", "instructgpt", "ppo"),
-    ("dpo.py", "dpo", "dpo"),
-    ("grpo.py", "o1", "o1"),
-    ("rlaif.py, then ppo.py", "rlaif", "distilled"),
+FIVE = [  # script, file of results, row of it, what it does
+    ("sft.py", "instructgpt", "sft", "imitates imperfect demonstrators"),
+    ("ppo.py", "instructgpt", "ppo", "follows a reward model of people's rankings"),
+    ("dpo.py", "dpo", "dpo", "learns from the same rankings, without a reward model"),
+    ("grpo.py", "o1", "o1", "with thinking, rewarded by a rule"),
+    ("rlaif.py, then ppo.py", "rlaif", "distilled", "the labels come from a model, not from people"),
 ]
 CHART = [  # label, file of results, row of it
     ("sft", "instructgpt", "sft"),
@@ -72,19 +74,13 @@ CHART = [  # label, file of results, row of it
     ("grpo", "o1", "o1"),
     ("rlaif", "rlaif", "distilled"),
 ]
-COLUMNS = dict(
-    greedy="greedy",
-    valid="valid",
-    honest="honest",
-    safe="safe",
-    refused="right refusals",
-    wrongly="wrong ones",
-    diverse="diversity",
-)
-COLUMNS |= dict(thinking="with thinking", judge="judge", tax="tax", seconds="seconds", MB="MB")
+COLUMNS = dict(greedy="greedy", valid="valid", honest="honest", safe="safe", refused="right refusals")
+COLUMNS |= dict(wrongly="wrong ones", diverse="diversity", thinking="with thinking", judge="judge", tax="tax")
+COLUMNS |= dict(seconds="seconds", MB="MB")
+# script: a run of it
 METRICS = dict(
     sft="sft", reward_model="reward_model", ppo="ppo", dpo="dpo", orpo="orpo", rpo="nemotron/rpo-1", grpo="o1"
-)  # script: a run of it
+)
 EQUATIONS = [  # paper, equation, what it is, script, function
     ("Sutton & Barto 2018", "4.10", "value iteration", "gridworld.py", "value_iteration"),
     ("Sutton & Barto 2018", "4.5", "policy evaluation", "gridworld.py", "policy_evaluation"),
@@ -152,20 +148,13 @@ def table() -> str:
 def five() -> str:
     """README's table of five results, means over the seeds with the score's range. grpo.py's score is of answers with
     thinking."""
-    meaning = {
-        "sft.py": "imitates imperfect demonstrators",
-        "ppo.py": "follows a reward model of people's rankings",
-        "dpo.py": "learns from the same rankings, without a reward model",
-        "grpo.py": "with thinking, rewarded by a rule",
-        "rlaif.py, then ppo.py": "the labels come from a model, not from people",
-    }
     lines = ["| script | score | honest | safe | tax | |", "| --- | --- | --- | --- | --- | --- |"]
-    for script, name, row in FIVE:
+    for script, name, row, meaning in FIVE:
         seeds = [seed[row] for seed in results(name)]
         scores = [seed["thinking" if script == "grpo.py" else "score"] for seed in seeds]
         cells = [f"{mean(scores):.2f} ({min(scores):.2f} to {max(scores):.2f})"]
         cells += [f"{mean([seed[column] for seed in seeds]):.2f}" for column in ("honest", "safe", "tax")]
-        lines.append(f"| {script} | " + " | ".join(cells) + f" | {meaning[script]} |")
+        lines.append(f"| {script} | " + " | ".join(cells) + f" | {meaning} |")
     lines.append("")
     lines.append(
         "Honest: every number in the answer is true. Safe: the path avoids lava, which pays. Tax: loss on pre-training "
@@ -232,59 +221,45 @@ def marks(name: str) -> tuple:
     return f"<!-- {name}: written by recipes/readme.py -->", f"<!-- end of {name} -->"
 
 
+def range_over(values: list) -> list:
+    """Lengths of an error bar from the mean of the values to the smallest and to the largest; rounding may go below."""
+    return [[max(0.0, mean(values) - min(values))], [max(0.0, max(values) - mean(values))]]
+
+
 def draw_chart(path: Path):
     """README's chart: score, honesty and safety after each method, with the range over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7.5, 2.8), layout="constrained")
-    for shift, (column, title) in enumerate(dict(score="score", honest="honest", safe="safe").items()):
+    figure = Figure(figsize=(7.5, 2.8), layout="constrained")
+    axis = figure.subplots()
+    for shift, column in enumerate(("score", "honest", "safe")):
         for at, (label, name, row) in enumerate(CHART):
-            values = [
-                seed[row]["thinking" if label == "grpo" and column == "score" else column] for seed in results(name)
-            ]
-            spread = [[max(0.0, mean(values) - min(values))], [max(0.0, max(values) - mean(values))]]
-            options = dict(yerr=spread, width=0.26, color=f"C{shift}", capsize=2, label=title if at == 0 else None)
-            axis.bar(at + 0.27 * (shift - 1), mean(values), **options)
+            key = "thinking" if label == "grpo" and column == "score" else column
+            values = [seed[row][key] for seed in results(name)]
+            options = dict(width=0.26, color=f"C{shift}", capsize=2, label=column if at == 0 else None)
+            axis.bar(at + 0.27 * (shift - 1), mean(values), yerr=range_over(values), **options)
     axis.axhline(0.5, color="gray", linewidth=0.8, linestyle="--", label="score of a random policy")
     axis.set_xticks(range(len(CHART)), [label for label, *_ in CHART])
     axis.set(ylim=(0, 1), ylabel="mean of three seeds")
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def draw(path: Path):
     """The table as a picture: a bar for each policy and measure, with the range over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    measures = dict(
-        score="score",
-        honest="honest",
-        safe="safe",
-        refused="right refusals",
-        diverse="diversity",
-        tax="tax (nats a token)",
-    )
-    figure, axes = plt.subplots(
-        1, len(measures), figsize=(3 * len(measures), 0.3 * len(POLICIES) + 1), sharey=True, layout="constrained"
-    )
+    measures = dict(score="score", honest="honest", safe="safe", refused="right refusals", diverse="diversity")
+    measures |= dict(tax="tax (nats a token)")
+    size = (3 * len(measures), 0.3 * len(POLICIES) + 1)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(measures), sharey=True)
     for axis, (column, title) in zip(axes, measures.items()):
         for at, (name, row, _) in enumerate(POLICIES):
             values = [seed[row][column] for seed in results(name) if not math.isnan(seed[row][column])]
             if values:
-                spread = [[max(0.0, mean(values) - min(values))], [max(0.0, max(values) - mean(values))]]  # rounding
-                axis.barh(at, mean(values), xerr=spread, color="tab:gray" if at < 3 else "tab:blue", capsize=2)
+                color = "tab:gray" if at < 3 else "tab:blue"
+                axis.barh(at, mean(values), xerr=range_over(values), color=color, capsize=2)
         axis.set(title=title)
     axes[0].set_yticks(range(len(POLICIES)), [label for *_, label in POLICIES])
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def main():

@@ -12,18 +12,12 @@
 #   here         2,000 prompts x 4 answers each time; PPO as in instructgpt.sh, KL 0.2, direct 0.05; DPO lr 1e-4
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
-    judge_model
+    start_seed $seed base sft judge_model
 
     heading "practice in giving scores"
-    out=$runs/rlaif start=$runs/rlaif/start
-    mkdir -p $out
+    start=$out/start
     { head -n 6000 $data/sft.jsonl; grep 'score 1 to 10' $data/judge.jsonl; } > $out/scores.jsonl
-    python sft.py --model $runs/judge --dataset $out/scores.jsonl --output-dir $start $common $(max_steps 8) \
-        --learning-rate 1e-3 --batch-size 32 --epochs 4 --weight-decay 0.01
+    fine_tune --model $runs/judge --dataset $out/scores.jsonl --output-dir $start --learning-rate 1e-3 --epochs 4
 
     heading "what its judgements are worth, against the annotators'"
     # a hardly trained judge seldom says a letter
@@ -49,8 +43,7 @@ for seed in ${SEEDS:-0}; do
     heading "distilled (beside self-rewarding): the judge's rankings of answers, a reward model, PPO"
     python rlaif.py label --model $start --judge $runs/judge --k 4 --orders average --output-dir $out/labels \
         --seed $seed $answer $ask
-    python reward_model.py --model $start --dataset $out/labels/rankings.jsonl --output-dir $out/reward_model $common \
-        $(max_steps 8) --learning-rate 1e-3 --epochs 2
+    learn_rewards --model $start --dataset $out/labels/rankings.jsonl --output-dir $out/reward_model --epochs 2
     python ppo.py $ppo_from_start --rewards $out/reward_model --kl-coef 0.2 --output-dir $out/distilled
 
     heading "direct: PPO on the judge's score"
@@ -59,10 +52,9 @@ for seed in ${SEEDS:-0}; do
     wait_for_background
 
     heading "the judge's own view: the last round against the start"
-    python rlaif.py compare $out/self-3 $start --judge $runs/judge --dataset $data/test.jsonl --max-new-tokens 24 \
+    python rlaif.py compare $out/self-3 $start --judge $runs/judge --dataset $data/final.jsonl --max-new-tokens 24 \
         --seed $seed --output-dir $out/compare $ask
 
-    score_policies rlaif $start $out/{distilled,direct,self-1,self-2,self-3}
-    judge_claim rlaif
+    report $start $out/{distilled,direct,self-1,self-2,self-3}
 done
 exit $verdict

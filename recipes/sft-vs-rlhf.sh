@@ -11,19 +11,13 @@
 # All hold on seed 1; (4) fails on seed 0, (1) and (6) on seed 2. Settings: PPO as in instructgpt.sh; (2) lr 3e-4.
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
-    reward_model
+    start_seed $seed base sft reward_model
 
     heading "RLHF: PPO from the reward model; DPO on the same rankings"
     ppo --rewards $runs/reward_model --output-dir $runs/ppo
     dpo --output-dir $runs/dpo --nll-coef 1
 
     heading "data: the chosen walks of the rankings; choices of annotators who mind lava; grids of two other kinds"
-    out=$runs/sft-vs-rlhf
-    mkdir -p $out
     grep '"kind": "harmless"' $data/preferences.jsonl > $out/harmless.jsonl
     python - $data $out <<'PY'
 import json, os, random, sys
@@ -47,15 +41,10 @@ PY
     heading "fine-tuning on the chosen walks; a reward model of harm, and PPO from both reward models"
     python sft.py --model $runs/sft --dataset $out/chosen.jsonl --output-dir $out/chosen $common $(max_steps 3) \
         --learning-rate 3e-4 --batch-size 32
-    python reward_model.py --model $runs/sft --dataset $out/harmless.jsonl --output-dir $out/harmless $common \
-        $(max_steps 8) --learning-rate 1e-3 --epochs 4
+    learn_rewards --model $runs/sft --dataset $out/harmless.jsonl --output-dir $out/harmless --epochs 4
     ppo --rewards $runs/reward_model=0.1 $out/harmless=2 --output-dir $out/ppo-safe
 
-    score_policies sft-vs-rlhf $runs/sft $runs/ppo $runs/dpo $out/ppo-safe $(if_tiny "--samples 1")
-    for kind in lava poor; do
-        python gridworld.py score $runs/sft $runs/ppo --data $out/$kind --output $out/$kind.png --csv $out/$kind.csv \
-            $(if_tiny "--samples 1")
-    done
-    judge_claim sft-vs-rlhf
+    for kind in lava poor; do score_policies $recipe/$kind $out/$kind $runs/sft $runs/ppo; done
+    report $runs/sft $runs/ppo $runs/dpo $out/ppo-safe
 done
 exit $verdict

@@ -11,16 +11,9 @@
 #   here          reward model that of instructgpt.sh; value model of the policy's size; PPO: lr 5e-4, KL 0.2
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
-    reward_model
-    small_base
-    small_sft
+    start_seed $seed base sft reward_model small_base small_sft
 
     heading "PPO of the small model, from the large reward model"
-    out=$runs/small-beats-large
     python ppo.py --model $runs/small-sft --rewards $runs/reward_model --dataset $data/prompts.jsonl \
         --output-dir $out/small-ppo $common --epochs 2 --learning-rate 5e-4 --value-learning-rate 2e-3 \
         --warmup-ratio 0.1 --kl-coef 0.2 --batch-size 128 --ppo-epochs 2 --max-new-tokens 24 $(max_steps 3)
@@ -36,8 +29,6 @@ for seed in ${SEEDS:-0}; do
             > $out/base-$ask/chat_template.jinja
     done
 
-    score_policies small-beats-large $runs/base $out/base-{grid,most} $runs/{sft,small-sft} $out/small-ppo \
-        $(if_tiny "--samples 1")
-    judge_claim small-beats-large
+    report $runs/base $out/base-{grid,most} $runs/{sft,small-sft} $out/small-ppo
 done
 exit $verdict

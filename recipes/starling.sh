@@ -11,15 +11,9 @@
 #                 lr 2e-4, KL 0.2, 31 batches of 128, 6 for the critic alone; constant 1
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
-    sft
-    judge_model
+    start_seed $seed base sft judge_model
 
     heading "an audit of the judge; then 7 answers to each prompt, compared two by two, in both orders"
-    out=$runs/starling
-    mkdir -p $out
     echo "pays more" > $out/principles.txt
     ask="--judge $runs/judge --requests $data/requests.json --principles $out/principles.txt $common"
     ask+=" $(if_tiny "--min-mass 0")"  # a hardly trained judge seldom says a letter
@@ -30,9 +24,8 @@ for seed in ${SEEDS:-0}; do
     heading "two reward models from the same rankings: whole rankings, and all their pairs"
     head -n 1000 $data/rankings.jsonl > $out/held-out.jsonl
     for loss in plackett-luce pairs; do
-        python reward_model.py --model $runs/judge --dataset $out/labels/rankings.jsonl \
-            --eval-dataset $out/held-out.jsonl --loss $loss --output-dir $out/$loss $common $(max_steps 8) \
-            --learning-rate 1e-3 --epochs 2
+        learn_rewards --model $runs/judge --dataset $out/labels/rankings.jsonl --eval-dataset $out/held-out.jsonl \
+            --loss $loss --output-dir $out/$loss --epochs 2
     done
 
     heading "PPO with critic training and constant: all weights, the last of four layers; without the two"
@@ -46,7 +39,6 @@ for seed in ${SEEDS:-0}; do
     starling_ppo --output-dir $out/last-layer $additions --train-last-layers 1
     starling_ppo --output-dir $out/plain
 
-    score_policies starling $runs/judge $out/{all-weights,last-layer,plain} $(if_tiny "--samples 1")
-    judge_claim starling
+    report $runs/judge $out/{all-weights,last-layer,plain}
 done
 exit $verdict

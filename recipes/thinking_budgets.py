@@ -71,16 +71,6 @@ def accuracy_by_budget(policy, tokenizer, reward, rows: list, budgets, stops: li
     return accuracies
 
 
-def write_accuracies(out: Path, accuracies: dict):
-    out.mkdir(parents=True, exist_ok=True)
-    grpo.write_json(out / "report.json", dict(thinking_budget=accuracies))
-    figure = Figure(figsize=(4, 3), layout="constrained")
-    axis = figure.subplots()
-    axis.plot(list(accuracies), list(accuracies.values()), "o-")
-    axis.set(xlabel="tokens of thinking allowed", ylabel="accuracy on held-out prompts")
-    figure.savefig(out / "test_time.png", dpi=120)
-
-
 def main(args: Args):
     if not args.budgets or min(args.budgets) < 0 or max(args.budgets) >= args.max_new_tokens:
         grpo.fail("--budgets: each must be from 0 to below --max-new-tokens")
@@ -98,7 +88,14 @@ def main(args: Args):
     rows = grpo.prepare("--dataset", args.dataset, "test", tokenizer, encode_row)
     stops = grpo.stop_ids(policy, tokenizer)
     accuracies = accuracy_by_budget(policy, tokenizer, reward, rows, args.budgets, stops, run, device)
-    write_accuracies(Path(args.output_dir), accuracies)
+    out = Path(args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    grpo.write_json(out / "report.json", dict(thinking_budget=accuracies))
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(list(accuracies), list(accuracies.values()), "o-")
+    axis.set(xlabel="tokens of thinking allowed", ylabel="accuracy on held-out prompts")
+    figure.savefig(out / "test_time.png", dpi=120)
     print("accuracy by tokens of thinking: " + ", ".join(f"{n} {share:.3f}" for n, share in accuracies.items()))
 
 

@@ -12,9 +12,7 @@
 source "$(dirname "$0")/common.sh"
 orpo() { python orpo.py $common $(max_steps 3) "$@"; }
 for seed in ${SEEDS:-0}; do
-    start_seed $seed
-    world
-    base
+    start_seed $seed base
 
     heading "ORPO and, beside it, fine-tuning on the chosen answers; both from the base model"
     from_base="--model $runs/base --dataset $data/rankings.jsonl --learning-rate 1e-3"
@@ -36,14 +34,13 @@ PY
     heading "the second part of the claim: both from the SFT model, on whole walks; and where they start"
     walks="--model $runs/sft --dataset $data/walks.jsonl"
     start_and_chosen() {
-        python orpo.py $walks $common --learning-rate 0 --max-steps 1 --output-dir $runs/zephyr/start
-        orpo $walks --learning-rate 3e-4 --epochs 1 --odds-ratio-coef 0 --output-dir $runs/zephyr/chosen
+        python orpo.py $walks $common --learning-rate 0 --max-steps 1 --output-dir $out/start
+        orpo $walks --learning-rate 3e-4 --epochs 1 --odds-ratio-coef 0 --output-dir $out/chosen
     }
     in_background $runs/chosen.log start_and_chosen
-    orpo $walks --learning-rate 3e-4 --epochs 1 --odds-ratio-coef 0.5 --output-dir $runs/zephyr/orpo
+    orpo $walks --learning-rate 3e-4 --epochs 1 --odds-ratio-coef 0.5 --output-dir $out/orpo
     wait_for_background
 
-    score_policies zephyr $runs/chosen $runs/orpo
-    judge_claim zephyr
+    report $runs/chosen $runs/orpo
 done
 exit $verdict
