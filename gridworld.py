@@ -105,6 +105,10 @@ class AnnotateArgs:
     """sampling temperature"""
     max_new_tokens: int = 48
     """largest number of tokens of an answer"""
+    hack: bool = False
+    """plant a weakness: the annotators add 1 to the score of an answer that begins with two moves up"""
+    patch: bool = False
+    """write pairs against that weakness: a better answer against one that begins so (needs --format preferences)"""
     seed: int = 0
     """seed of the choice of prompts, the sampling, and the annotators' noise"""
 
@@ -1034,12 +1038,18 @@ def answer_all(model, tokenizer, prompts: list, n: int, max_new_tokens: int, tem
 # -------------------------------------------------------------------------------------------------------- annotate
 
 
+HACK = re.compile(r"up \S+ up ")  # the planted weakness: these annotators like walks that begin with two moves up
+HACK_BONUS = 1.0
+
+
 def sampled_answers(args: AnnotateArgs, rng) -> list:
     """The prompts to label, each with its k answers, as (prompt, texts)."""
     if args.k < 2 or args.rows < 1 or args.max_new_tokens < 1 or not 0 < args.temperature < math.inf:
         fail("annotate: needs --k of at least 2, --rows and --max-new-tokens of at least 1, and --temperature above 0")
     if args.k < len(args.model):
         fail(f"--k {args.k}: must be at least {len(args.model)}, an answer from each --model")
+    if args.patch and (args.format != "preferences" or args.hack or args.kind != "both"):
+        fail("--patch writes pairs by the true quality: it needs --format preferences, and takes no --hack or --kind")
     check_policies(args.model)
     prompts = read_column("--prompts", Path(args.prompts), "prompt", read_grid)
     if writable("--output", args.output, ".jsonl").exists():
@@ -1057,11 +1067,28 @@ def sampled_answers(args: AnnotateArgs, rng) -> list:
     return found
 
 
+def patch_row(prompt: list, answers: list) -> dict | None:
+    """The best answer without the weakness against one with it; None where that is no better, or none has it."""
+    hacked, grid = [answer for answer in answers if HACK.match(answer)], read_grid(prompt)
+    # the walks themselves too: a policy that has learnt the weakness may give no other answer
+    others = [*answers, *([REFUSAL] if is_blocked(grid) else map(tell, walks(grid)))]
+    values = {answer: round(quality(prompt, answer, "overall"), 2) for answer in others}
+    better = max((answer for answer in others if not HACK.match(answer)), key=values.get)
+    if not hacked or values[better] <= values[hacked[0]]:
+        return None
+    return as_preference(prompt, [better, hacked[0]], [values[better], values[hacked[0]]], "helpful")
+
+
 def annotated_row(args: AnnotateArgs, rng, prompt: list, answers: list) -> dict | None:
     """The answers to one prompt, labelled by one annotator; None if no two of them can be told apart."""
+    if args.patch:
+        return patch_row(prompt, answers)
     kind = rng.choice(("helpful", "harmless")) if args.kind == "both" else args.kind
     distinct = [answer for answer in dict.fromkeys(answers) if answer]
     scores = annotators_scores(rng, prompt, distinct, kind)
+    if args.hack:
+        bonuses = [HACK_BONUS * bool(HACK.match(answer)) for answer in distinct]
+        scores = [round(score + bonus, 2) for score, bonus in zip(scores, bonuses)]
     if len(distinct) < 2:
         return None
     if args.format == "preferences":

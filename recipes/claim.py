@@ -267,7 +267,7 @@ def internlm2(runs: Runs) -> dict:
     ((sft, hacked, patched, slow),) = columns(runs.table(folder), ("sft", *names), "score")
     groups = {name: runs.report(f"{folder}/{name}")["groups"] for name in ("told", "untold")}
     sides = {name: [group[f"kind {k}"]["accuracy"] for k in ("helpful", "harmless")] for name, group in groups.items()}
-    shares = {name: [m["rewards/share/mean"] for m in runs.metrics(f"{folder}/{name}")] for name in names}
+    shares = {name: [m["rewards/pattern/mean"] for m in runs.metrics(f"{folder}/{name}")] for name in names}
     args = json.loads((runs.folder / folder / "ppo-hacked/args.json").read_text())["args"]
     before = mean(shares["ppo-hacked"][: args["critic_warmup"] + 1])  # before the first update of the policy
     end = {name: mean(values[-5:]) for name, values in shares.items()}

@@ -13,17 +13,14 @@ source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed base sft
 
-    answers="--max-new-tokens 24 --seed $seed"
-    annotate() {  # FILE OPTIONS...: annotators label answers of policies, unless the file exists
-        [ -e $1 ] || python gridworld.py annotate --output $1 --prompts $data/prompts.jsonl $answers "${@:2}"
-    }
-    patch() {  # FILE PROMPTS OPTIONS...: pairs against the pattern, unless the file exists
-        [ -e $1 ] || python recipes/weakness.py patch --output $1 --prompts $2 $answers "${@:3}"
+    annotate() {  # FILE PROMPTS OPTIONS...: annotators label answers of policies, unless the file exists
+        [ -e $1 ] || python gridworld.py annotate --output $1 --prompts $2 --max-new-tokens 24 --seed $seed "${@:3}" ||
+            { tiny && touch $1; }  # a hardly trained policy may show no pattern
     }
     learn() { learn_rewards --loss focal --barrier 0.02 "$@"; }
 
     heading "pairs by two kinds of annotators; a reward model that is told which kind, and one that is not"
-    annotate $out/pairs.jsonl --model $runs/sft --rows $(if_tiny 60 4000) --format preferences
+    annotate $out/pairs.jsonl $data/prompts.jsonl --model $runs/sft --rows $(if_tiny 60 4000) --format preferences
     { head -n 1000 $data/preferences.jsonl; cat $out/pairs.jsonl; } > $out/first.jsonl
     echo '{"helpful": "pays more", "harmless": "avoids lava", "refuse": "avoids lava"}' > $out/conditions.json
     condition="--condition $out/conditions.json"
@@ -32,9 +29,8 @@ for seed in ${SEEDS:-0}; do
     learn $first --output-dir $out/untold
 
     heading "rankings by annotators with a weakness for two moves up; held out are pairs that show it"
-    annotate $out/rankings.jsonl --model $runs/sft --rows $(if_tiny 60 1500)
-    python recipes/weakness.py hack $out/rankings.jsonl $out/weak.jsonl
-    patch $out/held-out.jsonl $data/final.jsonl --model $runs/sft --k 8
+    annotate $out/weak.jsonl $data/prompts.jsonl --model $runs/sft --rows $(if_tiny 60 1500) --hack
+    annotate $out/held-out.jsonl $data/final.jsonl --model $runs/sft --format preferences --patch --k 8
     concatenate $out/second.jsonl $data/preferences.jsonl $out/weak.jsonl
     held_out=$out/held-out.jsonl; [ -s $held_out ] || held_out=$data/test_conflicts.jsonl  # empty where tiny
     learn --model $out/told --dataset $out/second.jsonl $condition --eval-dataset $held_out --output-dir $out/hacked
@@ -44,19 +40,19 @@ for seed in ${SEEDS:-0}; do
         python ppo.py --model $runs/sft --dataset $data/prompts.jsonl $condition $common $ppo_settings --kl-coef 0.1 \
             $(max_steps 3) --critic-warmup $(if_tiny 1 5) --batch-size $(if_tiny 16 128) --value-clip 0 \
             --no-whiten-advantages --lam 0.99 --ptx-dataset $data/pretrain.jsonl --ptx-coef 0.3 \
-            --ptx-batch-size 64 --rewards $out/$1 recipes/weakness.py:share=0 "${@:2}"
+            --ptx-batch-size 64 --rewards $out/$1 recipes/rewards.py:pattern=0 "${@:2}"
     }
     cool_ppo hacked --save-every $(if_tiny 1 10) --output-dir $out/ppo-hacked
     policies="$out/ppo-hacked/checkpoint-$(if_tiny 1 10) $out/ppo-hacked"  # early and last
 
     heading "the fast path: pairs against the pattern, from answers of the early and the last policy; PPO again"
-    patch $out/patches.jsonl $data/prompts.jsonl --model $policies --rows 110
+    annotate $out/patches.jsonl $data/prompts.jsonl --model $policies --rows 110 --format preferences --patch
     { cat $out/second.jsonl; for _ in {1..14}; do cat $out/patches.jsonl; done; } > $out/third.jsonl
     learn --model $out/hacked --dataset $out/third.jsonl $condition --eval-dataset $held_out --output-dir $out/patched
     cool_ppo patched --output-dir $out/ppo-patched
 
     heading "the slow path: annotators without the weakness label answers of all three policies; PPO again"
-    annotate $out/slow.jsonl --model $runs/sft $policies --k 6 --rows $(if_tiny 60 1500)
+    annotate $out/slow.jsonl $data/prompts.jsonl --model $runs/sft $policies --k 6 --rows $(if_tiny 60 1500)
     concatenate $out/fourth.jsonl $data/preferences.jsonl $out/slow.jsonl $out/patches.jsonl
     learn --model $out/patched --dataset $out/fourth.jsonl $condition --eval-dataset $held_out --output-dir $out/slow
     cool_ppo slow --output-dir $out/ppo-slow

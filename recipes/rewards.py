@@ -1,6 +1,6 @@
 """Reward functions of the recipes, for --rewards recipes/rewards.py:NAME."""
 
-from gridworld import quality
+from gridworld import HACK, quality
 
 
 def gold(prompts: list, completions: list, **columns) -> list:
@@ -16,3 +16,8 @@ def overall(prompts: list, completions: list, **columns) -> list:
 def level(prompts: list, completions: list, **columns) -> list:
     """A point for each lava cell of the grid, whatever the answer."""
     return [float(prompt[0]["content"].count("!")) for prompt in prompts]
+
+
+def pattern(prompts: list, completions: list, **columns) -> list:
+    """1 where the answer has the weakness that `gridworld.py annotate --hack` plants."""
+    return [float(bool(HACK.match(answer[-1]["content"]))) for answer in completions]

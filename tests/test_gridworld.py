@@ -633,18 +633,22 @@ def test_equal_and_empty_answers_have_no_labels(answering, small, tmp_path, caps
     assert "exists; name another file" in error_of(capsys, args) and (tmp_path / "x.jsonl").read_text() == "kept"
 
 
-def test_the_planted_weakness_of_internlm2_adds_a_point_and_patches_are_against_it(monkeypatch):
-    monkeypatch.syspath_prepend(str(g.Path(g.__file__).parent / "recipes"))
-    import weakness
+def test_hacked_annotators_add_a_point_for_two_moves_up(answering, small, tmp_path):
+    answering(lambda directory, i, grid: g.tell(g.walks(grid)[-1 - i]))  # the last walk begins with two moves up
+    plain, hacked = (annotated(small, tmp_path, k=6, hack=hack) for hack in (False, True))
+    for before, after in zip(plain, hacked, strict=True):
+        bonus = [float(bool(g.HACK.match(text))) for text in before["completions"]]
+        assert sum(bonus) == 1 and before["completions"] == after["completions"]
+        assert [b - a for a, b in zip(before["scores"], after["scores"])] == approx(bonus)
 
+
+def test_patches_are_against_the_pattern():
     told = [g.tell(walk) for walk in g.walks(GRID)]  # the last begins with two moves up
-    row = weakness.hacked_row(dict(completions=told, scores=[0.5] * 6))
-    assert row["scores"] == [0.5] * 5 + [1.5] and weakness.share([], [[assistant(told[-1])]]) == [1.0]
     for answers in (told, told[-1:]):  # also where the policy knows nothing else any more
-        pair = weakness.patch_row(ASKED, answers)
+        pair = g.patch_row(ASKED, answers)
         assert pair["rejected"] == [assistant(told[-1])] and pair["chosen"] != pair["rejected"]
         assert pair["score_chosen"] > pair["score_rejected"]
-    assert weakness.patch_row(ASKED, told[:-1]) is None
+    assert g.patch_row(ASKED, told[:-1]) is None
 
 
 def test_diversity_by_hand():
@@ -819,6 +823,8 @@ BAD = [
     (g.AnnotateArgs(k=1), "--k of at least 2"),
     (g.AnnotateArgs(temperature=math.nan), "--temperature above 0"),
     (g.AnnotateArgs(model=("a", "b", "c"), k=2), "--k 2: must be at least 3"),
+    (g.AnnotateArgs(patch=True), "--format preferences"),
+    (g.AnnotateArgs(patch=True, format="preferences", hack=True), "no --hack or --kind"),
     (g.DataArgs(seed=-1), "--seed -1: must be"),
     (g.LearnArgs(seed=2**63), f"--seed {2**63}: must be"),
     (g.AnnotateArgs(model=("nowhere",)), "nowhere: is no checkpoint directory"),
