@@ -2839,7 +2839,7 @@ def draw_curves(path: Path, lines: list, names: list):
     import matplotlib.pyplot as plt
 
     logged = [name for name in names if any(name in line for line in lines)]
-    names = [name for name in logged if len({line.get(name) for line in lines}) > 1] or logged
+    names = [name for name in logged if len({line[name] for line in lines if name in line}) > 1] or logged
     columns = math.ceil(len(names) / 2)
     figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 5), layout="constrained", squeeze=False)
     for axis, name in zip(axes.flat, names):
