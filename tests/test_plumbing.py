@@ -294,21 +294,15 @@ BOUNDARIES = [("the robot ", "walks"), ("Go up.", "."), ("to the ri", "ght corne
 
 @pytest.mark.parametrize("prompt, response", BOUNDARIES)
 def test_prompt_and_response_are_tokenised_together(prompt, response, tiny_tokenizer):
-    """They part where the ids of the prompt alone and of both together cease to agree."""
-    head, (tail,) = encode(tiny_tokenizer, prompt, [response])
+    """They part where the ids of the prompt alone and of both together cease to agree, for every response: here one of
+    two merges with the prompt's end."""
     whole = tiny_tokenizer(prompt + response + tiny_tokenizer.eos_token).input_ids
     alone = tiny_tokenizer(prompt).input_ids
-    assert head + tail == whole
-    assert head == alone[: len(head)] and (len(head) == len(alone) or alone[len(head)] != whole[len(head)])
-
-
-@pytest.mark.parametrize("responses", [["walks", "1"], ["1", "walks"]])
-def test_the_boundary_suits_every_response(responses, tiny_tokenizer):
-    """One of two responses merges with the prompt's last space: both start before it."""
-    head, tails = encode(tiny_tokenizer, "the robot ", responses)
-    alone, _ = encode(tiny_tokenizer, "the robot ", ["1"])
-    assert tiny_tokenizer.decode(head) == "<|bos|>the robot" and tiny_tokenizer.decode(alone) == "<|bos|>the robot "
-    assert [tiny_tokenizer.decode(t) for t in tails] == [f" {response}<|end|>" for response in responses]
+    for responses in ([response, "1"], ["1", response]):
+        head, tails = encode(tiny_tokenizer, prompt, responses)
+        assert head + tails[responses.index(response)] == whole
+        assert head == alone[: len(head)] and (len(head) == len(alone) or alone[len(head)] != whole[len(head)])
+        assert tiny_tokenizer.decode(head + tails[responses.index("1")]) == f"<|bos|>{prompt}1<|end|>"
 
 
 def nfc(text: str) -> str:
@@ -352,12 +346,10 @@ def test_data_can_neither_end_nor_begin_a_turn(where, tiny_tokenizer):
 def test_options_of_a_row_reach_the_template(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{{ tools | tojson if tools else 'no tools' }} {{ mood }} " + tokenizer.chat_template
-    for tools in ([dict(name="f")], '[{"name": "f"}]'):  # a list, or as JSON text
-        head, _ = encode(tokenizer, talk("Hi"), ["Ho"], tools=tools, chat_template_kwargs=dict(mood="calm", other=None))
-        assert tokenizer.decode(head).startswith('[{"name": "f"}] calm ')
-    assert sft.template_options(dict(tools=None, chat_template_kwargs=None)) == sft.template_options({}) == {}
     reserved = dict(tokenize=False, add_generation_prompt=True)  # a row must not set these
-    assert sft.template_options(dict(chat_template_kwargs=reserved)) == {}
+    for tools in ([dict(name="f")], '[{"name": "f"}]', None):  # a list, or as JSON text
+        head, _ = encode(tokenizer, talk("Hi"), ["Ho"], tools=tools, chat_template_kwargs=dict(mood="calm", **reserved))
+        assert tokenizer.decode(head).startswith('[{"name": "f"}] calm <|' if tools else "no tools calm <|")
 
 
 def test_messages_are_cleaned():
@@ -701,15 +693,12 @@ def test_a_resumed_run_ends_in_the_dtype_of_its_parent(short_run, tiny_model_dir
     source, out = tmp_path / "half", tmp_path / "run"
     sft.AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"), dtype=torch.bfloat16).save_pretrained(source)
     tokenizer_of(tiny_model_dir("llama")).save_pretrained(source)
-    flags = short_run | dict(model=str(source), max_steps=3, save_every=2)
-    assert in_child(sft.main, sft.Args(**flags, output_dir=str(tmp_path / "whole"))) == 0
-    args = sft.Args(**flags, output_dir=str(out), resume=True)
+    args = sft.Args(**short_run | dict(model=str(source), max_steps=3, save_every=2, output_dir=str(out), resume=True))
     assert in_child(killed_at_rename, sft, args, 4) == -9  # config.json of the finished model
-    assert {w.dtype for w in weights_of(out / "checkpoint-2").values()} == {torch.float32}
     assert in_child(sft.main, args) == 0
-    same_run(out, tmp_path / "whole")
-    assert {w.dtype for w in weights_of(out).values()} == {torch.bfloat16}
-    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    for folder, dtype in ((out, "bfloat16"), (out / "checkpoint-2", "float32")):
+        assert {str(w.dtype) for w in weights_of(folder).values()} == {f"torch.{dtype}"}
+        assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
 
 
 def as_command(args, third_step=(), load_tokenizer=()):
@@ -795,25 +784,17 @@ def test_resuming_with_other_arguments_is_refused(change, short_run, finished, c
     assert snapshot(finished) == before
 
 
-@pytest.mark.parametrize("what", ["file", "part of a file", "configuration", "model"])
-def test_resuming_with_other_data_is_refused(what, short_run, tmp_path, capsys):
+@pytest.mark.parametrize("changed", ["file", "part of a file", "model"])
+def test_resuming_with_other_data_is_refused(changed, short_run, tmp_path, capsys):
     """The file or directory keeps its name and changes its content."""
-    data, model, out = tmp_path / "data" / "chats.jsonl", tmp_path / "model", tmp_path / "run"
-    data.parent.mkdir()
-    jsonl(data, CONVERSATIONS)
-    (data.parent / "README.md").write_text("---\nconfigs:\n- config_name: all\n  data_files: chats.jsonl\n---\n")
-    names = {"part of a file": f"{data}::train[:10]", "configuration": f"{data.parent}:all"}
+    data, model, out = tmp_path / "chats.jsonl", tmp_path / "model", tmp_path / "run"
     shutil.copytree(short_run["model"], model)
-    flags = dict(short_run, max_steps=1, dataset=names.get(what, str(data)), model=str(model), output_dir=str(out))
+    name = f"{jsonl(data, CONVERSATIONS)}{'::train[:10]' * (changed == 'part of a file')}"
+    flags = dict(short_run, max_steps=1, dataset=name, model=str(model), output_dir=str(out))
     sft.main(sft.Args(**flags))
-    before = snapshot(out)
-    if what == "model":
-        weights = model / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-4] + b"1234")
-    else:
-        jsonl(data, [conversation(50), *CONVERSATIONS])
-    said = refused(sft, capsys, **flags, resume=True)
-    assert "content of" in said and str(tmp_path / ("model" if what == "model" else "data")) in said
+    before, path = snapshot(out), model / "model.safetensors" if changed == "model" else data
+    path.write_bytes(path.read_bytes().replace(b"0", b"1"))
+    assert f"content of {model if changed == 'model' else data}" in refused(sft, capsys, **flags, resume=True)
     assert snapshot(out) == before
 
 
@@ -825,6 +806,7 @@ def test_an_args_file_of_something_else_is_not_resumed(content, short_run, tmp_p
 
 
 def test_a_directory_in_use_is_refused_and_overwritten_only_when_asked(short_run, tmp_path, capsys):
+    """Then a user's own files stay, and what a run wrote goes, also the files of an older model in several parts."""
     out = tmp_path / "run"
     flags = dict(short_run, max_steps=3, save_every=2, eval_every=0, output_dir=str(out))
     out.mkdir()
@@ -832,31 +814,16 @@ def test_a_directory_in_use_is_refused_and_overwritten_only_when_asked(short_run
     before = snapshot(out)
     for resume in (False, True):  # there is nothing to resume
         assert "not empty" in refused(sft, capsys, **flags, resume=resume) and snapshot(out) == before
-    sft.main(sft.Args(**flags, overwrite=True))
+    with pytest.MonkeyPatch.context() as patch:
+        save = transformers.PreTrainedModel.save_pretrained
+        in_parts = lambda *arguments, **more: save(*arguments, **more, max_shard_size="20KB")
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", in_parts)
+        sft.main(sft.Args(**flags, overwrite=True))
+    assert (out / "model.safetensors.index.json").exists() and not (out / "model.safetensors").exists()
     (out / "args.json").write_text("{")
     sft.main(sft.Args(**flags | dict(seed=1, save_every=0), overwrite=True))
     assert len(lines_of(out)) == 3 and not list(out.glob("checkpoint-*")) and (out / "letter.txt").exists()
-
-
-@pytest.mark.parametrize("larger", ["before", "after"])
-def test_nothing_of_an_older_model_is_mixed_with_the_new_one(larger, short_run, tmp_path):
-    """A large model is saved in several files with an index, of which none may stay beside a new, smaller one."""
-    from transformers import AutoModelForCausalLM
-
-    out, save = tmp_path / "run", transformers.PreTrainedModel.save_pretrained
-    flags = dict(short_run, max_steps=1, save_every=0, eval_every=0, output_dir=str(out), overwrite=True)
-    for when in ("before", "after"):
-        with pytest.MonkeyPatch.context() as patch:
-            if when == larger:
-                in_parts = lambda *a, **k: save(*a, **k, max_shard_size="20KB")
-                patch.setattr(transformers.PreTrainedModel, "save_pretrained", in_parts)
-            sft.main(sft.Args(**flags | dict(learning_rate=0.1 if when == "before" else 0.2)))
-        assert (len(list(out.glob("model-*.safetensors"))) > 1) == (when == larger)
-        assert (out / "model.safetensors").exists() == (when != larger)
-        assert (out / "model.safetensors.index.json").exists() == (when == larger)
-    sft.main(sft.Args(**flags | dict(learning_rate=0.2, output_dir=str(tmp_path / "alone"))))
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, tmp_path / "alone"))
-    assert equal(dict(ours.state_dict()), dict(theirs.state_dict()))
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("mistake", [dict(dataset="nowhere.jsonl"), dict(model="no/such/model")], ids=str)
