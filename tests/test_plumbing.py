@@ -689,15 +689,16 @@ def test_a_full_disk_costs_no_checkpoint(number, limit, what, stands, kills, sho
 
 
 def test_a_resumed_run_ends_in_the_dtype_of_its_parent(short_run, tiny_model_dir, tmp_path):
-    """Its checkpoints are float32."""
+    """Its checkpoints are float32. GPT-2's tied weights are written once."""
     source, out = tmp_path / "half", tmp_path / "run"
-    sft.AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"), dtype=torch.bfloat16).save_pretrained(source)
-    tokenizer_of(tiny_model_dir("llama")).save_pretrained(source)
+    sft.AutoModelForCausalLM.from_pretrained(tiny_model_dir("gpt2"), dtype=torch.bfloat16).save_pretrained(source)
+    tokenizer_of(tiny_model_dir("gpt2")).save_pretrained(source)
     args = sft.Args(**short_run | dict(model=str(source), max_steps=3, save_every=2, output_dir=str(out), resume=True))
     assert in_child(killed_at_rename, sft, args, 4) == -9  # config.json of the finished model
     assert in_child(sft.main, args) == 0
     for folder, dtype in ((out, "bfloat16"), (out / "checkpoint-2", "float32")):
-        assert {str(w.dtype) for w in weights_of(folder).values()} == {f"torch.{dtype}"}
+        weights = weights_of(folder)
+        assert {str(w.dtype) for w in weights.values()} == {f"torch.{dtype}"} and "lm_head.weight" not in weights
         assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
 
 

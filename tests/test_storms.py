@@ -81,7 +81,7 @@ def row_for(script: str, i: int) -> dict:
 
 @pytest.fixture(scope="module")
 def flags_of(tiny_model_dir, model_that_scores, tmp_path_factory):
-    """flags_of(script, family): ten steps on eleven training rows, in batches of 5, 5 and 1, with evaluations, and with
+    """flags_of(script, family): ten steps on eleven training rows, in batches of 5, 5 and 1, with evaluations and
     checkpoints at every third step. Sampled answers have different lengths."""
     folder = tmp_path_factory.mktemp("storm")
     (folder / "rule.py").write_text(RULE)
@@ -89,7 +89,7 @@ def flags_of(tiny_model_dir, model_that_scores, tmp_path_factory):
     def flags(script: str, family: str = "llama") -> dict:
         data = jsonl(folder / f"{script}.jsonl", [row_for(script, i) for i in range(13)])
         common = dict(model=str(tiny_model_dir(family)), dataset=data, eval_fraction=0.15, seed=3)
-        common |= dict(batch_size=5, epochs=4, max_steps=10, save_every=3, eval_every=4)
+        common |= dict(batch_size=5, epochs=4, max_steps=10, save_every=3, eval_every=3)
         common |= dict(learning_rate=1e-3, tokens_per_forward=150)
         sampled = dict(max_new_tokens=12, rewards=(model_that_scores, f"{folder / 'rule.py'}:letters"))
         more = dict(
