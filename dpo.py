@@ -571,8 +571,7 @@ def response_sums(values, rows: list):
 
 @torch.no_grad()
 def evaluate(batch_loss, policy, rows: list, total: int, args, device) -> dict:
-    """What batch_loss(rows, logps, entropy, is_argmax) logs for held-out rows, divided by their total, under the names
-    eval_*."""
+    """What batch_loss(rows, logps, entropy, is_argmax) logs for held-out rows, over their total, as eval_*."""
     policy.eval()
     sums = {}
     for group, weight, inputs, target in forwards(rows[RANK::WORLD], args, policy, device, spare=rows[0]):
@@ -583,8 +582,7 @@ def evaluate(batch_loss, policy, rows: list, total: int, args, device) -> dict:
 
 @torch.no_grad()
 def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: int = 128):
-    """Prints the policy's likeliest answers to a few prompts. All ranks take part, since the weights may be spread over
-    them."""
+    """Prints the policy's likeliest answers to a few prompts. All ranks take part, as the weights may be sharded."""
     policy.eval()
     policy.set_attn_implementation("eager")  # the model's own attention, which knows caches
     stops = stop_tokens(tokenizer)
@@ -1461,14 +1459,14 @@ def over_ranks(values, op=dist.ReduceOp.SUM):
 
 
 def check_numbers(args, above_zero: tuple = (), at_most_one: tuple = (), signed: tuple = ()):
-    """Fails on a number that is out of range. Those that are not named are 0 or more."""
+    """Fails on a number that is out of range: those named are above 0, at most 1 or of any sign, others 0 or more."""
     above_zero += ("epochs", "batch_size", "tokens_per_forward", "max_length", "max_grad_norm")
     above_zero += ("vocab_size", "hidden_size", "num_layers", "num_heads")  # sft.py --from-scratch
     for name, value in asdict(args).items():
         if not isinstance(value, (int, float)):
             continue
         needed = ""
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             needed = "a finite number"
         elif name in above_zero and value <= 0:
             needed = "above 0"
@@ -1495,7 +1493,7 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         parts = file.relative_to(path).parts
-        if file.is_dir() or RUN_FILES & {*parts} or parts and parts[0].startswith(("checkpoint-", "saving")):
+        if not file.is_file() or RUN_FILES & {*parts} or parts and parts[0].startswith(("checkpoint-", "saving")):
             continue
         size = file.stat().st_size
         with file.open("rb") as f:
@@ -1506,11 +1504,8 @@ def fingerprint(path: Path) -> str:
 
 
 def open_run(args, *inputs) -> tuple:
-    """The output directory, the checkpoint to resume from or None, and the run's signature: its arguments and
-    fingerprints of its inputs.
-
-    Ends the program where a finished run of the same arguments stands. Two runs, or a run and its inputs, are never
-    mixed in a directory."""
+    """The output directory, the checkpoint to resume from or None, and the run's signature: arguments, fingerprints of
+    inputs. Ends the program where that run is finished; fails where it would mix with another run or with its inputs."""
     out, error, last, signature, date = Path(args.output_dir), None, None, None, RUN_DATE[0]
     if RANK == 0:  # one rank looks, so that all do the same
         with user_input(f"--output-dir {out}: cannot be used"):
@@ -1551,8 +1546,7 @@ def open_run(args, *inputs) -> tuple:
 
 
 def clear_run(args, out: Path, signature: dict):
-    """Removes what an earlier run wrote and writes args.json. Call it when all input has been read. An older model
-    stays until the new one is saved."""
+    """Removes what an earlier run wrote, but its model, and writes args.json. Call it when all input has been read."""
     if RANK == 0:
         with user_input(f"--output-dir {out}: cannot be written"):
             out.mkdir(parents=True, exist_ok=True)
@@ -1578,12 +1572,12 @@ def write_json(path: Path, value):
 
 # ---- training: the optimiser's step, metrics, signals, checkpoints, the finished model
 
-STOP = types.SimpleNamespace(signal=0, agreed=False)  # the signal that asked this process to stop; all ranks know
+# signal: the one that asked this process to stop; agreed: whether all ranks know that one of them was asked
+STOP = types.SimpleNamespace(signal=0, agreed=False)
 
 
 def make_optimizer(model, args):
-    """AdamW; matrices decay, vectors (norms, biases) do not. Make it before the first forward, after which FSDP's root
-    holds gathered weights."""
+    """AdamW; vectors (norms, biases) do not decay. Make it before FSDP's first forward, which gathers weights."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
@@ -1612,8 +1606,7 @@ def batch_rows(rows: list, args, step: int, size: int = 0) -> list:
 
 
 def take_step(model, optimizer, args, step: int, steps: int, peak_rate: float | None = None) -> tuple:
-    """One clipped step on the gradients at hand; returns the gradients' norm, and the learning rate that the schedule
-    makes of its peak (--learning-rate unless another one is given)."""
+    """One clipped step; returns the gradients' norm and the scheduled learning rate (peak: --learning-rate if None)."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(norm):
@@ -1638,8 +1631,7 @@ def add_scalars(sums: dict, logged: dict, weight: float):
 
 
 def sum_over_ranks(sums: dict) -> dict:
-    """The sums over all ranks as numbers, in one transfer, with which the ranks agree whether a signal asked any of
-    them to stop."""
+    """The sums over all ranks as numbers, in one transfer, which also tells whether a signal asked any rank to stop."""
     values = torch.stack([*sums.values()])
     *values, stop = over_ranks(torch.cat([values, values.new_full((1,), STOP.signal)])).tolist()
     STOP.agreed = stop > 0
@@ -1666,8 +1658,7 @@ def progress(name: str, first: int, steps: int):
 
 
 def log_metrics(args, out: Path, metrics: dict, bar):
-    """Writes a line of metrics.jsonl and shows progress: on the bar, or, where there is no terminal, as a line every
-    half minute."""
+    """Writes a line of metrics.jsonl; shows progress on the bar or, without a terminal, as a line every half minute."""
     if RANK > 0:
         return
     names = ["loss", "reward", "objective/scores", "kl", "objective/kl", "mean_token_accuracy", "tokens_per_second"]
@@ -1710,12 +1701,11 @@ def is_due(every: int, done: int, steps: int) -> bool:
 
 def should_save(args, done: int, steps: int) -> bool:
     """Whether to save after so many steps: because of --save-every, or because a signal asked to stop."""
-    return done < steps and (STOP.agreed or args.save_every > 0 and done % args.save_every == 0)
+    return done < steps and (STOP.agreed or is_due(args.save_every, done, steps))
 
 
 def save_model(directory: Path, model, tokenizer, dtype):
-    """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every
-    stop token."""
+    """A Hugging Face directory: config, safetensors, tokenizer and template, generation_config with all stop tokens."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp.get_model_state_dict(model, options=options) if dist.is_initialized() else model.state_dict()
     for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
@@ -1742,8 +1732,7 @@ def save_model(directory: Path, model, tokenizer, dtype):
 
 
 def save_models(directory: Path, models: dict, dtype=None):
-    """`save_model` for all models of a run, in their subdirectories; in the dtype of each one's parent unless another
-    is given."""
+    """All models of a run in their subdirectories, in the dtype of each one's parent unless another is given."""
     if RANK == 0:
         shutil.rmtree(directory, ignore_errors=True)  # what a killed save left
     for name, (model, tokenizer) in models.items():
@@ -1753,8 +1742,7 @@ def save_models(directory: Path, models: dict, dtype=None):
 def save_checkpoint(args, directory: Path, models: dict, optimizers: dict, state: dict):
     """checkpoint-N/: loadable models with the training state beside them, written elsewhere and then renamed.
 
-    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers,
-    lists, tensors."""
+    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys."""
     part, options = directory.with_name("saving"), dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     for model, _ in models.values():
         if hasattr(model, "reshard"):  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
@@ -1808,9 +1796,9 @@ def finish_run(out: Path, models: dict, curves: list):
             lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
             draw_curves(out / "curves.png", lines, curves)
             write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
-            print(f"done: {out} after {lines[-1]['seconds']:.0f} s", end="")
             held_out = [f"{name[5:]} {value:.4g}" for name, value in lines[-1].items() if name.startswith("eval_")]
-            print("; held out: " + ", ".join(held_out) if held_out else "")
+            results = f"; held out: {', '.join(held_out)}" if held_out else ""
+            print(f"done: {out} after {lines[-1]['seconds']:.0f} s{results}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -1828,9 +1816,10 @@ def draw_curves(path: Path, lines: list, names: list):
     figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 5), layout="constrained", squeeze=False)
     for axis, name in zip(axes.flat, names):
         steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line])
-        windows = [values[max(0, i - len(values) // 20) : i + 1] for i in range(len(values))]
+        totals, starts = [0.0, *accumulate(values)], [max(0, i - len(values) // 20) for i in range(len(values))]
+        means = [(totals[i + 1] - totals[start]) / (i + 1 - start) for i, start in enumerate(starts)]
         axis.plot(steps, values, color="tab:blue", alpha=0.3, marker="." if len(values) < 20 else "")
-        axis.plot(steps, [sum(window) / len(window) for window in windows], color="tab:blue", label="training")
+        axis.plot(steps, means, color="tab:blue", label="training")
         held_out = [(line["step"], line[f"eval_{name}"]) for line in lines if f"eval_{name}" in line]
         if held_out:
             axis.plot(*zip(*held_out), "o", color="tab:orange", label="held out")

@@ -3066,14 +3066,14 @@ def over_ranks(values, op=dist.ReduceOp.SUM):
 
 
 def check_numbers(args, above_zero: tuple = (), at_most_one: tuple = (), signed: tuple = ()):
-    """Fails on a number that is out of range. Those that are not named are 0 or more."""
+    """Fails on a number that is out of range: those named are above 0, at most 1 or of any sign, others 0 or more."""
     above_zero += ("epochs", "batch_size", "tokens_per_forward", "max_length", "max_grad_norm")
     above_zero += ("vocab_size", "hidden_size", "num_layers", "num_heads")  # sft.py --from-scratch
     for name, value in asdict(args).items():
         if not isinstance(value, (int, float)):
             continue
         needed = ""
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             needed = "a finite number"
         elif name in above_zero and value <= 0:
             needed = "above 0"
@@ -3100,7 +3100,7 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         parts = file.relative_to(path).parts
-        if file.is_dir() or RUN_FILES & {*parts} or parts and parts[0].startswith(("checkpoint-", "saving")):
+        if not file.is_file() or RUN_FILES & {*parts} or parts and parts[0].startswith(("checkpoint-", "saving")):
             continue
         size = file.stat().st_size
         with file.open("rb") as f:
@@ -3111,11 +3111,8 @@ def fingerprint(path: Path) -> str:
 
 
 def open_run(args, *inputs) -> tuple:
-    """The output directory, the checkpoint to resume from or None, and the run's signature: its arguments and
-    fingerprints of its inputs.
-
-    Ends the program where a finished run of the same arguments stands. Two runs, or a run and its inputs, are never
-    mixed in a directory."""
+    """The output directory, the checkpoint to resume from or None, and the run's signature: arguments, fingerprints of
+    inputs. Ends the program where that run is finished; fails where it would mix with another run or with its inputs."""
     out, error, last, signature, date = Path(args.output_dir), None, None, None, RUN_DATE[0]
     if RANK == 0:  # one rank looks, so that all do the same
         with user_input(f"--output-dir {out}: cannot be used"):
@@ -3156,8 +3153,7 @@ def open_run(args, *inputs) -> tuple:
 
 
 def clear_run(args, out: Path, signature: dict):
-    """Removes what an earlier run wrote and writes args.json. Call it when all input has been read. An older model
-    stays until the new one is saved."""
+    """Removes what an earlier run wrote, but its model, and writes args.json. Call it when all input has been read."""
     if RANK == 0:
         with user_input(f"--output-dir {out}: cannot be written"):
             out.mkdir(parents=True, exist_ok=True)
