@@ -1516,13 +1516,12 @@ def log_metrics(args, out: Path, metrics: dict, bar):
     """Writes a line of metrics.jsonl; shows progress on the bar or, without a terminal, as a line every half minute."""
     if RANK > 0:
         return
-    names = ["loss", "reward", "objective/scores", "kl", "objective/kl", "mean_token_accuracy", "tokens_per_second"]
+    names = "loss reward objective/scores kl objective/kl rewards/accuracies accuracy mean_token_accuracy".split()
     if metrics["step"] == 1:
+        names = [name for name in names if "accura" not in name]  # as yet all answers may be tied
         bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
-    else:  # in the first step answers may all be tied
-        names += ["rewards/accuracies", "accuracy"]
     # three significant digits
-    shown = {name: f"{float(f'{metrics[name]:.3g}'):g}" for name in names if name in metrics}
+    shown = {k: f"{float(f'{metrics[k]:.3g}'):g}" for k in (*names, "tokens_per_second") if k in metrics}
     bar.set_postfix(shown, refresh=False)
     if bar.disable and metrics["seconds"] - getattr(bar, "printed_at", 0.0) > 30:
         bar.printed_at = metrics["seconds"]

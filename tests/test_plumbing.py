@@ -901,7 +901,7 @@ def test_progress_in_a_file_is_a_line_every_half_minute(tmp_path, capsys):
     assert printed.out.splitlines() == [
         "memory: 7 MB at the peak of the first step",
         "step 1 of 9: loss 0.123, tokens_per_second 14500",
-        "step 3 of 9: loss 0.123, tokens_per_second 14500, accuracy 0.667",
+        "step 3 of 9: loss 0.123, accuracy 0.667, tokens_per_second 14500",
     ]
 
 
