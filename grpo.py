@@ -2734,6 +2734,8 @@ def save_model(directory: Path, model, tokenizer, dtype):
         known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
         known = [token for token in known if token is not None and token < len(tokenizer)]
         generation.eos_token_id = sorted({*stop_tokens(tokenizer), *known})
+        if generation.pad_token_id is None:
+            generation.pad_token_id = tokenizer.pad_token_id
         if generation.temperature == 0:  # greedy, which transformers writes as do_sample false alone
             generation.temperature = None
         try:
