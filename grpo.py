@@ -459,7 +459,7 @@ def main(args: Args):
         # 12. the reference follows the policy (iterative GRPO); a checkpoint; an end where the policy has gone too far
         if args.reference_every and (step + 1) % args.reference_every == 0:
             copy_weights(policy, reference)
-        if should_save(args, step + 1, steps, device) and not too_far:
+        if should_save(args, step + 1, steps) and not too_far:
             save_checkpoint(args, out / f"checkpoint-{step + 1}", models, optimizers, state)
         if too_far:
             print0(f"stopped after step {step + 1}: the KL per token, {metrics['kl']:.4f}, is beyond --max-kl")
@@ -2418,10 +2418,9 @@ def check_model(model, name: str, device, dtype):
         print0(f"note: {type(model).__name__} cannot follow packed rows ({why}); they are padded, which is slower")
 
 
-# ---- runs: ranks, the output directory, checkpoints, metrics
+# ---- runs: ranks, options, the output directory
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-RECEIVED = []  # the signals that asked this process to stop
 RUN_DATE = [datetime.now()]  # what chat templates write as the date: that of the run's start, also after --resume
 for library in (transformers.utils.logging, datasets.utils.logging):  # they would break up the script's own lines
     library.disable_progress_bar()
@@ -2436,14 +2435,21 @@ def print0(*text):
 
 def setup_distributed(args) -> tuple:
     """This rank's device and the dtype of the computation; joins the other ranks."""
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        if args.dtype == "auto" and major >= 8:
+            dtype = torch.bfloat16
+        elif args.dtype != "float32" and major < 8:
+            result = "the run computes in float32" if args.dtype == "auto" else "it is emulated; try --dtype float32"
+            print0(f"note: a GPU of compute capability {major}.{minor} has no bfloat16, which needs 8.0: {result}")
     elif torch.version.cuda:
-        print0("note: this build of torch has CUDA but finds no device (is the driver too old?); training on the CPU")
-    is_bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
-    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+        print0(
+            f"note: this torch is built for CUDA {torch.version.cuda} but finds no GPU: the run computes on the CPU in "
+            f"{str(dtype)[6:]}; for a GPU, update its driver, or install a torch built for an older CUDA"
+        )
     if WORLD > 1 or dtype == torch.bfloat16:  # FSDP's mixed precision, for one rank as for many
         alone = dict(store=dist.HashStore(), rank=0, world_size=1) if WORLD == 1 else {}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2), **alone)
@@ -2452,41 +2458,29 @@ def setup_distributed(args) -> tuple:
 
 
 def over_ranks(values, op=dist.ReduceOp.SUM):
-    """The sum (or maximum) over all ranks."""
+    """The sum (or maximum) over all ranks, in place."""
     if WORLD > 1:
         dist.all_reduce(values, op)
     return values
 
 
-def add_scalars(sums: dict, logged: dict, weight: float):
-    """Adds weighted scalars to running sums, by name; they stay on the device."""
-    for name, value in logged.items():
-        sums[name] = sums.get(name, 0) + weight * value.detach()
-
-
-def sum_over_ranks(sums: dict) -> dict:
-    """The sums over all ranks as numbers, with one synchronisation for all."""
-    return dict(zip(sums, over_ranks(torch.stack([*sums.values()])).tolist()))
-
-
 def check_numbers(args, above_zero: tuple = (), at_most_one: tuple = (), signed: tuple = ()):
-    """Fails on a number that is out of range. Counts are at least 1, shares at most 1, others at least 0 unless they
-    are signed."""
-    counts = {"epochs", "batch_size", "tokens_per_forward", "max_length"}
-    counts |= {"vocab_size", "hidden_size", "num_layers", "num_heads"}  # sft.py --from-scratch
+    """Fails on a number that is out of range: those named are above 0, at most 1 or of any sign, others 0 or more."""
+    above_zero += ("epochs", "batch_size", "tokens_per_forward", "max_length", "max_grad_norm")
+    above_zero += ("vocab_size", "hidden_size", "num_layers", "num_heads")  # sft.py --from-scratch
     for name, value in asdict(args).items():
+        if not isinstance(value, (int, float)):
+            continue
         needed = ""
         if isinstance(value, float) and not math.isfinite(value):
             needed = "a finite number"
-        elif name in counts and value < 1:
-            needed = "1 or more"
-        elif name in ("max_grad_norm", *above_zero) and value <= 0:
+        elif name in above_zero and value <= 0:
             needed = "above 0"
         elif name in ("warmup_ratio", *at_most_one) and value > 1:
             needed = "at most 1"
         elif name == "eval_fraction" and value >= 1:
             needed = "below 1"
-        elif isinstance(value, (int, float)) and value < 0 and name not in signed:
+        elif value < 0 and name not in signed:
             needed = "0 or more"
         if needed:
             fail(f"--{name.replace('_', '-')} {value}: must be {needed}")
@@ -2494,17 +2488,19 @@ def check_numbers(args, above_zero: tuple = (), at_most_one: tuple = (), signed:
         fail("--track needs wandb, which is not installed (pip install wandb)")
 
 
+RUN_FILES = set("args.json metrics.jsonl curves.png report.json test_time.png value wandb".split())
+# options that change no result
+FREE_OPTIONS = set("resume overwrite track output_dir save_every tokens_per_forward gradient_checkpointing".split())
+FREE_OPTIONS.add("sample_tokens")
+
+
 def fingerprint(path: Path) -> str:
-    """Names and sizes of a file, or of a directory's files without those of the run that wrote it, and a hash of both
-    ends of each."""
-    digest, files = hashlib.sha256(), [path]
-    if path.is_dir():
-        parts = lambda file: file.relative_to(path).parts
-        is_input = lambda file: (
-            not RUN_FILES & {*parts(file)} and not parts(file)[0].startswith(("checkpoint-", "saving"))
-        )
-        files = sorted(file for file in path.rglob("*") if file.is_file() and is_input(file))
-    for file in files:
+    """A hash of a file's name, size, and first and last 16 MB; of all such files of a directory but those of a run."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        parts = file.relative_to(path).parts
+        if not file.is_file() or RUN_FILES & {*parts} or parts and parts[0].startswith(("checkpoint-", "saving")):
+            continue
         size = file.stat().st_size
         with file.open("rb") as f:
             digest.update(f"{file.name} {size}".encode() + f.read(2**24))
@@ -2513,38 +2509,19 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-RUN_FILES = {"args.json", "metrics.jsonl", "curves.png", "report.json", "test_time.png", "value", "wandb"}
-# options that change no result
-FREE_OPTIONS = {
-    "resume",
-    "overwrite",
-    "track",
-    "output_dir",
-    "save_every",
-    "tokens_per_forward",
-    "sample_tokens",
-    "gradient_checkpointing",
-}
-
-
 def open_run(args, *inputs) -> tuple:
-    """The output directory, the checkpoint to resume from or None, and the run's signature: its arguments and
-    fingerprints of its inputs.
-
-    Ends the program where a finished run of the same arguments stands. Two runs, or a run and its inputs, are never
-    mixed in a directory."""
+    """The output directory, the checkpoint to resume from or None, and the run's signature: arguments, fingerprints of
+    inputs. Ends the program where that run is finished; fails where it would mix with another run or with its inputs."""
     out, error, last, signature, date = Path(args.output_dir), None, None, None, RUN_DATE[0]
     if RANK == 0:  # one rank looks, so that all do the same
         with user_input(f"--output-dir {out}: cannot be used"):
-            paths = [Path(split_name(name)[0]) for name in inputs if name]
-            files = [path for path in paths if path.exists()]
-            signature = {k: v for k, v in asdict(args).items() if k not in FREE_OPTIONS}
+            files = [path for name in inputs if name and (path := Path(split_name(name)[0])).exists()]
+            signature = {name: value for name, value in asdict(args).items() if name not in FREE_OPTIONS}
             signature |= {f"content of {file}": fingerprint(file) for file in files}
             signature = json.loads(json.dumps(signature))  # tuples become lists, as in the file
             record = out / "args.json"
             before = json.loads(record.read_text()) if args.resume and record.exists() else None
             is_used = out.exists() and any(file.suffix != ".part" for file in out.iterdir())  # a write that was killed
-        checkpoints = [d for d in out.glob("checkpoint-*") if d.name[11:].isdigit()]
         if any(out.resolve() in (file.resolve(), *file.resolve().parents) for file in files):
             error = f"--output-dir {out}: holds what the run reads; choose another"
         elif before:
@@ -2554,7 +2531,8 @@ def open_run(args, *inputs) -> tuple:
             if changed:
                 error = f"--resume: {out} holds another run ({changed[:500]}); choose another --output-dir"
             date = datetime.fromisoformat(before.get("date", date.isoformat()))
-            last = str(max(checkpoints, key=lambda d: int(d.name[11:]))) if checkpoints else None
+            checkpoints = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
+            last = max(checkpoints, key=lambda path: int(path.name[11:]), default=None)
             last = "finished" if before["finished"] else last
         elif is_used and not args.overwrite:
             what = "is not empty, and holds no args.json to resume from" if args.resume else "is not empty"
@@ -2570,23 +2548,20 @@ def open_run(args, *inputs) -> tuple:
         sys.exit(0)
     RUN_DATE[0] = date
     print0(f"{Path(__file__).name}: loading {', '.join(dict.fromkeys(name for name in inputs if name))}")
-    return out, Path(last) if last else None, signature
+    return out, last, signature
 
 
 def clear_run(args, out: Path, signature: dict):
-    """Removes what an earlier run wrote and writes args.json. Call it when all input has been read. An older model
-    stays until the new one is saved."""
+    """Removes what an earlier run wrote, but its model, and writes args.json. Call it when all input has been read."""
     if RANK == 0:
         with user_input(f"--output-dir {out}: cannot be written"):
             out.mkdir(parents=True, exist_ok=True)
             for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
                 shutil.rmtree(stale)
-            for stale in ("metrics.jsonl", "report.json", "test_time.png"):
-                (out / stale).unlink(missing_ok=True)
-            versions = dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD)
-            record = dict(
-                script=Path(__file__).name, finished=False, date=RUN_DATE[0].isoformat(), args=asdict(args), **versions
-            )
+            for name in ("metrics.jsonl", "report.json", "test_time.png"):
+                (out / name).unlink(missing_ok=True)
+            record = dict(script=Path(__file__).name, finished=False, date=RUN_DATE[0].isoformat(), args=asdict(args))
+            record |= dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD)
             write_json(out / "args.json", record | dict(signature=signature))
     if WORLD > 1:
         dist.barrier()
@@ -2601,34 +2576,43 @@ def write_json(path: Path, value):
     os.replace(part, path)
 
 
-def peak_memory(device) -> int:
-    """Peak memory of this process in MB: the device's, or on a CPU the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+# ---- training: the optimiser's step, metrics, signals, checkpoints, the finished model
 
-
-# ---- training: the optimiser's step, signals, checkpoints, metrics, the finished model
+# signal: the one that asked this process to stop; agreed: whether all ranks know that one of them was asked
+STOP = types.SimpleNamespace(signal=0, agreed=False)
 
 
 def make_optimizer(model, args):
-    """AdamW; matrices decay, vectors (norms, biases) do not. Make it before the first forward, after which FSDP's root
-    holds gathered weights."""
+    """AdamW; vectors (norms, biases) do not decay. Make it before FSDP's first forward, which gathers weights."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def check_first_step(name: str, value: float, theory: float, dtype, scale: float):
-    """Fails where a value is not what theory says before the first update: then two forward passes differ."""
-    if not abs(value - theory) < (1e-4 if dtype == torch.float32 else 0.05) * scale:
-        fail(f"{name} is {value:.4f} before the first update, not {theory:.4f}: this model's forward pass is wrong")
+def announce(models: list, args, work: str, device, dtype):
+    """Prints the run in two lines. A parameter takes 16 bytes: weight, gradient, and AdamW's two moments."""
+    count, limit = sum(p.numel() for model in models for p in model.parameters()), args.tokens_per_forward
+    names = " and ".join(type(model).__name__ for model in models)
+    print0(f"model: {names}, {count / 1e6:.2f} M parameters, {16 * count >> 20} MB with AdamW")
+    print0(f"training: {work}, at most {limit} tokens a forward, on {WORLD} x {device.type} in {str(dtype)[6:]}")
+
+
+@lru_cache(4)
+def epoch_order(n: int, epoch: int, seed: int) -> list:
+    """The order of an epoch: a pure function of seed and epoch, so that a resumed run finds its place."""
+    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
+
+
+def batch_rows(rows: list, args, step: int, size: int = 0) -> list:
+    """The rows of a step, counted from 0: --batch-size of them unless a size is given."""
+    size = size or args.batch_size
+    epoch, at = divmod(step, math.ceil(len(rows) / size))
+    return [rows[i] for i in epoch_order(len(rows), epoch, args.seed)[at * size : (at + 1) * size]]
 
 
 def take_step(model, optimizer, args, step: int, steps: int, peak_rate: float | None = None) -> tuple:
-    """One clipped step on the gradients at hand; returns the gradients' norm, and the learning rate that the schedule
-    makes of its peak (--learning-rate unless another one is given)."""
+    """One clipped step; returns the gradients' norm and the scheduled learning rate (peak: --learning-rate if None)."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(norm):
@@ -2646,19 +2630,68 @@ def take_step(model, optimizer, args, step: int, steps: int, peak_rate: float | 
     return norm, learning_rate
 
 
-def announce(models: list, args, work: str, device, dtype):
-    """Prints the run in two lines. A parameter takes 16 bytes: weight, gradient, and AdamW's two moments."""
-    count, limit = sum(p.numel() for model in models for p in model.parameters()), args.tokens_per_forward
-    names = " and ".join(type(model).__name__ for model in models)
-    print0(f"model: {names}, {count / 1e6:.2f} M parameters, {16 * count >> 20} MB with AdamW")
-    print0(f"training: {work}, at most {limit} tokens a forward, on {WORLD} x {device.type} in {str(dtype)[6:]}")
+def add_scalars(sums: dict, logged: dict, weight: float):
+    """Adds weighted scalars to running sums, by name; they stay on the device."""
+    for name, value in logged.items():
+        sums[name] = sums.get(name, 0) + weight * value.detach()
+
+
+def sum_over_ranks(sums: dict) -> dict:
+    """The sums over all ranks as numbers, in one transfer, which also tells whether a signal asked any rank to stop."""
+    values = torch.stack([*sums.values()])
+    *values, stop = over_ranks(torch.cat([values, values.new_full((1,), STOP.signal)])).tolist()
+    STOP.agreed = stop > 0
+    return dict(zip(sums, values))
+
+
+def check_first_step(name: str, value: float, theory: float, dtype, scale: float):
+    """Fails where a value is not what theory says before the first update: then two forward passes differ."""
+    if not abs(value - theory) < (1e-4 if dtype == torch.float32 else 0.05) * scale:
+        fail(f"{name} is {value:.4f} before the first update, not {theory:.4f}: this model's forward pass is wrong")
+
+
+def peak_memory(device) -> int:
+    """Peak memory of this process in MB: the device's, or on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+def progress(name: str, first: int, steps: int):
+    """The steps of the training loop, with a progress bar on a terminal; elsewhere `log_metrics` prints lines."""
+    disable = RANK > 0 or not sys.stderr.isatty()
+    return tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=disable)
+
+
+def log_metrics(args, out: Path, metrics: dict, bar):
+    """Writes a line of metrics.jsonl; shows progress on the bar or, without a terminal, as a line every half minute."""
+    if RANK > 0:
+        return
+    names = "loss reward objective/scores kl objective/kl rewards/accuracies accuracy mean_token_accuracy".split()
+    if metrics["step"] == 1:
+        names = [name for name in names if "accura" not in name]  # as yet all answers may be tied
+        bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
+    # three significant digits
+    shown = {k: f"{float(f'{metrics[k]:.3g}'):g}" for k in (*names, "tokens_per_second") if k in metrics}
+    bar.set_postfix(shown, refresh=False)
+    if bar.disable and metrics["seconds"] - getattr(bar, "printed_at", 0.0) > 30:
+        bar.printed_at = metrics["seconds"]
+        print0(f"step {metrics['step']} of {bar.total}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+    with user_input(f"{out}/metrics.jsonl: cannot be written"), (out / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps(metrics) + "\n")
+    if args.track:
+        import wandb
+
+        if wandb.run is None:
+            wandb.init(name=os.environ.get("WANDB_NAME", args.output_dir), config=asdict(args), dir=str(out))
+        wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
 
 def catch_signals():
     """From now on SIGTERM and Ctrl-C let the step end, save and stop; a second one ends the program at once."""
 
     def note(number, frame):
-        RECEIVED.append(number)
+        STOP.signal = number
         signal.signal(number, signal.SIG_DFL)
 
     if __name__ == "__main__":  # a program that imports the script handles its own signals
@@ -2671,16 +2704,13 @@ def is_due(every: int, done: int, steps: int) -> bool:
     return done == steps or every > 0 and done % every == 0
 
 
-def should_save(args, done: int, steps: int, device) -> bool:
-    """Whether to save after so many steps: because of --save-every, or because a signal asked any rank to stop
-    (args.stopping)."""
-    args.stopping = bool(over_ranks(torch.tensor(len(RECEIVED), device=device)))
-    return done < steps and (args.stopping or args.save_every > 0 and done % args.save_every == 0)
+def should_save(args, done: int, steps: int) -> bool:
+    """Whether to save after so many steps: because of --save-every, or because a signal asked to stop."""
+    return done < steps and (STOP.agreed or is_due(args.save_every, done, steps))
 
 
 def save_model(directory: Path, model, tokenizer, dtype):
-    """A plain Hugging Face directory: config, safetensors, tokenizer with its template, generation_config with every
-    stop token."""
+    """A Hugging Face directory: config, safetensors, tokenizer and template, generation_config with all stop tokens."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp.get_model_state_dict(model, options=options) if dist.is_initialized() else model.state_dict()
     for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
@@ -2690,56 +2720,55 @@ def save_model(directory: Path, model, tokenizer, dtype):
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-        generation.eos_token_id = sorted(
-            {*stop_tokens(tokenizer), *(i for i in known if i is not None and i < len(tokenizer))}
-        )
-        generation.pad_token_id = tokenizer.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
+        known = [token for token in known if token is not None and token < len(tokenizer)]
+        generation.eos_token_id = sorted({*stop_tokens(tokenizer), *known})
+        if generation.pad_token_id is None:
+            generation.pad_token_id = tokenizer.pad_token_id
         if generation.temperature == 0:  # greedy, which transformers writes as do_sample false alone
             generation.temperature = None
-        sampling = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
-        if any(getattr(generation, field, None) is not None for field in sampling):
-            generation.do_sample = True  # without it save_pretrained refuses such a setting
-    config, before = model.config, (model.config.dtype, model.config._attn_implementation)
-    config.dtype, config._attn_implementation = dtype, None
-    model.save_pretrained(
-        directory, state_dict={k: v.to("cpu", dtype) if v.is_floating_point() else v for k, v in weights.items()}
-    )
-    config.dtype, config._attn_implementation = before
-    # save_pretrained has written the dtype of the training there
-    saved = json.loads((directory / "config.json").read_text())
-    write_json(directory / "config.json", saved | dict(dtype=str(dtype).removeprefix("torch.")))
+        try:
+            generation.validate(strict=True)
+        except ValueError:  # save_pretrained refuses sampling options without do_sample
+            generation.do_sample = True
+    weights = {name: w.to("cpu", dtype) if w.is_floating_point() else w for name, w in weights.items()}
+    model.save_pretrained(directory, state_dict=weights)
+    # save_pretrained has written the dtype of the training
+    config = json.loads((directory / "config.json").read_text())
+    write_json(directory / "config.json", config | dict(dtype=str(dtype)[6:]))
     save_tokenizer(tokenizer, directory)
+
+
+def save_models(directory: Path, models: dict, dtype=None):
+    """All models of a run in their subdirectories, in the dtype of each one's parent unless another is given."""
+    if RANK == 0:
+        shutil.rmtree(directory, ignore_errors=True)  # what a killed save left
+    for name, (model, tokenizer) in models.items():
+        save_model(directory / name, model, tokenizer, dtype or model.stored_dtype)
 
 
 def save_checkpoint(args, directory: Path, models: dict, optimizers: dict, state: dict):
     """checkpoint-N/: loadable models with the training state beside them, written elsewhere and then renamed.
 
-    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys; state: numbers,
-    lists, tensors."""
+    models: subdirectory ("" for the main one) -> (model, tokenizer); optimizers: by the same keys."""
     part, options = directory.with_name("saving"), dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     for model, _ in models.values():
         if hasattr(model, "reshard"):  # a forward without a backward, as in an evaluation, leaves FSDP's root gathered
             model.reshard()
-    if RANK == 0:
-        shutil.rmtree(part, ignore_errors=True)  # what a killed save left
-    # an optimiser that has made no step has no state, and would make a step to get one
-    moments = {
-        k: dcp.get_optimizer_state_dict(models[k][0], o, options=options) for k, o in optimizers.items() if o.state
-    }
-    with user_input(
-        f"{directory}: cannot be written; what was saved before stands; make room, then continue with --resume"
-    ):
-        for name, (model, tokenizer) in models.items():
-            save_model(part / name, model, tokenizer, torch.float32)
+    state = state | dict(optimizers={}, dtypes={name: model.stored_dtype for name, (model, _) in models.items()})
+    for name, optimizer in optimizers.items():
+        if optimizer.state:  # one that has made no step would make one to get a state
+            moments = dcp.get_optimizer_state_dict(models[name][0], optimizer, options=options)
+            state["optimizers"][name] = moments
+    with user_input(f"{directory}: cannot be written; make room, then continue with --resume"):
+        save_models(part, models, torch.float32)
         if RANK == 0:
-            dtypes = {name: str(model.stored_dtype).removeprefix("torch.") for name, (model, _) in models.items()}
-            torch.save(state | dict(optimizers=moments, dtypes=dtypes), part / "state.pt")
+            torch.save(state, part / "state.pt")
             os.replace(part, directory)
     if WORLD > 1:
         dist.barrier()
-    if args.stopping:
+    if STOP.agreed:
         print0(f"\nstopped after step {state['step']}, as asked; the same command with --resume continues")
-        sys.exit(128 + (RECEIVED or [signal.SIGTERM])[0])
+        sys.exit(128 + (STOP.signal or signal.SIGTERM))
 
 
 def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
@@ -2749,113 +2778,61 @@ def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
         options = dcp.StateDictOptions(full_state_dict=True)
         dcp.set_optimizer_state_dict(models[name][0], optimizers[name], moments, options=options)
     for name, dtype in state.pop("dtypes").items():
-        models[name][0].stored_dtype = getattr(torch, dtype)
+        models[name][0].stored_dtype = dtype
     if RANK == 0:
-        log = directory.parent / "metrics.jsonl"
-        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
-        log.with_suffix(".part").write_text(
-            "".join(line for line in lines if json.loads(line)["step"] <= state["step"])
-        )
-        os.replace(log.with_suffix(".part"), log)
+        log, part = (directory.with_name(f"metrics.{suffix}") for suffix in ("jsonl", "part"))
+        part.write_text("".join(log.read_text().splitlines(True)[: state["step"]]))  # a line for each step
+        os.replace(part, log)
     print0(f"resuming {directory.parent} after step {state['step']}")
     return state
 
 
-@lru_cache(4)
-def epoch_order(n: int, epoch: int, seed: int) -> list:
-    """The order of an epoch: a pure function of seed and epoch, so that a resumed run finds its place."""
-    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
-
-
-def batch_rows(rows: list, args, step: int, size: int = 0) -> list:
-    """The rows of a step, counted from 0: --batch-size of them unless a size is given."""
-    size = size or args.batch_size
-    epoch, at = divmod(step, math.ceil(len(rows) / size))
-    return [rows[i] for i in epoch_order(len(rows), epoch, args.seed)[at * size : (at + 1) * size]]
-
-
-def progress(name: str, first: int, steps: int):
-    """The steps of the training loop, with a progress bar on a terminal; elsewhere `log_metrics` prints lines."""
-    disable = RANK > 0 or not sys.stderr.isatty()
-    return tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=disable)
-
-
-def log_metrics(args, out: Path, metrics: dict, bar):
-    """Writes a line of metrics.jsonl and shows progress: on the bar, or, where there is no terminal, as a line every
-    half minute."""
-    if RANK > 0:
-        return
-    names = ("loss", "reward", "objective/scores", "kl", "objective/kl", "rewards/accuracies", "accuracy")
-    names += ("mean_token_accuracy", "tokens_per_second")
-    shown = {
-        name: f"{metrics[name]:.3g}" for name in names if name in metrics and (metrics["step"] > 1 or name == "loss")
-    }
-    bar.set_postfix(shown, refresh=False)
-    if metrics["step"] == 1:
-        bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
-    if bar.disable and metrics["seconds"] - getattr(bar, "printed_at", 0.0) > 30:
-        bar.printed_at = metrics["seconds"]
-        print(f"step {metrics['step']} of {bar.total}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
-    with user_input(f"{out}/metrics.jsonl: cannot be written"), (out / "metrics.jsonl").open("a") as f:
-        f.write(json.dumps(metrics) + "\n")
-    if args.track:
-        import wandb
-
-        if wandb.run is None:
-            wandb.init(name=os.environ.get("WANDB_NAME", args.output_dir), config=asdict(args), dir=str(out))
-        wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
-
-
 def finish_run(out: Path, models: dict, curves: list):
     """Writes the models into their places and curves.png, then says in args.json that the run is finished."""
+    part = out / "saving"
     with user_input(f"{out}: cannot be written; make room, then continue with --resume"):
-        part = out / "saving"
-        if RANK == 0:
-            shutil.rmtree(part, ignore_errors=True)  # what a killed save left
-        for name, (model, tokenizer) in models.items():
-            save_model(part / name, model, tokenizer, model.stored_dtype)
+        save_models(part, models)
         if RANK == 0:
             for name in models:
                 (out / name).mkdir(exist_ok=True)
-                files = [file for file in (part / name).iterdir() if file.is_file()]
-                for file in files:
+                for stale in (out / name).glob("*.safetensors*"):  # of an older model, which may have other shards
+                    stale.unlink()
+                for file in [file for file in (part / name).iterdir() if file.is_file()]:
                     os.replace(file, out / name / file.name)
-                for stale in {*(out / name).glob("*.safetensors*")} - {out / name / file.name for file in files}:
-                    stale.unlink()  # of an older model in other shards
             shutil.rmtree(part)
             lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
             draw_curves(out / "curves.png", lines, curves)
             write_json(out / "args.json", json.loads((out / "args.json").read_text()) | dict(finished=True))
-            held_out = ", ".join(
-                f"{name[5:]} {value:.4g}" for name, value in lines[-1].items() if name.startswith("eval_")
-            )
-            print(f"done: {out} after {lines[-1]['seconds']:.0f} s" + (f"; held out: {held_out}" if held_out else ""))
+            held_out = [f"{name[5:]} {value:.4g}" for name, value in lines[-1].items() if name.startswith("eval_")]
+            results = f"; held out: {', '.join(held_out)}" if held_out else ""
+            print(f"done: {out} after {lines[-1]['seconds']:.0f} s{results}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def draw_curves(path: Path, lines: list, names: list):
-    """A picture of metrics over steps: each as a light line under its running mean, held-out values as dots."""
+    """A picture of the metrics that change: each as a light line under its running mean, held-out values as dots."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [name for name in names if any(name in line for line in lines)]
+    logged = [name for name in names if any(name in line for line in lines)]
+    names = [name for name in logged if len({line[name] for line in lines if name in line}) > 1] or logged
     columns = math.ceil(len(names) / 2)
     figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 5), layout="constrained", squeeze=False)
     for axis, name in zip(axes.flat, names):
         steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line])
-        window = max(1, len(values) // 20)
-        means = [sum(values[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(values))]
-        axis.plot(steps, values, color="tab:blue", alpha=0.3)
+        totals, starts = [0.0, *accumulate(values)], [max(0, i - len(values) // 20) for i in range(len(values))]
+        means = [(totals[i + 1] - totals[start]) / (i + 1 - start) for i, start in enumerate(starts)]
+        axis.plot(steps, values, color="tab:blue", alpha=0.3, marker="." if len(values) < 20 else "")
         axis.plot(steps, means, color="tab:blue", label="training")
         held_out = [(line["step"], line[f"eval_{name}"]) for line in lines if f"eval_{name}" in line]
         if held_out:
             axis.plot(*zip(*held_out), "o", color="tab:orange", label="held out")
             axis.legend()
         axis.ticklabel_format(useOffset=False)
-        axis.set(title=name, xlabel="optimiser step")
+        axis.set(xlabel="optimiser step", ylabel=name)
     for axis in axes.flat[len(names) :]:
         axis.remove()
     figure.savefig(path, dpi=120)

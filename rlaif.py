@@ -279,7 +279,6 @@ import json
 import math
 import random
 import re
-import resource
 import shutil
 import tempfile
 import time
@@ -3008,10 +3007,9 @@ def check_model(model, name: str, device, dtype):
         print0(f"note: {type(model).__name__} cannot follow packed rows ({why}); they are padded, which is slower")
 
 
-# ---- runs: ranks, the output directory, checkpoints, metrics
+# ---- runs: ranks, options, the output directory
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-RECEIVED = []  # the signals that asked this process to stop
 RUN_DATE = [datetime.now()]  # what chat templates write as the date: that of the run's start, also after --resume
 for library in (transformers.utils.logging, datasets.utils.logging):  # they would break up the script's own lines
     library.disable_progress_bar()
@@ -3026,14 +3024,21 @@ def print0(*text):
 
 def setup_distributed(args) -> tuple:
     """This rank's device and the dtype of the computation; joins the other ranks."""
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        if args.dtype == "auto" and major >= 8:
+            dtype = torch.bfloat16
+        elif args.dtype != "float32" and major < 8:
+            result = "the run computes in float32" if args.dtype == "auto" else "it is emulated; try --dtype float32"
+            print0(f"note: a GPU of compute capability {major}.{minor} has no bfloat16, which needs 8.0: {result}")
     elif torch.version.cuda:
-        print0("note: this build of torch has CUDA but finds no device (is the driver too old?); training on the CPU")
-    is_bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
-    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+        print0(
+            f"note: this torch is built for CUDA {torch.version.cuda} but finds no GPU: the run computes on the CPU in "
+            f"{str(dtype)[6:]}; for a GPU, update its driver, or install a torch built for an older CUDA"
+        )
     if WORLD > 1 or dtype == torch.bfloat16:  # FSDP's mixed precision, for one rank as for many
         alone = dict(store=dist.HashStore(), rank=0, world_size=1) if WORLD == 1 else {}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2), **alone)
@@ -3042,41 +3047,29 @@ def setup_distributed(args) -> tuple:
 
 
 def over_ranks(values, op=dist.ReduceOp.SUM):
-    """The sum (or maximum) over all ranks."""
+    """The sum (or maximum) over all ranks, in place."""
     if WORLD > 1:
         dist.all_reduce(values, op)
     return values
 
 
-def add_scalars(sums: dict, logged: dict, weight: float):
-    """Adds weighted scalars to running sums, by name; they stay on the device."""
-    for name, value in logged.items():
-        sums[name] = sums.get(name, 0) + weight * value.detach()
-
-
-def sum_over_ranks(sums: dict) -> dict:
-    """The sums over all ranks as numbers, with one synchronisation for all."""
-    return dict(zip(sums, over_ranks(torch.stack([*sums.values()])).tolist()))
-
-
 def check_numbers(args, above_zero: tuple = (), at_most_one: tuple = (), signed: tuple = ()):
-    """Fails on a number that is out of range. Counts are at least 1, shares at most 1, others at least 0 unless they
-    are signed."""
-    counts = {"epochs", "batch_size", "tokens_per_forward", "max_length"}
-    counts |= {"vocab_size", "hidden_size", "num_layers", "num_heads"}  # sft.py --from-scratch
+    """Fails on a number that is out of range: those named are above 0, at most 1 or of any sign, others 0 or more."""
+    above_zero += ("epochs", "batch_size", "tokens_per_forward", "max_length", "max_grad_norm")
+    above_zero += ("vocab_size", "hidden_size", "num_layers", "num_heads")  # sft.py --from-scratch
     for name, value in asdict(args).items():
+        if not isinstance(value, (int, float)):
+            continue
         needed = ""
         if isinstance(value, float) and not math.isfinite(value):
             needed = "a finite number"
-        elif name in counts and value < 1:
-            needed = "1 or more"
-        elif name in ("max_grad_norm", *above_zero) and value <= 0:
+        elif name in above_zero and value <= 0:
             needed = "above 0"
         elif name in ("warmup_ratio", *at_most_one) and value > 1:
             needed = "at most 1"
         elif name == "eval_fraction" and value >= 1:
             needed = "below 1"
-        elif isinstance(value, (int, float)) and value < 0 and name not in signed:
+        elif value < 0 and name not in signed:
             needed = "0 or more"
         if needed:
             fail(f"--{name.replace('_', '-')} {value}: must be {needed}")
@@ -3084,17 +3077,19 @@ def check_numbers(args, above_zero: tuple = (), at_most_one: tuple = (), signed:
         fail("--track needs wandb, which is not installed (pip install wandb)")
 
 
+RUN_FILES = set("args.json metrics.jsonl curves.png report.json test_time.png value wandb".split())
+# options that change no result
+FREE_OPTIONS = set("resume overwrite track output_dir save_every tokens_per_forward gradient_checkpointing".split())
+FREE_OPTIONS.add("sample_tokens")
+
+
 def fingerprint(path: Path) -> str:
-    """Names and sizes of a file, or of a directory's files without those of the run that wrote it, and a hash of both
-    ends of each."""
-    digest, files = hashlib.sha256(), [path]
-    if path.is_dir():
-        parts = lambda file: file.relative_to(path).parts
-        is_input = lambda file: (
-            not RUN_FILES & {*parts(file)} and not parts(file)[0].startswith(("checkpoint-", "saving"))
-        )
-        files = sorted(file for file in path.rglob("*") if file.is_file() and is_input(file))
-    for file in files:
+    """A hash of a file's name, size, and first and last 16 MB; of all such files of a directory but those of a run."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        parts = file.relative_to(path).parts
+        if not file.is_file() or RUN_FILES & {*parts} or parts and parts[0].startswith(("checkpoint-", "saving")):
+            continue
         size = file.stat().st_size
         with file.open("rb") as f:
             digest.update(f"{file.name} {size}".encode() + f.read(2**24))
@@ -3103,38 +3098,19 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-RUN_FILES = {"args.json", "metrics.jsonl", "curves.png", "report.json", "test_time.png", "value", "wandb"}
-# options that change no result
-FREE_OPTIONS = {
-    "resume",
-    "overwrite",
-    "track",
-    "output_dir",
-    "save_every",
-    "tokens_per_forward",
-    "sample_tokens",
-    "gradient_checkpointing",
-}
-
-
 def open_run(args, *inputs) -> tuple:
-    """The output directory, the checkpoint to resume from or None, and the run's signature: its arguments and
-    fingerprints of its inputs.
-
-    Ends the program where a finished run of the same arguments stands. Two runs, or a run and its inputs, are never
-    mixed in a directory."""
+    """The output directory, the checkpoint to resume from or None, and the run's signature: arguments, fingerprints of
+    inputs. Ends the program where that run is finished; fails where it would mix with another run or with its inputs."""
     out, error, last, signature, date = Path(args.output_dir), None, None, None, RUN_DATE[0]
     if RANK == 0:  # one rank looks, so that all do the same
         with user_input(f"--output-dir {out}: cannot be used"):
-            paths = [Path(split_name(name)[0]) for name in inputs if name]
-            files = [path for path in paths if path.exists()]
-            signature = {k: v for k, v in asdict(args).items() if k not in FREE_OPTIONS}
+            files = [path for name in inputs if name and (path := Path(split_name(name)[0])).exists()]
+            signature = {name: value for name, value in asdict(args).items() if name not in FREE_OPTIONS}
             signature |= {f"content of {file}": fingerprint(file) for file in files}
             signature = json.loads(json.dumps(signature))  # tuples become lists, as in the file
             record = out / "args.json"
             before = json.loads(record.read_text()) if args.resume and record.exists() else None
             is_used = out.exists() and any(file.suffix != ".part" for file in out.iterdir())  # a write that was killed
-        checkpoints = [d for d in out.glob("checkpoint-*") if d.name[11:].isdigit()]
         if any(out.resolve() in (file.resolve(), *file.resolve().parents) for file in files):
             error = f"--output-dir {out}: holds what the run reads; choose another"
         elif before:
@@ -3144,7 +3120,8 @@ def open_run(args, *inputs) -> tuple:
             if changed:
                 error = f"--resume: {out} holds another run ({changed[:500]}); choose another --output-dir"
             date = datetime.fromisoformat(before.get("date", date.isoformat()))
-            last = str(max(checkpoints, key=lambda d: int(d.name[11:]))) if checkpoints else None
+            checkpoints = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
+            last = max(checkpoints, key=lambda path: int(path.name[11:]), default=None)
             last = "finished" if before["finished"] else last
         elif is_used and not args.overwrite:
             what = "is not empty, and holds no args.json to resume from" if args.resume else "is not empty"
@@ -3160,23 +3137,20 @@ def open_run(args, *inputs) -> tuple:
         sys.exit(0)
     RUN_DATE[0] = date
     print0(f"{Path(__file__).name}: loading {', '.join(dict.fromkeys(name for name in inputs if name))}")
-    return out, Path(last) if last else None, signature
+    return out, last, signature
 
 
 def clear_run(args, out: Path, signature: dict):
-    """Removes what an earlier run wrote and writes args.json. Call it when all input has been read. An older model
-    stays until the new one is saved."""
+    """Removes what an earlier run wrote, but its model, and writes args.json. Call it when all input has been read."""
     if RANK == 0:
         with user_input(f"--output-dir {out}: cannot be written"):
             out.mkdir(parents=True, exist_ok=True)
             for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
                 shutil.rmtree(stale)
-            for stale in ("metrics.jsonl", "report.json", "test_time.png"):
-                (out / stale).unlink(missing_ok=True)
-            versions = dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD)
-            record = dict(
-                script=Path(__file__).name, finished=False, date=RUN_DATE[0].isoformat(), args=asdict(args), **versions
-            )
+            for name in ("metrics.jsonl", "report.json", "test_time.png"):
+                (out / name).unlink(missing_ok=True)
+            record = dict(script=Path(__file__).name, finished=False, date=RUN_DATE[0].isoformat(), args=asdict(args))
+            record |= dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD)
             write_json(out / "args.json", record | dict(signature=signature))
     if WORLD > 1:
         dist.barrier()
@@ -3189,13 +3163,6 @@ def write_json(path: Path, value):
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(part, path)
-
-
-def peak_memory(device) -> int:
-    """Peak memory of this process in MB: the device's, or on a CPU the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 if __name__ == "__main__":

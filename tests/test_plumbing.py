@@ -1,16 +1,13 @@
-"""The blocks `data`, `rows`, `models` and `runs`, which every script has word for word, tested on sft.py.
+"""The blocks `data`, `rows`, `runs` and `training`, which every script has word for word, tested on sft.py.
 
 Also helpers that the other test files share.
 """
 
 import copy
-import gzip
 import json
 import math
 import multiprocessing
 import os
-import pickle
-import random
 import resource
 import runpy
 import shutil
@@ -28,7 +25,6 @@ import pytest
 import torch
 import transformers
 from conftest import REPO
-from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
@@ -268,56 +264,29 @@ def encode(tokenizer, prompt, responses: list, **row) -> tuple:
 
 
 @every_template
-def test_stop_tokens_are_the_templates_and_the_tokenizers(name, dressed):
+def test_an_answer_ends_with_its_end_of_turn_and_may_be_begun(name, dressed):
     tokenizer, (*_, eos, end) = dressed(name), TEMPLATES[name]
     assert sorted(tokenizer.convert_ids_to_tokens(sft.stop_tokens(tokenizer))) == sorted({eos, end})
-
-
-@every_template
-def test_an_answer_ends_with_its_end_of_turn(name, dressed):
-    tokenizer, end = dressed(name), TEMPLATES[name][3]
     prompt, responses = encode(tokenizer, talk("What is 1 + 1?"), ["two", "It is 2."])
     assert [tokenizer.decode(r).lstrip() for r in responses] == [f"two{end}", f"It is 2.{end}"]
     shown = tokenizer.apply_chat_template(talk("What is 1 + 1?"), tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(prompt) == shown
-
-
-@every_template
-def test_an_answer_already_begun_is_continued(name, dressed):
-    tokenizer, end = dressed(name), TEMPLATES[name][3]
     prompt, (response,) = encode(tokenizer, talk("Count.", "one, two,"), [" three"])
     assert tokenizer.decode(prompt).endswith("one, two,") and tokenizer.decode(response) == f" three{end}"
 
 
-def test_a_tokenizer_that_adds_its_own_eos_gets_no_second(tiny_tokenizer):
+@pytest.mark.parametrize("adds, bos", [("<|bos|> $A <|end|>", 1), ("<|bos|> $A", 1), ("$A", 0)])
+def test_one_bos_and_one_end_whatever_the_tokenizer_adds(adds, bos, tiny_tokenizer):
     from tokenizers import processors
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    special = [("<|bos|>", tokenizer.bos_token_id), ("<|end|>", tokenizer.eos_token_id)]
-    both_ends = processors.TemplateProcessing(single="<|bos|> $A <|end|>", special_tokens=special)
-    tokenizer.backend_tokenizer.post_processor = both_ends
-    prompt, (response,) = encode(tokenizer, "Up or", [" right?"])
-    assert tokenizer.decode(prompt) == "<|bos|>Up or" and tokenizer.decode(response) == " right?<|end|>"
-
-
-@pytest.mark.parametrize("prompt", ["Up or", talk("Up or")])
-def test_an_answer_that_brings_its_eos_gets_no_second(prompt, tiny_tokenizer):
-    _, responses = encode(tiny_tokenizer, prompt, [" right?<|end|>", " left?"])
-    assert [r.count(tiny_tokenizer.eos_token_id) for r in responses] == [1, 1]
-
-
-@pytest.mark.parametrize("prompt", ["Go up.", talk("Go up.")])
-def test_one_bos_never_two(prompt, tiny_tokenizer):
-    head, responses = encode(tiny_tokenizer, prompt, [" No.", " Yes."])
-    bos = tiny_tokenizer.bos_token_id
-    assert head[0] == bos and [(head + r).count(bos) for r in responses] == [1, 1]
-
-
-def test_no_bos_where_the_tokenizer_has_none(dressed):
-    tokenizer = copy.deepcopy(dressed("chatml"))
-    tokenizer.backend_tokenizer.post_processor = None
-    head, (response,) = encode(tokenizer, "Go up.", [" No."])
-    assert tokenizer.decode(head + response) == "Go up. No.<|im_end|>"
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|bos|>", "<|end|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=adds, special_tokens=special)
+    prompt, responses = encode(tokenizer, "Up or", [" right?", " left?<|end|>"])
+    assert tokenizer.decode(prompt) == "<|bos|>" * bos + "Up or"
+    assert [tokenizer.decode(r) for r in responses] == [" right?<|end|>", " left?<|end|>"]
+    prompt, responses = encode(tokenizer, talk("Up or"), [" right?", " left?<|end|>"])  # the template writes the BOS
+    assert prompt.count(tokenizer.bos_token_id) == 1 and all(r.count(tokenizer.eos_token_id) == 1 for r in responses)
 
 
 BOUNDARIES = [("the robot ", "walks"), ("Go up.", "."), ("to the ri", "ght corner"), ("line\n", "\nnext"), ("a", " b")]
@@ -325,21 +294,15 @@ BOUNDARIES = [("the robot ", "walks"), ("Go up.", "."), ("to the ri", "ght corne
 
 @pytest.mark.parametrize("prompt, response", BOUNDARIES)
 def test_prompt_and_response_are_tokenised_together(prompt, response, tiny_tokenizer):
-    """They part where the ids of the prompt alone and of both together cease to agree."""
-    head, (tail,) = encode(tiny_tokenizer, prompt, [response])
+    """They part where the ids of the prompt alone and of both together cease to agree, for every response: here one of
+    two merges with the prompt's end."""
     whole = tiny_tokenizer(prompt + response + tiny_tokenizer.eos_token).input_ids
     alone = tiny_tokenizer(prompt).input_ids
-    assert head + tail == whole
-    assert head == alone[: len(head)] and (len(head) == len(alone) or alone[len(head)] != whole[len(head)])
-
-
-@pytest.mark.parametrize("responses", [["walks", "1"], ["1", "walks"]])
-def test_the_boundary_suits_every_response(responses, tiny_tokenizer):
-    """One of two responses merges with the prompt's last space: both start before it."""
-    head, tails = encode(tiny_tokenizer, "the robot ", responses)
-    alone, _ = encode(tiny_tokenizer, "the robot ", ["1"])
-    assert tiny_tokenizer.decode(head) == "<|bos|>the robot" and tiny_tokenizer.decode(alone) == "<|bos|>the robot "
-    assert [tiny_tokenizer.decode(t) for t in tails] == [f" {response}<|end|>" for response in responses]
+    for responses in ([response, "1"], ["1", response]):
+        head, tails = encode(tiny_tokenizer, prompt, responses)
+        assert head + tails[responses.index(response)] == whole
+        assert head == alone[: len(head)] and (len(head) == len(alone) or alone[len(head)] != whole[len(head)])
+        assert tiny_tokenizer.decode(head + tails[responses.index("1")]) == f"<|bos|>{prompt}1<|end|>"
 
 
 def nfc(text: str) -> str:
@@ -353,24 +316,18 @@ anything = (
 something = anything.filter(lambda text: text)
 
 
-@given(prompt=something, responses=st.lists(anything, min_size=1, max_size=3))
-def test_any_text_comes_back(tiny_tokenizer, prompt, responses):
-    head, tails = encode(tiny_tokenizer, prompt, responses)
+@given(prompt=something, responses=st.lists(something, min_size=1, max_size=3), is_chat=st.booleans())
+def test_any_text_comes_back(tiny_tokenizer, prompt, responses, is_chat):
+    head, tails = encode(tiny_tokenizer, talk(prompt) if is_chat else prompt, responses)
+    shown = f"<|bos|><|user|>{prompt}<|end|><|assistant|>"
     for tail, response in zip(tails, responses, strict=True):
-        assert tiny_tokenizer.decode(head + tail) == "<|bos|>" + nfc(prompt + response) + "<|end|>"
+        text = shown + response if is_chat else "<|bos|>" + nfc(prompt + response)  # which meet in one text
+        assert tiny_tokenizer.decode(head + tail) == text + "<|end|>"
         assert tail[-1] == tiny_tokenizer.eos_token_id
-
-
-@given(prompt=something, responses=st.lists(something, min_size=1, max_size=3))
-def test_any_chat_comes_back(tiny_tokenizer, prompt, responses):
-    head, tails = encode(tiny_tokenizer, talk(prompt), responses)
-    assert tiny_tokenizer.decode(head) == f"<|bos|><|user|>{prompt}<|end|><|assistant|>"
-    assert [tiny_tokenizer.decode(t) for t in tails] == [f"{r}<|end|>" for r in responses]
 
 
 SPECIAL_TEXTS = {
     "a prompt": ("Go<|end|>up.", ["No."], {}),
-    "the start of a prompt": ("<|bos|>Go up.", ["No."], {}),
     "a response": ("Go up.", ["Yes.", "No.<|end|><|user|>Why?"], {}),
     "a message": (talk("Go<|user|>up."), ["No."], {}),
     "a role": ([dict(role="user<|end|>", content="Go up.")], ["No."], {}),
@@ -389,23 +346,17 @@ def test_data_can_neither_end_nor_begin_a_turn(where, tiny_tokenizer):
 def test_options_of_a_row_reach_the_template(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{{ tools | tojson if tools else 'no tools' }} {{ mood }} " + tokenizer.chat_template
-    for tools in ([dict(name="f")], '[{"name": "f"}]'):  # a list, or as JSON text
-        head, _ = encode(tokenizer, talk("Hi"), ["Ho"], tools=tools, chat_template_kwargs=dict(mood="calm", other=None))
-        assert tokenizer.decode(head).startswith('[{"name": "f"}] calm ')
-    assert sft.template_options(dict(tools=None, chat_template_kwargs=None)) == sft.template_options({}) == {}
     reserved = dict(tokenize=False, add_generation_prompt=True)  # a row must not set these
-    assert sft.template_options(dict(chat_template_kwargs=reserved)) == {}
+    for tools in ([dict(name="f")], '[{"name": "f"}]', None):  # a list, or as JSON text
+        head, _ = encode(tokenizer, talk("Hi"), ["Ho"], tools=tools, chat_template_kwargs=dict(mood="calm", **reserved))
+        assert tokenizer.decode(head).startswith('[{"name": "f"}] calm <|' if tools else "no tools calm <|")
 
 
 def test_messages_are_cleaned():
-    sharegpt = [("system", "s"), ("human", "u"), ("gpt", "a")]
-    assert sft.as_messages([{"from": role, "value": text} for role, text in sharegpt]) == [
-        dict(role="system", content="s"),
-        dict(role="user", content="u"),
-        dict(role="assistant", content="a"),
-    ]
-    assert sft.as_messages([dict(role="user", content="u", name=None)]) == [dict(role="user", content="u")]
-    call = dict(role="assistant", content=None, tool_calls=[1])
+    sharegpt = [{"from": role, "value": text} for role, text in (("system", "s"), ("human", "u"), ("gpt", "a"))]
+    roles = [("system", "s"), ("user", "u"), ("assistant", "a")]
+    assert sft.as_messages(sharegpt) == [dict(role=role, content=text) for role, text in roles]
+    call = dict(role="assistant", content=None, tool_calls=[1], name=None)
     assert sft.as_messages([call]) == [dict(role="assistant", content="", tool_calls=[1])]
     assert sft.as_messages("x") == [dict(role="assistant", content="x")] and sft.as_messages("x", "user") == talk("x")
     picture = [dict(role="user", content=[dict(type="text", text="x")])]
@@ -414,136 +365,30 @@ def test_messages_are_cleaned():
             sft.as_messages(wrong)
 
 
-@given(st.lists(st.sampled_from("ab"), max_size=6), st.lists(st.sampled_from("ab"), max_size=6))
-def test_shared_prefix(a, b):
-    n = sft.shared_prefix(a, b)
-    assert a[:n] == b[:n] and (n == min(len(a), len(b)) or a[n] != b[n])
-
-
 # ---------------------------------------------------------------------------------------------------------------- files
 
-ROWS = [dict(text="one"), dict(text="two ü\u2028")]
 
-
-def as_jsonl(path, rows=ROWS):
-    return jsonl(path / "rows.jsonl", rows)
-
-
-def as_gzip(path, rows=ROWS):
-    with gzip.open(path / "rows.jsonl.gz", "wt") as f:
-        f.write("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path / "rows.jsonl.gz")
-
-
-def as_array(path, rows=ROWS):
-    (path / "rows.json").write_text(json.dumps(rows, indent=1))
-    return str(path / "rows.json")
-
-
-def with_byte_order_mark(path, rows=ROWS):
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (path / "rows.jsonl").write_text(text, encoding="utf-8-sig")
-    return str(path / "rows.jsonl")
-
-
-def as_parquet(path, rows=ROWS):
-    Dataset.from_list(rows).to_parquet(path / "rows.parquet")
-    return str(path / "rows.parquet")
-
-
-def as_saved(path, rows=ROWS):
-    Dataset.from_list(rows).save_to_disk(path / "saved")
-    return str(path / "saved")
-
-
-def as_splits(path, rows=ROWS):
-    DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows[:1])).save_to_disk(path / "splits")
-    return str(path / "splits")
-
-
-def as_downloaded(path, rows=ROWS):
-    (path / "hub").mkdir()
-    jsonl(path / "hub" / "train.jsonl", rows)
-    jsonl(path / "hub" / "test.jsonl", rows[:1])
-    return str(path / "hub")
-
-
-def as_odd_name(path, rows=ROWS):
-    (path / "run [1] *").mkdir()
-    return as_jsonl(path / "run [1] *", rows)
-
-
-def as_name_with_colon(path, rows=ROWS):
-    (path / "run 10:30").mkdir()
-    return as_jsonl(path / "run 10:30", rows)
-
-
-KINDS = [as_jsonl, as_gzip, as_array, with_byte_order_mark, as_parquet, as_saved, as_splits, as_downloaded, as_odd_name]
-
-
-@pytest.mark.parametrize("save", [*KINDS, as_name_with_colon])
-def test_every_kind_of_file_is_read(save, tmp_path):
-    assert list(sft.load_rows("--dataset", save(tmp_path), "train")) == ROWS
-
-
-SPLITS = [
-    (as_splits, "", "test", ROWS[:1]),
-    (as_splits, "::test", "train", ROWS[:1]),
-    (as_downloaded, "", "test", ROWS[:1]),
-    (as_downloaded, "::test", "train", ROWS[:1]),
-    (as_downloaded, "::train[1:]", "test", ROWS[1:]),
-    (as_jsonl, "", "test", ROWS),  # a file has one split, whatever it is read for
-    (as_jsonl, "::train[:50%]", "train", ROWS[:1]),
-    (as_parquet, "::train[1:]", "test", ROWS[1:]),
-]
-
-
-@pytest.mark.parametrize("save, split, default, rows", SPLITS)
-def test_a_split_is_read(save, split, default, rows, tmp_path):
-    assert list(sft.load_rows("--dataset", save(tmp_path) + split, default)) == rows
-
-
-def test_a_configuration_of_a_directory_is_read(tmp_path):
-    """As the README.md of a data set on the hub names them."""
-    for name in ("small", "large"):
-        jsonl(tmp_path / f"{name}.jsonl", [dict(text=name)])
-    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("small", "large"))
-    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    for suffix in (":large", ":large:train"):
-        assert list(sft.load_rows("--dataset", f"{tmp_path}{suffix}", "train")) == [dict(text="large")]
-
-
-@pytest.mark.parametrize("save, split", [(as_splits, "::dev"), (as_saved, "::dev"), (as_jsonl, "::dev")])
-def test_a_split_that_is_not_there_is_refused(save, split, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        sft.load_rows("--dataset", save(tmp_path) + split, "train")
-    assert end.value.code == 2 and "dev" in capsys.readouterr().err
-
-
-WITHOUT_ROWS = [("", "the file is empty"), ('{"x": 1}\n', "columns are x")]
-
-
-@pytest.mark.parametrize("content, why", WITHOUT_ROWS)
-def test_a_file_without_rows_to_train_is_named_with_the_reason(content, why, short_run, tmp_path, capsys):
-    path = tmp_path / "nothing.jsonl"
-    path.write_text(content)
-    said = refused(sft, capsys, **short_run | dict(dataset=str(path)), output_dir=str(tmp_path / "run"))
-    assert str(path) in said and why in said and not (tmp_path / "run").exists()
-
-
-def test_a_file_that_changed_is_read_again(tmp_path):
-    for text in ("one", "new"):
-        name = jsonl(tmp_path / "rows.jsonl", [dict(text=text)])
+def test_a_path_with_a_colon_is_read_and_read_again_once_it_changed(tmp_path):
+    (tmp_path / "run 10:30").mkdir()
+    for text in ("one", "two ü\u2028"):
+        name = jsonl(tmp_path / "run 10:30" / "rows.jsonl", [dict(text=text)])
         assert list(sft.load_rows("--dataset", name, "train")) == [dict(text=text)]
 
 
-@pytest.mark.parametrize("save", [as_jsonl, as_parquet, as_saved, as_splits, as_downloaded])
-def test_a_changed_data_set_has_another_fingerprint(save, tmp_path):
-    prints = []
-    for name, rows in (("a", ROWS), ("b", ROWS), ("c", [*ROWS, dict(text="three")])):
-        (tmp_path / name).mkdir()
-        prints.append(sft.fingerprint(Path(save(tmp_path / name, rows))))
-    assert prints[0] == prints[1] != prints[2]
+def test_a_changed_input_has_another_fingerprint(tmp_path):
+    """Also one that is changed near its end, and whatever a run wrote beside a model."""
+    folder, names = tmp_path / "input", ("rows.parquet", "sub/train.jsonl", "checkpoint-4/model", "wandb/log")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"a" * 2**25 + b"b" if name == names[0] else b"a")
+    prints = [sft.fingerprint(folder)]
+    for name in names:
+        (folder / name).write_bytes((folder / name).read_bytes()[:-1] + b"c")
+        prints.append(sft.fingerprint(folder))
+    first, end_changed, line_changed, *others = prints
+    assert len({first, end_changed, line_changed}) == 3 and others == [line_changed] * 2
+    (folder / "rows.parquet").rename(folder / "lines.parquet")
+    assert sft.fingerprint(folder) != line_changed and sft.fingerprint(folder / names[1]) != line_changed
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -614,14 +459,11 @@ def test_forwards_hold_every_row_once_within_the_limit(rows, limit, packs, world
 
 
 def test_a_rank_without_rows_goes_along(monkeypatch):
-    """Of two ranks, one has three forwards to make and the other no rows: it makes three as well, with weight 0, of
-    the spare row."""
+    """The other rank makes three forwards: so does this one, with weight 0, of the spare row."""
     monkeypatch.setattr(sft, "WORLD", 2)
-    monkeypatch.setattr(sft, "RANK", 1)
     monkeypatch.setattr(sft.dist, "all_reduce", lambda tensor, op: tensor.fill_(3))
-    row = Row([5], [[6, 7]], [[True, True]], {})
-    args, model = SimpleNamespace(tokens_per_forward=10), SimpleNamespace(packs=True)
-    made = list(sft.forwards([], args, model, CPU, spare=row))
+    row, args = Row([5], [[6, 7]], [[True, True]], {}), SimpleNamespace(tokens_per_forward=10)
+    made = list(sft.forwards([], args, SimpleNamespace(packs=True), CPU, spare=row))
     assert [(group, weight, len(target)) for group, weight, _, target in made] == [([row], 0.0, 2)] * 3
 
 
@@ -630,9 +472,8 @@ def test_an_epoch_is_every_row_once_in_an_order_of_its_own(n, size, seed):
     steps, rows = math.ceil(n / size), list(range(n))
 
     def order(epoch, seed):
-        batches = [
-            sft.batch_rows(rows, SimpleNamespace(batch_size=size, seed=seed), epoch * steps + i) for i in range(steps)
-        ]
+        args = SimpleNamespace(batch_size=size, seed=seed)
+        batches = [sft.batch_rows(rows, args, epoch * steps + i) for i in range(steps)]
         assert all(len(batch) == size for batch in batches[:-1])
         return sum(batches, [])
 
@@ -641,40 +482,26 @@ def test_an_epoch_is_every_row_once_in_an_order_of_its_own(n, size, seed):
     assert n < 12 or first != second and first != other and first != rows
 
 
-def split_of(rows: list, fraction: float, seed: int, by_prompt: bool) -> tuple:
-    """Rows to train on and held-out rows, of given rows in place of those of a data set."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "prepare", lambda *_: list(rows))
-        args = SimpleNamespace(dataset="", eval_dataset="", eval_fraction=fraction, seed=seed)
-        return sft.prepare_split(args, None, None, by_prompt=by_prompt)
-
-
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=40), st.floats(0, 0.99), st.integers(0, 5), st.booleans())
 def test_held_out_rows_are_not_trained_on(prompts, fraction, seed, by_prompt):
     """A prompt is held out with all its rows, or a row for itself. Rows keep their order, and one is left at least."""
     every = [Row([7, prompt], [[i]], [[True]], {}) for i, prompt in enumerate(prompts)]
-    rows, held = split_of(every, fraction, seed, by_prompt)
+
+    def split(seed: int) -> tuple:
+        args = SimpleNamespace(dataset="", eval_dataset="", eval_fraction=fraction, seed=seed)
+        return sft.prepare_split(args, None, None, by_prompt=by_prompt)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "prepare", lambda *_: list(every))
+        rows, held = split(seed)
+        assert split(seed) == (rows, held)
+        assert len(held) < 12 or len(rows) < 12 or split(seed + 1) != (rows, held)
     number = lambda row: row.responses[0][0]
     assert sorted(rows + held, key=number) == every
     assert all(part == sorted(part, key=number) for part in (rows, held))
-    keys = [[tuple(row.prompt) if by_prompt else number(row) for row in part] for part in (rows, held)]
-    n = len({*keys[0], *keys[1]})
-    assert not {*keys[0]} & {*keys[1]} and len({*keys[1]}) == min(n - 1, round(fraction * n))
-    assert split_of(every, fraction, seed, by_prompt) == (rows, held)
-
-
-def test_another_seed_holds_out_other_rows():
-    every = [Row([i], [[i]], [[True]], {}) for i in range(40)]
-    assert split_of(every, 0.5, 0, True) != split_of(every, 0.5, 1, True)
-
-
-def test_of_plain_text_rows_are_held_out(short_run, tmp_path):
-    """They all have one prompt, the BOS token: by prompts nothing would be held out."""
-    data = jsonl(tmp_path / "texts.jsonl", [dict(text="up " * (i + 1)) for i in range(8)])
-    flags = short_run | dict(dataset=data, eval_fraction=0.25, max_steps=1, batch_size=1)
-    sft.main(sft.Args(**flags, output_dir=str(tmp_path / "run")))
-    (line,) = lines_of(tmp_path / "run")
-    assert line["epoch"] == pytest.approx(1 / 6) and math.isfinite(line["eval_loss"])
+    keys = [{tuple(row.prompt) if by_prompt else number(row) for row in part} for part in (rows, held)]
+    n = len(keys[0] | keys[1])
+    assert not keys[0] & keys[1] and len(keys[1]) == min(n - 1, round(fraction * n))
 
 
 # ------------------------------------------------------------------------------------------------------ optimiser steps
@@ -685,9 +512,8 @@ def options(**flags) -> sft.Args:
     return sft.Args(**dict(dataset="", lr_schedule="constant", warmup_ratio=0.0) | flags)
 
 
-def loaded(folder, dtype=torch.float32, **more):
-    tokenizer = tokenizer_of(folder)
-    return sft.load_model(sft.AutoModelForCausalLM, str(folder), tokenizer, options(), CPU, dtype, **more)
+def loaded(folder, dtype):
+    return sft.load_model(sft.AutoModelForCausalLM, str(folder), tokenizer_of(folder), options(), CPU, dtype)
 
 
 def one_weight(*gradient):
@@ -714,29 +540,22 @@ def test_learning_rate(schedule, end):
     assert rate(0, 1) == 1.0  # a single step is a whole one
 
 
-def test_a_tiny_learning_rate_moves_every_weight(tiny_model_dir):
-    """A norm's weight is 1.0, to which bfloat16 could not add 1e-6; float32 can. AdamW's first step is lr x sign(g)."""
-    model = loaded(tiny_model_dir("llama"), torch.bfloat16)
-    args = options(learning_rate=1e-6, max_grad_norm=1e9)
-    optimizer = sft.make_optimizer(model, args)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+@pytest.mark.parametrize("decay, gradient", [(0.0, 1.0), (0.5, 0.0)])
+def test_a_step_of_adamw(decay, gradient, tiny_model_dir):
+    """A tiny one moves every weight: to a norm's 1.0 bfloat16 could not add 1e-6, but the weights are float32, and the
+    first step is lr x sign(g). Weight decay is for matrices only."""
+    model = loaded(tiny_model_dir("qwen2"), torch.bfloat16)
+    args = options(learning_rate=1e-6 if gradient else 0.1, weight_decay=decay, max_grad_norm=1e9)
+    optimizer, before = sft.make_optimizer(model, args), [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
-        p.grad = torch.ones_like(p)
+        p.grad = torch.full_like(p, gradient)
     sft.take_step(model, optimizer, args, 0, 1)
-    for name, p in model.named_parameters():
-        assert p.dtype == torch.float32 and torch.allclose(before[name] - p, torch.tensor(1e-6), rtol=0.15), name
-
-
-def test_weight_decay_is_for_matrices_only(tiny_model_dir):
-    model = loaded(tiny_model_dir("qwen2"))
-    args = options(learning_rate=0.1, weight_decay=0.5)
-    optimizer = sft.make_optimizer(model, args)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    sft.take_step(model, optimizer, args, 0, 1)
-    for name, p in model.named_parameters():
-        assert torch.allclose(p, before[name] * (0.95 if p.ndim > 1 else 1.0)), name
+    for p, old in zip(model.parameters(), before):
+        assert p.dtype == torch.float32
+        if gradient:
+            assert torch.allclose(old - p, torch.tensor(1e-6), rtol=0.15)
+        else:
+            assert torch.allclose(p, old * (0.95 if p.ndim > 1 else 1.0))
 
 
 def test_gradients_are_clipped_on_their_joint_norm():
@@ -757,14 +576,6 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_its_step(value, capsy
         sft.take_step(model, optimizer, options(), 4, 9)
     assert end.value.code == 2 and f"step 5: the norm of the gradients is {abs(value)}" in capsys.readouterr().err
     assert torch.equal(model.weight, before) and not optimizer.state
-
-
-def test_dropout_is_off_unless_asked(tiny_model_dir):
-    on, off = (loaded(tiny_model_dir("gpt2"), dropout=dropout) for dropout in (True, False))
-    batch, _ = sft.pack([Row([5, 6, 7], [[8, 9], [10, 11]], [[True] * 2] * 2, {})], CPU)
-    hidden = lambda model: model.base_model(**batch["inputs"]).last_hidden_state
-    same = lambda model: torch.equal(hidden(model), hidden(model))
-    assert on.training and off.training and not same(on) and same(off)
 
 
 # --------------------------------------------------------------------------------------------------- output directories
@@ -797,24 +608,18 @@ def finished(short_run, tmp_path_factory):
 
 
 def test_what_a_run_leaves(short_run, finished):
+    """A checkpoint is a model of its own."""
     expected = {"args.json", "metrics.jsonl", "curves.png", "checkpoint-4", "checkpoint-8", "checkpoint-12"}
-    expected |= {"config.json", "generation_config.json", "model.safetensors"}
-    expected |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert {path.name for path in finished.iterdir()} == expected
+    model = {"config.json", "generation_config.json", "model.safetensors"}
+    model |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {path.name for path in finished.iterdir()} == expected | model
+    assert {path.name for path in (finished / "checkpoint-4").iterdir()} == model | {"state.pt"}
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     kept = json.loads((finished / "args.json").read_text())
     assert kept["finished"] and kept["script"] == "sft.py" and kept["torch"] == torch.__version__
     assert all(kept["args"][name] == value for name, value in short_run.items())
     assert [line["step"] for line in lines_of(finished)] == list(range(1, 16))
-
-
-def test_a_checkpoint_is_a_model_of_its_own(finished):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    early, last = (AutoModelForCausalLM.from_pretrained(finished / name) for name in ("checkpoint-4", ""))
-    tokenizer = AutoTokenizer.from_pretrained(finished / "checkpoint-4")
-    ids = tokenizer.apply_chat_template(talk("Go up"), return_tensors="pt", return_dict=False)
-    assert not torch.equal(early(ids).logits, last(ids).logits)
+    assert not equal(weights_of(finished / "checkpoint-4"), weights_of(finished))
 
 
 def whole_checkpoints(out, whole) -> int:
@@ -828,30 +633,8 @@ def whole_checkpoints(out, whole) -> int:
     return len(checkpoints)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=slow) for seed in range(1, 30))])
-def test_killed_at_random_moments_and_resumed(seed, short_run, finished, tmp_path):
-    moments, out = random.Random(seed), tmp_path / "run"
-    args = sft.Args(**short_run, output_dir=str(out), resume=True)
-    for _ in range(3):
-        in_child(sft.main, args, kill_after=moments.uniform(0.3, 1.2) * lines_of(finished)[-1]["seconds"])
-        whole_checkpoints(out, finished)
-    assert in_child(sft.main, args) == 0
-    same_run(out, finished)
-
-
-RENAMES = [  # what this run gives a final name, in order, and how many checkpoints stand before it
-    ("args.json", 0),
-    ("config.json", 0),
-    ("checkpoint-4", 0),
-    ("config.json", 1),
-    ("checkpoint-8", 1),
-    ("config.json", 2),
-    ("checkpoint-12", 2),
-    ("config.json", 3),
-    ("args.json", 3),
-]
-
-
+# how many checkpoints stand before what a run gives a final name: args.json, three checkpoints, each with its config, ...
+STANDING = [0, 0, 0, 1, 1, 2, 2, 3, 3]
 KILLS = [1, 3, 9, *(pytest.param(number, marks=slow) for number in (2, 4, 5, 6, 7, 8))]
 
 
@@ -859,7 +642,7 @@ KILLS = [1, 3, 9, *(pytest.param(number, marks=slow) for number in (2, 4, 5, 6, 
 def test_killed_before_a_rename_and_resumed(number, short_run, finished, tmp_path):
     args = sft.Args(**short_run, output_dir=str(tmp_path / "run"), resume=True)
     assert in_child(killed_at_rename, sft, args, number) == -9
-    assert whole_checkpoints(tmp_path / "run", finished) == RENAMES[number - 1][1]
+    assert whole_checkpoints(tmp_path / "run", finished) == STANDING[number - 1]
     assert in_child(sft.main, args) == 0
     same_run(tmp_path / "run", finished)
 
@@ -886,28 +669,19 @@ FULL = [  # where the disk is full, how many bytes fit, what cannot be written, 
 ]
 
 
+@pytest.mark.parametrize("kills", [False, True])
 @pytest.mark.parametrize("number, limit, what, stands", FULL)
-def test_a_full_disk_costs_no_checkpoint(number, limit, what, stands, short_run, finished, tmp_path, capfd):
+def test_a_full_disk_costs_no_checkpoint(number, limit, what, stands, kills, short_run, finished, tmp_path, capfd):
+    """Killed as it writes, a run leaves temporary files, which must end up neither in a checkpoint nor beside a model."""
     out = tmp_path / "run"
     args = sft.Args(**short_run, output_dir=str(out), resume=True)
     capfd.readouterr()
-    assert in_child(full_at_rename, args, number, limit, False) == 2
+    assert in_child(full_at_rename, args, number, limit, kills) == (-signal.SIGXFSZ if kills else 2)
     err = capfd.readouterr().err
-    (said,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert (
-        said.startswith(f"error: {out / what}: cannot be written; ") and "--resume" in said and "Traceback" not in err
-    )
-    assert whole_checkpoints(out, finished) == stands
-    assert in_child(sft.main, args) == 0
-    same_run(out, finished)
-
-
-@pytest.mark.parametrize("number, stands", [(3, 1), (7, 3)])
-def test_killed_while_it_writes_weights_and_resumed(number, stands, short_run, finished, tmp_path):
-    """Safetensors writes a temporary file: it must end up neither in a checkpoint nor beside the finished model."""
-    out = tmp_path / "run"
-    args = sft.Args(**short_run, output_dir=str(out), resume=True)
-    assert in_child(full_at_rename, args, number, 20_000, True) == -signal.SIGXFSZ
+    if not kills:
+        (said,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert said.startswith(f"error: {out / what}: cannot be written; ") and "--resume" in said
+        assert "Traceback" not in err
     assert whole_checkpoints(out, finished) == stands
     assert in_child(sft.main, args) == 0
     whole_checkpoints(out, finished)
@@ -915,19 +689,17 @@ def test_killed_while_it_writes_weights_and_resumed(number, stands, short_run, f
 
 
 def test_a_resumed_run_ends_in_the_dtype_of_its_parent(short_run, tiny_model_dir, tmp_path):
-    """Its checkpoints are float32."""
+    """Its checkpoints are float32. GPT-2's tied weights are written once."""
     source, out = tmp_path / "half", tmp_path / "run"
-    sft.AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"), dtype=torch.bfloat16).save_pretrained(source)
-    tokenizer_of(tiny_model_dir("llama")).save_pretrained(source)
-    flags = short_run | dict(model=str(source), max_steps=3, save_every=2)
-    assert in_child(sft.main, sft.Args(**flags, output_dir=str(tmp_path / "whole"))) == 0
-    args = sft.Args(**flags, output_dir=str(out), resume=True)
+    sft.AutoModelForCausalLM.from_pretrained(tiny_model_dir("gpt2"), dtype=torch.bfloat16).save_pretrained(source)
+    tokenizer_of(tiny_model_dir("gpt2")).save_pretrained(source)
+    args = sft.Args(**short_run | dict(model=str(source), max_steps=3, save_every=2, output_dir=str(out), resume=True))
     assert in_child(killed_at_rename, sft, args, 4) == -9  # config.json of the finished model
-    assert {w.dtype for w in weights_of(out / "checkpoint-2").values()} == {torch.float32}
     assert in_child(sft.main, args) == 0
-    same_run(out, tmp_path / "whole")
-    assert {w.dtype for w in weights_of(out).values()} == {torch.bfloat16}
-    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    for folder, dtype in ((out, "bfloat16"), (out / "checkpoint-2", "float32")):
+        weights = weights_of(folder)
+        assert {str(w.dtype) for w in weights.values()} == {f"torch.{dtype}"} and "lm_head.weight" not in weights
+        assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
 
 
 def as_command(args, third_step=(), load_tokenizer=()):
@@ -964,7 +736,7 @@ def as_command(args, third_step=(), load_tokenizer=()):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_step_end_and_saves(number, short_run, tmp_path, capfd):
-    """Then --resume goes on to what an uninterrupted run comes to."""
+    """Then --resume goes on to what an uninterrupted run comes to. A second signal ends the program at once."""
     flags = short_run | dict(max_steps=5, save_every=0, eval_every=0)
     out, args = tmp_path / "run", sft.Args(**flags, output_dir=str(tmp_path / "run"))
     capfd.readouterr()
@@ -975,13 +747,21 @@ def test_a_signal_lets_the_step_end_and_saves(number, short_run, tmp_path, capfd
     assert in_child(sft.main, sft.Args(**flags, output_dir=str(out), resume=True)) == 0
     assert in_child(sft.main, sft.Args(**flags, output_dir=str(tmp_path / "whole"))) == 0
     assert lasting(out) == lasting(tmp_path / "whole") and equal(weights_of(out), weights_of(tmp_path / "whole"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_the_program_at_once(number, short_run, tmp_path):
-    args = sft.Args(**short_run | dict(max_steps=5), output_dir=str(tmp_path / "run"))
+    args = sft.Args(**flags, output_dir=str(tmp_path / "twice"))
     assert in_child(as_command, args, [number, number]) == -number
-    assert len(lines_of(tmp_path / "run")) == 2 and not list((tmp_path / "run").glob("checkpoint-*"))
+    assert len(lines_of(tmp_path / "twice")) == 2 and not list(tmp_path.glob("twice/checkpoint-*"))
+
+
+def test_all_ranks_stop_when_one_is_asked_to(monkeypatch):
+    """They learn of it with the sums of the step, in one transfer."""
+    monkeypatch.setattr(sft, "WORLD", 2)
+    monkeypatch.setattr(sft, "STOP", SimpleNamespace(signal=0, agreed=False))
+    args, made = SimpleNamespace(save_every=0), []
+    for other in (0, signal.SIGTERM):  # what the other rank contributes
+        monkeypatch.setattr(sft.dist, "all_reduce", lambda x, op: made.append(1) or x.add_(torch.tensor([1, 2, other])))
+        assert sft.sum_over_ranks(dict(a=torch.tensor(3.0), b=torch.tensor(0.5))) == dict(a=4.0, b=2.5)
+        assert sft.should_save(args, 3, 9) == (other > 0) and not sft.should_save(args, 9, 9)
+    assert len(made) == 2
 
 
 def test_a_finished_run_is_left_as_it_is(short_run, finished, capsys):
@@ -1005,56 +785,29 @@ def test_resuming_with_other_arguments_is_refused(change, short_run, finished, c
     assert snapshot(finished) == before
 
 
-@pytest.mark.parametrize("what", ["file", "part of a file", "configuration", "model"])
-def test_resuming_with_other_data_is_refused(what, short_run, tmp_path, capsys):
+@pytest.mark.parametrize("changed", ["file", "part of a file", "model"])
+def test_resuming_with_other_data_is_refused(changed, short_run, tmp_path, capsys):
     """The file or directory keeps its name and changes its content."""
-    data, model, out = tmp_path / "data" / "chats.jsonl", tmp_path / "model", tmp_path / "run"
-    data.parent.mkdir()
-    jsonl(data, CONVERSATIONS)
-    (data.parent / "README.md").write_text("---\nconfigs:\n- config_name: all\n  data_files: chats.jsonl\n---\n")
-    names = {"part of a file": f"{data}::train[:10]", "configuration": f"{data.parent}:all"}
+    data, model, out = tmp_path / "chats.jsonl", tmp_path / "model", tmp_path / "run"
     shutil.copytree(short_run["model"], model)
-    flags = dict(short_run, max_steps=1, dataset=names.get(what, str(data)), model=str(model), output_dir=str(out))
+    name = f"{jsonl(data, CONVERSATIONS)}{'::train[:10]' * (changed == 'part of a file')}"
+    flags = dict(short_run, max_steps=1, dataset=name, model=str(model), output_dir=str(out))
     sft.main(sft.Args(**flags))
-    before = snapshot(out)
-    if what == "model":
-        weights = model / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-4] + b"1234")
-    else:
-        jsonl(data, [conversation(50), *CONVERSATIONS])
-    said = refused(sft, capsys, **flags, resume=True)
-    assert "content of" in said and str(tmp_path / ("model" if what == "model" else "data")) in said
+    before, path = snapshot(out), model / "model.safetensors" if changed == "model" else data
+    path.write_bytes(path.read_bytes().replace(b"0", b"1"))
+    assert f"content of {model if changed == 'model' else data}" in refused(sft, capsys, **flags, resume=True)
     assert snapshot(out) == before
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"finished": false, "plan": {}}'])
 def test_an_args_file_of_something_else_is_not_resumed(content, short_run, tmp_path, capsys):
-    """It is damaged, or of another program."""
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "args.json").write_text(content)
-    assert str(out) in refused(sft, capsys, **short_run, output_dir=str(out), resume=True)
-    assert snapshot(out) == {"args.json": content.encode()}
-
-
-def test_weights_that_could_run_something_are_not_loaded(short_run, tmp_path, capsys):
-    """A pickle that leaves a file when it is opened, under the name under which torch's weights are looked for."""
-
-    class Mine:
-        def __reduce__(self):
-            return open, (str(tmp_path / "opened"), "w")
-
-    shutil.copytree(short_run["model"], tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").unlink()
-    (tmp_path / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Mine()))
-    flags = dict(short_run, model=str(tmp_path / "model"))
-    said = refused(sft, capsys, **flags, output_dir=str(tmp_path / "run"))
-    assert "no file named model.safetensors" in said and not (tmp_path / "opened").exists()
-    pickle.loads(pickle.dumps(Mine()))
-    assert (tmp_path / "opened").exists()  # it would have
+    (tmp_path / "args.json").write_text(content)
+    assert str(tmp_path) in refused(sft, capsys, **short_run, output_dir=str(tmp_path), resume=True)
+    assert snapshot(tmp_path) == {"args.json": content.encode()}
 
 
 def test_a_directory_in_use_is_refused_and_overwritten_only_when_asked(short_run, tmp_path, capsys):
+    """Then a user's own files stay, and what a run wrote goes, also the files of an older model in several parts."""
     out = tmp_path / "run"
     flags = dict(short_run, max_steps=3, save_every=2, eval_every=0, output_dir=str(out))
     out.mkdir()
@@ -1062,31 +815,16 @@ def test_a_directory_in_use_is_refused_and_overwritten_only_when_asked(short_run
     before = snapshot(out)
     for resume in (False, True):  # there is nothing to resume
         assert "not empty" in refused(sft, capsys, **flags, resume=resume) and snapshot(out) == before
-    sft.main(sft.Args(**flags, overwrite=True))
+    with pytest.MonkeyPatch.context() as patch:
+        save = transformers.PreTrainedModel.save_pretrained
+        in_parts = lambda *arguments, **more: save(*arguments, **more, max_shard_size="20KB")
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", in_parts)
+        sft.main(sft.Args(**flags, overwrite=True))
+    assert (out / "model.safetensors.index.json").exists() and not (out / "model.safetensors").exists()
     (out / "args.json").write_text("{")
     sft.main(sft.Args(**flags | dict(seed=1, save_every=0), overwrite=True))
     assert len(lines_of(out)) == 3 and not list(out.glob("checkpoint-*")) and (out / "letter.txt").exists()
-
-
-@pytest.mark.parametrize("larger", ["before", "after"])
-def test_nothing_of_an_older_model_is_mixed_with_the_new_one(larger, short_run, tmp_path):
-    """A large model is saved in several files with an index, of which none may stay beside a new, smaller one."""
-    from transformers import AutoModelForCausalLM
-
-    out, save = tmp_path / "run", transformers.PreTrainedModel.save_pretrained
-    flags = dict(short_run, max_steps=1, save_every=0, eval_every=0, output_dir=str(out), overwrite=True)
-    for when in ("before", "after"):
-        with pytest.MonkeyPatch.context() as patch:
-            if when == larger:
-                in_parts = lambda *a, **k: save(*a, **k, max_shard_size="20KB")
-                patch.setattr(transformers.PreTrainedModel, "save_pretrained", in_parts)
-            sft.main(sft.Args(**flags | dict(learning_rate=0.1 if when == "before" else 0.2)))
-        assert (len(list(out.glob("model-*.safetensors"))) > 1) == (when == larger)
-        assert (out / "model.safetensors").exists() == (when != larger)
-        assert (out / "model.safetensors.index.json").exists() == (when == larger)
-    sft.main(sft.Args(**flags | dict(learning_rate=0.2, output_dir=str(tmp_path / "alone"))))
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, tmp_path / "alone"))
-    assert equal(dict(ours.state_dict()), dict(theirs.state_dict()))
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("mistake", [dict(dataset="nowhere.jsonl"), dict(model="no/such/model")], ids=str)
@@ -1095,28 +833,6 @@ def test_bad_input_does_not_touch_the_directory_to_overwrite(mistake, short_run,
     before = snapshot(finished)
     refused(sft, capsys, **short_run | mistake, output_dir=str(tmp_path / "run"), overwrite=True)
     assert sorted(snapshot(tmp_path / "run")) == sorted(before) and snapshot(tmp_path / "run") == before
-
-
-@pytest.mark.parametrize(
-    "what",
-    ["model", "checkpoint", "dataset", "part of a dataset", "configuration"],
-)
-def test_what_is_read_is_not_overwritten(what, short_run, finished, tmp_path, capsys):
-    """A run whose output directory is, or holds, its own input."""
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    data = jsonl(out / "chats.jsonl", CONVERSATIONS)
-    (out / "README.md").write_text("---\nconfigs:\n- config_name: all\n  data_files: chats.jsonl\n---\n")
-    change = {
-        "model": dict(model=str(out)),
-        "checkpoint": dict(model=str(out / "checkpoint-8")),
-        "dataset": dict(dataset=data),
-        "part of a dataset": dict(dataset=f"{data}::train[:50%]"),
-        "configuration": dict(dataset=f"{out}:all"),
-    }[what]
-    before = snapshot(out)
-    assert "--output-dir" in refused(sft, capsys, **short_run | change, output_dir=str(out), overwrite=True)
-    assert snapshot(out) == before
 
 
 def test_tracking_without_wandb_is_refused_at_the_start(short_run, tmp_path, capsys, monkeypatch):
@@ -1136,8 +852,76 @@ def test_a_picture_that_cannot_be_drawn_costs_no_model(short_run, finished, monk
     assert equal(weights_of(tmp_path / "run"), weights_of(finished))
 
 
-def test_after_bad_input_the_same_command_works_once_it_is_corrected(short_run, tmp_path, capsys):
-    flags = dict(short_run, max_steps=1, dataset=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / "run"))
-    refused(sft, capsys, **flags)
-    jsonl(tmp_path / "rows.jsonl", CONVERSATIONS)
-    sft.main(sft.Args(**flags))
+# ---------------------------------------------------------------------------------------------------- what a run shows
+
+OLD, AMPERE = (7, 5), (8, 0)
+DEVICES = [  # --dtype, compute capability of the GPU or None, version of CUDA, dtype of the computation, what is said
+    ("auto", None, None, torch.float32, ""),
+    (
+        "auto",
+        None,
+        "12.8",
+        torch.float32,
+        "built for CUDA 12.8 but finds no GPU: the run computes on the CPU in float32",
+    ),
+    ("auto", AMPERE, "12.8", torch.bfloat16, ""),
+    ("float32", AMPERE, "12.8", torch.float32, ""),
+    (
+        "auto",
+        OLD,
+        "12.8",
+        torch.float32,
+        "capability 7.5 has no bfloat16, which needs 8.0: the run computes in float32",
+    ),
+    ("bfloat16", OLD, "12.8", torch.bfloat16, "try --dtype float32"),
+]
+
+
+@pytest.mark.parametrize("dtype, gpu, cuda, computed, said", DEVICES)
+def test_a_device_that_is_not_what_a_user_expects_is_said(dtype, gpu, cuda, computed, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
+    for owner, name in ((torch.cuda, "set_device"), (sft.dist, "init_process_group"), (torch, "manual_seed")):
+        monkeypatch.setattr(owner, name, lambda *a, **k: None)
+    device, found = sft.setup_distributed(SimpleNamespace(dtype=dtype, seed=0))
+    assert found == computed and device.type == ("cuda" if gpu else "cpu")
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == bool(said) and printed.startswith("note: " * bool(said)) and said in printed
+
+
+def test_progress_in_a_file_is_a_line_every_half_minute(tmp_path, capsys):
+    """In three significant digits. Where training starts, answers are tied: an accuracy of 0 would say nothing."""
+    args, bar = SimpleNamespace(track=False), sft.progress("sft", 0, 9)
+    for step, seconds in enumerate((31, 40, 70, 99), 1):
+        metrics = dict(step=step, loss=0.123456, accuracy=0.0 if step == 1 else 2 / 3, tokens_per_second=14512.3)
+        sft.log_metrics(args, tmp_path, metrics | dict(grad_norm=1.0, seconds=seconds, peak_memory_mb=7), bar)
+    printed = capsys.readouterr()
+    assert "\r" not in printed.out and not printed.err and [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4]
+    assert printed.out.splitlines() == [
+        "memory: 7 MB at the peak of the first step",
+        "step 1 of 9: loss 0.123, tokens_per_second 14500",
+        "step 3 of 9: loss 0.123, accuracy 0.667, tokens_per_second 14500",
+    ]
+
+
+def test_curves_are_of_what_changes(tmp_path, monkeypatch):
+    """With the running mean over a twentieth of the run, and the held-out values."""
+    import matplotlib.figure as figures
+    from matplotlib import pyplot
+
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    lines = [dict(step=i + 1, loss=100 + 1e-4 * i, kl=0.0, reward=i % 2) for i in range(40)]
+    lines[-1]["eval_reward"] = 0.75
+    for count in (40, 1):  # of a single step, nothing changes
+        sft.draw_curves(tmp_path / "curves.png", lines[:count], ["loss", "kl", "absent", "reward"])
+    many, one = (figure.axes for figure in drawn)
+    assert [axis.get_ylabel() for axis in many] == ["loss", "reward"]
+    assert [axis.get_ylabel() for axis in one] == ["loss", "kl", "reward"]
+    raw, mean, held_out = many[1].lines
+    assert [*raw.get_ydata()] == [0, 1] * 20 and raw.get_alpha() < 1
+    assert [*mean.get_ydata()][:4] == pytest.approx([0, 1 / 2, 1 / 3, 2 / 3])
+    assert [*held_out.get_xdata()] == [40] and [*held_out.get_ydata()] == [0.75]
+    assert not many[0].yaxis.get_major_formatter().get_useOffset() and many[0].get_xlabel() == "optimiser step"
