@@ -146,7 +146,9 @@ class Mode(FakeTensorMode):
     def move(self, source, device, non_blocking):
         if source.is_cuda and device.type == "cpu":
             self.note(self.waits)
-        elif device.type == "cuda" and not source.is_cuda and not (non_blocking and hasattr(source, "in_pinned_memory")):
+        elif (
+            device.type == "cuda" and not source.is_cuda and not (non_blocking and hasattr(source, "in_pinned_memory"))
+        ):
             self.note(self.copies)
 
 
@@ -184,7 +186,11 @@ def to_fake(module, device, **_):
 
 
 def module_to(module, device=None, *args, **kwargs):
-    if torch.device(device).type == "cuda" and dist.is_initialized() and isinstance(module, transformers.PreTrainedModel):
+    if (
+        torch.device(device).type == "cuda"
+        and dist.is_initialized()
+        and isinstance(module, transformers.PreTrainedModel)
+    ):
         raise RuntimeError("a whole model is moved to the device before it is sharded")
     return to_fake(module, device)
 
@@ -332,7 +338,10 @@ def fake_cuda(scripts: Path, faults: list):
             (torch, files),
             (torch.Tensor, dict(repeat_interleave=repeat_interleave)),
             (torch.nn.functional, dict(grouped_mm=mm)),
-            (torch._subclasses.fake_tensor, dict(init_gpu_context=nothing)),  # torch 2.11 would make a real tensor first
+            (
+                torch._subclasses.fake_tensor,
+                dict(init_gpu_context=nothing),
+            ),  # torch 2.11 would make a real tensor first
             (transformers.PreTrainedModel, dict(save_pretrained=save_pretrained)),
             (transformers.GenerationMixin, dict(_has_unfinished_sequences=unfinished)),
         ):
@@ -373,7 +382,9 @@ def adapt(script, mode: Mode, found: dict, stop_after: int):
         mode.paused = True
         model = prepare(to_fake(model, "cpu"), name, args, device, *rest, **options)
         mode.paused = False
-        found["models"].append(dict(packs=model.packs, dtypes=sorted({str(p.dtype)[6:] for p in model.parameters()})))
+        is_frozen = not any(p.requires_grad for p in model.parameters())
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+        found["models"].append(dict(packs=model.packs, is_frozen=is_frozen, dtypes=dtypes))
         wrong = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if p.device.type != "cuda"]
         found["faults"] += [f"{name} is not on the device" for name in wrong]
         return model
@@ -391,9 +402,6 @@ def adapt(script, mode: Mode, found: dict, stop_after: int):
         answers = [ids + [stops[0] if i % 3 else 30] for i, ids in enumerate(answers)]
         return answers, [[-1.0] * len(ids) for ids in answers]
 
-    def check_sampler(model, *args):
-        check(model, *args)
-
     def log_metrics(args, out, metrics, bar):
         step = dict(waits=dict(mode.waits), copies=dict(mode.copies), tokens=found["tokens"])
         found["steps"].append(step)
@@ -407,8 +415,7 @@ def adapt(script, mode: Mode, found: dict, stop_after: int):
     replaced = dict(prepare_model=prepare_model, log_metrics=log_metrics)
     replaced |= dict(read_model=real(read), fingerprint=real(script.fingerprint), check_first_step=lambda *a, **k: None)
     if sample:
-        check = real(script.check_sampler)
-        replaced |= dict(sample=sampled, check_sampler=check_sampler)
+        replaced |= dict(sample=sampled, check_sampler=real(script.check_sampler))
     if hasattr(script, "show_answers"):
         replaced["show_answers"] = functools.partial(script.show_answers, max_new_tokens=3)
     for name, function in replaced.items():
