@@ -85,7 +85,7 @@ ptx = dict(ptx_coef=1.0, ptx_dataset="sft", value_model="scorer", num_minibatche
 RUNS = {  # name: (script, its options; the names of inputs stand for their paths)
     "sft": ("sft", common | dict(model="llama", dataset="sft", gradient_checkpointing=True)),
     "sft, soft caps": ("sft", common | dict(model="gemma2", dataset="sft", max_steps=1)),
-    "sft, padded": ("sft", common | dict(model="nemotron", dataset="sft", max_steps=2)),
+    "sft, padded": ("sft", common | dict(model="nemotron", dataset="sft")),
     "reward_model": ("reward_model", common | dict(model="qwen3", dataset="rankings")),
     "dpo": ("dpo", common | dict(model="qwen3", dataset="rankings", nll_coef=0.2)),
     "dpo, merging": (
@@ -181,7 +181,7 @@ FAULTS = {  # what is planted in the script: (its text, with the fault, the run 
         "padded(torch.ones_like(ids))",
         "padded(torch.ones_like(ids)).cpu()",
         "sft, padded",
-        "copies",
+        "waits.*pad",
     ),
     "positions on the CPU": ("j = torch.arange(K, device=q.device)", "j = torch.arange(K)", "sft, soft caps", "packs"),
     "a wait for each forward": (
