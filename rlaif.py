@@ -2738,18 +2738,7 @@ def pad(rows: list, device) -> tuple:
 
 
 def rows_attention(
-    module,
-    q,
-    k,
-    v,
-    attention_mask,
-    dropout=0.0,
-    scaling=None,
-    sliding_window=None,
-    rows=None,
-    softcap=None,
-    s_aux=None,
-    **_,
+    module, q, k, v, *args, dropout=0.0, scaling=None, sliding_window=None, rows=None, softcap=None, s_aux=None, **_
 ):
     """Attention over packed rows: a response sees its own prompt and itself. q [1, H, T, D]; k, v [1, G, T, D].
 
@@ -3021,20 +3010,25 @@ def check_logps(model, name: str):
 def check_packing(model, device, dtype):
     """Sets model.packs: whether packed rows give the hidden states that the model's own attention gives padded rows."""
     bound, rows = 1e-3 if dtype == torch.float32 else 0.05, probe_rows(model)
+    packed, why = None, ""
     with short_windows(model):
-        model.set_attn_implementation("eager")
-        padded = model.hidden_states(**pad(rows, device)[0]).float()
         try:
             model.set_attn_implementation("packed_rows")
             packed = model.hidden_states(**pack(rows, device)[0]).float()
-            difference = (packed - padded).norm() / padded.norm()
-            model.packs, why = bool(difference < bound), f"difference {difference:.1g}"
         except torch.OutOfMemoryError:
             raise
         except (NotImplementedError, TypeError, RuntimeError, ValueError) as e:
-            model.packs, why = False, f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
-    if not model.packs:
+            why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        # after a failure, this forward also takes FSDP back to its state between forwards
         model.set_attn_implementation("eager")
+        padded = model.hidden_states(**pad(rows, device)[0]).float()
+    if packed is not None:
+        difference = (packed - padded).norm() / padded.norm()
+        why = "" if difference < bound else f"difference {difference:.1g}"
+    model.packs = not why
+    if model.packs:
+        model.set_attn_implementation("packed_rows")
+    else:
         print0(f"note: {type(model).__name__} cannot follow packed rows ({why}); they are padded, which is slower")
 
 
