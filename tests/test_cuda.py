@@ -155,8 +155,9 @@ def test_a_run_stays_on_the_device(world, name, run_fake, inputs, tmp_path):
 @needs_compiler
 def test_a_resumed_run_stays_on_the_device(run_fake, inputs, tmp_path):
     """Policy, value model and both optimisers come from a checkpoint."""
-    options = options_of(RUNS["ppo"][1], inputs, tmp_path / "run", rewards=(inputs["scorer"],))
-    check(run_fake(1, script="ppo", options=options, stop_after=3), "")
+    more = dict(rewards=(inputs["scorer"],), max_steps=2, save_every=1)
+    options = options_of(RUNS["ppo"][1], inputs, tmp_path / "run", **more)
+    check(run_fake(1, script="ppo", options=options, stop_after=2), "")
     check(found := run_fake(1, script="ppo", options=options | dict(resume=True)), "")
     assert len(found["steps"]) == 1
 
