@@ -162,6 +162,7 @@ import transformers
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import AttentionMaskInterface
@@ -459,15 +460,15 @@ def pair_indices(rows: list, device) -> tuple:
 
 
 def reference_logps(policy, rows: list, sums_of, tokenizer, args, device, dtype) -> torch.Tensor:
-    """sums_of(log-probabilities, rows) under the reference, for the answers of all rows in order [R], the same on every
-    rank.
+    """sums_of(log-probabilities, rows) for the answers of all rows in order [R], the same on every rank.
 
-    The reference is the policy as it is now, or --reference, which is freed again."""
+    The log-probabilities are those of the policy as it is now, or of --reference, which is freed again."""
     model = policy
     if args.reference:
         if load_tokenizer(args.reference).get_vocab() != tokenizer.get_vocab():
             fail(f"--reference {args.reference}: its tokenizer differs from that of --model")
-        model = load_model(AutoModelForCausalLM, args.reference, tokenizer, args, device, dtype, token_logps)
+        model = read_model(AutoModelForCausalLM, args.reference, tokenizer).requires_grad_(False)
+        model = prepare_model(model, args.reference, args, device, dtype, token_logps)
     print0(f"reference: log-probabilities of {sum(len(row.responses) for row in rows)} answers")
     values_of = lambda group, inputs, target: sums_of(model.token_logps(**inputs, target=target)[0], group)
     logps = response_values(values_of, model, rows, args, device)
@@ -477,8 +478,7 @@ def reference_logps(policy, rows: list, sums_of, tokenizer, args, device, dtype)
 
 
 def free_memory():
-    """Gives the memory of deleted models back: the methods bound to a model make a cycle, which only the collector
-    frees."""
+    """Frees the memory of deleted models: a bound method makes a cycle, which only the collector frees."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -486,9 +486,10 @@ def free_memory():
 
 def set_reference_logps(rows: list, ref_logps):
     """Gives each row its part of what `reference_logps` returned."""
-    if len(ref_logps) != sum(len(row.responses) for row in rows):
+    counts = [len(row.responses) for row in rows]
+    if len(ref_logps) != sum(counts):
         fail("--resume: the data set gives other rows than when the run began; start again with --overwrite")
-    for row, values in zip(rows, ref_logps.split([len(row.responses) for row in rows])):
+    for row, values in zip(rows, ref_logps.split(counts)):
         row.extra["ref_logps"] = values
 
 
@@ -512,7 +513,8 @@ class TargetLogps(torch.autograd.Function):
     def forward(ctx, hidden, head, bias, target, scale: float, cap: float | None, temperature: float):
         ctx.save_for_backward(hidden, head, bias, target)
         ctx.scale, ctx.cap, ctx.temperature, parts = scale, cap, temperature, []
-        ctx.chunk = max(256, 2**23 // len(head))
+        # on a GPU, adding to the head's gradient [V, d] would take most of the time of small chunks
+        ctx.chunk = max(256, 2 ** (28 if hidden.is_cuda else 23) // len(head))
         for h, t in zip(hidden.split(ctx.chunk), target.split(ctx.chunk)):
             logps = TargetLogps.logits(h, head, bias, scale, cap, temperature).log_softmax(-1)  # [n, V]
             logp = logps.gather(-1, t[:, None])[:, 0]
@@ -531,7 +533,7 @@ class TargetLogps(torch.autograd.Function):
         for h, t, g, out in zip(*(x.split(ctx.chunk) for x in (hidden, target, grad, d_hidden))):
             logits = TargetLogps.logits(h, head, bias, ctx.scale, ctx.cap, ctx.temperature)
             d = logits.softmax(-1).mul_(-g[:, None])
-            d[torch.arange(len(t), device=t.device), t] += g
+            d.scatter_add_(1, t[:, None], g[:, None])
             if ctx.cap:
                 d = d * (1 - (logits * ctx.temperature / ctx.cap).square())  # the derivative of the soft cap
             d = d.mul_(ctx.scale / ctx.temperature).to(head.dtype)
@@ -549,8 +551,11 @@ def token_logps(self, inputs, source, target, last=None, temperature: float = 1.
     method of the model.
 
     inputs, source, target: as `pack` and `pad` return them; temperature: of the distribution, as in sampling."""
-    config, head = self.config.get_text_config(), self.get_output_embeddings()
-    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source]  # [N, d]
+    config, head, hidden = (
+        self.config.get_text_config(),
+        self.get_output_embeddings(),
+        hidden_states(self, inputs, source),
+    )
     # Cohere scales its logits, Granite divides them, Gemma 2 caps them
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
@@ -559,7 +564,7 @@ def token_logps(self, inputs, source, target, last=None, temperature: float = 1.
 
 def response_sums(values, rows: list):
     """Sums of per-token values [N] over each response's trained tokens [R]."""
-    lengths = torch.tensor([sum(trained) for row in rows for trained in row.trained], device=values.device)
+    lengths = to_device([sum(trained) for row in rows for trained in row.trained], values.device)
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
@@ -1033,6 +1038,14 @@ def prepare_split(args, tokenizer, encode_row, by_prompt: bool = True, add_colum
 
 
 SPARE = Row([0], [[0]], [[True]], {})  # for a rank without rows
+# torch 2.11 groups heads without being asked
+HAS_GQA_OPTION = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def to_device(values, device) -> torch.Tensor:
+    """A list or tensor on the device, by a copy for which the host does not wait."""
+    values = torch.as_tensor(values)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def count_tokens(row: Row) -> int:
@@ -1046,8 +1059,8 @@ def padded_width(row: Row) -> int:
 
 
 def segment_lengths(row: Row) -> tuple:
-    """(length of the first segment, lengths of those that see it): the prompt and its responses; a single response is
-    one with its prompt."""
+    """The length of the first segment, and those of the segments that see it: a prompt and its responses. A single
+    response is one segment with its prompt."""
     lengths = [len(response) for response in row.responses]
     return (len(row.prompt) + lengths[0], ()) if len(lengths) == 1 else (len(row.prompt), tuple(lengths))
 
@@ -1057,10 +1070,11 @@ def pack(rows: list, device) -> tuple:
 
     inputs: of the model; source [N]: positions that predict the trained tokens; last [R]: position of each response's
     last token; target [N]: the trained tokens. inputs["rows"] is for `rows_attention`: the segments' lengths and, for
-    FlashAttention, the keys that each segment sees."""
+    FlashAttention, their ends, and the keys that each segment sees (None: those of its own tokens)."""
     ids, positions, source, last, target, keys, q_lengths, k_lengths = [], [], [], [], [], [], [], []
-    for row in rows:
-        start, length, (first, others) = len(ids), len(row.prompt), segment_lengths(row)
+    segments = [segment_lengths(row) for row in rows]
+    for row, (first, others) in zip(rows, segments):
+        start, length = len(ids), len(row.prompt)
         ids += row.prompt
         positions += range(length)
         keys += range(start, start + first)
@@ -1076,44 +1090,32 @@ def pack(rows: list, device) -> tuple:
             keys += [*range(start, start + length), *range(begin, len(ids))] if others else []
         q_lengths += [first, *others]
         k_lengths += [first, *(first + other for other in others)]
-    tensor = partial(torch.tensor, dtype=torch.long, device=device)
-    flash = dict(max_q=max(q_lengths), max_k=max(k_lengths), keys=tensor(keys))
-    flash["cu_q"], flash["cu_k"] = (tensor([0, *x]).cumsum(0, dtype=torch.int32) for x in (q_lengths, k_lengths))
-    attention = dict(segments=[segment_lengths(row) for row in rows], **flash)
-    inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(positions)[None], rows=attention, use_cache=False)
-    return dict(inputs=inputs, source=tensor(source), last=tensor(last)), tensor(target)
+    columns = [ids, positions, source, last, target, keys, [0, *accumulate(q_lengths)], [0, *accumulate(k_lengths)]]
+    numbers = to_device([number for column in columns for number in column], device)  # one copy for all
+    ids, positions, source, last, target, keys, cu_q, cu_k = numbers.split([len(column) for column in columns])
+    attention = dict(segments=segments, keys=keys if len(keys) > len(ids) else None)
+    attention |= dict(cu_q=cu_q.int(), cu_k=cu_k.int(), max_q=max(q_lengths), max_k=max(k_lengths))
+    inputs = dict(input_ids=ids[None], position_ids=positions[None], rows=attention, use_cache=False)
+    return dict(inputs=inputs, source=source, last=last), target
 
 
 def pad(rows: list, device) -> tuple:
-    """`pack` for a model whose attention cannot follow packed rows: each response with its prompt, padded on the
-    right."""
+    """`pack` for a model that cannot follow packed rows: each response with its prompt, padded on the right."""
     pairs = [(row.prompt, response, trained) for row in rows for response, trained in zip(row.responses, row.trained)]
-    width, ids, mask, source, last, target = max(len(p) + len(r) for p, r, _ in pairs), [], [], [], [], []
-    for i, (prompt, response, trained) in enumerate(pairs):
-        length, first = len(prompt) + len(response), i * width + len(prompt)
-        ids.append(prompt + response + [0] * (width - length))
-        mask.append([1] * length + [0] * (width - length))
-        source += [first + j - 1 for j, keep in enumerate(trained) if keep]
-        target += [token for token, keep in zip(response, trained) if keep]
-        last.append(i * width + length - 1)
-    tensor = partial(torch.tensor, dtype=torch.long, device=device)
-    inputs = dict(input_ids=tensor(ids), attention_mask=tensor(mask), use_cache=False)
-    return dict(inputs=inputs, source=tensor(source), last=tensor(last)), tensor(target)
+    packed, target = pack([Row(prompt, [response], [trained], {}) for prompt, response, trained in pairs], device)
+    lengths, width = [len(prompt) + len(response) for prompt, response, _ in pairs], max(map(padded_width, rows))
+    places = to_device([i * width + j for i, length in enumerate(lengths) for j in range(length)], device)
+
+    def padded(values):
+        return values.new_zeros(len(pairs) * width).index_copy(0, places, values).view(-1, width)
+
+    ids = packed["inputs"]["input_ids"][0]
+    inputs = dict(input_ids=padded(ids), attention_mask=padded(torch.ones_like(ids)), use_cache=False)
+    return dict(inputs=inputs, source=places[packed["source"]], last=places[packed["last"]]), target
 
 
 def rows_attention(
-    module,
-    q,
-    k,
-    v,
-    attention_mask,
-    dropout=0.0,
-    scaling=None,
-    sliding_window=None,
-    rows=None,
-    softcap=None,
-    s_aux=None,
-    **kwargs,
+    module, q, k, v, *args, dropout=0.0, scaling=None, sliding_window=None, rows=None, softcap=None, s_aux=None, **_
 ):
     """Attention over packed rows: a response sees its own prompt and itself. q [1, H, T, D]; k, v [1, G, T, D].
 
@@ -1121,15 +1123,15 @@ def rows_attention(
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings may have promoted them
     options = dict(scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     is_plain = softcap is None and s_aux is None
-    fits_flash = q.is_cuda and v.dtype != torch.float32 and q.shape[-1] == v.shape[-1]
-    fits_flash = fits_flash and q.shape[-1] in range(8, 257, 8)
-    if fits_flash and is_plain and not dropout:  # FlashAttention aligns its causal mask to a segment's last key
-        from torch.nn.attention.varlen import varlen_attn
-
-        if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
-            options.pop("enable_gqa")  # torch 2.11 groups heads without being asked
+    has_flash_width = q.shape[-1] == v.shape[-1] and q.shape[-1] in range(8, 257, 8)
+    if q.is_cuda and v.dtype != torch.float32 and has_flash_width and is_plain and not dropout:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
-        k, v, lengths = k[rows["keys"]], v[rows["keys"]], [rows[name] for name in ("cu_q", "cu_k", "max_q", "max_k")]
+        if rows["keys"] is not None:
+            k, v = k[rows["keys"]], v[rows["keys"]]
+        if not HAS_GQA_OPTION:
+            options.pop("enable_gqa")
+        lengths = [rows[name] for name in ("cu_q", "cu_k", "max_q", "max_k")]
+        # FlashAttention aligns its causal mask to a segment's last key
         window = (sliding_window - 1 if sliding_window else -1, 0)
         return varlen_attn(q, k, v, *lengths, window_size=window, **options)[None], None
 
@@ -1174,9 +1176,8 @@ def forwards(rows: list, args, model, device, spare: Row = SPARE):
 
     A longer row is a pass of its own. All ranks make equally many passes, as FSDP needs; one that has run out repeats
     a row with weight 0, or, if it has none, the spare one."""
-    groups, layout, key, responses, tokens = [], pack, segment_lengths, 0, 0
-    if not model.packs:
-        layout, key = pad, padded_width
+    layout, key = (pack, segment_lengths) if model.packs else (pad, padded_width)
+    groups, responses, tokens = [], 0, 0
     for row in sorted(rows, key=key):
         responses += len(row.responses)
         tokens += count_tokens(row)
@@ -1208,7 +1209,7 @@ def response_values(values_of, model, rows: list, args, device, shared: bool = T
         found = values_of(group, inputs, target)
         if weight:
             indices = [first[id(row)] + i for row in group for i in range(len(row.responses))]
-            values[torch.tensor(indices, device=device)] = found
+            values[to_device(indices, device)] = found
     model.train()
     return over_ranks(values).cpu() if shared else values
 
@@ -1227,10 +1228,11 @@ def load_tokenizer(name: str):
         if not Path(name).exists() and name.startswith(("runs/", "./", "../", "/")):
             raise FileNotFoundError("there is no such directory; run the stage that writes it first")
         tokenizer = AutoTokenizer.from_pretrained(name)
-        if tokenizer.eos_token is None:
+        end = tokenizer.eos_token
+        if end is None:
             raise ValueError("it has no end-of-sequence token, so that no answer could ever end")
         if not tokenizer.chat_template:
-            print0(f"note: {name} has no chat template; messages are written as 'role: content{tokenizer.eos_token}'")
+            print0(f"note: {name} has no chat template; messages are written as 'role: content{end}'")
             tokenizer.chat_template = CHAT_TEMPLATE
         try:
             shown = render_text(tokenizer, [dict(role="user", content="one"), dict(role="assistant", content="two")])
@@ -1241,13 +1243,8 @@ def load_tokenizer(name: str):
         with tempfile.TemporaryDirectory() as folder:  # the next stage must read the same ids
             save_tokenizer(tokenizer, Path(folder))
             reloaded = AutoTokenizer.from_pretrained(folder)
-            probes = [
-                shown,
-                "Hello,  world!\n 12 + 3 = 15. é 你好 <a>",
-                "x<|y|>",
-                f"a{tokenizer.eos_token}b {tokenizer.eos_token} c",
-            ]
-            if any(tokenizer(text).input_ids != reloaded(text).input_ids for text in probes):
+        for text in (shown, "Hello,  world!\n 12 + 3 = 15. é 你好 <a>", "x<|y|>", f"a{end}b {end} c"):
+            if tokenizer(text).input_ids != reloaded(text).input_ids:
                 raise ValueError("it reads other ids once it is saved and loaded again")
     return tokenizer
 
@@ -1265,26 +1262,25 @@ def fit_length(args, name: str) -> int:
     with user_input(f"{name}: no configuration can be loaded from it"):
         config = AutoConfig.from_pretrained(name).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or args.max_length
-    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes, limits = getattr(config, "rope_parameters", None) or {}, []
     for rope in [ropes, *(x for x in ropes.values() if isinstance(x, dict))]:
         if rope.get("rope_type") in ("longrope", "dynamic"):  # their angles depend on the longest row of a forward
-            original = rope.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", positions
-            )
-            if args.max_length > original:
-                what = f"{name} changes its rotary embeddings beyond {original} tokens"
-                fail(f"--max-length {args.max_length}: {what}; set at most {original}")
-    for field in ("index_topk", "keep_window_size"):
-        if getattr(config, field, None) and args.max_length > getattr(config, field):
-            limit = getattr(config, field)  # beyond it transformers' own attention is not causal
-            fail(f"--max-length {args.max_length}: {name} attends to {limit} tokens only; set at most {limit}")
+            original = getattr(config, "original_max_position_embeddings", positions)
+            original = rope.get("original_max_position_embeddings") or original
+            limits.append((original, f"changes its rotary embeddings beyond {original} tokens"))
+    for field in ("index_topk", "keep_window_size"):  # beyond it transformers' own attention is not causal
+        if limit := getattr(config, field, None):
+            limits.append((limit, f"attends to {limit} tokens only"))
+    for limit, what in limits:
+        if args.max_length > limit:
+            fail(f"--max-length {args.max_length}: {name} {what}; set at most {limit}")
     if positions < args.max_length:
         print0(f"note: --max-length {args.max_length} is lowered to the {positions} positions of {name}")
     return min(args.max_length, positions)
 
 
 def read_model(auto, name: str, tokenizer, **options):
-    """A checkpoint with float32 weights; model.stored_dtype is the dtype in which they were stored."""
+    """A checkpoint with float32 weights, on the CPU; model.stored_dtype is the dtype in which they were stored."""
     with user_input(f"{name}: no model can be loaded from it"):
         options |= dict(attn_implementation="eager", dtype=torch.float32)
         model = auto.from_pretrained(name, use_safetensors=True, **options)  # a pickle could run anything
@@ -1315,85 +1311,101 @@ def prepare_model(model, name: str, args, device, dtype, *methods, dropout: bool
         for field in [k for k, v in vars(module).items() if isinstance(v, float) and k != "router_jitter_noise"]:
             if "jitter" in field or not dropout and ("dropout" in field or field == "p"):
                 setattr(module, field, 0.0)
+    methods = (hidden_states, *methods)
     for method in methods:
         setattr(model, method.__name__, types.MethodType(method, model))
-    check_model(model.to(device), name, device, dtype)
+    model.eval()
+    check_logps(model, name)
+    check_packing(model, torch.device("cpu"), torch.float32)  # float32 shows small differences
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    if dist.is_initialized():
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    if not dist.is_initialized():
+        return model.to(device).train()
 
-        policy = MixedPrecisionPolicy()
-        if dtype == torch.bfloat16:
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        decoder = model.get_decoder() or model  # of a multimodal model, the part that reads text
-        for layer in next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList)):
-            fully_shard(layer, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-        for method in methods:
-            register_fsdp_forward_method(model, method.__name__)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    policy = MixedPrecisionPolicy()
+    if dtype == torch.bfloat16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:  # else FSDP would cast it in every forward
+                parameter.data = parameter.data.bfloat16()
+    decoder = model.get_decoder() or model  # of a multimodal model, the part that reads text
+    # each call moves its part from the CPU to the device, so that no device holds the whole model in float32
+    for layer in next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList)):
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    for method in methods:
+        register_fsdp_forward_method(model, method.__name__)
+    if dtype == torch.bfloat16 and model.packs:  # only bfloat16 has FlashAttention
+        check_packing(model, device, dtype)
+        model.reshard()  # a forward without a backward leaves FSDP's root gathered
     return model.train()
+
+
+def hidden_states(self, inputs, source, last=None):
+    """The hidden states that predict the trained tokens [N, d]. A method of the model, called with what `pack` returns."""
+    return self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source]
 
 
 @contextlib.contextmanager
 def short_windows(model):
-    """For the time of a short probe, sliding windows are four tokens long, so that a model that ignores them is found
-    out."""
-    holders, before = [model.config, model.config.get_text_config(), *model.modules()], []
-    for holder in holders:
-        for field in ("sliding_window", "attention_chunk_size"):
-            if isinstance(vars(holder).get(field), int):
-                before.append((holder, field, vars(holder)[field]))
-                setattr(holder, field, 4)
-    try:
+    """For the time of a short probe, sliding windows are four tokens long, so that ignoring them shows."""
+    with contextlib.ExitStack() as restore:
+        for holder in (model.config, model.config.get_text_config(), *model.modules()):
+            for field in ("sliding_window", "attention_chunk_size"):
+                if isinstance(vars(holder).get(field), int):
+                    restore.callback(setattr, holder, field, vars(holder)[field])
+                    setattr(holder, field, 4)
         yield
-    finally:
-        for holder, field, value in before[::-1]:
-            setattr(holder, field, value)
+
+
+def probe_rows(model) -> list:
+    """A row of two answers and one of one answer, of random tokens."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (25,), generator=torch.Generator().manual_seed(0)).tolist()
+    two = Row(ids[:5], [ids[5:9], ids[9:15]], [[True] * 4, [True] * 6], {})
+    return [two, Row(ids[15:18], [ids[18:]], [[True] * 7], {})]
 
 
 @torch.no_grad()
-def check_model(model, name: str, device, dtype):
-    """Sets model.packs: whether packed rows give the hidden states of the same rows padded, under the model's own
-    attention, on random tokens. Fails where `token_logps` does not give the log-probabilities of the model's own
-    logits."""
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (25,), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [
-        Row(ids[:5], [ids[5:9], ids[9:15]], [[True] * 4, [True] * 6], {}),
-        Row(ids[15:18], [ids[18:]], [[True] * 7], {}),
-    ]
-    (padded, target), (packed, _) = pad(rows, device), pack(rows, device)
+def check_logps(model, name: str):
+    """Fails where `token_logps` does not give the log-probabilities of the model's own logits."""
+    if not hasattr(model, "token_logps"):
+        return
+    gap, (batch, target) = math.inf, pad(probe_rows(model), torch.device("cpu"))
+    model.set_attn_implementation("eager")
+    if isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        logits = model(**batch["inputs"]).logits.flatten(0, 1)[batch["source"]]
+        own = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+        gap = (model.token_logps(**batch, target=target)[0] - own).abs().max()
+    if not gap < 1e-3:
+        fail(f"{name}: the output layer of {type(model).__name__} does more than this script knows")
 
-    def hidden_states(batch):
-        return model.base_model(**batch["inputs"]).last_hidden_state.flatten(0, 1)[batch["source"]].float()
 
-    model.eval()
-    for kind in dict.fromkeys((torch.float32, dtype)):  # float32 shows small differences, bfloat16 has FlashAttention
-        is_float32 = kind == torch.float32
+@torch.no_grad()
+def check_packing(model, device, dtype):
+    """Sets model.packs: whether packed rows give the hidden states that the model's own attention gives padded rows."""
+    bound, rows = 1e-3 if dtype == torch.float32 else 0.05, probe_rows(model)
+    packed, why = None, ""
+    with short_windows(model):
+        try:
+            model.set_attn_implementation("packed_rows")
+            packed = model.hidden_states(**pack(rows, device)[0]).float()
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, TypeError, RuntimeError, ValueError) as e:
+            why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        # after a failure, this forward also takes FSDP back to its state between forwards
         model.set_attn_implementation("eager")
-        with torch.autocast(device.type, kind, enabled=not is_float32), short_windows(model):
-            theirs = hidden_states(padded)
-            if hasattr(model, "token_logps"):
-                is_known = isinstance(model.get_output_embeddings(), torch.nn.Linear)
-                if is_known:
-                    logits = model(**padded["inputs"]).logits.flatten(0, 1)[padded["source"]].float()
-                    own = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
-                    gap = (model.token_logps(**padded, target=target)[0] - own).abs().max()
-                if not is_known or not gap < (1e-3 if is_float32 else 0.1):
-                    fail(f"{name}: the output layer of {type(model).__name__} does more than this script knows")
-            try:
-                model.set_attn_implementation("packed_rows")
-                difference = (hidden_states(packed) - theirs).norm() / theirs.norm()
-                model.packs, why = bool(difference < (1e-3 if is_float32 else 0.05)), f"difference {difference:.1g}"
-            except torch.OutOfMemoryError:
-                raise
-            except (NotImplementedError, TypeError, RuntimeError, ValueError) as e:
-                model.packs, why = False, f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
-        if not model.packs:
-            break
-    if not model.packs:
-        model.set_attn_implementation("eager")
+        padded = model.hidden_states(**pad(rows, device)[0]).float()
+    if packed is not None:
+        difference = (packed - padded).norm() / padded.norm()
+        why = "" if difference < bound else f"difference {difference:.1g}"
+    model.packs = not why
+    if model.packs:
+        model.set_attn_implementation("packed_rows")
+    else:
         print0(f"note: {type(model).__name__} cannot follow packed rows ({why}); they are padded, which is slower")
 
 

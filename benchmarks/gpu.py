@@ -1,21 +1,22 @@
-"""These scripts on one GPU: are they right there, how fast are they beside TRL, and what do they make of real conversations?
+"""These scripts on one GPU: are they right there, how fast are they beside TRL, and what does a whole chain of them give?
 
-    pip install -e '.[bench]'                                              TRL may be missing, or elsewhere (--trl-python)
-    python benchmarks/gpu.py                                               check, train and online, at 0.6, 1.7 and 8 B parameters
-    python benchmarks/gpu.py --parts check                                 exit code 1 where an error exceeds its bound
+    pip install -e '.[bench]'                         without TRL, nothing stands beside
+    python benchmarks/gpu.py                          check, train and online, real; writes its tables to docs/speed.md
+    python benchmarks/gpu.py --parts check            exit code 1 where an error exceeds its bound
     python benchmarks/gpu.py --parts train --sizes 0.6B --methods sft dpo --repeats 5
-    python benchmarks/gpu.py --parts real --conversations chats.jsonl --pairs pairs.jsonl --prompts prompts.jsonl --work runs/gpu
-    OMP_NUM_THREADS=1 python benchmarks/gpu.py --device cpu --sizes tiny   tries this file without a GPU: results go to stdout only
+    python benchmarks/gpu.py --parts real --model Qwen/Qwen3-0.6B --conversations chats.jsonl --pairs pairs.jsonl \
+        --prompts prompts.jsonl
+    python benchmarks/gpu.py --device cpu --sizes tiny       tries this file without a GPU; nothing is written
 
 check    attention, log-probabilities, sampling and loss curves against float64, or against another way to the same numbers
 train    tokens a second, peak memory and share of the measured matmul rate of sft.py, dpo.py and reward_model.py, beside TRL
-online   steps of grpo.py and ppo.py beside TRL's GRPO; sampling alone beside transformers' generate and generate_batch
-real     a model of 70 M parameters from nothing on your files: pre-training, chat, reward model, DPO, PPO, GRPO
+online   steps of grpo.py and ppo.py, beside TRL's GRPO
+real     sft.py, reward_model.py, dpo.py, ppo.py and grpo.py in a chain: on the grid world, or on your model and data sets
 
-Models of train and online have random weights in Qwen3's shapes; their rows are random words, as long as chats are. Both sides have float32
-weights and AdamW, and compute in bfloat16. Whatever is timed has a process to itself. TRL runs in every setting that might be its fastest;
-from the second repeat on, in the one that was. A side that runs out of memory starts again with half as much in a forward. Every table
-goes to benchmarks/RESULTS.md, in place of what stood there under the same heading.
+Models of train and online have random weights in Qwen3's shapes; their rows are random words, as long as chats are. Both
+sides have float32 weights and AdamW, and compute in bfloat16. Whatever is timed has a process to itself. TRL runs in
+every setting that might be its fastest; from the second repeat on, in the one that was. A side that runs out of memory
+starts again with half as much in a forward.
 """
 
 import argparse
@@ -32,14 +33,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from unittest import mock
 
 from beside_trl import __file__ as RULES
-from beside_trl import memory, rule, shown, write_results
+from beside_trl import memory, rule, shown
+
+REPO = Path(__file__).resolve().parent.parent
 
 SHAPE = (
     "hidden_size",
@@ -76,26 +78,19 @@ SETTINGS = {  # of TRL; where its DPO has no padding-free mode (1.16), it says s
     "sft": {"padding-free": dict(padding_free=True, max_length=None), "packing": dict(packing=True)},
     "dpo": {"precomputed, padding-free": dict(precompute_ref_log_probs=True, padding_free=True)},
     "reward_model": {"padding": {}},
-    "grpo": {
-        "generate": {},
-        "static cache": dict(cache_implementation="static"),
-        "continuous batching": dict(use_transformers_continuous_batching=True),
-    },
+    "grpo": {"generate": {}, "static cache": dict(cache_implementation="static")},
 }
 
 
 # ------------------------------------------------------------------------------------------------------------------ processes
 
 
-def run(name: str, python: str = sys.executable, launcher: tuple = (), **arguments) -> dict:
+def run(name: str, launcher: tuple = (), **arguments) -> dict:
     """What a side returns, which works in a process of its own; or {"error": what went wrong}."""
-    done = subprocess.run(
-        [python, *launcher, __file__, "--side", name, json.dumps(arguments)], capture_output=True, text=True
-    )
+    command = [sys.executable, *launcher, __file__, "--side", name, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
     for line in done.stdout.splitlines():
-        if line.startswith(
-            "note:"
-        ):  # attention that does not follow rows is measured too, but is not what was to be measured
+        if line.startswith("note:"):  # padded rows, say, are measured too, but are not what was to be measured
             print(f"{name}: {line}", flush=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -135,20 +130,21 @@ def times(results: list, ours: list) -> str:
 
 
 def publish(args, heading: str, text: str, head: str = "", found: dict | None = None, cells=lambda results: results):
-    """A part's result, printed and, from a GPU, written to RESULTS.md: a row for each of `found`, whose cells `cells` makes of what is found."""
-    rows = [
-        [name, *([x[0]["error"]] if isinstance(x[0], dict) and "error" in x[0] else cells(x))]
-        for name, x in (found or {}).items()
-    ]
-    table = (
-        [f"\n| {head} |", "| --- " * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-        if rows
-        else []
-    )
-    text = "\n".join([f"{args.machine}\n\n{text}", *table])
+    """Prints a part's result and, from a GPU, writes it to docs/speed.md, in place of what stood there under the heading.
+
+    found: the table's rows by name; cells: makes the cells of what is found."""
+    text = f"{args.machine}\n\n{text}"
+    if found:
+        text += f"\n\n| {head} |\n{'| --- ' * (head.count('|') + 1)}|"
+    for name, results in (found or {}).items():
+        failed = isinstance(results[0], dict) and "error" in results[0]
+        text += f"\n| {' | '.join([name, *([results[0]['error']] if failed else cells(results))])} |"
     print(f"\n## {heading}\n\n{text}\n", flush=True)
-    if args.device != "cpu":
-        write_results(heading, text)
+    if args.device == "cuda":
+        file = REPO / "docs" / "speed.md"
+        parts = file.read_text().rstrip("\n").split("\n\n## ")
+        kept = [part for part in parts if not part.startswith(heading + "\n")]
+        file.write_text("\n\n## ".join([*kept, f"{heading}\n\n{text}"]) + "\n")
 
 
 def wait():
@@ -200,7 +196,10 @@ def side_model(size: str, out: str, tokenizer: str, reward: bool = False) -> dic
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         (Qwen3ForSequenceClassification if reward else Qwen3ForCausalLM)(config).save_pretrained(out)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    # a random policy draws from the whole vocabulary; without a text of its own, a token would reach no reward model
+    words.add_tokens([f"x{i} " for i in range(config.vocab_size - len(words))])
+    words.save_pretrained(out)
     return {}
 
 
@@ -273,7 +272,6 @@ def flops(size: str, lengths: list, prompt_once: bool, head: bool) -> float:
 def attention_errors(device, dtype, window, heads: int, groups: int, width: int) -> dict:
     """Of rows_attention, forward and backward, against dense float64 attention, its mask built from which row and answer a token is of."""
     import torch
-    import torch.nn.attention.varlen as varlen
 
     import sft
 
@@ -311,9 +309,9 @@ def attention_errors(device, dtype, window, heads: int, groups: int, width: int)
         out.backward(given.transpose(1, 2).to(dtype))
         return [x.detach().double() for x in (out, *(x.grad for x in inputs))]
 
-    with mock.patch.object(varlen, "varlen_attn", autospec=True, side_effect=varlen.varlen_attn) as flash:
+    with mock.patch.object(sft, "varlen_attn", side_effect=sft.varlen_attn) as flash:
         found = results(rows, dtype)
-    if flash.called != (device.type == "cuda" and dtype == torch.bfloat16 and width % 8 == 0):
+    if flash.called != (device.type == "cuda" and dtype == torch.bfloat16):
         raise RuntimeError(f"varlen_attn {'ran' if flash.called else 'did not run'}")
     errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, results(dense, torch.float64))]
     name = f"attention by {'varlen_attn' if flash.called else 'sdpa'}, {heads} heads of {width}" + (
@@ -433,7 +431,7 @@ def side_check(folder: str, tokenizer: str) -> dict:
 
     for dtype in ("float32", "bfloat16"):  # float32 first: bfloat16 starts a process group, and with it FSDP
         fine, (device, kind) = dtype == "float32", sft.setup_distributed(SimpleNamespace(dtype=dtype, seed=0))
-        for heads in ((16, 8, 128), (4, 4, 12)):
+        for heads in ((16, 8, 128), (4, 4, 64)):
             for window in (None, 50):
                 note((5e-5, 5e-5) if fine else (0.02, 0.02), attention_errors, window, *heads)
         for family in ("Llama", "Qwen3"):
@@ -595,9 +593,9 @@ def train(args, data, folder: Path):
                     if name == "packing"
                     else work["batch"]
                 )
-                setting = dict(max_length=work["longest"], num_train_epochs=2) | setting | args.trl
+                setting = dict(max_length=work["longest"], num_train_epochs=2) | setting
                 theirs = dict(
-                    name="trl", python=args.trl_python, share=1.0 if method == "sft" else 0.25, batch=batch
+                    name="trl", share=1.0 if method == "sft" else 0.25, batch=batch
                 )  # padded rows need more memory
                 sides[f"TRL, {name}"] = dict(**theirs, setting=setting, **common)
             print(f"\n{method}.py, {size}", flush=True)
@@ -663,63 +661,6 @@ def side_online(
     return dict(seconds=step, sampling=median(seconds[1:]), tokens=median(counts[1:]), memory=log[-1]["peak_memory_mb"])
 
 
-def side_sampling(
-    way: str, model: str, data: str, share: float, prompts: int, answers: int, new: int, cache: int
-) -> dict:
-    """Answers to the same prompts in one of three ways: tokens and seconds of two batches after the first, peak memory."""
-    import torch
-    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
-
-    import ppo
-
-    args = SimpleNamespace(dtype="auto", seed=0, gradient_checkpointing=False, sample_tokens=int(cache * share))
-    (device, dtype), tokenizer = ppo.setup_distributed(args), ppo.load_tokenizer(model)
-    asked = [json.loads(line)["prompt"] for line in open(data)][:prompts]
-    asked = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False) for prompt in asked]
-    if way == "loop":
-        policy = ppo.read_model(AutoModelForCausalLM, model, tokenizer).requires_grad_(False)
-        ppo.check_sampler(policy, model)
-        policy = ppo.prepare_model(policy, model, args, device, dtype, ppo.token_logps)
-    else:
-        policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa").to(device).eval()
-    end, found, several, width = tokenizer.eos_token_id, [], max(1, int(prompts * share)), max(map(len, asked))
-    config = GenerationConfig(do_sample=True, max_new_tokens=new, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=0)
-    for batch in range(3):
-        wait()
-        clock, count = time.time(), 0
-        if way == "loop":
-            numbers = ppo.uniform_numbers(0, batch, list(range(prompts * answers)), new)
-            sampled, _ = ppo.sample_answers(policy, asked, numbers, [end], args, temperature=1.0)
-            count = sum(map(len, sampled))
-        elif way == "generate":
-            for i in range(0, prompts, several):
-                part = [ids for ids in asked[i : i + several] for _ in range(answers)]
-                mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in part], device=device)
-                ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in part], device=device)
-                ends = (
-                    policy.generate(
-                        input_ids=ids, attention_mask=mask, generation_config=config, cache_implementation="static"
-                    )[:, width:]
-                    == end
-                )
-                count += int((ends.cumsum(1) - ends.long() == 0).sum())  # up to the end, which counts
-        else:
-            inputs = [ids for ids in asked for _ in range(answers)]
-            room = (
-                ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256) if device.type == "cpu" else None
-            )  # else it takes most of the memory
-            options = dict(
-                generation_config=config, continuous_batching_config=room, persistent_manager=True
-            )  # set up in the first batch alone
-            sampled = policy.generate_batch(inputs=inputs, **options)
-            assert len(sampled) == len(inputs), "generate_batch lost answers"
-            count = sum(len(answer.generated_tokens) for answer in sampled.values())
-        wait()
-        found.append((count, time.time() - clock))
-    count, seconds = (sum(x) for x in zip(*found[1:]))
-    return dict(tokens=count, seconds=seconds, memory=ppo.peak_memory(device))
-
-
 def online(args, data, folder: Path):
     work, size = args.amount, args.sizes[0]
     model, reward, out = (str(folder / name) for name in ("policy", "reward", "out"))
@@ -735,15 +676,10 @@ def online(args, data, folder: Path):
     )
     sides = {"grpo.py": dict(name="online", method="grpo", share=1.0, **common, **own)}
     for name, setting in SETTINGS["grpo"].items() if args.trl_version else ():
-        if args.device == "cpu" and name == "continuous batching":
-            continue  # it would take most of the machine's memory
         setting = (
-            dict(max_completion_length=work["new"], temperature=1.0, beta=0.0, gradient_checkpointing=False)
-            | setting
-            | args.trl
+            dict(max_completion_length=work["new"], temperature=1.0, beta=0.0, gradient_checkpointing=False) | setting
         )
         theirs = dict(
-            python=args.trl_python,
             method="grpo",
             setting=setting,
             batch=work["prompts"] * work["answers"],
@@ -770,18 +706,6 @@ def online(args, data, folder: Path):
     head = "side | seconds a step | sampling | the rest | tokens sampled a second | times as fast is grpo.py | peak GB"
     publish(args, f"One GPU: GRPO and PPO, {size}", text, head, found, cells)
 
-    call = dict(
-        name="sampling",
-        share=1.0,
-        model=model,
-        data=data.files["online"],
-        **{k: work[k] for k in ("prompts", "answers", "new", "cache")},
-    )
-    ways = {"the scripts' loop": "loop", "generate, static cache": "generate", "generate_batch": "batching"}
-    found = in_turn(args.repeats, {name: dict(call, way=way) for name, way in ways.items()})
-    cells = lambda results: [rate(results), times(results, found["the scripts' loop"]), peak(results)]
-    head = "way | tokens a second | times as fast is the loop | peak GB"
-    publish(args, f"One GPU: sampling, {size}", f"{shape}; two batches after the first.", head, found, cells)
     for directory in (model, reward, out):
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -789,132 +713,55 @@ def online(args, data, folder: Path):
 # ----------------------------------------------------------------------------------------------------------------------- real
 
 
-def side_perplexity(models: list, data: str, longest: int) -> list:
-    """Of the assistant's turns of held-out conversations, for each model."""
-    import sft
-
-    options, found = SimpleNamespace(dtype="auto", seed=0, gradient_checkpointing=False, tokens_per_forward=16384), []
-    device, dtype = sft.setup_distributed(options)
-    for name in models:
-        tokenizer = sft.load_tokenizer(name)
-        model = sft.load_model(sft.AutoModelForCausalLM, name, tokenizer, options, device, dtype, sft.token_logps)
-        rows = sft.prepare(
-            "--conversations", data, "train", tokenizer, partial(sft.demonstration_rows, tokenizer, longest, False)
-        )
-        total = sft.count_trained(rows)
-        found.append(math.exp(sft.evaluate(sft.sft_batch, model, rows, total, options, device)["eval_loss"]))
-    return found
-
-
 def call(script: str, out: Path, *more, **flags) -> dict:
-    """A script as a user calls it; the last line of its metrics. What stands finished in `out` is left as it is."""
+    """A script as a user calls it; the last line of its metrics."""
     options = [str(x) for name, value in flags.items() for x in (f"--{name.replace('_', '-')}", value)]
-    command = [str(Path(__file__).parent.parent / script), *more, "--output-dir", str(out), "--resume", *options]
+    command = [str(REPO / script), *more, "--output-dir", str(out), *options]
     print("python", *command, flush=True)
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1]) if (out / "metrics.jsonl").exists() else {}
-
-
-def win_rate(ours: dict, theirs: dict) -> str:
-    """The share of pairs of answers to a prompt, one of each policy, of which ours has the higher reward."""
-    wins = [
-        sum((a > b) + (a == b) / 2 for a in ours[p] for b in theirs[p]) / len(ours[p]) / len(theirs[p])
-        for p in ours
-        if p in theirs
-    ]
-    return f"{sum(wins) / len(wins):.3f} ({len(wins)} prompts)" if wins else ""
-
-
-def as_text(row: dict) -> str:
-    """All that a conversation says."""
-    turns = row.get("messages") or row.get("conversations") or [*row["prompt"], *row["completion"]]
-    return "\n".join(turn["content"] for turn in turns)
+    file = out / "metrics.jsonl"
+    return json.loads(file.read_text().splitlines()[-1]) if file.exists() else {}
 
 
 def real(args, folder: Path):
-    """Every stage on the command line, from nothing; then the policies on held-out prompts."""
-    heading, given = (
-        "One GPU: a model from nothing",
-        dict(conversations=args.conversations, pairs=args.pairs, prompts=args.prompts),
+    """Every stage on the command line: from nothing on the grid world, or from --model on the data sets given."""
+    tiny, grid = args.sizes == ["tiny"], folder / "grid"
+    call("gridworld.py", grid, "data", rows=200 if tiny else 20000)
+    steps = dict(max_steps=2) if tiny else {}
+    model, found = args.model, {}
+    if not model:
+        size = (
+            dict(hidden_size=32, num_layers=2, num_heads=2)
+            if tiny
+            else dict(hidden_size=512, num_layers=8, num_heads=8)
+        )
+        flags = dict(dataset=grid / "pretrain.jsonl", learning_rate=1e-3, **size, **steps)
+        found["sft.py --from-scratch"] = call("sft.py", folder / "base", "--from-scratch", **flags)
+        model = folder / "base"
+    pairs, prompts = args.pairs or grid / "rankings.jsonl", args.prompts or grid / "prompts.jsonl"
+    flags = dict(
+        model=model, dataset=args.conversations or grid / "sft.jsonl", learning_rate=1e-4 if args.model else 1e-3
     )
-    if not all(given.values()):
-        return print(f"\n## {heading}\n\nSkipped: it takes --conversations, --pairs and --prompts.\n", flush=True)
-    import sft
+    found["sft.py"] = call("sft.py", folder / "sft", **flags, **steps)
+    scored = dict(model=folder / "sft", dataset=pairs, **steps)
+    found["reward_model.py"] = call("reward_model.py", folder / "reward_model", **scored, learning_rate=3e-5)
+    found["dpo.py"] = call("dpo.py", folder / "dpo", **scored, learning_rate=3e-6)
+    online = dict(model=folder / "sft", rewards=folder / "reward_model", dataset=prompts, learning_rate=3e-6)
+    online |= dict(max_new_tokens=16 if tiny else 256, max_steps=2 if tiny else 100)
+    found["ppo.py"] = call("ppo.py", folder / "ppo", **online, value_learning_rate=1e-5, batch_size=4 if tiny else 128)
+    found["grpo.py"] = call("grpo.py", folder / "grpo", **online, batch_size=4 if tiny else 32)
+    shown = ("eval_loss", "eval_accuracy", "eval_rewards/accuracies", "eval_objective/scores", "eval_reward")
 
-    tiny, files, last = args.sizes == ["tiny"], {}, {}
-    for name, file in given.items():
-        for part, rows in sft.load_rows(f"--{name}", file, "train").train_test_split(test_size=0.05, seed=0).items():
-            rows = rows.select(range(min(len(rows), 8))) if tiny else rows
-            files[name, part] = lines(folder / f"{name}-{part}.jsonl", list(rows))
-            if name == "conversations":
-                files["text", part] = lines(folder / f"text-{part}.jsonl", [dict(text=as_text(row)) for row in rows])
-    width, layers, heads, words, longest, new, steps, batch = (
-        (32, 2, 2, 512, 128, 16, 1, 4) if tiny else (640, 12, 10, 16384, 1024, 256, 200, 64)
-    )
-    at, on = (
-        lambda name: folder / name,
-        lambda name: dict(dataset=files[name, "train"], eval_dataset=files[name, "test"], max_length=longest),
-    )
-    size = dict(hidden_size=width, num_layers=layers, num_heads=heads, vocab_size=words)
-    online = dict(
-        model=at("sft"),
-        rewards=at("reward_model"),
-        max_new_tokens=new,
-        max_steps=steps,
-        learning_rate=3e-6,
-        **on("prompts"),
-    )
-    last["base"] = call(
-        "sft.py",
-        at("base"),
-        "--from-scratch",
-        **size,
-        **on("text"),
-        batch_size=64,
-        learning_rate=1e-3,
-        weight_decay=0.1,
-    )
-    last["sft"] = call("sft.py", at("sft"), model=at("base"), **on("conversations"), learning_rate=1e-4, epochs=2)
-    last["reward_model"] = call(
-        "reward_model.py", at("reward_model"), model=at("sft"), **on("pairs"), learning_rate=2e-5
-    )
-    last["dpo"] = call("dpo.py", at("dpo"), model=at("sft"), **on("pairs"), learning_rate=3e-6)
-    last["ppo"] = call("ppo.py", at("ppo"), **online, value_learning_rate=1e-5, batch_size=2 * batch)
-    last["grpo"] = call("grpo.py", at("grpo"), **online, num_generations=8, batch_size=batch // 2, eval_samples=1)
-    policies, scores, found = ("sft", "dpo", "ppo", "grpo"), {}, {}
-    models = [str(at(name)) for name in policies]
-    perplexities = run("perplexity", models=models, data=files["conversations", "test"], longest=longest)
-    perplexities = [math.nan] * len(policies) if "error" in perplexities else perplexities
-    for name, perplexity in zip(policies, perplexities):
-        out, asked = (
-            at(f"best-{name}"),
-            dict(model=at(name), reward_model=at("reward_model"), dataset=files["prompts", "test"]),
-        )
-        call("rlaif.py", out, "best-of-n", **asked, n=4, max_new_tokens=new)
-        report, rankings = (
-            json.loads((out / "report.json").read_text()),
-            [json.loads(line) for line in (out / "rankings.jsonl").open()],
-        )
-        scores[name] = {json.dumps(row["prompt"]): row["scores"] for row in rankings}
-        rewards, ended = (
-            [x for every in scores[name].values() for x in every],
-            1 - report.get("cut_off_or_empty", 0) / (4 * report["rows"]),
-        )
-        found[f"{name}.py"] = [f"{perplexity:.2f}", win_rate(scores[name], scores["sft"]) if name != "sft" else ""]
-        found[f"{name}.py"] += [
-            f"{sum(rewards) / max(1, len(rewards)):+.2f}",
-            f"{ended:.2f}",
-            f"{last[name]['seconds']:.0f}",
-        ]
-    text = f"{', '.join(f'{name}: {Path(file).name}' for name, file in given.items())}; a twentieth of each held out. There, pre-training's"
-    text += f" perplexity is {last['base']['eval_perplexity']:.1f} (after {last['base']['seconds']:.0f} s), the reward model's accuracy"
-    text += f" {last['reward_model']['eval_accuracy']:.3f}, that of DPO's implicit reward {last['dpo']['eval_rewards/accuracies']:.3f}. Four"
-    text += " answers to a held-out prompt; rewards are those of the reward model that PPO and GRPO followed, of answers that came to an end."
-    text += " Settings were not searched."
-    head = "policy | perplexity of held-out conversations | win rate over sft.py | mean reward | answers that end | seconds of training"
-    publish(args, heading, text, head, found)
+    def cells(line):
+        held_out = ", ".join(f"{name[5:]} {line[name]:.3f}" for name in shown if name in line)
+        return [str(line["step"]), f"{line['seconds']:.0f}", f"{line['peak_memory_mb'] / 1024:.1f}", held_out]
+
+    text = f"Model: {args.model or 'from nothing'}; data: {args.conversations or 'the grid world'}. Settings were not searched."
+    found = {name: [line] for name, line in found.items()}
+    head = "script | steps | seconds | peak GB | held out"
+    publish(args, "One GPU: a chain of the scripts", text, head, found, lambda results: cells(results[0]))
 
 
 def main():
@@ -931,46 +778,29 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="of train")
     parser.add_argument("--repeats", type=int, default=0, help="runs of each side (default: 3; of tiny models 1)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--trl", type=json.loads, default={}, help="further settings of TRL, as JSON: '{\"use_liger_kernel\": true}'"
-    )
-    parser.add_argument("--trl-python", default=sys.executable, help="the Python that has TRL")
+    parser.add_argument("--model", default="", help="of real: a checkpoint (default: from nothing, on the grid world)")
     parser.add_argument("--conversations", default="", help="of real: a data set that sft.py reads")
     parser.add_argument("--pairs", default="", help="of real: one that reward_model.py reads")
     parser.add_argument("--prompts", default="", help="of real: one that ppo.py reads")
-    parser.add_argument(
-        "--work",
-        default="",
-        help="directory in which what real has finished stays for another call (default: a temporary one)",
-    )
     args = parser.parse_args()
+    # one device: with several, TRL's trainers would run under DataParallel
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ |= dict(
-        HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false"
-    )
+    os.environ |= dict(WANDB_MODE="disabled", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
     tiny = args.sizes == ["tiny"]
     args.amount, args.repeats = TINY if tiny else WORK, args.repeats or (1 if tiny else 3)
     device = run("device", size=args.amount["matmul"])
     if "error" in device or args.device == "cuda" and device["name"] == "CPU":
         sys.exit(f"no GPU: {device.get('error', 'torch sees none')}; --device cpu --sizes tiny only tries this file")
-    own = device["versions"]
-    other = (
-        own if args.trl_python == sys.executable else run("device", python=args.trl_python, size=64).get("versions", {})
-    )
-    args.rate, args.memory, args.trl_version = device["rate"], device["memory"], other.get("trl")
-    attention = (
-        f"flash-attn {other['flash_attn']}" if other.get("flash_attn") else "sdpa, as flash-attn is not installed"
-    )
-    beside = (
-        f"TRL {args.trl_version} on {attention}"
-        if args.trl_version
-        else "TRL is not installed, so that nothing stands beside"
-    )
-    args.machine = f"{datetime.date.today()}, {device['name']}; torch {own['torch']}, transformers {own['transformers']}; {beside}."
+    versions = device["versions"]
+    args.rate, args.memory, args.trl_version = device["rate"], device["memory"], versions["trl"]
+    attention = f"flash-attn {versions['flash_attn']}" if versions["flash_attn"] else "sdpa, without flash-attn"
+    beside = f"TRL {args.trl_version} on {attention}" if args.trl_version else "without TRL, which is not installed"
+    software = f"torch {versions['torch']}, transformers {versions['transformers']}; {beside}"
+    args.machine = f"{datetime.date.today()}, {device['name']}; {software}."
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(args.work or temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(temporary)
         data = make_data(folder, args.amount) if {*args.parts} - {"real"} else None
         good = check(args, data, folder) if "check" in args.parts else True
         if "train" in args.parts:

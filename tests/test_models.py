@@ -14,6 +14,7 @@ import torch.distributed as dist
 import transformers as tf
 from conftest import FAMILIES, tiny_config
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import dpo
@@ -23,177 +24,90 @@ CPU = torch.device("cpu")
 ARGS = SimpleNamespace(gradient_checkpointing=False, tokens_per_forward=10**6)
 SMALL = SimpleNamespace(tokens_per_forward=150)  # some rows together, some alone
 
-common = dict(
-    vocab_size=96, max_position_embeddings=512, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2
-)
-width = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-heads = dict(head_dim=8, query_pre_attn_scalar=8)
+common = dict(vocab_size=96, initializer_range=0.2, eos_token_id=2, max_position_embeddings=512)
+width = common | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+width |= dict(num_key_value_heads=2, pad_token_id=0, bos_token_id=1)
+narrow = width | dict(head_dim=8)
+gemma = narrow | dict(query_pre_attn_scalar=8)
 experts = dict(num_experts_per_tok=2, moe_intermediate_size=16, num_experts=4)
+qwen2_moe = width | experts | dict(shared_expert_intermediate_size=16)
 every_other = dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"])
 windowed = dict(use_sliding_window=True, sliding_window=32, max_window_layers=1)
+soft_caps = dict(sliding_window=32, attn_logit_softcapping=0.5, tie_word_embeddings=False)
 old = dict(vocab_size=96, hidden_size=32, initializer_range=0.2, eos_token_id=2)
 falcon = old | dict(num_hidden_layers=2, num_attention_heads=4)
-longrope = dict(
-    rope_type="longrope",
-    rope_theta=1e4,
-    short_factor=[1.0] * 4,
-    long_factor=[4.0] * 4,
-    original_max_position_embeddings=256,
-)
-vision = dict(
-    hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
-)
+mamba = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2)
+vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28)
+vision |= dict(patch_size=14)
+minimax = width | dict(num_local_experts=4, block_size=16, layer_types=["linear_attention", "full_attention"])
+mimo = narrow | dict(v_head_dim=8, sliding_window=32, n_routed_experts=4, num_experts_per_tok=2)
+LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+longrope = dict(rope_parameters=LONG | dict(original_max_position_embeddings=256), original_max_position_embeddings=256)
 
-CONFIGS = {
-    "qwen2_moe, no windows": lambda: tf.Qwen2MoeConfig(
-        **common, **width, **experts, shared_expert_intermediate_size=16
+CONFIGS = {  # name: (class, options)
+    "qwen2_moe, no windows": ("Qwen2Moe", qwen2_moe),
+    "qwen2_moe, all windows": ("Qwen2Moe", qwen2_moe | windowed | dict(max_window_layers=0)),
+    "qwen2_moe, a window": ("Qwen2Moe", qwen2_moe | windowed),
+    "qwen2, a window": ("Qwen2", width | windowed),
+    "qwen3, a window": ("Qwen3", narrow | windowed),
+    "qwen3_moe, a window": ("Qwen3Moe", narrow | experts | windowed),
+    "mistral, a window": ("Mistral", width | dict(sliding_window=32)),
+    "mixtral, jitter": ("Mixtral", width | dict(num_local_experts=4, router_jitter_noise=0.5)),
+    "minimax, jitter": ("MiniMax", minimax | dict(router_jitter_noise=0.5)),
+    "phimoe, jitter": ("Phimoe", width | dict(num_local_experts=4, router_jitter_noise=0.2, input_jitter_noise=0.2)),
+    "gemma2, soft caps": ("Gemma2", gemma | soft_caps | dict(final_logit_softcapping=3.0)),
+    "vaultgemma": ("VaultGemma", gemma | soft_caps | dict(num_key_value_heads=4)),
+    "gemma3, multimodal": (
+        "Gemma3",
+        dict(text_config=gemma | every_other, vision_config=vision, mm_tokens_per_image=4),
     ),
-    "qwen2_moe, all windows": lambda: tf.Qwen2MoeConfig(
-        **common, **width, **experts, shared_expert_intermediate_size=16, **(windowed | dict(max_window_layers=0))
+    "gemma4": (
+        "Gemma4Text",
+        narrow | every_other | dict(vocab_size_per_layer_input=96, hidden_size_per_layer_input=8),
     ),
-    "qwen2_moe, a window": lambda: tf.Qwen2MoeConfig(
-        **common, **width, **experts, shared_expert_intermediate_size=16, **windowed
+    "gpt_oss": ("GptOss", narrow | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=32)),
+    "mimo_v2": ("MiMoV2Flash", mimo | dict(moe_intermediate_size=16)),
+    "bloom": ("Bloom", old | dict(n_layer=2, n_head=4)),
+    "mpt": ("Mpt", dict(vocab_size=96, d_model=32, n_heads=4, n_layers=2, max_seq_len=512, initializer_range=0.2)),
+    "falcon, ALiBi": ("Falcon", falcon | dict(alibi=True, bias=True)),
+    "falcon": ("Falcon", falcon | dict(alibi=False)),
+    "falcon, new": ("Falcon", falcon | dict(alibi=False, num_kv_heads=2, new_decoder_architecture=True)),
+    "gpt_neo": (
+        "GPTNeo",
+        old | dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=32),
     ),
-    "qwen2, a window": lambda: tf.Qwen2Config(**common, **width, **windowed),
-    "qwen3, a window": lambda: tf.Qwen3Config(**common, **width, head_dim=8, **windowed),
-    "qwen3_moe, a window": lambda: tf.Qwen3MoeConfig(**common, **width, **experts, head_dim=8, **windowed),
-    "mistral, a window": lambda: tf.MistralConfig(**common, **width, sliding_window=32),
-    "mixtral, jitter": lambda: tf.MixtralConfig(**common, **width, num_local_experts=4, router_jitter_noise=0.5),
-    "minimax, jitter": lambda: tf.MiniMaxConfig(
-        **common,
-        **width,
-        num_local_experts=4,
-        block_size=16,
-        router_jitter_noise=0.5,
-        layer_types=["linear_attention", "full_attention"],
+    "stablelm": ("StableLm", width),
+    "stablelm, parallel": ("StableLm", width | dict(use_parallel_residual=True, qk_layernorm=True)),
+    "cohere2": ("Cohere2", width | every_other),
+    "granite": (
+        "Granite",
+        width | dict(logits_scaling=8.0, attention_multiplier=0.1, residual_multiplier=0.2, embedding_multiplier=12.0),
     ),
-    "phimoe, jitter": lambda: tf.PhimoeConfig(
-        **common, **width, num_local_experts=4, router_jitter_noise=0.2, input_jitter_noise=0.2
+    "olmo3": ("Olmo3", width | every_other),
+    "phi3, longrope": ("Phi3", width | longrope),
+    "lfm2": ("Lfm2", width | dict(layer_types=["conv", "full_attention"])),
+    "falcon_h1": (
+        "FalconH1",
+        width
+        | dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8),
     ),
-    "gemma2, soft caps": lambda: tf.Gemma2Config(
-        **common,
-        **width,
-        **heads,
-        sliding_window=32,
-        attn_logit_softcapping=0.5,
-        final_logit_softcapping=3.0,
-        tie_word_embeddings=False,
-    ),
-    "vaultgemma": lambda: tf.VaultGemmaConfig(
-        **common,
-        **(width | dict(num_key_value_heads=4)),
-        **heads,
-        sliding_window=32,
-        attn_logit_softcapping=0.5,
-        tie_word_embeddings=False,
-    ),
-    "gemma3, multimodal": lambda: tf.Gemma3Config(
-        text_config=dict(**common, **width, **heads, **every_other), vision_config=vision, mm_tokens_per_image=4
-    ),
-    "gemma4": lambda: tf.Gemma4TextConfig(
-        **common, **width, head_dim=8, **every_other, vocab_size_per_layer_input=96, hidden_size_per_layer_input=8
-    ),
-    "gpt_oss": lambda: tf.GptOssConfig(
-        **common, **width, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=32
-    ),
-    "mimo_v2": lambda: tf.MiMoV2FlashConfig(
-        **common,
-        **width,
-        head_dim=8,
-        v_head_dim=8,
-        sliding_window=32,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-    ),
-    "bloom": lambda: tf.BloomConfig(**old, n_layer=2, n_head=4),
-    "mpt": lambda: tf.MptConfig(
-        vocab_size=96, d_model=32, n_heads=4, n_layers=2, max_seq_len=512, initializer_range=0.2, eos_token_id=2
-    ),
-    "falcon, ALiBi": lambda: tf.FalconConfig(**falcon, alibi=True, bias=True),
-    "falcon": lambda: tf.FalconConfig(**falcon, alibi=False),
-    "falcon, new": lambda: tf.FalconConfig(**falcon, alibi=False, num_kv_heads=2, new_decoder_architecture=True),
-    "gpt_neo": lambda: tf.GPTNeoConfig(
-        **old,
-        max_position_embeddings=512,
-        num_layers=2,
-        num_heads=4,
-        attention_types=[[["global", "local"], 1]],
-        window_size=32,
-    ),
-    "stablelm": lambda: tf.StableLmConfig(**common, **width),
-    "stablelm, parallel": lambda: tf.StableLmConfig(**common, **width, use_parallel_residual=True, qk_layernorm=True),
-    "cohere2": lambda: tf.Cohere2Config(**common, **width, **every_other),
-    "granite": lambda: tf.GraniteConfig(
-        **common,
-        **width,
-        logits_scaling=8.0,
-        attention_multiplier=0.1,
-        residual_multiplier=0.2,
-        embedding_multiplier=12.0,
-    ),
-    "olmo3": lambda: tf.Olmo3Config(**common, **width, **every_other),
-    "phi3, longrope": lambda: tf.Phi3Config(
-        **common, **width, rope_parameters=longrope, original_max_position_embeddings=256
-    ),
-    "lfm2": lambda: tf.Lfm2Config(**common, **width, layer_types=["conv", "full_attention"]),
-    "falcon_h1": lambda: tf.FalconH1Config(
-        **common,
-        **width,
-        mamba_d_ssm=32,
-        mamba_n_heads=4,
-        mamba_d_head=8,
-        mamba_d_state=8,
-        mamba_n_groups=1,
-        mamba_chunk_size=8,
-    ),
-    "mamba2": lambda: tf.Mamba2Config(
-        vocab_size=96,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_heads=8,
-        head_dim=8,
-        state_size=8,
-        n_groups=1,
-        chunk_size=8,
-    ),
-    "opt": lambda: tf.OPTConfig(
-        vocab_size=96,
-        hidden_size=32,
-        ffn_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        word_embed_proj_dim=32,
-    ),
+    "mamba2": ("Mamba2", mamba | dict(num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=8)),
+    "opt": ("OPT", width | dict(ffn_dim=64, word_embed_proj_dim=32)),
 }
-NEEDS = {"mimo_v2": "MiMoV2FlashConfig", "gemma4": "Gemma4TextConfig"}  # not in every transformers
-PACKED = {
-    "gemma2",
-    "gpt_oss",
-    "vaultgemma",
-    "gemma3, multimodal",
-    "mistral",
-    "qwen2, a window",
-    "qwen3, a window",
-    "mixtral, jitter",
-}
-PADDED = {
-    "bloom",
-    "mpt",
-    "falcon, ALiBi",
-    "gpt_neo",
-    "lfm2",
-    "falcon_h1",
-    "mamba2",
-}  # ALiBi from the mask, a window of its own, states
+PACKED = {"gemma2", "gpt_oss", "vaultgemma", "gemma3, multimodal", "mixtral, jitter"}
+PACKED |= {"mistral, a window", "qwen2, a window", "qwen3, a window"}
+# ALiBi from the mask, a window of its own, states
+PADDED = {"bloom", "mpt", "falcon, ALiBi", "gpt_neo", "lfm2", "falcon_h1", "mamba2"}
 
 
-def model_of(name, tokenizer=None):
+def model_of(name, tokenizer=None, **more):
     """A random model in evaluation mode under its own attention."""
-    if not hasattr(tf, NEEDS.get(name, "Qwen2Config")):
+    kind, options = CONFIGS.get(name, ("Llama", {}))
+    if not hasattr(tf, f"{kind}Config"):
         pytest.skip("this transformers does not have it")
-    config = tiny_config(name, tokenizer) if name in FAMILIES else CONFIGS[name]()
+    config = tiny_config(name, tokenizer) if name in FAMILIES else getattr(tf, f"{kind}Config")(**options)
+    for field, value in more.items():
+        setattr(config, field, value)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -301,15 +215,11 @@ def test_two_forwards_in_training_are_the_same_function(name):
 
 @pytest.mark.parametrize("name", ["gpt_oss", "bloom"])
 def test_dropout_is_off_unless_it_is_asked_for(name):
-    config = CONFIGS[name]()
-    config.attention_dropout = config.hidden_dropout = 0.5
-    CONFIGS[f"{name}, dropout"] = lambda: config
     for wanted in (False, True):
-        model = model_of(f"{name}, dropout")
+        model = model_of(name, attention_dropout=0.5, hidden_dropout=0.5)
         dpo.prepare_model(model, name, ARGS, CPU, torch.float32, dpo.token_logps, dropout=wanted)
         first, second = (together(model, rows_of(96)) for _ in range(2))
         assert torch.equal(first, second) is not wanted
-    del CONFIGS[f"{name}, dropout"]
 
 
 # ------------------------------------------------------------------------------------------------------------- positions
@@ -323,43 +233,21 @@ def saved_config(folder, config, **changes) -> str:
     return str(folder)
 
 
-LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+SHORT = dict(original_max_position_embeddings=32)
+BY_TYPE = dict(full_attention=LONG | SHORT, sliding_attention=dict(rope_type="default", rope_theta=1e4))
+FACTORS = dict(type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+PUBLISHED = dict(rope_parameters=None, rope_theta=1e4, rope_scaling=FACTORS)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
 
 
 @pytest.mark.parametrize(
     "config, changes, original",
     [
-        (tf.LlamaConfig(**common, **width), dict(rope_parameters=LONG | dict(original_max_position_embeddings=32)), 32),
-        (
-            tf.Phi3Config(**common, **width),
-            dict(rope_parameters=LONG, original_max_position_embeddings=32),
-            32,
-        ),
-        (  # as Phi-3 is published
-            tf.Phi3Config(**common, **width),
-            dict(
-                rope_parameters=None,
-                rope_theta=1e4,
-                rope_scaling=dict(type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4),
-                original_max_position_embeddings=32,
-            ),
-            32,
-        ),
-        (
-            tf.LlamaConfig(**common, **width),
-            dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
-            512,
-        ),
-        (
-            tf.Gemma3TextConfig(**common, **width, **heads),
-            dict(
-                rope_parameters=dict(
-                    full_attention=LONG | dict(original_max_position_embeddings=32),
-                    sliding_attention=dict(rope_type="default", rope_theta=1e4),
-                )
-            ),
-            32,
-        ),
+        (tf.LlamaConfig(**width), dict(rope_parameters=LONG | SHORT), 32),
+        (tf.Phi3Config(**width), dict(rope_parameters=LONG) | SHORT, 32),
+        (tf.Phi3Config(**width), PUBLISHED | SHORT, 32),
+        (tf.LlamaConfig(**width), dict(rope_parameters=DYNAMIC), 512),
+        (tf.Gemma3TextConfig(**gemma), dict(rope_parameters=BY_TYPE), 32),
     ],
     ids=["longrope", "original outside", "as published", "dynamic", "by layer type"],
 )
@@ -374,25 +262,14 @@ def test_lengths_that_change_the_rotary_embeddings_are_refused(config, changes, 
     assert dpo.fit_length(args, name) == original
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        dict(rope_type="default", rope_theta=1e4),
-        dict(rope_type="linear", rope_theta=1e4, factor=2.0),
-        dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=32),
-        dict(
-            rope_type="llama3",
-            rope_theta=1e4,
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=32,
-        ),
-    ],
-    ids=lambda rope: rope["rope_type"],
-)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+IGNORANT = [dict(rope_type="default"), dict(rope_type="linear", factor=2.0), LLAMA3 | SHORT]
+IGNORANT += [dict(rope_type="yarn", factor=4.0) | SHORT]
+
+
+@pytest.mark.parametrize("rope", IGNORANT, ids=lambda rope: rope["rope_type"])
 def test_rotary_embeddings_that_ignore_the_length_take_every_length(rope, tmp_path):
-    config = tf.LlamaConfig(**common, **width, rope_parameters=rope)
+    config = tf.LlamaConfig(**width, rope_parameters=rope | dict(rope_theta=1e4))
     name = saved_config(tmp_path / "model", config)
     assert dpo.fit_length(SimpleNamespace(max_length=400), name) == 400
     reference = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -421,31 +298,43 @@ def test_the_text_models_layers_are_sharded(name, one_rank, tiny_tokenizer):
     assert (ours - theirs).abs().max() < 2e-5 * theirs.abs().max()
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="torch cannot compute attention in bfloat16"
+)
+def test_a_frozen_model_is_kept_in_bfloat16(one_rank):
+    """It gives what the same model gives whose float32 weights are cast in each forward; angles stay in float32."""
+    trained, frozen = model_of("qwen3, a window"), model_of("qwen3, a window").requires_grad_(False)
+    for model, dtype in ((trained, torch.float32), (frozen, torch.bfloat16)):
+        dpo.prepare_model(model, "qwen3", ARGS, CPU, torch.bfloat16, dpo.token_logps)
+        assert {p.dtype for p in model.parameters()} == {dtype} and {b.dtype for b in model.buffers()} == {
+            torch.float32
+        }
+    assert torch.equal(together(trained, rows_of(96)), together(frozen, rows_of(96)))
+
+
+def test_packing_that_fails_in_bfloat16_alone_is_found_out(one_rank, capsys):
+    def raises(module, q, k, v, *args, **kwargs):
+        if v.dtype == torch.bfloat16:
+            raise RuntimeError("no such kernel")
+        return dpo.rows_attention(module, q, k, v, *args, **kwargs)
+
+    reference, model = model_of("qwen2, a window"), model_of("qwen2, a window")
+    dpo.AttentionInterface.register("packed_rows", raises)
+    try:
+        dpo.prepare_model(model, "qwen2", ARGS, CPU, torch.bfloat16, dpo.token_logps)
+    finally:
+        dpo.AttentionInterface.register("packed_rows", dpo.rows_attention)
+    assert not model.packs and "(RuntimeError: no such kernel); they are padded" in capsys.readouterr().out
+    assert all(isinstance(p, DTensor) for p in model.parameters())  # nothing stays gathered
+    logps, expected = together(model, rows_of(96)), alone(reference, rows_of(96))
+    assert (logps - expected).norm() < 0.1 * expected.norm()
+    assert gradient(model, logps)
+
+
 # ----------------------------------------------------------------------------------------------------------- generation
 
-SAMPLED = [
-    "llama",
-    "qwen3",
-    "gpt2",
-    "glm4",
-    "deepseek_v2",
-    "bloom",
-    "mpt",
-    "falcon, ALiBi",
-    "stablelm",
-    "lfm2",
-    "mamba2",
-    "granite",
-]
-SAMPLED += [
-    "mistral, a window",
-    "qwen2, a window",
-    "qwen3, a window",
-    "olmo3",
-    "gemma2, soft caps",
-    "gpt_oss",
-    "vaultgemma",
-]
+SAMPLED = ["llama", "gpt2", "deepseek_v2", "bloom", "mpt", "lfm2", "mamba2"]
+SAMPLED += ["mistral, a window", "gemma2, soft caps", "gpt_oss"]
 
 
 @pytest.mark.parametrize("name", SAMPLED)
@@ -453,7 +342,7 @@ def test_the_answers_shown_are_those_of_the_models_own_attention(name, tiny_toke
     model = model_of(name, tiny_tokenizer)
     text = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
     model.generation_config.eos_token_id = None
-    rows = [row for row in rows_of(model.config.get_text_config().vocab_size)]
+    rows = rows_of(model.config.get_text_config().vocab_size)
     rows[1] = rows[0]._replace(prompt=rows[0].prompt + rows[0].responses[0])
     expected = []
     with torch.no_grad():
