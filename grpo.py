@@ -303,13 +303,12 @@ def grpo_batch(args, rows: list, logps, entropy, weights) -> dict:
     """The loss of rows of an update, and the metrics beside it: scalars, each a sum over tokens.
 
     logps, entropy: of every token of their answers [N], as token_logps returns them; weights: of the tokens of each
-    answer of the batch, by the answer's number."""
-    advantages, sampled_logps, numbers = (
-        joined(rows, name, None) for name in ("advantages", "sampled_logps", "answer")
-    )
-    old_logps = joined(rows, "old_logps", None) if "old_logps" in rows[0].extra else logps.detach()
-    ref_logps = joined(rows, "ref_logps", None) if "ref_logps" in rows[0].extra else None
-    loss = grpo_loss(logps, old_logps, ref_logps, advantages, weights[numbers], args)
+    answer of the batch, by its slot."""
+    device = logps.device
+    advantages, sampled_logps, slots = (joined(rows, name, device) for name in ("advantages", "sampled_logps", "slots"))
+    old_logps = joined(rows, "old_logps", device) if "old_logps" in rows[0].extra else logps.detach()
+    ref_logps = joined(rows, "ref_logps", device) if "ref_logps" in rows[0].extra else None
+    loss = grpo_loss(logps, old_logps, ref_logps, advantages, weights[slots], args)
     kl = kl_estimate(logps.detach(), ref_logps) if ref_logps is not None else torch.zeros_like(logps)
     ratio, gap = (logps.detach() - old_logps).exp(), (old_logps - sampled_logps).abs()
     low = (ratio < 1 - args.clip_low) & (advantages < 0)
@@ -352,9 +351,10 @@ def main(args: Args):
         moved = str(last / "reference") if last and args.reference_every else ""
         reference = load_reference(moved or args.reference or args.model, tokenizer, args, device, dtype)
     optimizer = make_optimizer(policy, args)
-    models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
+    models = {"": (policy, tokenizer)}
     if args.reference_every:
-        check_shapes(policy, reference, args)
+        if [p.shape for p in reference.parameters()] != [p.shape for p in policy.parameters()]:
+            fail(f"--reference-every: the weights of --reference {args.reference} have other shapes than --model's")
         models["reference"] = (reference, tokenizer)
     G, updates, stops = args.num_generations, args.num_iterations * args.num_minibatches, stop_ids(policy, tokenizer)
     work = f"{steps} batches of {args.batch_size} x {G} answers in {updates} update{'s' * (updates > 1)}"
@@ -362,61 +362,60 @@ def main(args: Args):
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stops))
     print0(f"rewards: {', '.join(reward.name for reward in rewards)}; answers end at {ends}")
     if last:
-        state = load_checkpoint(last, models, optimizers)
+        state = load_checkpoint(last, models, {"": optimizer})
     else:
         clear_run(args, out, signature)
         state = dict(step=0, num_tokens=0, seconds=0.0)
     started -= state["seconds"]  # of all parts of a resumed run
     # for a rank that has no row of a minibatch; its weight is 0
-    zero = torch.zeros(1, dtype=torch.long, device=device)
-    spare = SPARE._replace(extra=dict(answer=zero, advantages=zero, sampled_logps=zero))
+    names, zero = ("slots", "advantages", "sampled_logps"), torch.zeros(1, dtype=torch.long, device=device)
+    spare = SPARE._replace(extra=dict.fromkeys(names, zero))
 
     # 3. for each batch of B prompts
     catch_signals()
     for step in (bar := progress("grpo", state["step"], steps)):
-        clock, batch, answers, redrawn = time.time(), batch_rows(rows, args, step), [], 0
-        B, first_found = len(batch), None
+        clock, batch, answers, redrawn, first_found = time.time(), batch_rows(rows, args, step), [], 0, None
+        B = len(batch)
         has_spread = [False] * B
         for attempt in range(RETRIES + 1):
             # 4. G answers o ~ pi to each prompt that has no group yet, and their rewards r; answers: this rank's
             places = [place for place in range(RANK, B, WORLD) if not has_spread[place]]
-            first = attempt * B * G
-            answers += rollout(policy, tokenizer, rewards, batch, places, G, step, first, stops, args, device)
-            found = of_all_groups(answers, rewards, (B, G), device)  # {name: [B, G]}, on the CPU
-            lengths, r = found["length"], found["reward"]
+            answers += rollout(policy, tokenizer, rewards, batch, places, G, step, stops, args, device, attempt)
+            found = of_all_ranks(answers, rewards, (B, G), device)  # {name: [B, G]}, on the CPU
             if args.overlong_cache:
-                r += overlong_penalty(lengths, args.max_new_tokens, args.overlong_cache)
-            first_found = first_found or found
+                found["reward"] += overlong_penalty(found["length"], args.max_new_tokens, args.overlong_cache)
+            r, first_found = found["reward"], first_found or found
             has_spread = (r.amax(1) > r.amin(1)).tolist()
             if args.zero_spread != "resample" or all(has_spread) or attempt == RETRIES:
                 break
-            # 5. a group whose rewards are all equal teaches nothing: another prompt takes its place (DAPO)
+            # 5. a group whose rewards are all equal teaches nothing: a random prompt takes its place (DAPO)
             redrawn += B - sum(has_spread)
-            batch = redraw(batch, has_spread, rows, args, step, attempt)
-            answers = [row for row in answers if has_spread[row.extra["slot"] // G]]
+            draws = random.Random(f"{args.seed}-{step}-{attempt}")
+            batch = [row if keep else draws.choice(rows) for row, keep in zip(batch, has_spread)]
+            answers = [row for row in answers if has_spread[row.extra["place"]]]
         answers.sort(key=lambda row: row.extra["slot"])
 
-        # 6. advantages A, normalised over the group: one for each answer, or for each of its steps
-        numbers = [row.extra["slot"] for row in answers for _ in row.responses[0]]  # of each token's answer
-        numbers = torch.tensor(numbers, dtype=torch.long)
+        # 6. advantages A, normalised over the group: one for each answer, or for each of its steps; then for each token
         if args.step_separator:
             advantages = process_advantages(rewards, tokenizer, answers, stops, args)
         else:
-            advantages = group_advantages(r, args.scale).flatten()[numbers]
+            A = group_advantages(r, args.scale).flatten()
+            advantages = torch.cat([A[row.extra["slot"]].expand(len(row.responses[0])) for row in answers] or [A[:0]])
         set_token_values(answers, "advantages", advantages.to(device))
-        set_token_values(answers, "answer", numbers.to(device))
 
         # 7. the answers that count, counted [B, G]; log pi_old and log pi_ref of their tokens, before any update
+        lengths = found["length"]
         counted = found["has_ended"] if args.mask_truncated else torch.ones(B, G)
         if args.zero_spread != "keep":
             counted = counted * torch.tensor(has_spread)[:, None]
-        is_counted = counted.flatten().tolist()
-        train_rows = [row for row in answers if is_counted[row.extra["slot"]]]
-        train_rows = share_prompts(train_rows, G, args.tokens_per_forward, policy.packs)
+        counting = [row for row in answers if counted.flatten()[row.extra["slot"]]]
+        train_rows = share_prompts(counting, args.tokens_per_forward, policy.packs)
         if updates > 1:  # with a single update, pi_old is pi
-            add_logps(("old_logps",), policy, train_rows, args, device)
+            logps_of = partial(policy.token_logps, temperature=args.temperature)
+            add_values(("old_logps",), logps_of, policy, train_rows, args, device)
         if reference is not None:
-            add_logps(("ref_logps",), reference, train_rows, args, device)
+            logps_of = partial(reference.token_logps, temperature=args.temperature)
+            add_values(("ref_logps",), logps_of, reference, train_rows, args, device)
 
         # 8. for each pass over the batch, for each minibatch of groups
         sums, norms, learning_rate = dict.fromkeys(SUMS, torch.zeros((), device=device)), [], 0.0
@@ -460,13 +459,13 @@ def main(args: Args):
         state["seconds"] = time.time() - started
         log_metrics(args, out, metrics | dict(seconds=state["seconds"], peak_memory_mb=peak_memory(device)), bar)
         if step == 0 or is_due(max(1, steps // 10), step + 1, steps):
-            show_samples(answers[:G], rewards, "reward")
+            show_samples(f"step {step + 1}", answers, rewards, "reward")
 
         # 12. the reference follows the policy (iterative GRPO); a checkpoint; an end where the policy has gone too far
         if args.reference_every and (step + 1) % args.reference_every == 0:
             copy_weights(policy, reference)
         if should_save(args, step + 1, steps, device) and not too_far:
-            save_checkpoint(args, out / f"checkpoint-{step + 1}", models, optimizers, state)
+            save_checkpoint(args, out / f"checkpoint-{step + 1}", models, {"": optimizer}, state)
         if too_far:
             print0(f"stopped after step {step + 1}: the KL per token, {metrics['kl']:.4f}, is beyond --max-kl")
             break
@@ -505,13 +504,6 @@ def check_options(args):
         fail("--kl-coef 0 has no reference, so no KL; leave out --reference, --reference-every and --max-kl")
 
 
-def check_shapes(policy, reference, args):
-    """Fails on a reference that cannot take over the policy's weights."""
-    if [p.shape for p in reference.parameters()] != [p.shape for p in policy.parameters()]:
-        name = args.reference
-        fail(f"--reference-every: --reference {name} has weights of other shapes than --model, and cannot become it")
-
-
 def copy_weights(source, target):
     """Gives a model the weights of another one, each rank its own part."""
     for model in (source, target):
@@ -520,19 +512,6 @@ def copy_weights(source, target):
     with torch.no_grad():
         for new, old in zip(source.parameters(), target.parameters()):
             old.copy_(new)
-
-
-def of_all_groups(answers: list, rewards: list, shape: tuple, device) -> dict:
-    """`of_all_ranks` for B groups of G answers: {name: [B, G]}."""
-    names = ["reward", "length", "thinking_length", "has_ended", *(f"rewards/{reward.name}" for reward in rewards)]
-    found = of_all_ranks(answers, names, math.prod(shape), device)
-    return {name: values.view(shape) for name, values in found.items()}
-
-
-def redraw(batch: list, has_spread: list, rows: list, args, step: int, attempt: int) -> list:
-    """The batch with random prompts in the places whose groups have equal rewards."""
-    generator = random.Random(f"{args.seed}-{step}-{attempt}")
-    return [row if keep else rows[generator.randrange(len(rows))] for row, keep in zip(batch, has_spread)]
 
 
 def cut_into_steps(tokenizer, row, ids: list, stops: list, separator: str) -> tuple:
@@ -578,23 +557,23 @@ def process_advantages(rewards: list, tokenizer, answers: list, stops: list, arg
     return torch.cat(advantages).repeat_interleave(torch.tensor(sum(steps, []), dtype=torch.long))
 
 
-def share_prompts(answers: list, G: int, limit: int, packs: bool) -> list:
+def share_prompts(answers: list, limit: int, packs: bool) -> list:
     """Rows of at most `limit` tokens, packed or padded, in which answers to one prompt, neighbours here, share it (a
-    longer answer is a row of its own). extra: place, the prompt's number, and what the answers have for each token."""
-    parts, names = [], ("sampled_logps", "advantages", "answer")
+    longer answer is a row of its own). extra: place, and what the answers have for each token."""
+    parts, names = [], ("slots", "sampled_logps", "advantages")
     for answer in answers:
-        part = [*parts[-1], answer] if parts else []
-        lengths = [len(row.responses[0]) for row in part]
-        size = sum(lengths) if packs else len(lengths) * max(lengths, default=0)
-        size += len(answer.prompt) * (1 if packs else len(lengths))
-        is_same = part and part[0].extra["slot"] // G == answer.extra["slot"] // G
-        if is_same and size <= limit:
+        part = [*(parts[-1] if parts else []), answer]
+        prompt, lengths = len(answer.prompt), [len(row.responses[0]) for row in part]
+        size = prompt + sum(lengths) if packs else len(part) * (prompt + max(lengths))
+        if len(part) > 1 and part[0].extra["place"] == answer.extra["place"] and size <= limit:
             parts[-1] = part
         else:
             parts.append([answer])
     rows = []
     for part in parts:
-        extra = {name: joined(part, name, None) for name in names} | dict(place=part[0].extra["slot"] // G)
+        extra = dict(place=part[0].extra["place"]) | {
+            name: torch.cat([row.extra[name] for row in part]) for name in names
+        }
         responses, trained = [row.responses[0] for row in part], [row.trained[0] for row in part]
         rows.append(Row(part[0].prompt, responses, trained, extra))
     return rows
@@ -627,8 +606,8 @@ def evaluate_answers(policy, tokenizer, rewards: list, held_out: list, stops: li
     also pass@k and majority@k for the powers of 2 up to that number."""
     n, places = args.eval_samples, range(RANK, len(held_out), WORLD)
     # step -1: the same randomness every time
-    answers = rollout(policy, tokenizer, rewards, held_out, places, n, -1, 0, stops, args, device)
-    found = of_all_groups(answers, rewards, (len(held_out), n), device)
+    answers = rollout(policy, tokenizer, rewards, held_out, places, n, -1, stops, args, device)
+    found = of_all_ranks(answers, rewards, (len(held_out), n), device)
     metrics = {
         "eval_reward": found["reward"].mean().item(),
         "eval_completions/mean_length": found["length"].mean().item(),
@@ -675,9 +654,12 @@ def vote_of(source: str, text: str) -> str | None:
 
 def write_report(out: Path, metrics: dict):
     """report.json, and test_time.png: accuracy over training, and against the number of answers to a prompt."""
-    report = {}
-    for kind in ("pass", "majority"):
-        report[kind] = {int(k.partition("@")[2]): v for k, v in metrics.items() if k.startswith(f"eval_{kind}@")}
+    kinds = {"pass": "any of k", "majority": "majority of k"}
+    report = {kind: {} for kind in kinds}
+    for name, value in metrics.items():
+        kind, _, k = name.removeprefix("eval_").partition("@")
+        if k:
+            report[kind][int(k)] = value
     if RANK > 0 or not report["pass"]:
         return
     import matplotlib
@@ -690,7 +672,7 @@ def write_report(out: Path, metrics: dict):
     figure, (over_training, over_answers) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     over_training.plot([line["step"] for line in evaluated], [line["eval_pass@1"] for line in evaluated], "o-")
     over_training.set(title="one answer", xlabel="batches of training", ylabel="accuracy on held-out prompts")
-    for kind, label in (("majority", "majority of k"), ("pass", "any of k")):
+    for kind, label in kinds.items():
         over_answers.plot(list(report[kind]), list(report[kind].values()), "o-", label=label)
     over_answers.set(title="k answers", xlabel="k")
     over_answers.set_xscale("log", base=2)
@@ -804,15 +786,13 @@ def answered_row(model, tokenizer, conditions: dict, extra: dict, text: str = "a
 
 def model_scores(model, tokenizer, conditions: dict, args, device, rows: list, texts: list, ids: list):
     """A reward model's scores [B], NaN for an answer that its chat template refuses."""
-    read, places, scores = [], [], torch.full((len(rows),), math.nan, device=device)
+    read, scores = {}, torch.full((len(rows),), math.nan, device=device)
     for i, (row, text) in enumerate(zip(rows, texts)):
         with contextlib.suppress(Drop):
-            read.append(answered_row(model, tokenizer, conditions, row.extra, text))
-            places.append(i)
-    found = score_rows(model, read, args, device, shared=False)
-    if found:
-        scores[places] = torch.cat(found)
-    if not scores[places].isfinite().all():
+            read[i] = answered_row(model, tokenizer, conditions, row.extra, text)
+    if found := score_rows(model, list(read.values()), args, device, shared=False):
+        scores[list(read)] = torch.cat(found)
+    if not scores[list(read)].isfinite().all():
         fail("--rewards: a reward model's score is not finite: its weights are damaged, or try --dtype float32")
     return scores
 
@@ -1000,26 +980,29 @@ def true_answers(column) -> set:
 
 @torch.no_grad()
 def rollout(
-    policy, tokenizer, rewards: list, prompts: list, places, n: int, step: int, first: int, stops: list, args, device
+    policy, tokenizer, rewards: list, prompts: list, places, n: int, step: int, stops: list, args, device, attempt=0
 ) -> list:
-    """n sampled answers to each of the prompts at this rank's places, with their rewards: Rows of one response.
+    """n sampled answers to each of the prompts at this rank's places, with their rewards: Rows of one response. Every
+    attempt of a step has randomness of its own.
 
-    first: number of the first answer; answers of a step with equal numbers would share their randomness. An answer's
-    extra: slot, its number among those of all ranks; prompt_row; text; sampled_logps [T]; and as numbers reward,
-    rewards/NAME, length, thinking_length and has_ended."""
+    extra: place; slot, the answer's number among those of all ranks; prompt_row; text; slots and sampled_logps [T]; and
+    as numbers reward, rewards/NAME, length, thinking_length, has_ended."""
     slots = [place * n + k for place in places for k in range(n)]
     rows = [prompts[slot // n] for slot in slots]
-    numbers = uniform_numbers(args.seed, step, [first + slot for slot in slots], args.max_new_tokens)
+    numbers = [attempt * len(prompts) * n + slot for slot in slots]
+    numbers = uniform_numbers(args.seed, step, numbers, args.max_new_tokens)
     ids, logps = sample_answers(policy, [row.prompt for row in rows], numbers, stops, args, args.temperature)
     texts = answer_texts(tokenizer, rows, ids, stops)
     total, named = total_reward(rewards, rows, texts, ids)
-    names = ["reward", *(f"rewards/{name}" for name in named)]
-    answers = []
+    names, answers = ["reward", *(f"rewards/{name}" for name in named)], []
     for i, found in enumerate(torch.stack([total, *named.values()], 1).tolist()):
-        extra = dict(slot=slots[i], prompt_row=rows[i], text=texts[i], length=len(ids[i]), **dict(zip(names, found)))
+        extra = dict(place=slots[i] // n, slot=slots[i], prompt_row=rows[i], text=texts[i], length=len(ids[i]))
+        extra |= zip(names, found)
         extra["thinking_length"] = thinking_length(tokenizer, texts[i], len(ids[i]))
         extra["has_ended"] = float(ids[i][-1] in stops)
         answers.append(Row(rows[i].prompt, [ids[i]], [[True] * len(ids[i])], extra))
+    slots_of_tokens = [slot for slot, own in zip(slots, ids) for _ in own]
+    set_token_values(answers, "slots", torch.tensor(slots_of_tokens, dtype=torch.long, device=device))
     set_token_values(answers, "sampled_logps", torch.tensor(sum(logps, []), device=device))
     return answers
 
@@ -1031,12 +1014,21 @@ def thinking_length(tokenizer, text: str, tokens: int) -> float:
     return max(0.0, tokens - len(tokenizer(after_thinking(text), add_special_tokens=False).input_ids))
 
 
-def of_all_ranks(answers: list, names: list, count: int, device) -> dict:
-    """The numbers that the answers of all ranks have under each name [count], by slot, on the CPU."""
-    values = torch.zeros(len(names), count)
+def of_all_ranks(answers: list, rewards: list, shape: tuple, device, *more) -> dict:
+    """The numbers that the answers of all ranks have, by slot and name, also under the names more: {name: [*shape]}, on
+    the CPU."""
+    names = [
+        "reward",
+        "length",
+        "thinking_length",
+        "has_ended",
+        *more,
+        *(f"rewards/{reward.name}" for reward in rewards),
+    ]
+    values = torch.zeros(len(names), math.prod(shape))
     for row in answers:
         values[:, row.extra["slot"]] = torch.tensor([row.extra[name] for name in names])
-    return dict(zip(names, over_ranks(values.to(device)).cpu()))
+    return dict(zip(names, over_ranks(values.to(device)).cpu().unflatten(1, shape)))
 
 
 def set_token_values(rows: list, name: str, values):
@@ -1051,23 +1043,16 @@ def joined(rows: list, name: str, device):
 
 
 @torch.no_grad()
-def add_token_values(names: tuple, values_of, model, rows: list, args, device):
-    """Gives rows a value for each trained token under each of the names; values_of(inputs, target) returns as many
-    tensors [N] or more, inputs and target as `forwards` yields them."""
+def add_values(names: tuple, values_of, model, rows: list, args, device):
+    """Gives rows a value for each trained token under each of the names. values_of: a method of the model, which
+    returns that many tensors [N] or more for what `forwards` yields."""
     model.eval()
     for group, weight, inputs, target in forwards(rows, args, model, device):
-        found = values_of(inputs, target)
+        found = values_of(**inputs, target=target)
         if weight:  # else the row is a repeated one, which keeps the ranks in step
             for name, values in zip(names, found):
                 set_token_values(group, name, values)
     model.train()
-
-
-def add_logps(names: tuple, model, rows: list, args, device):
-    """Gives rows the log-probabilities of their trained tokens under a model, before any update, and, where a second
-    name is given, the entropies of the distributions."""
-    values_of = lambda inputs, target: model.token_logps(**inputs, target=target, temperature=args.temperature)
-    add_token_values(names, values_of, model, rows, args, device)
 
 
 def load_reference(name: str, tokenizer, args, device, dtype, samples: bool = False):
@@ -1089,9 +1074,12 @@ def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
         yield from (order[start:end] for start, end in zip(cuts, cuts[1:]))
 
 
-def show_samples(answers: list, rewards: list, total: str):
+def show_samples(title: str, answers: list, rewards: list, total: str):
     """Prints the first answers with their rewards and what they have under the name total."""
-    for row in answers[:3] if RANK == 0 else []:
+    if RANK > 0:
+        return
+    tqdm.write(f"{title}:")
+    for row in answers[:3]:
         prompt, text = row.extra["prompt_row"].extra["prompt"], row.extra["text"]
         prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         values = {reward.name: row.extra[f"rewards/{reward.name}"] for reward in rewards} | {total: row.extra[total]}

@@ -391,7 +391,7 @@ def main(args: Args):
             offsets = [args.reward_constant - state["baselines"][i] for i in indices]
         answers = sample_and_score([rows[i] for i in indices], n, step, offsets)
         # 5. the values of the states before their tokens, and from all of these advantages and returns
-        add_values(args, value, answers, device)
+        add_values(("values",), value.state_values, value, answers, args, device)
         add_advantages(args, answers, device)
         metrics = dict(step=step + 1, epoch=(step + 1) / steps_per_epoch)
         num_answers = len(indices) * n  # of all ranks
@@ -418,7 +418,8 @@ def main(args: Args):
                 if not is_warming_up:
                     (logged["loss/policy_avg"] * scale).backward()
                 # 8. the value model's clipped loss
-                logged |= value_batch(args, group, value.state_values(**inputs))
+                (values,) = value.state_values(**inputs)
+                logged |= value_batch(args, group, values)
                 (logged["loss/value_avg"] * scale).backward()
                 add_scalars(sums, logged, weight / total / num_updates)
             if not is_warming_up:
@@ -448,7 +449,7 @@ def main(args: Args):
         if is_too_far:
             steps = step + 1  # this one is the last
         if step == 0 or is_due(max(1, steps // 10), step + 1, steps):
-            show_answers(f"step {step + 1}", answers, rewards)
+            show_samples(f"step {step + 1}", answers, rewards, "score")
         if held_out and is_due(args.eval_every, step + 1, steps):
             metrics |= evaluate_policy(sample_and_score, held_out, rewards, device)
         state |= dict(step=step + 1, episode=state["episode"] + num_answers, seconds=time.time() - started)
@@ -546,12 +547,10 @@ def load_value_model(name: str, tokenizer, args, device, dtype):
     return prepare_model(value, name, args, device, dtype, state_values)
 
 
-def state_values(self, inputs, source, last=None):
-    """The value of the state before each token of the answers [N]: the head on the hidden state that predicts the
-    token. A method of the model.
-
-    inputs, source: as `pack` and `pad` return them."""
-    return response_scores(self, inputs, last=source)
+def state_values(self, inputs, source, last=None, target=None):
+    """The value of the state before each token of the answers [N], in a tuple: the head on the hidden state that
+    predicts the token. A method of the model; inputs, source: as `pack` and `pad` return them."""
+    return (response_scores(self, inputs, last=source),)
 
 
 def use_one_layout(policy, value):
@@ -570,12 +569,13 @@ def scored_rollout(
     offsets: for each prompt, added to the reward of an answer that ends. extra: further score, a number; old_logps,
     ref_logps and entropy [T]."""
     places = range(RANK, len(prompts), WORLD)
-    answers = rollout(policy, tokenizer, rewards, prompts, places, n, step, 0, stops, args, device)
+    answers = rollout(policy, tokenizer, rewards, prompts, places, n, step, stops, args, device)
     for row in answers:
         score = row.extra["reward"] + offsets[row.extra["slot"] // n]
         row.extra["score"] = score if row.extra["has_ended"] else args.missing_eos_score
-    add_logps(("old_logps", "entropy"), policy, answers, args, device)
-    add_logps(("ref_logps",), reference, answers, args, device)
+    for names, model in ((("old_logps", "entropy"), policy), (("ref_logps",), reference)):
+        logps_of = partial(model.token_logps, temperature=args.temperature)
+        add_values(names, logps_of, model, answers, args, device)
     return answers
 
 
@@ -594,17 +594,10 @@ def add_baselines(
         known |= zip(new, over_ranks(found).tolist())
 
 
-def add_values(args, value, answers: list, device):
-    """Gives each answer the values of the states before its tokens [T]."""
-    values_of = lambda inputs, target: (value.state_values(**inputs),)
-    add_token_values(("values",), values_of, value, answers, args, device)
-
-
 def rollout_metrics(args, answers: list, rewards: list, count: int, device) -> dict:
     """What the answers of all ranks, so many, say of policy and value model before the update: means over answers or
     tokens."""
-    names = ["score", "length", "has_ended", *(f"rewards/{reward.name}" for reward in rewards)]
-    found = of_all_ranks(answers, names, count, device)  # {name: [count]}
+    found = of_all_ranks(answers, rewards, (count,), device, "score")  # {name: [count]}
     names = ("sampled_logps", "old_logps", "ref_logps", "entropy", "values", "returns")
     sampled_logps, old_logps, ref_logps, entropy, values, returns = (joined(answers, name, device) for name in names)
     sums = {
@@ -638,19 +631,12 @@ def rollout_metrics(args, answers: list, rewards: list, count: int, device) -> d
     return metrics
 
 
-def show_answers(title: str, answers: list, rewards: list):
-    """Prints a few answers with their rewards."""
-    if RANK == 0:
-        tqdm.write(f"{title}:")
-    show_samples(answers, rewards, "score")
-
-
 def evaluate_policy(sample_and_score, held_out: list, rewards: list, device) -> dict:
     """Score, KL and length of one sampled answer to each held-out prompt, with the same randomness every time; no
     constant and no baseline is added."""
     answers = sample_and_score(held_out, 1, -1, [0.0] * len(held_out))
-    show_answers("held out", answers, rewards)
-    found = of_all_ranks(answers, ["score", "length"], len(held_out), device)
+    show_samples("held out", answers, rewards, "score")
+    found = of_all_ranks(answers, rewards, (len(held_out),), device, "score")
     kl = over_ranks((joined(answers, "old_logps", device) - joined(answers, "ref_logps", device)).sum())
     return {
         "eval_objective/scores": found["score"].mean().item(),
@@ -762,15 +748,13 @@ def answered_row(model, tokenizer, conditions: dict, extra: dict, text: str = "a
 
 def model_scores(model, tokenizer, conditions: dict, args, device, rows: list, texts: list, ids: list):
     """A reward model's scores [B], NaN for an answer that its chat template refuses."""
-    read, places, scores = [], [], torch.full((len(rows),), math.nan, device=device)
+    read, scores = {}, torch.full((len(rows),), math.nan, device=device)
     for i, (row, text) in enumerate(zip(rows, texts)):
         with contextlib.suppress(Drop):
-            read.append(answered_row(model, tokenizer, conditions, row.extra, text))
-            places.append(i)
-    found = score_rows(model, read, args, device, shared=False)
-    if found:
-        scores[places] = torch.cat(found)
-    if not scores[places].isfinite().all():
+            read[i] = answered_row(model, tokenizer, conditions, row.extra, text)
+    if found := score_rows(model, list(read.values()), args, device, shared=False):
+        scores[list(read)] = torch.cat(found)
+    if not scores[list(read)].isfinite().all():
         fail("--rewards: a reward model's score is not finite: its weights are damaged, or try --dtype float32")
     return scores
 
@@ -958,26 +942,29 @@ def true_answers(column) -> set:
 
 @torch.no_grad()
 def rollout(
-    policy, tokenizer, rewards: list, prompts: list, places, n: int, step: int, first: int, stops: list, args, device
+    policy, tokenizer, rewards: list, prompts: list, places, n: int, step: int, stops: list, args, device, attempt=0
 ) -> list:
-    """n sampled answers to each of the prompts at this rank's places, with their rewards: Rows of one response.
+    """n sampled answers to each of the prompts at this rank's places, with their rewards: Rows of one response. Every
+    attempt of a step has randomness of its own.
 
-    first: number of the first answer; answers of a step with equal numbers would share their randomness. An answer's
-    extra: slot, its number among those of all ranks; prompt_row; text; sampled_logps [T]; and as numbers reward,
-    rewards/NAME, length, thinking_length and has_ended."""
+    extra: place; slot, the answer's number among those of all ranks; prompt_row; text; slots and sampled_logps [T]; and
+    as numbers reward, rewards/NAME, length, thinking_length, has_ended."""
     slots = [place * n + k for place in places for k in range(n)]
     rows = [prompts[slot // n] for slot in slots]
-    numbers = uniform_numbers(args.seed, step, [first + slot for slot in slots], args.max_new_tokens)
+    numbers = [attempt * len(prompts) * n + slot for slot in slots]
+    numbers = uniform_numbers(args.seed, step, numbers, args.max_new_tokens)
     ids, logps = sample_answers(policy, [row.prompt for row in rows], numbers, stops, args, args.temperature)
     texts = answer_texts(tokenizer, rows, ids, stops)
     total, named = total_reward(rewards, rows, texts, ids)
-    names = ["reward", *(f"rewards/{name}" for name in named)]
-    answers = []
+    names, answers = ["reward", *(f"rewards/{name}" for name in named)], []
     for i, found in enumerate(torch.stack([total, *named.values()], 1).tolist()):
-        extra = dict(slot=slots[i], prompt_row=rows[i], text=texts[i], length=len(ids[i]), **dict(zip(names, found)))
+        extra = dict(place=slots[i] // n, slot=slots[i], prompt_row=rows[i], text=texts[i], length=len(ids[i]))
+        extra |= zip(names, found)
         extra["thinking_length"] = thinking_length(tokenizer, texts[i], len(ids[i]))
         extra["has_ended"] = float(ids[i][-1] in stops)
         answers.append(Row(rows[i].prompt, [ids[i]], [[True] * len(ids[i])], extra))
+    slots_of_tokens = [slot for slot, own in zip(slots, ids) for _ in own]
+    set_token_values(answers, "slots", torch.tensor(slots_of_tokens, dtype=torch.long, device=device))
     set_token_values(answers, "sampled_logps", torch.tensor(sum(logps, []), device=device))
     return answers
 
@@ -989,12 +976,21 @@ def thinking_length(tokenizer, text: str, tokens: int) -> float:
     return max(0.0, tokens - len(tokenizer(after_thinking(text), add_special_tokens=False).input_ids))
 
 
-def of_all_ranks(answers: list, names: list, count: int, device) -> dict:
-    """The numbers that the answers of all ranks have under each name [count], by slot, on the CPU."""
-    values = torch.zeros(len(names), count)
+def of_all_ranks(answers: list, rewards: list, shape: tuple, device, *more) -> dict:
+    """The numbers that the answers of all ranks have, by slot and name, also under the names more: {name: [*shape]}, on
+    the CPU."""
+    names = [
+        "reward",
+        "length",
+        "thinking_length",
+        "has_ended",
+        *more,
+        *(f"rewards/{reward.name}" for reward in rewards),
+    ]
+    values = torch.zeros(len(names), math.prod(shape))
     for row in answers:
         values[:, row.extra["slot"]] = torch.tensor([row.extra[name] for name in names])
-    return dict(zip(names, over_ranks(values.to(device)).cpu()))
+    return dict(zip(names, over_ranks(values.to(device)).cpu().unflatten(1, shape)))
 
 
 def set_token_values(rows: list, name: str, values):
@@ -1009,23 +1005,16 @@ def joined(rows: list, name: str, device):
 
 
 @torch.no_grad()
-def add_token_values(names: tuple, values_of, model, rows: list, args, device):
-    """Gives rows a value for each trained token under each of the names; values_of(inputs, target) returns as many
-    tensors [N] or more, inputs and target as `forwards` yields them."""
+def add_values(names: tuple, values_of, model, rows: list, args, device):
+    """Gives rows a value for each trained token under each of the names. values_of: a method of the model, which
+    returns that many tensors [N] or more for what `forwards` yields."""
     model.eval()
     for group, weight, inputs, target in forwards(rows, args, model, device):
-        found = values_of(inputs, target)
+        found = values_of(**inputs, target=target)
         if weight:  # else the row is a repeated one, which keeps the ranks in step
             for name, values in zip(names, found):
                 set_token_values(group, name, values)
     model.train()
-
-
-def add_logps(names: tuple, model, rows: list, args, device):
-    """Gives rows the log-probabilities of their trained tokens under a model, before any update, and, where a second
-    name is given, the entropies of the distributions."""
-    values_of = lambda inputs, target: model.token_logps(**inputs, target=target, temperature=args.temperature)
-    add_token_values(names, values_of, model, rows, args, device)
 
 
 def load_reference(name: str, tokenizer, args, device, dtype, samples: bool = False):
@@ -1047,9 +1036,12 @@ def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
         yield from (order[start:end] for start, end in zip(cuts, cuts[1:]))
 
 
-def show_samples(answers: list, rewards: list, total: str):
+def show_samples(title: str, answers: list, rewards: list, total: str):
     """Prints the first answers with their rewards and what they have under the name total."""
-    for row in answers[:3] if RANK == 0 else []:
+    if RANK > 0:
+        return
+    tqdm.write(f"{title}:")
+    for row in answers[:3]:
         prompt, text = row.extra["prompt_row"].extra["prompt"], row.extra["text"]
         prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         values = {reward.name: row.extra[f"rewards/{reward.name}"] for reward in rewards} | {total: row.extra[total]}
