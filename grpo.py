@@ -304,10 +304,9 @@ def grpo_batch(args, rows: list, logps, entropy, weights) -> dict:
 
     logps, entropy: of every token of their answers [N], as token_logps returns them; weights: of the tokens of each
     answer of the batch, by its slot."""
-    device = logps.device
-    advantages, sampled_logps, slots = (joined(rows, name, device) for name in ("advantages", "sampled_logps", "slots"))
-    old_logps = joined(rows, "old_logps", device) if "old_logps" in rows[0].extra else logps.detach()
-    ref_logps = joined(rows, "ref_logps", device) if "ref_logps" in rows[0].extra else None
+    advantages, sampled_logps, slots = (joined(rows, name) for name in ("advantages", "sampled_logps", "slots"))
+    old_logps = joined(rows, "old_logps") if "old_logps" in rows[0].extra else logps.detach()
+    ref_logps = joined(rows, "ref_logps") if "ref_logps" in rows[0].extra else None
     loss = grpo_loss(logps, old_logps, ref_logps, advantages, weights[slots], args)
     kl = kl_estimate(logps.detach(), ref_logps) if ref_logps is not None else torch.zeros_like(logps)
     ratio, gap = (logps.detach() - old_logps).exp(), (old_logps - sampled_logps).abs()
@@ -329,13 +328,12 @@ def main(args: Args):
     # 0. options, ranks, the output directory
     check_options(args)
     device, dtype = setup_distributed(args)
-    sources = [args.model, args.reference, args.dataset, args.eval_dataset, *reward_files(args)]
-    out, last, signature = open_run(args, *sources)
+    inputs = (args.model, args.reference, args.dataset, args.eval_dataset, *reward_files(args))
+    out, last, signature = open_run(args, *inputs)
     source, started = str(last or args.model), time.time()
 
     # 1. rewards, and the prompts that they can read
-    tokenizer = load_tokenizer(source)
-    rewards = load_rewards(args, device, dtype)
+    tokenizer, rewards = load_tokenizer(source), load_rewards(args, device, dtype)
     max_prompt = fit_length(args, source) - args.max_new_tokens
     encode_row = partial(prompt_rows, tokenizer, max_prompt, [reward.check for reward in rewards if reward.check])
     rows, held_out = prepare_split(args, tokenizer, encode_row)
@@ -350,8 +348,7 @@ def main(args: Args):
     if args.kl_coef:
         moved = str(last / "reference") if last and args.reference_every else ""
         reference = load_reference(moved or args.reference or args.model, tokenizer, args, device, dtype)
-    optimizer = make_optimizer(policy, args)
-    models = {"": (policy, tokenizer)}
+    optimizer, models = make_optimizer(policy, args), {"": (policy, tokenizer)}
     if args.reference_every:
         if [p.shape for p in reference.parameters()] != [p.shape for p in policy.parameters()]:
             fail(f"--reference-every: the weights of --reference {args.reference} have other shapes than --model's")
@@ -367,16 +364,14 @@ def main(args: Args):
         clear_run(args, out, signature)
         state = dict(step=0, num_tokens=0, seconds=0.0)
     started -= state["seconds"]  # of all parts of a resumed run
-    # for a rank that has no row of a minibatch; its weight is 0
-    names, zero = ("slots", "advantages", "sampled_logps"), torch.zeros(1, dtype=torch.long, device=device)
-    spare = SPARE._replace(extra=dict.fromkeys(names, zero))
+    zero = torch.zeros(1, dtype=torch.long, device=device)  # for a rank that has no row of a minibatch, with weight 0
+    spare = SPARE._replace(extra=dict(slots=zero, advantages=zero, sampled_logps=zero))
 
     # 3. for each batch of B prompts
     catch_signals()
     for step in (bar := progress("grpo", state["step"], steps)):
         clock, batch, answers, redrawn, first_found = time.time(), batch_rows(rows, args, step), [], 0, None
-        B = len(batch)
-        has_spread = [False] * B
+        B, has_spread = len(batch), [False] * len(batch)
         for attempt in range(RETRIES + 1):
             # 4. G answers o ~ pi to each prompt that has no group yet, and their rewards r; answers: this rank's
             places = [place for place in range(RANK, B, WORLD) if not has_spread[place]]
@@ -411,11 +406,12 @@ def main(args: Args):
         counting = [row for row in answers if counted.flatten()[row.extra["slot"]]]
         train_rows = share_prompts(counting, args.tokens_per_forward, policy.packs)
         if updates > 1:  # with a single update, pi_old is pi
-            logps_of = partial(policy.token_logps, temperature=args.temperature)
-            add_values(("old_logps",), logps_of, policy, train_rows, args, device)
+            add_values(
+                ("old_logps",), policy.token_logps, policy, train_rows, args, device, temperature=args.temperature
+            )
         if reference is not None:
-            logps_of = partial(reference.token_logps, temperature=args.temperature)
-            add_values(("ref_logps",), logps_of, reference, train_rows, args, device)
+            options = dict(temperature=args.temperature)
+            add_values(("ref_logps",), reference.token_logps, reference, train_rows, args, device, **options)
 
         # 8. for each pass over the batch, for each minibatch of groups
         sums, norms, learning_rate = dict.fromkeys(SUMS, torch.zeros((), device=device)), [], 0.0
@@ -1037,18 +1033,18 @@ def set_token_values(rows: list, name: str, values):
         row.extra[name] = part
 
 
-def joined(rows: list, name: str, device):
-    """What rows hold for their tokens, end to end [N]."""
+def joined(rows: list, name: str, device=None):
+    """What rows hold for their tokens, end to end [N]. device: where there may be no rows."""
     return torch.cat([row.extra[name] for row in rows] or [torch.zeros(0, device=device)])
 
 
 @torch.no_grad()
-def add_values(names: tuple, values_of, model, rows: list, args, device):
-    """Gives rows a value for each trained token under each of the names. values_of: a method of the model, which
-    returns that many tensors [N] or more for what `forwards` yields."""
+def add_values(names: tuple, values_of, model, rows: list, args, device, **options):
+    """Gives rows a value for each trained token under each of the names. values_of: a method of the model, which takes
+    options and returns that many tensors [N] or more for what `forwards` yields."""
     model.eval()
     for group, weight, inputs, target in forwards(rows, args, model, device):
-        found = values_of(**inputs, target=target)
+        found = values_of(**inputs, target=target, **options)
         if weight:  # else the row is a repeated one, which keeps the ranks in step
             for name, values in zip(names, found):
                 set_token_values(group, name, values)

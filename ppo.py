@@ -302,7 +302,7 @@ def add_advantages(args, answers: list, device):
 
 def policy_batch(args, rows: list, logps) -> dict:
     """The policy's loss and the metrics beside it: scalars, each a sum over the answers' tokens. logps [N]."""
-    old_logps, advantages = (joined(rows, name, logps.device) for name in ("old_logps", "advantages"))  # [N]
+    old_logps, advantages = (joined(rows, name) for name in ("old_logps", "advantages"))  # [N]
     log_ratio = logps.detach() - old_logps
     ratio = log_ratio.exp()
     return {
@@ -316,7 +316,7 @@ def policy_batch(args, rows: list, logps) -> dict:
 
 def value_batch(args, rows: list, values) -> dict:
     """The value model's loss and the metric beside it, each a sum over the answers' tokens. values [N]."""
-    old_values, returns = (joined(rows, name, values.device) for name in ("values", "returns"))  # [N]
+    old_values, returns = (joined(rows, name) for name in ("values", "returns"))  # [N]
     is_clipped = (values.detach() - old_values).abs() > (args.value_clip or math.inf)
     loss = value_loss(values, old_values, returns, args.value_clip).sum()
     return {"loss/value_avg": loss, "val/clipfrac_avg": is_clipped.sum()}
@@ -411,7 +411,7 @@ def main(args: Args):
                 # a weight of 0 only keeps ranks in step; FSDP averages their gradients
                 scale = weight * WORLD / total
                 # 7. the policy's clipped loss, averaged over the minibatch's tokens
-                logps = joined(group, "old_logps", device)
+                logps = joined(group, "old_logps")
                 if not is_warming_up:
                     logps, *_ = policy.token_logps(**inputs, target=target, temperature=args.temperature)
                 logged = policy_batch(args, group, logps)
@@ -574,8 +574,7 @@ def scored_rollout(
         score = row.extra["reward"] + offsets[row.extra["slot"] // n]
         row.extra["score"] = score if row.extra["has_ended"] else args.missing_eos_score
     for names, model in ((("old_logps", "entropy"), policy), (("ref_logps",), reference)):
-        logps_of = partial(model.token_logps, temperature=args.temperature)
-        add_values(names, logps_of, model, answers, args, device)
+        add_values(names, model.token_logps, model, answers, args, device, temperature=args.temperature)
     return answers
 
 
@@ -999,18 +998,18 @@ def set_token_values(rows: list, name: str, values):
         row.extra[name] = part
 
 
-def joined(rows: list, name: str, device):
-    """What rows hold for their tokens, end to end [N]."""
+def joined(rows: list, name: str, device=None):
+    """What rows hold for their tokens, end to end [N]. device: where there may be no rows."""
     return torch.cat([row.extra[name] for row in rows] or [torch.zeros(0, device=device)])
 
 
 @torch.no_grad()
-def add_values(names: tuple, values_of, model, rows: list, args, device):
-    """Gives rows a value for each trained token under each of the names. values_of: a method of the model, which
-    returns that many tensors [N] or more for what `forwards` yields."""
+def add_values(names: tuple, values_of, model, rows: list, args, device, **options):
+    """Gives rows a value for each trained token under each of the names. values_of: a method of the model, which takes
+    options and returns that many tensors [N] or more for what `forwards` yields."""
     model.eval()
     for group, weight, inputs, target in forwards(rows, args, model, device):
-        found = values_of(**inputs, target=target)
+        found = values_of(**inputs, target=target, **options)
         if weight:  # else the row is a repeated one, which keeps the ranks in step
             for name, values in zip(names, found):
                 set_token_values(group, name, values)
