@@ -1376,8 +1376,7 @@ def read_column(option: str, path: Path, column: str, check) -> list:
 
 
 def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
-    """The randomness of sampling [len(answers), length]: a function of seed, step, number of the answer, and position
-    alone."""
+    """The randomness of sampling [len(answers), length]: a function of seed, step, answer, and position alone."""
     rows = []
     for answer in answers:
         key = hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8]
@@ -1387,8 +1386,7 @@ def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.T
 
 
 class BufferedLayer(DynamicLayer):
-    """A layer's keys and values [B, H, T, D], of which buffers have room for all tokens; DynamicLayer copies them all
-    for each token."""
+    """A layer's keys and values [B, H, T, D] in buffers; DynamicLayer copies them all for each token."""
 
     def __init__(self, room: int):
         super().__init__()
@@ -1515,7 +1513,7 @@ def check_sampler(model, name: str):
             why = f"a log-probability is off by {gap:.1g} with a cache"
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
         finally:
             model.set_attn_implementation("eager")

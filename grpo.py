@@ -220,8 +220,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 
 def group_advantages(rewards, scale: str = "sample", epsilon: float = 1e-4):
-    """A_i of outcome supervision: the rewards of each group, less their mean, by their standard deviation. rewards
-    [P, G]; returns [P, G]."""
+    """A_i of outcome supervision: rewards [P, G], less their group's mean, by its standard deviation. [P, G]"""
     # first less one of them: equal rewards become exact zeros, while their mean may be off by rounding
     centred = rewards - rewards[:, :1]
     centred = centred - centred.mean(1, keepdim=True)
@@ -247,15 +246,13 @@ def clipped_objective(logps, old_logps, advantages, clip_low: float, clip_high: 
 
 
 def kl_estimate(logps, ref_logps):
-    """KL_t, eq. 4 (k3), per token. Any shape. Never negative; unbiased for tokens that the policy itself has sampled,
-    those of a batch's first update."""
+    """KL_t, eq. 4 (k3), per token. Any shape. Unbiased for tokens that the policy itself has sampled."""
     log_ratio = ref_logps - logps  # log( pi_ref / pi )
     return log_ratio.exp() - log_ratio - 1
 
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, weights, args):
-    """Eq. 3, negated: a weighted sum over tokens, with weights from `answer_weights`. All [N]; ref_logps may be
-    None."""
+    """Eq. 3, negated: a sum over tokens with weights from `answer_weights`. All [N]; ref_logps may be None."""
     objective = clipped_objective(logps, old_logps, advantages, args.clip_low, args.clip_high)
     if ref_logps is not None:
         objective = objective - args.kl_coef * kl_estimate(logps, ref_logps)
@@ -280,16 +277,13 @@ def overlong_penalty(lengths, longest: int, cache: int):
 
 
 def pass_at_k(correct: int, n: int, k: int) -> float:
-    """The probability that one of k answers drawn from n, of which so many are correct, is correct (Chen et al. 2021,
-    arXiv 2107.03374, eq. 1)."""
+    """The probability that one of k answers drawn from n is correct (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def majority_at_k(votes: list, right: list, k: int) -> float:
-    """How often the most frequent of k votes is right, over the n // k disjoint parts of n answers. A tie counts as the
-    share of its votes that are right.
-
-    votes: what each answer says, None for nothing; right: whether that is right."""
+    """How often the most frequent of k votes (None: no vote) is right, over the n // k disjoint parts of n answers. A
+    tie counts as the share of its votes that are right."""
     shares = []
     for i in range(0, len(votes) - k + 1, k):
         counts = Counter(vote for vote in votes[i : i + k] if vote is not None)
@@ -353,7 +347,8 @@ def main(args: Args):
         if [p.shape for p in reference.parameters()] != [p.shape for p in policy.parameters()]:
             fail(f"--reference-every: the weights of --reference {args.reference} have other shapes than --model's")
         models["reference"] = (reference, tokenizer)
-    G, updates, stops = args.num_generations, args.num_iterations * args.num_minibatches, stop_ids(policy, tokenizer)
+    G, stops = args.num_generations, stop_ids(policy, tokenizer)
+    updates = args.num_iterations * min(args.num_minibatches, args.batch_size)
     work = f"{steps} batches of {args.batch_size} x {G} answers in {updates} update{'s' * (updates > 1)}"
     announce([policy], args, work, device, dtype)
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stops))
@@ -364,7 +359,7 @@ def main(args: Args):
         clear_run(args, out, signature)
         state = dict(step=0, num_tokens=0, seconds=0.0)
     started -= state["seconds"]  # of all parts of a resumed run
-    zero = torch.zeros(1, dtype=torch.long, device=device)  # for a rank that has no row of a minibatch, with weight 0
+    zero = torch.zeros(1, dtype=torch.long, device=device)  # for a rank without a row of a minibatch, with weight 0
     spare = SPARE._replace(extra=dict(slots=zero, advantages=zero, sampled_logps=zero))
 
     # 3. for each batch of B prompts
@@ -406,16 +401,13 @@ def main(args: Args):
         counting = [row for row in answers if counted.flatten()[row.extra["slot"]]]
         train_rows = share_prompts(counting, args.tokens_per_forward, policy.packs)
         if updates > 1:  # with a single update, pi_old is pi
-            add_values(
-                ("old_logps",), policy.token_logps, policy, train_rows, args, device, temperature=args.temperature
-            )
+            add_values(("old_logps",), policy.token_logps, policy, train_rows, args, device)
         if reference is not None:
-            options = dict(temperature=args.temperature)
-            add_values(("ref_logps",), reference.token_logps, reference, train_rows, args, device, **options)
+            add_values(("ref_logps",), reference.token_logps, reference, train_rows, args, device)
 
         # 8. for each pass over the batch, for each minibatch of groups
-        sums, norms, learning_rate = dict.fromkeys(SUMS, torch.zeros((), device=device)), [], 0.0
-        max_gap = torch.zeros((), device=device)
+        zero, norms, learning_rate = torch.zeros((), device=device), [], 0.0
+        sums, max_gap = dict.fromkeys(SUMS, zero), zero
         for places in minibatches(B, args.num_iterations, args.num_minibatches, step, args.seed):
             weights = torch.zeros(B, G)  # of each token of an answer; 0 outside the minibatch
             weights[places] = answer_weights(lengths[places], counted[places], args.normalise, args.max_new_tokens)
@@ -446,7 +438,7 @@ def main(args: Args):
             if reference is not None and not args.reference and updates == 1:
                 check_first_step("the KL to the reference", metrics["kl"], 0.0, dtype, scale=1.0)
         seconds, tokens = time.time() - clock, int(lengths.sum()) + sum(len(row.prompt) for row in batch)
-        too_far = bool(args.max_kl and metrics["kl"] > args.max_kl)
+        too_far = 0 < args.max_kl < metrics["kl"]
         state |= dict(step=step + 1, num_tokens=state["num_tokens"] + tokens)
         metrics |= dict(grad_norm=sum(norms) / made, learning_rate=learning_rate, resampled=redrawn / B)
         metrics |= dict(num_tokens=state["num_tokens"], step_time=seconds, tokens_per_second=tokens / seconds)
@@ -467,8 +459,7 @@ def main(args: Args):
             break
 
     # 13. what more answers to a prompt are worth; a checkpoint that any library loads
-    if held_out:
-        write_report(out, metrics)
+    write_report(out, metrics)
     curves = ["reward", "frac_reward_zero_std", "kl", "entropy"]
     finish_run(out, {"": models[""]}, [*curves, "completions/mean_length", "completions/mean_thinking_length"])
 
@@ -487,12 +478,8 @@ def check_options(args):
     check_numbers(args, above_zero=("temperature", *counts))
     if args.num_generations < 2:
         fail("--num-generations: an answer is compared with the others to its prompt; use 2 or more")
-    if args.max_new_tokens >= args.max_length:
-        fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}")
     if args.overlong_cache > args.max_new_tokens:
         fail(f"--overlong-cache {args.overlong_cache}: must be at most --max-new-tokens, {args.max_new_tokens}")
-    if args.num_minibatches > args.batch_size:
-        fail(f"--num-minibatches {args.num_minibatches}: each takes whole groups; use at most --batch-size")
     if args.step_separator and (args.zero_spread != "keep" or args.overlong_cache):
         what = "--zero-spread and --overlong-cache look at the rewards of whole answers"
         fail(f"--step-separator rewards the steps of answers, {what}; use one")
@@ -511,8 +498,7 @@ def copy_weights(source, target):
 
 
 def cut_into_steps(tokenizer, row, ids: list, stops: list, separator: str) -> tuple:
-    """The texts of an answer as it stands at the end of each step, and the tokens of each step. The thinking is part of
-    the first step."""
+    """The texts of an answer at the end of each step, the first with its thinking; and the tokens of each step."""
 
     def text_of(n):
         return answer_texts(tokenizer, [row], [ids[:n]], stops)[0]
@@ -534,10 +520,8 @@ def cut_into_steps(tokenizer, row, ids: list, stops: list, separator: str) -> tu
 
 
 def process_advantages(rewards: list, tokenizer, answers: list, stops: list, args):
-    """Process supervision: the advantage of each token [N] of whole groups of answers.
-
-    Every reward scores an answer as it stands at the end of each step. All steps are scored in one call, which a
-    sharded reward model needs: ranks may have unequally many answers."""
+    """Process supervision: the advantage of each token [N] of whole groups of answers. Every reward scores an answer as
+    it stands at the end of each step; all steps in one call, which a sharded reward model needs."""
     rows, texts, ids, steps = [], [], [], []  # steps: for each answer, the tokens of each of its steps
     for answer in answers:
         row, response = answer.extra["prompt_row"], answer.responses[0]
@@ -567,17 +551,14 @@ def share_prompts(answers: list, limit: int, packs: bool) -> list:
             parts.append([answer])
     rows = []
     for part in parts:
-        extra = dict(place=part[0].extra["place"]) | {
-            name: torch.cat([row.extra[name] for row in part]) for name in names
-        }
+        extra = {name: joined(part, name) for name in names} | dict(place=part[0].extra["place"])
         responses, trained = [row.responses[0] for row in part], [row.trained[0] for row in part]
         rows.append(Row(part[0].prompt, responses, trained, extra))
     return rows
 
 
 def rollout_metrics(found: dict) -> dict:
-    """What the answers of all ranks to the prompts of a batch as they came are like: their rewards and lengths, and
-    each reward where it applies. found: [B, G] by name."""
+    """Rewards and lengths of the answers to a batch's prompts as they came. found: [B, G] by name."""
     r, lengths = found["reward"], found["length"]
     metrics = {
         "reward": r.mean(),
@@ -630,8 +611,7 @@ def evaluate_answers(policy, tokenizer, rewards: list, held_out: list, stops: li
 
 
 def verifiable_reward(sources: tuple, rewards: list, found: dict) -> tuple:
-    """Source and name of the first reward that says which answers are right: match:, or a function that returned only 0
-    and 1; ("", "") if there is none."""
+    """Source and name of the first reward that is match: or a function that returned only 0 and 1; else two ""."""
     for value, reward in zip(sources, rewards):
         source, _ = split_source(value)
         scores = found[f"rewards/{reward.name}"]
@@ -649,7 +629,7 @@ def vote_of(source: str, text: str) -> str | None:
 
 
 def write_report(out: Path, metrics: dict):
-    """report.json, and test_time.png: accuracy over training, and against the number of answers to a prompt."""
+    """report.json, and test_time.png: accuracy over training and by number of answers; if any was measured."""
     kinds = {"pass": "any of k", "majority": "majority of k"}
     report = {kind: {} for kind in kinds}
     for name, value in metrics.items():
@@ -764,9 +744,7 @@ def load_rewards(args, device, dtype) -> list:
 
 
 def total_reward(rewards: list, rows: list, texts: list, ids: list) -> tuple:
-    """The weighted sum of all rewards [B], in which NaN counts as 0; and each by name.
-
-    rows: each answer's prompt; texts, ids: the answers."""
+    """The weighted sum of all rewards [B], in which NaN counts as 0; and each by name. rows: each answer's prompt."""
     answers, named = [final_answer(row.extra["prompt"], text) for row, text in zip(rows, texts)], {}
     for reward in rewards:
         named[reward.name] = reward.score(rows, texts if reward.sees_thinking else answers, ids)
@@ -801,8 +779,7 @@ def load_judge_model(name: str, args, device, dtype) -> tuple:
 
 
 def judged_row(model, tokenizer, rubric: dict, extra: dict, text: str = "a"):
-    """The conversation and the question that the judge is asked: the rubric's, or for a score of 1 to 10. Raises
-    Drop."""
+    """The conversation and the question that the judge is asked: the rubric's, or for a score. Raises Drop."""
     prompt = extra["prompt"]
     refuse_special(tokenizer, prompt)
     turns = [] if isinstance(prompt, str) else [turn for turn in prompt if turn["role"] != "system"]
@@ -856,8 +833,7 @@ def load_function(source: str):
 
 
 def function_scores(source: str, function, device, rows: list, texts: list, ids: list):
-    """A function's rewards [B], NaN where it returns None. It gets prompts, completions, completion_ids, and every
-    other column, each as a list."""
+    """A function's rewards [B], NaN where it returns None. It gets every column, and the answers, as lists."""
     if not rows:
         return torch.zeros(0, device=device)
     reserved = ("prompt", "prompts", "completion", "completions", "completion_ids", "chosen", "rejected")
@@ -940,8 +916,7 @@ def found_answer(text: str, how: str) -> str | None:
 
 
 def canonical(answer: str | None) -> str | None:
-    """An answer in the form in which answers are compared: a number as an exact fraction, other text in lower case with
-    single spaces."""
+    """The form in which answers are compared: an exact fraction, or text in lower case with single spaces."""
     if answer is None:
         return None
     text = " ".join(answer.replace("−", "-").split()).rstrip(" .").lower()
@@ -997,9 +972,9 @@ def rollout(
         extra["thinking_length"] = thinking_length(tokenizer, texts[i], len(ids[i]))
         extra["has_ended"] = float(ids[i][-1] in stops)
         answers.append(Row(rows[i].prompt, [ids[i]], [[True] * len(ids[i])], extra))
-    slots_of_tokens = [slot for slot, own in zip(slots, ids) for _ in own]
-    set_token_values(answers, "slots", torch.tensor(slots_of_tokens, dtype=torch.long, device=device))
-    set_token_values(answers, "sampled_logps", torch.tensor(sum(logps, []), device=device))
+    of_tokens = lambda values, dtype: torch.tensor([x for own in values for x in own], dtype=dtype, device=device)
+    set_token_values(answers, "sampled_logps", of_tokens(logps, torch.float32))
+    set_token_values(answers, "slots", of_tokens([[slot] * len(own) for slot, own in zip(slots, ids)], torch.long))
     return answers
 
 
@@ -1011,16 +986,9 @@ def thinking_length(tokenizer, text: str, tokens: int) -> float:
 
 
 def of_all_ranks(answers: list, rewards: list, shape: tuple, device, *more) -> dict:
-    """The numbers that the answers of all ranks have, by slot and name, also under the names more: {name: [*shape]}, on
-    the CPU."""
-    names = [
-        "reward",
-        "length",
-        "thinking_length",
-        "has_ended",
-        *more,
-        *(f"rewards/{reward.name}" for reward in rewards),
-    ]
+    """The numbers of all ranks' answers by name, more of them where named, in the order of slots. On the CPU."""
+    names = ["reward", "length", "thinking_length", "has_ended", *more]
+    names += [f"rewards/{reward.name}" for reward in rewards]
     values = torch.zeros(len(names), math.prod(shape))
     for row in answers:
         values[:, row.extra["slot"]] = torch.tensor([row.extra[name] for name in names])
@@ -1039,12 +1007,12 @@ def joined(rows: list, name: str, device=None):
 
 
 @torch.no_grad()
-def add_values(names: tuple, values_of, model, rows: list, args, device, **options):
-    """Gives rows a value for each trained token under each of the names. values_of: a method of the model, which takes
-    options and returns that many tensors [N] or more for what `forwards` yields."""
+def add_values(names: tuple, values_of, model, rows: list, args, device):
+    """Gives rows a value for each trained token under each of the names. values_of: a method of the model that takes
+    what `token_logps` takes, and returns that many tensors [N] or more."""
     model.eval()
     for group, weight, inputs, target in forwards(rows, args, model, device):
-        found = values_of(**inputs, target=target, **options)
+        found = values_of(**inputs, target=target, temperature=args.temperature)
         if weight:  # else the row is a repeated one, which keeps the ranks in step
             for name, values in zip(names, found):
                 set_token_values(group, name, values)
@@ -1105,8 +1073,7 @@ def load_json(option: str, name: str) -> dict:
 
 
 def expected_score(probabilities):
-    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [B, 10]; returns
-    [B]."""
+    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023). probabilities [B, 10]; returns [B]."""
     scores = torch.arange(1, 11, device=probabilities.device)
     return ((probabilities * scores).sum(-1) - 5.5) / 4.5
 
@@ -1124,8 +1091,7 @@ def judge_row(model, tokenizer, talk, options: list):
 
 
 def judge_logps(model, rows: list, args, device) -> torch.Tensor:
-    """The judge's log-probabilities of replying with each option, the end included, to this rank's rows of `judge_row`;
-    [B, K]."""
+    """The judge's log-probabilities of each option, its end included, for this rank's rows of `judge_row` [B, K]."""
     values_of = lambda group, inputs, target: response_sums(model.token_logps(**inputs, target=target)[0], group)
     logps = response_values(values_of, model, rows, args, device, shared=False)
     return logps.view(len(rows), -1) if rows else logps.view(0, 1)
@@ -1135,10 +1101,7 @@ def judge_logps(model, rows: list, args, device) -> torch.Tensor:
 
 
 def response_scores(self, inputs, last, source=None):
-    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0. A
-    method of the model.
-
-    inputs, last: as `pack` and `pad` return them."""
+    """The score of each response [R]: the head on the hidden state at `last`, less the shift. A method of the model."""
     hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[last]  # [R, d]
     return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
 
@@ -1179,8 +1142,7 @@ def is_reward_model(name: str) -> bool:
 
 @lru_cache
 def after_turn_end(tokenizer) -> list:
-    """What the chat template writes after the token that ends an assistant's turn, as ids. A score is read at the last
-    token of the rendering, as a server that renders the conversation does."""
+    """The ids that the chat template writes after the end of an assistant's turn; a score is read at the last."""
     after = turn_end(tokenizer)[1]
     whole = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
     return whole[-after:] if after > 0 else []
@@ -1195,8 +1157,7 @@ def encode_scored(tokenizer, prompt, responses: list, row: dict, notes: Counter)
 
 
 def without_special(tokenizer, text: str) -> str:
-    """A policy's text without what its reader would take for special tokens: an answer must not end its turn and write
-    its judge's reply."""
+    """A text without its reader's special tokens: an answer must not end its turn and write its judge's reply."""
     specials = list(special_tokens(tokenizer).values())
     while any(special in text for special in specials):  # taking one out may make another
         for special in specials:
@@ -1248,8 +1209,7 @@ def with_condition(prompt, condition: str):
 
 
 def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
-    """The randomness of sampling [len(answers), length]: a function of seed, step, number of the answer, and position
-    alone."""
+    """The randomness of sampling [len(answers), length]: a function of seed, step, answer, and position alone."""
     rows = []
     for answer in answers:
         key = hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8]
@@ -1259,8 +1219,7 @@ def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.T
 
 
 class BufferedLayer(DynamicLayer):
-    """A layer's keys and values [B, H, T, D], of which buffers have room for all tokens; DynamicLayer copies them all
-    for each token."""
+    """A layer's keys and values [B, H, T, D] in buffers; DynamicLayer copies them all for each token."""
 
     def __init__(self, room: int):
         super().__init__()
@@ -1387,7 +1346,7 @@ def check_sampler(model, name: str):
             why = f"a log-probability is off by {gap:.1g} with a cache"
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
         finally:
             model.set_attn_implementation("eager")
@@ -1447,9 +1406,8 @@ def gathered(model):
 
 
 def sample_answers(model, prompts: list, numbers, stops: list, args, temperature: float, top_p: float = 1.0) -> tuple:
-    """`sample` for this rank's prompts, those of similar lengths together, at most --sample-tokens tokens at a time.
-
-    Returns (ids, logps), a list for each answer, in the order of numbers."""
+    """`sample` for this rank's prompts, those of similar lengths together, at most --sample-tokens tokens at a time:
+    (ids, logps), a list for each answer, in the order of numbers."""
     n, device = len(numbers) // max(1, len(prompts)), next(model.parameters()).device
     asked = [prompt for prompt in prompts for _ in range(n)]  # for each answer
     order = sorted(range(len(asked)), key=lambda i: len(asked[i]))
@@ -1489,8 +1447,7 @@ def answer_texts(tokenizer, rows: list, answers: list, stops: list) -> list:
 
 
 def after_thinking(text: str) -> str:
-    """What stands after the thinking and before any that follows; nothing, if the answer begins with thinking that has
-    not ended."""
+    """What follows the thinking, before any further; nothing where the thinking has not ended."""
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 

@@ -231,9 +231,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 
 def shaped_rewards(scores, logps, ref_logps, mask, kl_coef: float):
-    """The reward of each token (InstructGPT, eq. 2): -beta log(pi/ref), and for an answer's last token also its score.
-
-    scores [B]; logps, ref_logps, mask [B, T], padded on the right. Returns [B, T]."""
+    """The reward of each token [B, T] (InstructGPT, eq. 2): -beta log(pi/ref), and for an answer's last token also its
+    score. scores [B]; logps, ref_logps, mask [B, T], padded on the right."""
     # log(pi/ref) of a sampled token is an unbiased estimate of the KL
     rewards = -kl_coef * (logps - ref_logps) * mask
     last = mask.sum(1).long() - 1  # [B]
@@ -274,8 +273,7 @@ def policy_loss(logps, old_logps, advantages, clip: float):
 
 
 def value_loss(values, old_values, returns, clip: float):
-    """Half the squared error; with clip > 0, of the value or of its clipped move from the old one, whichever is worse.
-    Any shape."""
+    """Half the squared error; with clip > 0, the worse one of the value and its clipped move. Any shape."""
     if not clip:
         return 0.5 * (values - returns).square()
     clipped = old_values + (values - old_values).clamp(-clip, clip)
@@ -283,8 +281,7 @@ def value_loss(values, old_values, returns, clip: float):
 
 
 def add_advantages(args, answers: list, device):
-    """Gives each of this rank's answers advantages and returns [T], from its score and its tokens' values and
-    log-probabilities."""
+    """Gives each of this rank's answers advantages and returns [T]."""
     scores = torch.tensor([row.extra["score"] for row in answers], device=device)  # [B]
     lengths = torch.tensor([len(row.responses[0]) for row in answers], dtype=torch.long, device=device)
     width = max((len(row.responses[0]) for row in answers), default=1)
@@ -334,10 +331,8 @@ def main(args: Args):
     tokenizer, rewards = load_tokenizer(source), load_rewards(args, device, dtype)
     value_source = str(last / "value") if last else choose_value_model(args, rewards, tokenizer)
     max_length = min(fit_length(args, name) for name in (source, value_source, args.reference) if name)
-    max_prompt = max_length - args.max_new_tokens
-    if max_prompt < 1:
-        fail(f"--max-new-tokens {args.max_new_tokens}: leaves no room for a prompt within {max_length} tokens")
-    encode_row = partial(prompt_rows, tokenizer, max_prompt, [reward.check for reward in rewards if reward.check])
+    checks = [reward.check for reward in rewards if reward.check]
+    encode_row = partial(prompt_rows, tokenizer, max_length - args.max_new_tokens, checks)
     rows, held_out = prepare_split(args, tokenizer, encode_row)
     ptx_rows = []
     if args.ptx_dataset:
@@ -397,7 +392,10 @@ def main(args: Args):
         num_answers = len(indices) * n  # of all ranks
         metrics |= rollout_metrics(args, answers, rewards, num_answers, device)
         if step == 0:
-            check_first_answers(args, metrics, dtype)
+            warn_if_cut(metrics["val/share_eos"], args)
+            if not args.reference:
+                scale = max(1.0, metrics["response_length"])
+                check_first_step("the KL to the reference", metrics["objective/kl"], 0.0, dtype, scale)
 
         # 6. several passes over the answers, in minibatches; during the warm-up only the value model is trained
         is_warming_up = step < args.critic_warmup
@@ -479,17 +477,8 @@ def check_options(args):
         fail("--ptx-dataset and --ptx-coef go together, and --ptx-batch-size with them: give both or none")
 
 
-def check_first_answers(args, metrics: dict, dtype):
-    """Warns of answers that are cut off. Fails where the policy differs from its reference before the first update."""
-    warn_if_cut(metrics["val/share_eos"], args)
-    if not args.reference:
-        kl, length = metrics["objective/kl"], metrics["response_length"]
-        check_first_step("the KL to the reference", kl, 0.0, dtype, scale=max(1.0, length))
-
-
 def text_rows(tokenizer, max_length: int, row: dict, notes: Counter) -> list:
-    """Rows of --ptx-dataset, of which the assistant's turns, the completion, or the whole text is trained, as sft.py
-    does."""
+    """Rows of --ptx-dataset: the assistant's turns, the completion, or the whole text is trained, as in sft.py."""
     talk, answer = row.get("messages") or row.get("conversations"), row.get("completion")
     if talk:
         messages, options = without_end(tokenizer, with_system(row, as_messages(talk))), template_options(row)
@@ -547,7 +536,7 @@ def load_value_model(name: str, tokenizer, args, device, dtype):
     return prepare_model(value, name, args, device, dtype, state_values)
 
 
-def state_values(self, inputs, source, last=None, target=None):
+def state_values(self, inputs, source, **unused):
     """The value of the state before each token of the answers [N], in a tuple: the head on the hidden state that
     predicts the token. A method of the model; inputs, source: as `pack` and `pad` return them."""
     return (response_scores(self, inputs, last=source),)
@@ -571,18 +560,17 @@ def scored_rollout(
     places = range(RANK, len(prompts), WORLD)
     answers = rollout(policy, tokenizer, rewards, prompts, places, n, step, stops, args, device)
     for row in answers:
-        score = row.extra["reward"] + offsets[row.extra["slot"] // n]
+        score = row.extra["reward"] + offsets[row.extra["place"]]
         row.extra["score"] = score if row.extra["has_ended"] else args.missing_eos_score
     for names, model in ((("old_logps", "entropy"), policy), (("ref_logps",), reference)):
-        add_values(names, model.token_logps, model, answers, args, device, temperature=args.temperature)
+        add_values(names, model.token_logps, model, answers, args, device)
     return answers
 
 
 def add_baselines(
     args, reference, rewards: list, tokenizer, stops: list, device, rows: list, indices: list, known: dict
 ):
-    """known[i], for the prompts of these indices: the reward of the reference's own greedy answer, ended or not
-    (ChatGLM). Each prompt is answered once."""
+    """known[i], for prompts of new indices: the reward of the reference's own greedy answer, ended or not (ChatGLM)."""
     new = [i for i in indices if i not in known]
     if new:
         prompts = [rows[i] for i in new[RANK::WORLD]]
@@ -594,8 +582,7 @@ def add_baselines(
 
 
 def rollout_metrics(args, answers: list, rewards: list, count: int, device) -> dict:
-    """What the answers of all ranks, so many, say of policy and value model before the update: means over answers or
-    tokens."""
+    """What the answers of all ranks, `count`, are like before the update: means over answers or tokens."""
     found = of_all_ranks(answers, rewards, (count,), device, "score")  # {name: [count]}
     names = ("sampled_logps", "old_logps", "ref_logps", "entropy", "values", "returns")
     sampled_logps, old_logps, ref_logps, entropy, values, returns = (joined(answers, name, device) for name in names)
@@ -631,8 +618,7 @@ def rollout_metrics(args, answers: list, rewards: list, count: int, device) -> d
 
 
 def evaluate_policy(sample_and_score, held_out: list, rewards: list, device) -> dict:
-    """Score, KL and length of one sampled answer to each held-out prompt, with the same randomness every time; no
-    constant and no baseline is added."""
+    """Score, KL and length of one sampled answer to each held-out prompt, always with the same randomness."""
     answers = sample_and_score(held_out, 1, -1, [0.0] * len(held_out))
     show_samples("held out", answers, rewards, "score")
     found = of_all_ranks(answers, rewards, (len(held_out),), device, "score")
@@ -729,9 +715,7 @@ def load_rewards(args, device, dtype) -> list:
 
 
 def total_reward(rewards: list, rows: list, texts: list, ids: list) -> tuple:
-    """The weighted sum of all rewards [B], in which NaN counts as 0; and each by name.
-
-    rows: each answer's prompt; texts, ids: the answers."""
+    """The weighted sum of all rewards [B], in which NaN counts as 0; and each by name. rows: each answer's prompt."""
     answers, named = [final_answer(row.extra["prompt"], text) for row, text in zip(rows, texts)], {}
     for reward in rewards:
         named[reward.name] = reward.score(rows, texts if reward.sees_thinking else answers, ids)
@@ -766,8 +750,7 @@ def load_judge_model(name: str, args, device, dtype) -> tuple:
 
 
 def judged_row(model, tokenizer, rubric: dict, extra: dict, text: str = "a"):
-    """The conversation and the question that the judge is asked: the rubric's, or for a score of 1 to 10. Raises
-    Drop."""
+    """The conversation and the question that the judge is asked: the rubric's, or for a score. Raises Drop."""
     prompt = extra["prompt"]
     refuse_special(tokenizer, prompt)
     turns = [] if isinstance(prompt, str) else [turn for turn in prompt if turn["role"] != "system"]
@@ -821,8 +804,7 @@ def load_function(source: str):
 
 
 def function_scores(source: str, function, device, rows: list, texts: list, ids: list):
-    """A function's rewards [B], NaN where it returns None. It gets prompts, completions, completion_ids, and every
-    other column, each as a list."""
+    """A function's rewards [B], NaN where it returns None. It gets every column, and the answers, as lists."""
     if not rows:
         return torch.zeros(0, device=device)
     reserved = ("prompt", "prompts", "completion", "completions", "completion_ids", "chosen", "rejected")
@@ -905,8 +887,7 @@ def found_answer(text: str, how: str) -> str | None:
 
 
 def canonical(answer: str | None) -> str | None:
-    """An answer in the form in which answers are compared: a number as an exact fraction, other text in lower case with
-    single spaces."""
+    """The form in which answers are compared: an exact fraction, or text in lower case with single spaces."""
     if answer is None:
         return None
     text = " ".join(answer.replace("−", "-").split()).rstrip(" .").lower()
@@ -962,9 +943,9 @@ def rollout(
         extra["thinking_length"] = thinking_length(tokenizer, texts[i], len(ids[i]))
         extra["has_ended"] = float(ids[i][-1] in stops)
         answers.append(Row(rows[i].prompt, [ids[i]], [[True] * len(ids[i])], extra))
-    slots_of_tokens = [slot for slot, own in zip(slots, ids) for _ in own]
-    set_token_values(answers, "slots", torch.tensor(slots_of_tokens, dtype=torch.long, device=device))
-    set_token_values(answers, "sampled_logps", torch.tensor(sum(logps, []), device=device))
+    of_tokens = lambda values, dtype: torch.tensor([x for own in values for x in own], dtype=dtype, device=device)
+    set_token_values(answers, "sampled_logps", of_tokens(logps, torch.float32))
+    set_token_values(answers, "slots", of_tokens([[slot] * len(own) for slot, own in zip(slots, ids)], torch.long))
     return answers
 
 
@@ -976,16 +957,9 @@ def thinking_length(tokenizer, text: str, tokens: int) -> float:
 
 
 def of_all_ranks(answers: list, rewards: list, shape: tuple, device, *more) -> dict:
-    """The numbers that the answers of all ranks have, by slot and name, also under the names more: {name: [*shape]}, on
-    the CPU."""
-    names = [
-        "reward",
-        "length",
-        "thinking_length",
-        "has_ended",
-        *more,
-        *(f"rewards/{reward.name}" for reward in rewards),
-    ]
+    """The numbers of all ranks' answers by name, more of them where named, in the order of slots. On the CPU."""
+    names = ["reward", "length", "thinking_length", "has_ended", *more]
+    names += [f"rewards/{reward.name}" for reward in rewards]
     values = torch.zeros(len(names), math.prod(shape))
     for row in answers:
         values[:, row.extra["slot"]] = torch.tensor([row.extra[name] for name in names])
@@ -1004,12 +978,12 @@ def joined(rows: list, name: str, device=None):
 
 
 @torch.no_grad()
-def add_values(names: tuple, values_of, model, rows: list, args, device, **options):
-    """Gives rows a value for each trained token under each of the names. values_of: a method of the model, which takes
-    options and returns that many tensors [N] or more for what `forwards` yields."""
+def add_values(names: tuple, values_of, model, rows: list, args, device):
+    """Gives rows a value for each trained token under each of the names. values_of: a method of the model that takes
+    what `token_logps` takes, and returns that many tensors [N] or more."""
     model.eval()
     for group, weight, inputs, target in forwards(rows, args, model, device):
-        found = values_of(**inputs, target=target, **options)
+        found = values_of(**inputs, target=target, temperature=args.temperature)
         if weight:  # else the row is a repeated one, which keeps the ranks in step
             for name, values in zip(names, found):
                 set_token_values(group, name, values)
@@ -1070,8 +1044,7 @@ def load_json(option: str, name: str) -> dict:
 
 
 def expected_score(probabilities):
-    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [B, 10]; returns
-    [B]."""
+    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023). probabilities [B, 10]; returns [B]."""
     scores = torch.arange(1, 11, device=probabilities.device)
     return ((probabilities * scores).sum(-1) - 5.5) / 4.5
 
@@ -1089,8 +1062,7 @@ def judge_row(model, tokenizer, talk, options: list):
 
 
 def judge_logps(model, rows: list, args, device) -> torch.Tensor:
-    """The judge's log-probabilities of replying with each option, the end included, to this rank's rows of `judge_row`;
-    [B, K]."""
+    """The judge's log-probabilities of each option, its end included, for this rank's rows of `judge_row` [B, K]."""
     values_of = lambda group, inputs, target: response_sums(model.token_logps(**inputs, target=target)[0], group)
     logps = response_values(values_of, model, rows, args, device, shared=False)
     return logps.view(len(rows), -1) if rows else logps.view(0, 1)
@@ -1100,10 +1072,7 @@ def judge_logps(model, rows: list, args, device) -> torch.Tensor:
 
 
 def response_scores(self, inputs, last, source=None):
-    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0. A
-    method of the model.
-
-    inputs, last: as `pack` and `pad` return them."""
+    """The score of each response [R]: the head on the hidden state at `last`, less the shift. A method of the model."""
     hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[last]  # [R, d]
     return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
 
@@ -1144,8 +1113,7 @@ def is_reward_model(name: str) -> bool:
 
 @lru_cache
 def after_turn_end(tokenizer) -> list:
-    """What the chat template writes after the token that ends an assistant's turn, as ids. A score is read at the last
-    token of the rendering, as a server that renders the conversation does."""
+    """The ids that the chat template writes after the end of an assistant's turn; a score is read at the last."""
     after = turn_end(tokenizer)[1]
     whole = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
     return whole[-after:] if after > 0 else []
@@ -1160,8 +1128,7 @@ def encode_scored(tokenizer, prompt, responses: list, row: dict, notes: Counter)
 
 
 def without_special(tokenizer, text: str) -> str:
-    """A policy's text without what its reader would take for special tokens: an answer must not end its turn and write
-    its judge's reply."""
+    """A text without its reader's special tokens: an answer must not end its turn and write its judge's reply."""
     specials = list(special_tokens(tokenizer).values())
     while any(special in text for special in specials):  # taking one out may make another
         for special in specials:
@@ -1213,8 +1180,7 @@ def with_condition(prompt, condition: str):
 
 
 def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
-    """The randomness of sampling [len(answers), length]: a function of seed, step, number of the answer, and position
-    alone."""
+    """The randomness of sampling [len(answers), length]: a function of seed, step, answer, and position alone."""
     rows = []
     for answer in answers:
         key = hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8]
@@ -1224,8 +1190,7 @@ def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.T
 
 
 class BufferedLayer(DynamicLayer):
-    """A layer's keys and values [B, H, T, D], of which buffers have room for all tokens; DynamicLayer copies them all
-    for each token."""
+    """A layer's keys and values [B, H, T, D] in buffers; DynamicLayer copies them all for each token."""
 
     def __init__(self, room: int):
         super().__init__()
@@ -1352,7 +1317,7 @@ def check_sampler(model, name: str):
             why = f"a log-probability is off by {gap:.1g} with a cache"
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
         finally:
             model.set_attn_implementation("eager")
@@ -1412,9 +1377,8 @@ def gathered(model):
 
 
 def sample_answers(model, prompts: list, numbers, stops: list, args, temperature: float, top_p: float = 1.0) -> tuple:
-    """`sample` for this rank's prompts, those of similar lengths together, at most --sample-tokens tokens at a time.
-
-    Returns (ids, logps), a list for each answer, in the order of numbers."""
+    """`sample` for this rank's prompts, those of similar lengths together, at most --sample-tokens tokens at a time:
+    (ids, logps), a list for each answer, in the order of numbers."""
     n, device = len(numbers) // max(1, len(prompts)), next(model.parameters()).device
     asked = [prompt for prompt in prompts for _ in range(n)]  # for each answer
     order = sorted(range(len(asked)), key=lambda i: len(asked[i]))
@@ -1454,8 +1418,7 @@ def answer_texts(tokenizer, rows: list, answers: list, stops: list) -> list:
 
 
 def after_thinking(text: str) -> str:
-    """What stands after the thinking and before any that follows; nothing, if the answer begins with thinking that has
-    not ended."""
+    """What follows the thinking, before any further; nothing where the thinking has not ended."""
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 

@@ -3,18 +3,16 @@
 The blocks that it shares with others have test files of their own.
 """
 
-import gzip
 import itertools
 import json
 import math
-import random
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUESTIONS, REPO, f64, near, tiny_config
+from conftest import QUESTIONS, REPO, f64, near
 from test_plumbing import equal, jsonl, lasting, lines_of, on_ranks, refused, talk, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -349,22 +347,6 @@ def steady(out) -> list:
     return [{k: v for k, v in line.items() if k != "step_time"} for line in lasting(out)]
 
 
-def test_before_the_first_update_all_policies_are_one(train, spy):
-    batches = spy(grpo, "grpo_batch")
-    first, _ = train(num_iterations=2)
-    assert first["kl"] < 1 and first["sampling/sampling_logp_difference/max"] < 1e-4
-    (_, rows, logps, *_), _ = batches[0]
-    old, ref = (torch.cat([row.extra[name] for row in rows]) for name in ("old_logps", "ref_logps"))
-    size = 1e-5 * old.abs().max().item()  # log-probabilities near -8, each a chain of sums in float32
-    torch.testing.assert_close(logps.detach(), old, rtol=0, atol=size)
-    torch.testing.assert_close(old, ref, rtol=0, atol=size)
-    first, second = train(output_dir="one")
-    assert first["kl"] < 1e-9 < second["kl"]
-    for line in (first, second):  # one update a batch: the ratio is 1
-        assert line["clip_ratio/low_mean"] == line["clip_ratio/high_mean"] == line["clip_ratio/region_mean"] == 0
-    assert first["learning_rate"] == 1e-3 and first["grad_norm"] > 0 and first["entropy"] > 0 and second["epoch"] == 1
-
-
 def test_a_reference_that_differs_at_the_first_step_is_refused(train, monkeypatch, capsys):
     """Which would mean that the forward passes of policy and reference differ."""
     real = grpo.load_reference
@@ -378,17 +360,6 @@ def test_a_reference_that_differs_at_the_first_step_is_refused(train, monkeypatc
 
     monkeypatch.setattr(grpo, "load_reference", load)
     assert "the KL to the reference is" in refused(grpo, capsys, **train.usual)
-
-
-def test_the_distribution_that_is_trained_is_the_sampled_one(train, spy):
-    batches = spy(grpo, "grpo_batch")
-    flags = dict(temperature=0.7, num_iterations=2, num_minibatches=2, max_steps=5, learning_rate=1e-2)
-    lines = train(**flags, max_new_tokens=6)
-    assert all(line["sampling/sampling_logp_difference/max"] < 1e-4 for line in lines)
-    assert all(torch.isfinite(value) for _, logged in batches for value in logged.values())
-    assert lines[0]["kl"] > 0 and lines[-1]["clip_ratio/region_mean"] > 0  # passes after the first have moved
-    losses = [logged["loss"].item() for _, logged in batches]  # four updates a batch
-    assert sum(line["loss"] for line in lines) == pytest.approx(sum(losses) / 4)
 
 
 @pytest.mark.parametrize("normalise", ["response", "token", "constant"])
@@ -537,74 +508,31 @@ def test_a_policy_learns_what_is_rewarded(train):
     assert sum(rewards[-3:]) > 1.3 * sum(rewards[:3]), rewards
 
 
-def test_process_supervision(train, spy, monkeypatch):
-    """The advantage of a step is greater where vowels still follow; every token has one."""
-    tokenizer = AutoTokenizer.from_pretrained(train.usual["model"])
-    texts = ["x\na\nx", "x\nx", "a\nx\nx"]
-    ids = [tokenizer(text, add_special_tokens=False).input_ids + [2] for text in texts]
-    write_by_hand(monkeypatch, lambda prompt, k, most: ids[k])
-    batches = spy(grpo, "grpo_batch")
-    (line,) = train(step_separator="\n", scale="none", max_steps=1, batch_size=1, kl_coef=0.0)
-    rewards = [0, 1, 1, 0, 0, 1, 1, 1]
-    mean = sum(rewards) / 8
-    first = [3 * (0 - mean) + 2, 2 * (1 - mean), 1 - mean]
-    third = [3 * (1 - mean), 2 * (1 - mean), 1 - mean]
-    (row,) = batches[0][0][1]
-    near(
-        row.extra["advantages"], [a for own in (first, [-2 * mean, -mean], third) for a in own for _ in range(2)], 1e-5
-    )
-    assert line["reward"] == pytest.approx(2 / 3)
-
-
-def test_every_source_of_reward_at_once(train, talker, scorer, capsys):
-    """By their weights; a source of weight 0 is measured only."""
-    weights = {scorer: 0.5, "rules.py:vowels": 0.0, f"judge:{talker}": 2.0, "match:number": 3.0, "format": 0.1}
-    (line,) = train(rewards=tuple(f"{source}={w}" for source, w in weights.items()), max_steps=1, batch_size=6)
-    names = ["scorer", "vowels", "judge", "match", "format"]
-    assert {key.split("/")[1] for key in line if key.startswith("rewards/")} == set(names)
-    weighted = sum(w * line[f"rewards/{name}/mean"] for name, w in zip(names, weights.values()))
-    assert line["reward"] == pytest.approx(weighted, abs=1e-5) and line["rewards/vowels/mean"] > 0
-    said = capsys.readouterr()
-    assert "judge " in said.out + said.err and "reward " in said.out + said.err  # the samples
-
-
 # ---------------------------------------------------------------------------------------------------- evaluation, votes
 
 
-def test_pass_and_majority_against_an_independent_count(train, monkeypatch, talker):
-    tokenizer, said = AutoTokenizer.from_pretrained(talker), {}
-    choices = ["12", "It is 12.", "7", "No", "<think>12</think>7", "<think>12</think>No", "8", "<think>7</think>12"]
+def test_answers_vote_by_what_they_say_after_their_thinking(train, monkeypatch, talker):
+    """Three answers to each of two prompts, and to one without an answer to compare with."""
+    said = ["<think>12</think>7", "It is 12.", "<think>7</think>12", "No", "<think>12</think>No", "12"] + ["12"] * 3
+    tokenizer = AutoTokenizer.from_pretrained(talker)
+    questions, ids = ["One?", "Two?", "Three?"], tokenizer(said, add_special_tokens=False).input_ids
 
     def write(prompt, k, most):
-        answer = random.Random(f"{prompt} {k}").choice(choices)
-        said.setdefault(tokenizer.decode(prompt), []).append(answer)
-        return tokenizer(answer, add_special_tokens=False).input_ids + [2]
+        which = [i for i, question in enumerate(questions) if question in tokenizer.decode(prompt)]
+        return ids[3 * which[0] + k] + [2] if which else [2]
 
     write_by_hand(monkeypatch, write)
-    held_out = [dict(prompt=talk(q + "?"), answer=None if i == 5 else "12.0") for i, q in enumerate(QUESTIONS)]
-    flags = dict(eval_dataset=jsonl(Path("held.jsonl"), held_out), rewards=("match:number",), eval_samples=6)
+    held_out = [dict(prompt=talk(question), answer="12.0" if i < 2 else None) for i, question in enumerate(questions)]
+    flags = dict(eval_dataset=jsonl(Path("held.jsonl"), held_out), rewards=("match:number",), eval_samples=3)
     (line,) = train(**flags, max_steps=1, max_new_tokens=30)
-    counts = {f"eval_{kind}@{k}": 0.0 for kind in ("pass", "majority") for k in (1, 2, 4)}
-    answers_of = [said[f"<|bos|><|user|>{q}?<|end|><|assistant|>"] for q in QUESTIONS]
-    for answers in answers_of[:5]:  # the sixth has no answer to compare with
-        last = [text.rpartition(">")[2] for text in answers]
-        votes = [{"It is 12.": "12", "No": None}.get(text, text) for text in last]
-        for k in (1, 2, 4):
-            draws = list(itertools.combinations(votes, k))
-            counts[f"eval_pass@{k}"] += sum("12" in draw for draw in draws) / len(draws) / 5
-            parts, good = [votes[i : i + k] for i in range(0, 6 - k + 1, k)], 0.0
-            for part in parts:
-                ranking = Counter(v for v in part if v)
-                best = [v for v in ranking if ranking[v] == max(ranking.values())]
-                good += ("12" in best) / max(1, len(best))
-            counts[f"eval_majority@{k}"] += good / len(parts) / 5
-    assert {k: line[k] for k in line if "@" in k} == pytest.approx(counts)
-    right = sum(answer.endswith(("12", "12.")) for answers in answers_of[:5] for answer in answers)
-    assert line["eval_reward"] == pytest.approx(right / 36)
+    # right are one of three, and one of three, beside one that says no number
+    expected = {"eval_pass@1": 1 / 3, "eval_pass@2": 2 / 3, "eval_majority@1": 1 / 3, "eval_majority@2": (0.5 + 0) / 2}
+    assert {k: line[k] for k in line if "@" in k} == pytest.approx(expected)
+    assert line["eval_reward"] == pytest.approx(2 / 9)
     assert 0 < line["eval_completions/mean_thinking_length"] < line["eval_completions/mean_length"]
     report = json.loads(Path("out/report.json").read_text())
-    ours = {kind: {str(k): line[f"eval_{kind}@{k}"] for k in (1, 2, 4)} for kind in ("pass", "majority")}
-    assert report == ours and Path("out/test_time.png").read_bytes().startswith(b"\x89PNG")
+    kinds = {kind: {str(k): line[f"eval_{kind}@{k}"] for k in (1, 2)} for kind in ("pass", "majority")}
+    assert report == kinds and Path("out/test_time.png").read_bytes().startswith(b"\x89PNG")
 
 
 VERIFIABLE = [  # rewards, the one that says which answers are right
@@ -785,13 +713,6 @@ def test_two_ranks_are_one(name, train, scorer):
     assert len(set(reports)) == (name == "one prompt")
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt2", "qwen2_moe"])
-def test_families_train(family, train, tiny_model_dir):
-    flags = dict(num_iterations=2, batch_size=2, num_generations=2, max_new_tokens=12, eval_fraction=0.2)
-    lines = train(model=str(tiny_model_dir(family)), eval_samples=2, **flags)
-    assert all(line["sampling/sampling_logp_difference/max"] < 1e-4 for line in lines) and lines[1]["kl"] > 0
-
-
 def test_bfloat16(train):
     (line,) = train(dtype="bfloat16", max_steps=1)
     assert line["sampling/sampling_logp_difference/mean"] < 0.05 and abs(line["kl"]) < 0.01
@@ -804,56 +725,15 @@ BAD = {  # what is wrong: (flags, what the message names)
     "a group of one": (dict(num_generations=1), "--num-generations"),
     "no room for a prompt": (dict(max_new_tokens=2048), "--max-new-tokens"),
     "no room for any prompt": (dict(max_length=10), "--dataset"),
-    "more minibatches than groups": (dict(num_minibatches=4), "--num-minibatches"),
     "a cache longer than an answer": (dict(overlong_cache=9), "--overlong-cache"),
     "a cache and steps": (dict(overlong_cache=4, step_separator="\n"), "--step-separator"),
-    "a reference and no KL": (dict(kl_coef=0.0, reference="TALKER"), "--reference"),
-    "a reference with another tokenizer": (dict(reference="OTHER"), "--reference"),
-    "a reference that is built otherwise": (dict(reference="DEEPER", reference_every=1), "--reference-every"),
+    "a reference and no KL": (dict(kl_coef=0.0, reference="GPT2"), "--reference"),
+    "a reference that is built otherwise": (dict(reference="GPT2", reference_every=1), "--reference-every"),
 }
 
 
-@pytest.fixture(scope="module")
-def others(talker, tmp_path_factory):
-    """Names of checkpoints: the policy, one with another tokenizer, and one with a layer more."""
-    names, folder = dict(TALKER=talker), tmp_path_factory.mktemp("others")
-    for name in ("OTHER", "DEEPER"):
-        tokenizer = AutoTokenizer.from_pretrained(talker)
-        if name == "OTHER":
-            tokenizer.add_tokens(["newword"])
-        config = tiny_config("llama", tokenizer)
-        config.num_hidden_layers += name == "DEEPER"
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-        names[name] = str(folder / name)
-    return names
-
-
 @pytest.mark.parametrize("wrong", BAD)
-def test_bad_input_is_refused_in_one_sentence(wrong, train, others, capsys):
+def test_bad_input_is_refused_in_one_sentence(wrong, train, tiny_model_dir, capsys):
     flags, named = BAD[wrong]
-    flags = {k: others.get(v, v) if isinstance(v, str) else v for k, v in flags.items()}
-    assert named in refused(grpo, capsys, **train.usual | flags)
-    assert not Path("out").exists()
-
-
-# ---------------------------------------------------------------------------------------------- command line, real data
-
-
-def test_gsm8k_and_a_real_checkpoint(real_data, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with gzip.open(real_data / "gsm8k.jsonl.gz", "rt") as f:
-        rows = [json.loads(line) for line, _ in zip(f, range(400))]
-    rows = [dict(question=row["prompt"][0]["content"], answer=row["answer"]) for row in rows]
-    rows = [row for row in rows if len(row["question"]) < 160][:20]
-    assert len(rows) == 20
-    flags = dict(model=str(real_data / "stories260K-hf"), rewards=("match:number", "format=0.1"), max_length=512)
-    flags |= dict(max_new_tokens=24, max_steps=2, batch_size=4, num_generations=4, learning_rate=1e-4)
-    dataset = jsonl(Path("rows.jsonl"), rows)
-    grpo.main(grpo.Args(dataset=dataset, **flags, eval_fraction=0.1, eval_samples=4, output_dir="out"))
-    said, lines = capsys.readouterr().out, lines_of("out")
-    assert len(lines) == 2 and "rewards: match, format" in said
-    assert all(math.isfinite(v) for line in lines for v in line.values())
-    assert lines[0]["kl"] < 1e-6 and lines[0]["sampling/sampling_logp_difference/max"] < 1e-3
-    assert "eval_majority@4" in lines[-1] and Path("out/test_time.png").exists()
-    assert AutoModelForCausalLM.from_pretrained("out").config.tie_word_embeddings
+    flags = {k: str(tiny_model_dir("gpt2")) if v == "GPT2" else v for k, v in flags.items()}
+    assert named in refused(grpo, capsys, **train.usual | flags) and not Path("out").exists()

@@ -352,22 +352,6 @@ def test_conditions_stand_before_the_prompt(tmp_path, capsys):
         assert "--condition" in refusal(capsys, lambda: script.load_conditions(str(tmp_path / "kinds.json")))
 
 
-@pytest.mark.parametrize("kind, first", [("helpful", ["Is it helpful?"]), ("other", [])])
-def test_a_reward_model_reads_the_prompt_after_the_condition_of_its_kind(kind, first, scorer, tiny_tokenizer, tmp_path):
-    (tmp_path / "kinds.json").write_text('{"helpful": "Is it helpful?"}')
-    (reward,) = rewards_of(scorer, condition=str(tmp_path / "kinds.json"))
-    found = reward.score([asked(prompt, kind=kind) for prompt in PROMPTS.values()], [" 1<|end|>2"] * 5, [[1]] * 5)
-    for score, (name, prompt) in zip(found.tolist(), PROMPTS.items()):
-        if name == "text":
-            ids = tiny_tokenizer("\n\n".join([*first, prompt]) + " 12<|end|>").input_ids
-        else:
-            rules = [*first, *(turn["content"] for turn in prompt if turn["role"] == "system")]
-            turns = [system("\n\n".join(rules))] * bool(rules) + [turn for turn in prompt if turn["role"] != "system"]
-            turns = [*turns[:-1], assistant("The sum is 12")] if name == "begun" else [*turns, assistant(" 12")]
-            ids = tiny_tokenizer.apply_chat_template(turns, return_dict=False)
-        assert score == pytest.approx(plain_score(scorer, ids) - 0.25, abs=1e-4)
-
-
 def test_an_answer_that_the_template_refuses_has_no_score(tiny_tokenizer, tmp_path):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     refuse = "{% if message['content'] == '' and not quiet %}{{ raise_exception('says nothing') }}{% endif %}"

@@ -186,14 +186,6 @@ class TakesCache(LlamaForCausalLM):
         return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **options)
 
 
-class TakesPastKeyValues(LlamaForCausalLM):
-    """As until transformers 5.23."""
-
-    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
-        options = {CACHE: past_key_values, "use_cache": use_cache}
-        return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **options)
-
-
 class ForgetsItsCache(LlamaForCausalLM):
     def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None, **kwargs):
         mask = attention_mask if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
@@ -208,9 +200,8 @@ def of_class(kind, llama):
     return model
 
 
-@pytest.mark.parametrize("kind", [TakesCache, TakesPastKeyValues])
-def test_the_cache_is_given_under_the_name_that_the_forward_has(kind, llama):
-    model = of_class(kind, llama)
+def test_the_cache_is_given_under_the_name_that_the_forward_has(llama):
+    model = of_class(TakesCache, llama)
     script.check_sampler(model, "this/one")
     answers, logps = script.sample(model, PROMPTS, numbers_of(6), [5, 6])
     expected, values = script.sample(llama, PROMPTS, numbers_of(6), [5, 6])
@@ -443,8 +434,8 @@ def test_values_of_tokens_are_those_of_each_row_alone(family):
     rows = [Row(draw(p), [draw(r)], [[True, False] * (r // 2) + [True] * (r % 2)], {}) for p, r in ((4, 9), (12, 1))]
     rows += [rows[0]._replace(trained=[[True] * 9], extra={}), Row(draw(2), [draw(20)], [[True] * 20], {})]
     for limit in (1, 1000):
-        args = SimpleNamespace(tokens_per_forward=limit)
-        script.add_values(("logps", "entropy"), model.token_logps, model, rows, args, CPU, temperature=0.7)
+        args = SimpleNamespace(tokens_per_forward=limit, temperature=0.7)
+        script.add_values(("logps", "entropy"), model.token_logps, model, rows, args, CPU)
         for row in rows:
             logits = logps_after(plain, row.prompt + row.responses[0])[len(row.prompt) - 1 : -1]
             logps, trained = (logits / 0.7).log_softmax(-1), torch.tensor(row.trained[0])
