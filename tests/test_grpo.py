@@ -492,7 +492,7 @@ def test_the_reference_follows(train):
     fixed, every, other = kl(), kl(reference_every=1, output_dir="every"), kl(reference_every=2, output_dir="other")
     assert max(every) < 1e-9 < min(fixed[1:])
     assert other[:2] == fixed[:2] and other[2] < 1e-9 < min(other[1], other[3])
-    assert not (Path("every") / "reference").exists()
+    assert not (Path("every") / "reference").exists() and not unmoved("every", train.usual["model"])
 
 
 def test_max_kl_stops_and_saves(train, talker, capsys):
@@ -525,10 +525,10 @@ def test_answers_vote_by_what_they_say_after_their_thinking(train, monkeypatch, 
     held_out = [dict(prompt=talk(question), answer="12.0" if i < 2 else None) for i, question in enumerate(questions)]
     flags = dict(eval_dataset=jsonl(Path("held.jsonl"), held_out), rewards=("match:number",), eval_samples=3)
     (line,) = train(**flags, max_steps=1, max_new_tokens=30)
-    # right are one of three, and one of three, beside one that says no number
-    expected = {"eval_pass@1": 1 / 3, "eval_pass@2": 2 / 3, "eval_majority@1": 1 / 3, "eval_majority@2": (0.5 + 0) / 2}
+    # right are two of three answers, then one beside two that say no number
+    expected = {"eval_pass@1": 1 / 2, "eval_pass@2": 5 / 6, "eval_majority@1": 1 / 2, "eval_majority@2": (0.5 + 0) / 2}
     assert {k: line[k] for k in line if "@" in k} == pytest.approx(expected)
-    assert line["eval_reward"] == pytest.approx(2 / 9)
+    assert line["eval_reward"] == pytest.approx(3 / 9)
     assert 0 < line["eval_completions/mean_thinking_length"] < line["eval_completions/mean_length"]
     report = json.loads(Path("out/report.json").read_text())
     kinds = {kind: {str(k): line[f"eval_{kind}@{k}"] for k in (1, 2)} for kind in ("pass", "majority")}
