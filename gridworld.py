@@ -1424,7 +1424,7 @@ def nucleus(logps, top_p: float):
 
 @torch.no_grad()
 def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0) -> tuple:
-    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other; equal prompts are computed once.
+    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other; equal ones are computed once.
 
     numbers [answers, max_new_tokens], uniform in [0, 1), on the model's device, are all the randomness there is;
     temperature 0 takes the likeliest token. Returns for each answer its ids, the stop token included, and the

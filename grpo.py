@@ -459,7 +459,7 @@ def main(args: Args):
             break
 
     # 13. what more answers to a prompt are worth; a checkpoint that any library loads
-    write_report(out, metrics)
+    write_report(args, out, metrics)
     curves = ["reward", "frac_reward_zero_std", "kl", "entropy"]
     finish_run(out, {"": models[""]}, [*curves, "completions/mean_length", "completions/mean_thinking_length"])
 
@@ -593,8 +593,8 @@ def evaluate_answers(policy, tokenizer, rewards: list, held_out: list, stops: li
     source, name = verifiable_reward(args.rewards, rewards, found)
     if not source:
         return metrics
-    ks = [2**i for i in range(n.bit_length())]
-    sums = dict.fromkeys([*(f"eval_pass@{k}" for k in ks), *(f"eval_majority@{k}" for k in ks), "prompts"], 0.0)
+    ks = powers_of_2(n)
+    sums = {f"eval_{kind}@{k}": 0.0 for kind in ("pass", "majority") for k in ks} | dict(prompts=0.0)
     for i in range(0, len(answers), n):
         group = answers[i : i + n]
         right = [row.extra[f"rewards/{name}"] for row in group]
@@ -608,6 +608,10 @@ def evaluate_answers(policy, tokenizer, rewards: list, held_out: list, stops: li
     sums = sum_over_ranks({name: torch.tensor(value, device=device) for name, value in sums.items()})
     count = sums.pop("prompts")
     return metrics | {name: value / count for name, value in sums.items() if count}
+
+
+def powers_of_2(n: int) -> list:
+    return [2**i for i in range(n.bit_length())]
 
 
 def verifiable_reward(sources: tuple, rewards: list, found: dict) -> tuple:
@@ -628,16 +632,13 @@ def vote_of(source: str, text: str) -> str | None:
     return canonical(found_answer(answer, source.removeprefix("match:")) if source.startswith("match:") else answer)
 
 
-def write_report(out: Path, metrics: dict):
+def write_report(args, out: Path, metrics: dict):
     """report.json, and test_time.png: accuracy over training and by number of answers; if any was measured."""
-    kinds = {"pass": "any of k", "majority": "majority of k"}
-    report = {kind: {} for kind in kinds}
-    for name, value in metrics.items():
-        kind, _, k = name.removeprefix("eval_").partition("@")
-        if k:
-            report[kind][int(k)] = value
-    if RANK > 0 or not report["pass"]:
+    if RANK > 0 or "eval_pass@1" not in metrics:
         return
+    kinds, report = {"pass": "any of k", "majority": "majority of k"}, {}
+    for kind in kinds:
+        report[kind] = {k: metrics[f"eval_{kind}@{k}"] for k in powers_of_2(args.eval_samples)}
     import matplotlib
 
     matplotlib.use("Agg")
@@ -671,9 +672,8 @@ SCORE_QUESTION = "Rate the last answer above from 1 (very bad) to 10 (very good)
 class Reward(NamedTuple):
     """A source of reward.
 
-    score(rows, texts, ids): a number for each answer [B], NaN where it does not apply; check(extra), if any, raises Drop
-    for a prompt that it cannot read; path: of a reward model, else empty; sees_thinking: whether texts have the
-    thinking."""
+    score(rows, texts, ids): a number for each answer [B], NaN where it does not apply; check(extra): raises Drop for a
+    prompt that it cannot read; path: of a reward model, else empty; sees_thinking: whether texts have the thinking."""
 
     name: str
     weight: float
@@ -802,7 +802,7 @@ def judge_scores(model, tokenizer, rubric: dict, args, device, rows: list, texts
     read = [judged_row(model, tokenizer, rubric, row.extra, text) for row, text in zip(rows, texts)]
     probabilities = judge_logps(model, read, args, device).softmax(-1)
     if not rubric.get("options"):
-        return expected_score(probabilities) if rows else probabilities[:, 0]
+        return expected_score(probabilities)
     tables = [rubric["reward"].get(row.extra["kind"], {}) for row in rows]
     values = [[table.get(letter, math.nan) for letter in rubric["options"]] for table in tables]
     return (probabilities * torch.tensor(values, device=device).view_as(probabilities)).sum(-1)
@@ -862,14 +862,12 @@ def function_scores(source: str, function, device, rows: list, texts: list, ids:
 
 
 def format_scores(device, rows: list, texts: list, ids: list):
-    """1 for an answer that is well formed, else 0. [B]"""
-    return torch.tensor([float(is_well_formed(text)) for text in texts], device=device)
-
-
-def is_well_formed(text: str) -> bool:
-    """<think>...</think> once and not empty, then an answer."""
-    has_one = text.count("<think>") == text.count("</think>") == 1
-    return has_one and re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL) is not None
+    """1 for <think>...</think>, once and not empty, then an answer; else 0. [B]"""
+    scores = []
+    for text in texts:
+        has_one = text.count("<think>") == text.count("</think>") == 1
+        scores.append(float(has_one and bool(re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL))))
+    return torch.tensor(scores, device=device)
 
 
 def match_scores(how: str, device, rows: list, texts: list, ids: list):
@@ -1257,7 +1255,7 @@ def nucleus(logps, top_p: float):
 
 @torch.no_grad()
 def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0) -> tuple:
-    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other; equal prompts are computed once.
+    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other; equal ones are computed once.
 
     numbers [answers, max_new_tokens], uniform in [0, 1), on the model's device, are all the randomness there is;
     temperature 0 takes the likeliest token. Returns for each answer its ids, the stop token included, and the

@@ -642,9 +642,8 @@ SCORE_QUESTION = "Rate the last answer above from 1 (very bad) to 10 (very good)
 class Reward(NamedTuple):
     """A source of reward.
 
-    score(rows, texts, ids): a number for each answer [B], NaN where it does not apply; check(extra), if any, raises Drop
-    for a prompt that it cannot read; path: of a reward model, else empty; sees_thinking: whether texts have the
-    thinking."""
+    score(rows, texts, ids): a number for each answer [B], NaN where it does not apply; check(extra): raises Drop for a
+    prompt that it cannot read; path: of a reward model, else empty; sees_thinking: whether texts have the thinking."""
 
     name: str
     weight: float
@@ -773,7 +772,7 @@ def judge_scores(model, tokenizer, rubric: dict, args, device, rows: list, texts
     read = [judged_row(model, tokenizer, rubric, row.extra, text) for row, text in zip(rows, texts)]
     probabilities = judge_logps(model, read, args, device).softmax(-1)
     if not rubric.get("options"):
-        return expected_score(probabilities) if rows else probabilities[:, 0]
+        return expected_score(probabilities)
     tables = [rubric["reward"].get(row.extra["kind"], {}) for row in rows]
     values = [[table.get(letter, math.nan) for letter in rubric["options"]] for table in tables]
     return (probabilities * torch.tensor(values, device=device).view_as(probabilities)).sum(-1)
@@ -833,14 +832,12 @@ def function_scores(source: str, function, device, rows: list, texts: list, ids:
 
 
 def format_scores(device, rows: list, texts: list, ids: list):
-    """1 for an answer that is well formed, else 0. [B]"""
-    return torch.tensor([float(is_well_formed(text)) for text in texts], device=device)
-
-
-def is_well_formed(text: str) -> bool:
-    """<think>...</think> once and not empty, then an answer."""
-    has_one = text.count("<think>") == text.count("</think>") == 1
-    return has_one and re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL) is not None
+    """1 for <think>...</think>, once and not empty, then an answer; else 0. [B]"""
+    scores = []
+    for text in texts:
+        has_one = text.count("<think>") == text.count("</think>") == 1
+        scores.append(float(has_one and bool(re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL))))
+    return torch.tensor(scores, device=device)
 
 
 def match_scores(how: str, device, rows: list, texts: list, ids: list):
@@ -1228,7 +1225,7 @@ def nucleus(logps, top_p: float):
 
 @torch.no_grad()
 def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0) -> tuple:
-    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other; equal prompts are computed once.
+    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other; equal ones are computed once.
 
     numbers [answers, max_new_tokens], uniform in [0, 1), on the model's device, are all the randomness there is;
     temperature 0 takes the likeliest token. Returns for each answer its ids, the stop token included, and the

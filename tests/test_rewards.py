@@ -515,7 +515,7 @@ AFTER = [  # text, what stands after the thinking, whether it is well formed
 
 @pytest.mark.parametrize("text, after, formed", AFTER)
 def test_what_stands_after_the_thinking(text, after, formed):
-    assert script.after_thinking(text) == after and script.is_well_formed(text) == formed
+    assert script.after_thinking(text) == after and script.format_scores(CPU, [], [text], []) == formed
 
 
 def test_no_reward_but_the_format_sees_the_thinking(rules, scorer, judge):

@@ -315,33 +315,6 @@ def assistant(text):
     return dict(role="assistant", content=text)
 
 
-HH = "\n\nHuman: Up?\n\nAssistant: Yes.\n\nHuman: Why?\n\nAssistant:"
-ASKED = {  # a row of data, and what the policy is asked
-    "text": (dict(prompt="What is"), "<|bos|>What is"),
-    "system": (
-        dict(question="Up?", system="Be kind."),
-        "<|bos|><|system|>Be kind.<|end|><|user|>Up?<|end|><|assistant|>",
-    ),
-    "begun": (dict(prompt=[user("Up?"), assistant("It is")]), "<|bos|><|user|>Up?<|end|><|assistant|>It is"),
-    "HH-RLHF": (dict(chosen=HH + " So.", rejected=HH + " No."), "<|bos|>" + HH),
-    "pair of messages": (
-        dict(chosen=[user("Up?"), assistant("So.")], rejected=[user("Up?"), assistant("No.")]),
-        "<|bos|><|user|>Up?<|end|><|assistant|>",
-    ),
-}
-
-
-@pytest.mark.parametrize("layout", ASKED)
-def test_prompts_of_every_layout(layout, tiny_tokenizer):
-    data, asked = ASKED[layout]
-    data = data | dict(kind=None, answer="12")
-    ((prompt, responses, trained, extra),) = script.prompt_rows(tiny_tokenizer, 100, [], data, Counter())
-    assert tiny_tokenizer.decode(prompt) == asked and (responses, trained) == ([[]], [[]])
-    assert extra["kind"] == "" and extra["answer"] == "12" and set(data) <= set(extra)
-    shown = extra["prompt"] if isinstance(extra["prompt"], str) else extra["prompt"][-1]["content"]
-    assert shown in asked
-
-
 def test_the_policy_is_asked_in_training_as_generate_asks_it(tiny_tokenizer):
     """Some templates open the thinking too, which no finished turn shows; some tokenizers close every text."""
     thinks, closes = copy.deepcopy(tiny_tokenizer), copy.deepcopy(tiny_tokenizer)
