@@ -593,7 +593,7 @@ def evaluate_answers(policy, tokenizer, rewards: list, held_out: list, stops: li
     source, name = verifiable_reward(args.rewards, rewards, found)
     if not source:
         return metrics
-    ks = powers_of_2(n)
+    ks = [2**i for i in range(n.bit_length())]
     sums = {f"eval_{kind}@{k}": 0.0 for kind in ("pass", "majority") for k in ks} | dict(prompts=0.0)
     for i in range(0, len(answers), n):
         group = answers[i : i + n]
@@ -608,10 +608,6 @@ def evaluate_answers(policy, tokenizer, rewards: list, held_out: list, stops: li
     sums = sum_over_ranks({name: torch.tensor(value, device=device) for name, value in sums.items()})
     count = sums.pop("prompts")
     return metrics | {name: value / count for name, value in sums.items() if count}
-
-
-def powers_of_2(n: int) -> list:
-    return [2**i for i in range(n.bit_length())]
 
 
 def verifiable_reward(sources: tuple, rewards: list, found: dict) -> tuple:
@@ -638,7 +634,7 @@ def write_report(args, out: Path, metrics: dict):
         return
     kinds, report = {"pass": "any of k", "majority": "majority of k"}, {}
     for kind in kinds:
-        report[kind] = {k: metrics[f"eval_{kind}@{k}"] for k in powers_of_2(args.eval_samples)}
+        report[kind] = {2**i: metrics[f"eval_{kind}@{2**i}"] for i in range(args.eval_samples.bit_length())}
     import matplotlib
 
     matplotlib.use("Agg")
