@@ -35,18 +35,23 @@ mamba = dict(mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8)
 linear = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
 latent = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_group=1)
 latent |= dict(num_key_value_heads=4, topk_group=1, first_k_dense_replace=1, n_routed_experts=4, n_shared_experts=1)
+old = dict(n_embd=32, n_layer=2, n_head=4, n_positions=128)
 alternating = lambda kind: dict(layer_types=[kind, "full_attention"] * 2)
 
 FAMILIES = {  # name: (configuration, the attention that it is sampled under)
     "llama": (lambda: tf.LlamaConfig(**common, **width), "sdpa"),
     "mistral": (lambda: tf.MistralConfig(**common, **width, **window), "sdpa"),
+    "qwen3_moe": (lambda: tf.Qwen3MoeConfig(**common, **width, **experts), "sdpa"),
     "gemma2": (
         lambda: tf.Gemma2Config(**common, **width, **window, attn_logit_softcapping=1.0, final_logit_softcapping=3.0),
         "eager",
     ),
+    "gemma3": (lambda: tf.Gemma3TextConfig(**common, **width, **window, **alternating("sliding_attention")), "sdpa"),
     "gpt_oss": (lambda: tf.GptOssConfig(**common, **width, **window, **experts), "eager"),
     "deepseek_v3": (lambda: tf.DeepseekV3Config(**common, **(width | experts | latent)), "sdpa"),
+    "gpt2": (lambda: tf.GPT2Config(**common, **old), "sdpa"),
     "bloom": (lambda: tf.BloomConfig(**common, hidden_size=32, n_layer=2, n_head=4), "sdpa"),
+    "mpt": (lambda: tf.MptConfig(**common, d_model=32, n_layers=2, n_heads=4), "sdpa"),
     "lfm2": (lambda: tf.Lfm2Config(**common, **width, **alternating("conv")), "sdpa"),
     "qwen3_next": (
         lambda: tf.Qwen3NextConfig(**common, **width, **experts, **linear, **alternating("linear_attention")),
