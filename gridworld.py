@@ -1360,8 +1360,7 @@ def read_column(option: str, path: Path, column: str, check) -> list:
 
 
 def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
-    """The randomness of sampling [len(answers), length]: a function of seed, step, number of the answer, and position
-    alone."""
+    """The randomness of sampling [len(answers), length]: a function of seed, step, answer, and position alone."""
     rows = []
     for answer in answers:
         key = hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8]
@@ -1370,20 +1369,18 @@ def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.T
     return torch.stack(rows) if rows else torch.zeros(0, length)
 
 
-class GrowingLayer(DynamicLayer):
-    """A layer's keys and values [B, H, T, D] in buffers with free places; DynamicLayer copies them all for each
-    token."""
+class BufferedLayer(DynamicLayer):
+    """A layer's keys and values [B, H, T, D] in buffers; DynamicLayer copies them all for each token."""
 
-    buffers = ()  # until the first update
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.buffers = room, []  # none before the first update
 
     def update(self, keys, values, *args, **kwargs):
+        if not self.buffers:
+            self.buffers = [new.new_empty(*new.shape[:-2], self.room, new.shape[-1]) for new in (keys, values)]
         start = self.get_seq_length()  # 0 before the first update
         self.is_initialized, end = True, start + keys.shape[-2]
-        if not start or self.buffers[0].shape[-2] < end:
-            grown = [new.new_empty(*new.shape[:-2], end + 32, new.shape[-1]) for new in (keys, values)]
-            for buffer, old in zip(grown, (self.keys, self.values) if start else ()):
-                buffer[..., :start, :] = old
-            self.buffers = grown
         for buffer, new in zip(self.buffers, (keys, values)):
             buffer[..., start:end, :] = new
         self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
@@ -1411,7 +1408,7 @@ def nucleus(logps, top_p: float):
 
 @torch.no_grad()
 def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0) -> tuple:
-    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other, the prompt computed once.
+    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other; equal ones are computed once.
 
     numbers [answers, max_new_tokens], uniform in [0, 1), on the model's device, are all the randomness there is;
     temperature 0 takes the likeliest token. Returns for each answer its ids, the stop token included, and the
@@ -1421,17 +1418,20 @@ def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0,
     attention = model.config._attn_implementation
     model.set_attn_implementation(model.sampling_attention)
     device, (count, longest), width = numbers.device, numbers.shape, max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]  # on the left
-    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    padding = [width - len(prompt) for prompt in distinct]  # on the left
+    ids = torch.tensor([[0] * pad + [*prompt] for pad, prompt in zip(padding, distinct)], device=device)
     mask = torch.tensor([[0] * pad + [1] * (width - pad + longest) for pad in padding], device=device)
     positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    plain = lambda layer: type(layer) is DynamicLayer
+    cache.layers = [BufferedLayer(width + longest) if plain(layer) else layer for layer in cache.layers]
     options = {cache_argument(model): cache, "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
     logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions, **options).logits[:, -1]
-    repeated = torch.arange(len(prompts), device=device).repeat_interleave(count // len(prompts))
+    repeated = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
+    repeated = repeated.repeat_interleave(count // len(prompts))
     cache.reorder_cache(repeated)
     logits, mask, position = logits[repeated], mask[repeated], positions[repeated, -1:]
 
@@ -1497,7 +1497,7 @@ def check_sampler(model, name: str):
             why = f"a log-probability is off by {gap:.1g} with a cache"
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
         finally:
             model.set_attn_implementation("eager")

@@ -51,7 +51,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 import tyro
@@ -221,8 +221,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 
 def group_advantages(rewards, scale: str = "sample", epsilon: float = 1e-4):
-    """A_i of outcome supervision: the rewards of each group, less their mean, by their standard deviation. rewards
-    [P, G]; returns [P, G]."""
+    """A_i of outcome supervision: rewards [P, G], less their group's mean, by its standard deviation. [P, G]"""
     # first less one of them: equal rewards become exact zeros, while their mean may be off by rounding
     centred = rewards - rewards[:, :1]
     centred = centred - centred.mean(1, keepdim=True)
@@ -248,15 +247,13 @@ def clipped_objective(logps, old_logps, advantages, clip_low: float, clip_high: 
 
 
 def kl_estimate(logps, ref_logps):
-    """KL_t, eq. 4 (k3), per token. Any shape. Never negative; unbiased for tokens that the policy itself has sampled,
-    those of a batch's first update."""
+    """KL_t, eq. 4 (k3), per token. Any shape. Unbiased for tokens that the policy itself has sampled."""
     log_ratio = ref_logps - logps  # log( pi_ref / pi )
     return log_ratio.exp() - log_ratio - 1
 
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, weights, args):
-    """Eq. 3, negated: a weighted sum over tokens, with weights from `answer_weights`. All [N]; ref_logps may be
-    None."""
+    """Eq. 3, negated: a sum over tokens with weights from `answer_weights`. All [N]; ref_logps may be None."""
     objective = clipped_objective(logps, old_logps, advantages, args.clip_low, args.clip_high)
     if ref_logps is not None:
         objective = objective - args.kl_coef * kl_estimate(logps, ref_logps)
@@ -281,16 +278,13 @@ def overlong_penalty(lengths, longest: int, cache: int):
 
 
 def pass_at_k(correct: int, n: int, k: int) -> float:
-    """The probability that one of k answers drawn from n, of which so many are correct, is correct (Chen et al. 2021,
-    arXiv 2107.03374, eq. 1)."""
+    """The probability that one of k answers drawn from n is correct (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def majority_at_k(votes: list, right: list, k: int) -> float:
-    """How often the most frequent of k votes is right, over the n // k disjoint parts of n answers. A tie counts as the
-    share of its votes that are right.
-
-    votes: what each answer says, None for nothing; right: whether that is right."""
+    """How often the most frequent of k votes (None: no vote) is right, over the n // k disjoint parts of n answers. A
+    tie counts as the share of its votes that are right."""
     shares = []
     for i in range(0, len(votes) - k + 1, k):
         counts = Counter(vote for vote in votes[i : i + k] if vote is not None)
@@ -304,15 +298,11 @@ def grpo_batch(args, rows: list, logps, entropy, weights) -> dict:
     """The loss of rows of an update, and the metrics beside it: scalars, each a sum over tokens.
 
     logps, entropy: of every token of their answers [N], as token_logps returns them; weights: of the tokens of each
-    answer of the batch, by the answer's number."""
-
-    def values(name):
-        return torch.cat([row.extra[name] for row in rows])  # [N]
-
-    advantages, sampled_logps = values("advantages"), values("sampled_logps")
-    old_logps = values("old_logps") if "old_logps" in rows[0].extra else logps.detach()
-    ref_logps = values("ref_logps") if "ref_logps" in rows[0].extra else None
-    loss = grpo_loss(logps, old_logps, ref_logps, advantages, weights[values("answer")], args)
+    answer of the batch, by its slot."""
+    advantages, sampled_logps, slots = (joined(rows, name) for name in ("advantages", "sampled_logps", "slots"))
+    old_logps = joined(rows, "old_logps") if "old_logps" in rows[0].extra else logps.detach()
+    ref_logps = joined(rows, "ref_logps") if "ref_logps" in rows[0].extra else None
+    loss = grpo_loss(logps, old_logps, ref_logps, advantages, weights[slots], args)
     kl = kl_estimate(logps.detach(), ref_logps) if ref_logps is not None else torch.zeros_like(logps)
     ratio, gap = (logps.detach() - old_logps).exp(), (old_logps - sampled_logps).abs()
     low = (ratio < 1 - args.clip_low) & (advantages < 0)
@@ -333,15 +323,14 @@ def main(args: Args):
     # 0. options, ranks, the output directory
     check_options(args)
     device, dtype = setup_distributed(args)
-    sources = [args.model, args.reference, args.dataset, args.eval_dataset, *reward_files(args)]
-    out, last, signature = open_run(args, *sources)
+    inputs = (args.model, args.reference, args.dataset, args.eval_dataset, *reward_files(args))
+    out, last, signature = open_run(args, *inputs)
     source, started = str(last or args.model), time.time()
 
     # 1. rewards, and the prompts that they can read
-    tokenizer = load_tokenizer(source)
-    rewards = load_rewards(args, device, dtype)
+    tokenizer, rewards = load_tokenizer(source), load_rewards(args, device, dtype)
     max_prompt = fit_length(args, source) - args.max_new_tokens
-    encode_row = partial(prompt_rows, tokenizer, max_prompt, [reward.check for reward in rewards])
+    encode_row = partial(prompt_rows, tokenizer, max_prompt, [reward.check for reward in rewards if reward.check])
     rows, held_out = prepare_split(args, tokenizer, encode_row)
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
     steps = min(steps_per_epoch * args.epochs, args.max_steps or sys.maxsize)
@@ -350,167 +339,153 @@ def main(args: Args):
     policy = read_model(AutoModelForCausalLM, source, tokenizer)
     with short_windows(policy):
         check_sampler(policy, source)
-    policy = prepare_model(policy, source, args, device, dtype, token_logps)
-    reference = load_reference(args, last, policy, tokenizer, device, dtype)
-    optimizer = make_optimizer(policy, args)
-    models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
+    policy, reference = prepare_model(policy, source, args, device, dtype, token_logps), None
+    if args.kl_coef:
+        moved = str(last / "reference") if last and args.reference_every else ""
+        reference = load_reference(moved or args.reference or args.model, tokenizer, args, device, dtype)
+    optimizer, models = make_optimizer(policy, args), {"": (policy, tokenizer)}
     if args.reference_every:
+        if [p.shape for p in reference.parameters()] != [p.shape for p in policy.parameters()]:
+            fail(f"--reference-every: the weights of --reference {args.reference} have other shapes than --model's")
         models["reference"] = (reference, tokenizer)
-    retries = 4 if args.zero_spread == "resample" else 0
-    G, updates, stops = args.num_generations, args.num_iterations * args.num_minibatches, stop_ids(policy, tokenizer)
+    G, stops = args.num_generations, stop_ids(policy, tokenizer)
+    updates = args.num_iterations * min(args.num_minibatches, args.batch_size)
     work = f"{steps} batches of {args.batch_size} x {G} answers in {updates} update{'s' * (updates > 1)}"
     announce([policy], args, work, device, dtype)
     ends = " or ".join(tokenizer.convert_ids_to_tokens(stops))
     print0(f"rewards: {', '.join(reward.name for reward in rewards)}; answers end at {ends}")
     if last:
-        state = load_checkpoint(last, models, optimizers)
+        state = load_checkpoint(last, models, {"": optimizer})
     else:
         clear_run(args, out, signature)
         state = dict(step=0, num_tokens=0, seconds=0.0)
     started -= state["seconds"]  # of all parts of a resumed run
+    zero = torch.zeros(1, dtype=torch.long, device=device)  # for a rank without a row of a minibatch, with weight 0
+    spare = SPARE._replace(extra=dict(slots=zero, advantages=zero, sampled_logps=zero))
 
     # 3. for each batch of B prompts
     catch_signals()
     for step in (bar := progress("grpo", state["step"], steps)):
-        clock, batch, groups = time.time(), batch_rows(rows, args, step), {}
-        B, redrawn, first_rewards = len(batch), 0, None
-        for attempt in range(retries + 1):
-            # 4. G answers o ~ pi to each prompt that has no group yet, and their rewards r; groups: this rank's
-            asked = {place: batch[place] for place in range(RANK, B, WORLD) if place not in groups}
-            groups |= rollout(policy, tokenizer, rewards, asked, step, attempt * B, stops, args, device)
-            r = of_all_ranks(groups, "rewards", B, args, device)  # [B, G]
-            first_rewards = r if first_rewards is None else first_rewards
+        clock, batch, answers, redrawn, first_found = time.time(), batch_rows(rows, args, step), [], 0, None
+        B, has_spread = len(batch), [False] * len(batch)
+        for attempt in range(RETRIES + 1):
+            # 4. G answers o ~ pi to each prompt that has no group yet, and their rewards r; answers: this rank's
+            places = [place for place in range(RANK, B, WORLD) if not has_spread[place]]
+            answers += rollout(policy, tokenizer, rewards, batch, places, G, step, stops, args, device, attempt)
+            found = of_all_ranks(answers, rewards, (B, G), device)  # {name: [B, G]}, on the CPU
+            if args.overlong_cache:
+                found["reward"] += overlong_penalty(found["length"], args.max_new_tokens, args.overlong_cache)
+            r, first_found = found["reward"], first_found or found
             has_spread = (r.amax(1) > r.amin(1)).tolist()
-            if all(has_spread) or attempt == retries:
+            if args.zero_spread != "resample" or all(has_spread) or attempt == RETRIES:
                 break
-            # 5. a group whose rewards are all equal teaches nothing: another prompt takes its place (DAPO)
+            # 5. a group whose rewards are all equal teaches nothing: a random prompt takes its place (DAPO)
             redrawn += B - sum(has_spread)
-            batch = redraw(batch, has_spread, rows, args, step, attempt)
-            groups = {place: group for place, group in groups.items() if has_spread[place]}
-        groups = dict(sorted(groups.items()))
+            draws = random.Random(f"{args.seed}-{step}-{attempt}")
+            batch = [row if keep else draws.choice(rows) for row, keep in zip(batch, has_spread)]
+            answers = [row for row in answers if has_spread[row.extra["place"]]]
+        answers.sort(key=lambda row: row.extra["slot"])
 
-        # 6. advantages A, normalised over the group: one for each answer, or for each of its steps
+        # 6. advantages A, normalised over the group: one for each answer, or for each of its steps; then for each token
         if args.step_separator:
-            add_process_advantages(rewards, tokenizer, groups, stops, args)
+            advantages = process_advantages(rewards, tokenizer, answers, stops, args)
         else:
-            for group in groups.values():
-                A = group_advantages(group.extra["rewards"][None], args.scale)[0]  # [G]
-                group.extra["advantages"] = [a.expand(len(ids)) for a, ids in zip(A, group.responses)]
+            A = group_advantages(r, args.scale).flatten()
+            advantages = torch.cat([A[row.extra["slot"]].expand(len(row.responses[0])) for row in answers] or [A[:0]])
+        set_token_values(answers, "advantages", advantages.to(device))
 
         # 7. the answers that count, counted [B, G]; log pi_old and log pi_ref of their tokens, before any update
-        lengths = of_all_ranks(groups, "lengths", B, args, device)  # [B, G]
-        ended = of_all_ranks(groups, "ended", B, args, device)
-        counted = ended if args.mask_truncated else torch.ones_like(ended)
+        lengths = found["length"]
+        counted = found["has_ended"] if args.mask_truncated else torch.ones(B, G)
         if args.zero_spread != "keep":
-            counted = counted * torch.tensor(has_spread, device=device)[:, None]
-        train_rows, is_counted = [], counted.tolist()
-        for place, group in groups.items():
-            train_rows += rows_to_train(group, is_counted[place], args.tokens_per_forward, policy.packs, device)
+            counted = counted * torch.tensor(has_spread)[:, None]
+        counting = [row for row in answers if counted.flatten()[row.extra["slot"]]]
+        train_rows = share_prompts(counting, args.tokens_per_forward, policy.packs)
         if updates > 1:  # with a single update, pi_old is pi
-            add_logps("old_logps", policy, train_rows, args, device)
+            add_values(("old_logps",), policy.token_logps, policy, train_rows, args, device)
         if reference is not None:
-            add_logps("ref_logps", reference, train_rows, args, device)
+            add_values(("ref_logps",), reference.token_logps, reference, train_rows, args, device)
 
         # 8. for each pass over the batch, for each minibatch of groups
-        sums, max_gap, grad_norms, learning_rate = no_sums(device), torch.zeros((), device=device), [], 0.0
+        zero, norms, learning_rate = torch.zeros((), device=device), [], 0.0
+        sums, max_gap = dict.fromkeys(SUMS, zero), zero
         for places in minibatches(B, args.num_iterations, args.num_minibatches, step, args.seed):
-            weights = torch.zeros_like(lengths)  # of each token of an answer [B, G]; 0 outside the minibatch
+            weights = torch.zeros(B, G)  # of each token of an answer; 0 outside the minibatch
             weights[places] = answer_weights(lengths[places], counted[places], args.normalise, args.max_new_tokens)
             if not weights.any():
                 continue  # nothing to learn from, on any rank
+            weights = weights.flatten().to(device)
             mine = [row for row in train_rows if row.extra["place"] in places]
-            spare = spare_row(device)  # for a rank that has none of the minibatch's rows; its weight is 0
             for part, weight, inputs, target in forwards(mine, args, policy, device, spare):
                 # 9. the loss, eq. 3, negated; the weights are of all ranks, and FSDP averages the gradients: x WORLD
                 logps, entropy, _ = policy.token_logps(**inputs, target=target, temperature=args.temperature)
-                logged = grpo_batch(args, part, logps, entropy, weights.flatten())
+                logged = grpo_batch(args, part, logps, entropy, weights)
                 (logged["loss"] * weight * WORLD).backward()
                 max_gap = torch.maximum(max_gap, weight * logged.pop("sampling/sampling_logp_difference/max"))
                 add_scalars(sums, logged, weight)
             # 10. one step of AdamW
-            grad_norm, learning_rate = take_step(policy, optimizer, args, step, steps)
-            grad_norms.append(grad_norm)
+            norm, learning_rate = take_step(policy, optimizer, args, step, steps)
+            norms.append(norm)
 
         # 11. metrics, evaluation, samples
         tokens_trained = max(1.0, (lengths * counted).sum().item() * args.num_iterations)
-        sums = sum_over_ranks(sums)
-        metrics = dict(
-            step=step + 1, epoch=(step + 1) / steps_per_epoch, loss=sums.pop("loss") / max(1, len(grad_norms))
-        )
+        sums, made = sum_over_ranks(sums), max(1, len(norms))
+        metrics = dict(step=step + 1, epoch=(step + 1) / steps_per_epoch, loss=sums.pop("loss") / made)
         metrics |= {name: total / tokens_trained for name, total in sums.items()}
         metrics["sampling/sampling_logp_difference/max"] = over_ranks(max_gap, dist.ReduceOp.MAX).item()
-        metrics |= rollout_metrics(first_rewards, groups, lengths, ended, rewards, args, device)
+        metrics |= rollout_metrics(first_found)
         if step == 0:
             warn_if_cut(1 - metrics["completions/clipped_ratio"], args)
             if reference is not None and not args.reference and updates == 1:
                 check_first_step("the KL to the reference", metrics["kl"], 0.0, dtype, scale=1.0)
         seconds, tokens = time.time() - clock, int(lengths.sum()) + sum(len(row.prompt) for row in batch)
-        too_far = bool(args.max_kl and metrics["kl"] > args.max_kl)
+        too_far = 0 < args.max_kl < metrics["kl"]
         state |= dict(step=step + 1, num_tokens=state["num_tokens"] + tokens)
-        metrics |= dict(grad_norm=sum(grad_norms) / max(1, len(grad_norms)), learning_rate=learning_rate)
-        metrics |= dict(resampled=redrawn / B, num_tokens=state["num_tokens"])
-        metrics |= dict(step_time=seconds, tokens_per_second=tokens / seconds)
+        metrics |= dict(grad_norm=sum(norms) / made, learning_rate=learning_rate, resampled=redrawn / B)
+        metrics |= dict(num_tokens=state["num_tokens"], step_time=seconds, tokens_per_second=tokens / seconds)
         if held_out and (too_far or is_due(args.eval_every, step + 1, steps)):
             metrics |= evaluate_answers(policy, tokenizer, rewards, held_out, stops, args, device)
         state["seconds"] = time.time() - started
         log_metrics(args, out, metrics | dict(seconds=state["seconds"], peak_memory_mb=peak_memory(device)), bar)
-        if RANK == 0 and (step == 0 or is_due(max(1, steps // 10), step + 1, steps)):
-            show_group(groups[0], rewards)
+        if step == 0 or is_due(max(1, steps // 10), step + 1, steps):
+            show_samples(f"step {step + 1}", answers, rewards, "reward")
 
         # 12. the reference follows the policy (iterative GRPO); a checkpoint; an end where the policy has gone too far
         if args.reference_every and (step + 1) % args.reference_every == 0:
             copy_weights(policy, reference)
         if should_save(args, step + 1, steps) and not too_far:
-            save_checkpoint(args, out / f"checkpoint-{step + 1}", models, optimizers, state)
+            save_checkpoint(args, out / f"checkpoint-{step + 1}", models, {"": optimizer}, state)
         if too_far:
             print0(f"stopped after step {step + 1}: the KL per token, {metrics['kl']:.4f}, is beyond --max-kl")
             break
 
     # 13. what more answers to a prompt are worth; a checkpoint that any library loads
-    if held_out:
-        write_report(out, metrics)
+    write_report(args, out, metrics)
     curves = ["reward", "frac_reward_zero_std", "kl", "entropy"]
     finish_run(out, {"": models[""]}, [*curves, "completions/mean_length", "completions/mean_thinking_length"])
 
 
 # -------------------------------------------------------------------------------------------------- grpo.py alone
 
+RETRIES = 4  # of --zero-spread resample
+# what is summed over the tokens of a step, in which no answer may count
+SUMS = ("loss", "entropy", "kl", "sampling/sampling_logp_difference/mean")
+SUMS += ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+
 
 def check_options(args):
     """Fails on options that contradict each other, and on numbers that are out of range."""
     counts = ("num_iterations", "num_minibatches", "eval_samples", "max_new_tokens", "sample_tokens")
     check_numbers(args, above_zero=("temperature", *counts))
-    if not args.rewards:
-        fail("--rewards: names nothing; give a reward model, file.py:function, match:number, format, or judge:MODEL")
     if args.num_generations < 2:
         fail("--num-generations: an answer is compared with the others to its prompt; use 2 or more")
-    if args.max_new_tokens >= args.max_length:
-        fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in --max-length {args.max_length}")
     if args.overlong_cache > args.max_new_tokens:
         fail(f"--overlong-cache {args.overlong_cache}: must be at most --max-new-tokens, {args.max_new_tokens}")
-    if args.step_separator and args.zero_spread != "keep":
-        fail("--zero-spread looks at the rewards of whole answers, --step-separator rewards their steps; use one")
-    if args.num_minibatches > args.batch_size:
-        fail(f"--num-minibatches {args.num_minibatches}: each takes whole groups; use at most --batch-size")
-    if args.overlong_cache and args.step_separator:
-        fail("--overlong-cache changes the reward of a whole answer, --step-separator rewards its steps; use one")
+    if args.step_separator and (args.zero_spread != "keep" or args.overlong_cache):
+        what = "--zero-spread and --overlong-cache look at the rewards of whole answers"
+        fail(f"--step-separator rewards the steps of answers, {what}; use one")
     if (args.reference or args.reference_every or args.max_kl) and not args.kl_coef:
         fail("--kl-coef 0 has no reference, so no KL; leave out --reference, --reference-every and --max-kl")
-
-
-def load_reference(args, last, policy, tokenizer, device, dtype):
-    """The frozen model that the KL is measured to, or None without a KL. last: the checkpoint of an interrupted run."""
-    if not args.kl_coef:
-        return None
-    name = args.reference or args.model
-    if last and args.reference_every:
-        name = str(last / "reference")
-    if args.reference and load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
-        fail(f"--reference {name}: its tokenizer differs from that of --model")
-    reference = read_model(AutoModelForCausalLM, name, tokenizer).requires_grad_(False)
-    if args.reference_every and [p.shape for p in reference.parameters()] != [p.shape for p in policy.parameters()]:
-        fail(f"--reference-every: --reference {name} has weights of other shapes than --model, and cannot become it")
-    return prepare_model(reference, name, args, device, dtype, token_logps)
 
 
 def copy_weights(source, target):
@@ -523,66 +498,8 @@ def copy_weights(source, target):
             old.copy_(new)
 
 
-def rollout(policy, tokenizer, rewards: list, prompts: dict, step: int, offset: int, stops: list, args, device) -> dict:
-    """G answers to each of this rank's prompts, and their rewards: {place: Row(prompt, G answers, ...)}.
-
-    prompts: by place, the prompt's number in the batch of all ranks; offset: added to the place, it numbers the
-    randomness, of which no two rollouts of a step may share any. A group's extra: its place and its prompt's row;
-    texts; sampled_logps, for each answer a list; tensors [G]: rewards, rewards/NAME, lengths, ended, thinking_lengths.
-    """
-    G = args.num_generations
-    numbers = [(offset + place) * G + k for place in prompts for k in range(G)]
-    numbers = uniform_numbers(args.seed, step, numbers, args.max_new_tokens)
-    asked = [row.prompt for row in prompts.values()]
-    answers, logps = sample_answers(policy, asked, numbers, stops, args, args.temperature)
-    rows = [row for row in prompts.values() for _ in range(G)]  # each answer's prompt
-    texts = answer_texts(tokenizer, rows, answers, stops)
-    total, named = total_reward(rewards, rows, texts, answers)
-    lengths = torch.tensor([float(len(ids)) for ids in answers], device=device)
-    if args.overlong_cache:
-        total = total + overlong_penalty(lengths, args.max_new_tokens, args.overlong_cache)
-    thinking = [thinking_length(tokenizer, text, len(ids)) for text, ids in zip(texts, answers)]
-    values = dict(
-        texts=texts,
-        sampled_logps=logps,
-        rewards=total,
-        lengths=lengths,
-        ended=torch.tensor([float(ids[-1] in stops) for ids in answers], device=device),
-        thinking_lengths=torch.tensor(thinking, device=device),
-    )
-    values |= {f"rewards/{name}": scores for name, scores in named.items()}
-    groups = {}
-    for i, (place, row) in enumerate(prompts.items()):
-        own = slice(i * G, (i + 1) * G)
-        extra = dict(place=place, prompt_row=row) | {name: value[own] for name, value in values.items()}
-        groups[place] = Row(row.prompt, answers[own], [[True] * len(ids) for ids in answers[own]], extra)
-    return groups
-
-
-def thinking_length(tokenizer, text: str, tokens: int) -> float:
-    """About how many of an answer's tokens are thinking."""
-    if "<think>" not in text:
-        return 0.0
-    return max(0.0, tokens - len(tokenizer(after_thinking(text), add_special_tokens=False).input_ids))
-
-
-def of_all_ranks(groups: dict, name: str, B: int, args, device) -> torch.Tensor:
-    """extra[name] of the groups of all ranks [B, G], in the order of their prompts."""
-    values = torch.zeros(B, args.num_generations, device=device)
-    for place, group in groups.items():
-        values[place] = group.extra[name]
-    return over_ranks(values)
-
-
-def redraw(batch: list, has_spread: list, rows: list, args, step: int, attempt: int) -> list:
-    """The batch with random prompts in the places whose groups have equal rewards."""
-    generator = random.Random(f"{args.seed}-{step}-{attempt}")
-    return [row if keep else rows[generator.randrange(len(rows))] for row, keep in zip(batch, has_spread)]
-
-
 def cut_into_steps(tokenizer, row, ids: list, stops: list, separator: str) -> tuple:
-    """The texts of an answer as it stands at the end of each step, and the tokens of each step. The thinking is part of
-    the first step."""
+    """The texts of an answer at the end of each step, the first with its thinking; and the tokens of each step."""
 
     def text_of(n):
         return answer_texts(tokenizer, [row], [ids[:n]], stops)[0]
@@ -603,139 +520,88 @@ def cut_into_steps(tokenizer, row, ids: list, stops: list, separator: str) -> tu
     return [whole[:end] for end in ends], [end - start for start, end in zip([0, *cuts], cuts)]
 
 
-def add_process_advantages(rewards: list, tokenizer, groups: dict, stops: list, args):
-    """Process supervision: group.extra["advantages"], for each answer a tensor, one value for each of its tokens.
-
-    Every reward scores an answer as it stands at the end of each step. The steps of all groups are scored in one call,
-    which a sharded reward model needs: ranks may have unequally many groups."""
-    rows, texts, ids, steps = [], [], [], {}  # steps: place -> for each answer, the tokens of each of its steps
-    for place, group in groups.items():
-        row, steps[place] = group.extra["prompt_row"], []
-        for response in group.responses:
-            texts_so_far, lengths = cut_into_steps(tokenizer, row, response, stops, args.step_separator)
-            rows += [row] * len(lengths)
-            texts += texts_so_far
-            ids += [response[:end] for end in accumulate(lengths)]
-            steps[place].append(lengths)
+def process_advantages(rewards: list, tokenizer, answers: list, stops: list, args):
+    """Process supervision: the advantage of each token [N] of whole groups of answers. Every reward scores an answer as
+    it stands at the end of each step; all steps in one call, which a sharded reward model needs."""
+    rows, texts, ids, steps = [], [], [], []  # steps: for each answer, the tokens of each of its steps
+    for answer in answers:
+        row, response = answer.extra["prompt_row"], answer.responses[0]
+        texts_so_far, lengths = cut_into_steps(tokenizer, row, response, stops, args.step_separator)
+        rows += [row] * len(lengths)
+        texts += texts_so_far
+        ids += [response[:end] for end in accumulate(lengths)]
+        steps.append(lengths)
     scores, _ = total_reward(rewards, rows, texts, ids)
-    scores = iter(scores.split([len(lengths) for place in groups for lengths in steps[place]]))  # of each answer
-    for place, group in groups.items():
-        by_step = step_advantages([next(scores) for _ in group.responses], args.scale)
-        group.extra["advantages"] = [
-            values.repeat_interleave(torch.tensor(lengths, device=values.device), output_size=sum(lengths))
-            for values, lengths in zip(by_step, steps[place])
-        ]
+    scores, advantages = scores.cpu().split([len(lengths) for lengths in steps]), [torch.zeros(0)]
+    for start in range(0, len(answers), args.num_generations):
+        advantages += step_advantages(scores[start : start + args.num_generations], args.scale)
+    return torch.cat(advantages).repeat_interleave(torch.tensor(sum(steps, []), dtype=torch.long))
 
 
-def rows_to_train(group, is_counted: list, limit: int, packs: bool, device) -> list:
-    """The answers of a group that count, in rows of at most `limit` tokens, packed or padded (a longer answer is a row
-    of its own).
-
-    extra: the group's place, and one value for each token [N]: the number of its answer in the batch, its advantage,
-    and its log-probability when it was sampled."""
-
-    def size(answers: list) -> int:
-        lengths = [len(group.responses[k]) for k in answers]
-        if packs:
-            return len(group.prompt) + sum(lengths)
-        return len(lengths) * (len(group.prompt) + max(lengths))
-
-    parts = []  # lists of answers
-    for k in range(len(group.responses)):
-        if is_counted[k] and parts and size([*parts[-1], k]) <= limit:
-            parts[-1].append(k)
-        elif is_counted[k]:
-            parts.append([k])
-    rows, place, G = [], group.extra["place"], len(group.responses)
+def share_prompts(answers: list, limit: int, packs: bool) -> list:
+    """Rows of at most `limit` tokens, packed or padded, in which answers to one prompt, neighbours here, share it (a
+    longer answer is a row of its own). extra: place, and what the answers have for each token."""
+    parts, names = [], ("slots", "sampled_logps", "advantages")
+    for answer in answers:
+        part = [*(parts[-1] if parts else []), answer]
+        prompt, lengths = len(answer.prompt), [len(row.responses[0]) for row in part]
+        size = prompt + sum(lengths) if packs else len(part) * (prompt + max(lengths))
+        if len(part) > 1 and part[0].extra["place"] == answer.extra["place"] and size <= limit:
+            parts[-1] = part
+        else:
+            parts.append([answer])
+    rows = []
     for part in parts:
-        responses = [group.responses[k] for k in part]
-        numbers = [place * G + k for k in part for _ in group.responses[k]]
-        sampled = [logp for k in part for logp in group.extra["sampled_logps"][k]]
-        extra = dict(place=place, answer=torch.tensor(numbers, device=device))
-        extra["advantages"] = torch.cat([group.extra["advantages"][k] for k in part])
-        extra["sampled_logps"] = torch.tensor(sampled, device=device)
-        rows.append(Row(group.prompt, responses, [group.trained[k] for k in part], extra))
+        extra = {name: joined(part, name) for name in names} | dict(place=part[0].extra["place"])
+        responses, trained = [row.responses[0] for row in part], [row.trained[0] for row in part]
+        rows.append(Row(part[0].prompt, responses, trained, extra))
     return rows
 
 
-def spare_row(device):
-    """What a rank without any row to train repeats with weight 0, so that all ranks make equally many passes."""
-    zero = torch.zeros(1, device=device)
-    return Row([0], [[0]], [[True]], dict(answer=zero.long(), advantages=zero, sampled_logps=zero))
-
-
-def add_logps(name: str, model, rows: list, args, device):
-    """extra[name]: the log-probabilities [N] of the tokens of a row's answers under a model, before any update."""
-
-    def logps_of(inputs, target):
-        return model.token_logps(**inputs, target=target, temperature=args.temperature)[0]
-
-    for row, logps in zip(rows, token_values(logps_of, model, rows, args, device)):
-        row.extra[name] = logps
-
-
-def no_sums(device) -> dict:
-    """Zeros for the sums of a step, in which no group may count."""
-    names = ["loss", "entropy", "kl", "sampling/sampling_logp_difference/mean"]
-    names += [f"clip_ratio/{name}_mean" for name in ("low", "high", "region")]
-    return {name: torch.zeros((), device=device) for name in names}
-
-
-def rollout_metrics(first_rewards, groups: dict, lengths, ended, rewards: list, args, device) -> dict:
-    """What the answers of all ranks are like: their rewards and lengths, and each reward where it applies.
-
-    first_rewards, lengths, ended: [B, G]; the first of the prompts as they came, before any was replaced."""
-    thinking = of_all_ranks(groups, "thinking_lengths", len(lengths), args, device)
+def rollout_metrics(found: dict) -> dict:
+    """Rewards and lengths of the answers to a batch's prompts as they came. found: [B, G] by name."""
+    r, lengths = found["reward"], found["length"]
     metrics = {
-        "reward": first_rewards.mean(),
-        "reward_std": first_rewards.std(1).mean(),
-        "frac_reward_zero_std": (first_rewards.amax(1) == first_rewards.amin(1)).float().mean(),
+        "reward": r.mean(),
+        "reward_std": r.std(1).mean(),
+        "frac_reward_zero_std": (r.amax(1) == r.amin(1)).float().mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": 1 - ended.mean(),
-        "completions/mean_thinking_length": thinking.mean(),
+        "completions/clipped_ratio": 1 - found["has_ended"].mean(),
+        "completions/mean_thinking_length": found["thinking_length"].mean(),
     }
-    for name in (f"rewards/{reward.name}" for reward in rewards):
-        scores = of_all_ranks(groups, name, len(lengths), args, device)  # NaN where the reward does not apply
-        count = (~scores.isnan()).sum().clamp(min=1)
-        mean = scores.nansum() / count
-        metrics[f"{name}/mean"] = mean
-        metrics[f"{name}/std"] = ((scores - mean).square().nansum() / count).sqrt()
-    return dict(zip(metrics, torch.stack([*metrics.values()]).tolist()))
-
-
-def show_group(group, rewards: list):
-    """Prints the first answers of a group with their rewards."""
-    named = {reward.name: group.extra[f"rewards/{reward.name}"] for reward in rewards}
-    is_cut = [not ended for ended in group.extra["ended"].tolist()]
-    prompts = [group.extra["prompt_row"]] * len(is_cut)
-    show_samples(prompts, group.extra["texts"], is_cut, named | dict(total=group.extra["rewards"]))
+    for name in found:
+        if name.startswith("rewards/"):  # NaN where the reward does not apply
+            mean = found[name].nanmean().nan_to_num()
+            metrics[f"{name}/mean"] = mean
+            metrics[f"{name}/std"] = (found[name] - mean).square().nanmean().nan_to_num().sqrt()
+    return {name: value.item() for name, value in metrics.items()}
 
 
 def evaluate_answers(policy, tokenizer, rewards: list, held_out: list, stops: list, args, device) -> dict:
     """Reward and lengths of --eval-samples answers to each held-out prompt. If a reward says which of them are right,
     also pass@k and majority@k for the powers of 2 up to that number."""
-    B, n = len(held_out), args.eval_samples
-    args = replace(args, num_generations=n, overlong_cache=0)
-    prompts = {place: held_out[place] for place in range(RANK, B, WORLD)}
-    groups = rollout(policy, tokenizer, rewards, prompts, -1, 0, stops, args, device)  # step -1: the same randomness
-    averaged = {
-        "eval_reward": "rewards",
-        "eval_completions/mean_length": "lengths",
-        "eval_completions/mean_thinking_length": "thinking_lengths",
+    n, places = args.eval_samples, range(RANK, len(held_out), WORLD)
+    # step -1: the same randomness every time
+    answers = rollout(policy, tokenizer, rewards, held_out, places, n, -1, stops, args, device)
+    found = of_all_ranks(answers, rewards, (len(held_out), n), device)
+    metrics = {
+        "eval_reward": found["reward"].mean().item(),
+        "eval_completions/mean_length": found["length"].mean().item(),
+        "eval_completions/mean_thinking_length": found["thinking_length"].mean().item(),
     }
-    metrics = {name: of_all_ranks(groups, of, B, args, device).mean().item() for name, of in averaged.items()}
-    source, name = verifiable_reward(rewards, groups, B, args, device)
+    source, name = verifiable_reward(args.rewards, rewards, found)
     if not source:
         return metrics
     ks = [2**i for i in range(n.bit_length())]
-    sums = dict.fromkeys([*(f"eval_pass@{k}" for k in ks), *(f"eval_majority@{k}" for k in ks), "prompts"], 0.0)
-    for group in groups.values():
-        right = group.extra[f"rewards/{name}"].tolist()
+    sums = {f"eval_{kind}@{k}": 0.0 for kind in ("pass", "majority") for k in ks} | dict(prompts=0.0)
+    for i in range(0, len(answers), n):
+        group = answers[i : i + n]
+        right = [row.extra[f"rewards/{name}"] for row in group]
         if any(map(math.isnan, right)):
             continue
-        votes = [vote_of(source, text) for text in group.extra["texts"]]
+        votes = [vote_of(source, row.extra["text"]) for row in group]
         for k in ks:
             sums[f"eval_pass@{k}"] += pass_at_k(int(sum(right)), n, k)
             sums[f"eval_majority@{k}"] += majority_at_k(votes, right, k)
@@ -745,16 +611,14 @@ def evaluate_answers(policy, tokenizer, rewards: list, held_out: list, stops: li
     return metrics | {name: value / count for name, value in sums.items() if count}
 
 
-def verifiable_reward(rewards: list, groups: dict, B: int, args, device) -> tuple:
-    """Source and name of the first reward that says which answers are right: match:, or a function that returned only 0
-    and 1; ("", "") if there is none."""
-    for value, reward in zip(args.rewards, rewards):
+def verifiable_reward(sources: tuple, rewards: list, found: dict) -> tuple:
+    """Source and name of the first reward that is match: or a function that returned only 0 and 1; else two ""."""
+    for value, reward in zip(sources, rewards):
         source, _ = split_source(value)
-        scores = of_all_ranks(groups, f"rewards/{reward.name}", B, args, device)
+        scores = found[f"rewards/{reward.name}"]
+        known = set(scores[~scores.isnan()].tolist())
         is_function = source.rpartition(":")[0].endswith(".py")
-        known = scores[~scores.isnan()]
-        is_binary = bool(((known == 0) | (known == 1)).all())
-        if len(known) and (source.startswith("match:") or is_function and is_binary):
+        if known and (source.startswith("match:") or is_function and known <= {0.0, 1.0}):
             return source, reward.name
     return "", ""
 
@@ -765,13 +629,13 @@ def vote_of(source: str, text: str) -> str | None:
     return canonical(found_answer(answer, source.removeprefix("match:")) if source.startswith("match:") else answer)
 
 
-def write_report(out: Path, metrics: dict):
-    """report.json, and test_time.png: accuracy over training, and against the number of answers to a prompt."""
-    report = {}
-    for kind in ("pass", "majority"):
-        report[kind] = {int(k.partition("@")[2]): v for k, v in metrics.items() if k.startswith(f"eval_{kind}@")}
-    if RANK > 0 or not report["pass"]:
+def write_report(args, out: Path, metrics: dict):
+    """report.json, and test_time.png: accuracy over training and by number of answers; if any was measured."""
+    if RANK > 0 or "eval_pass@1" not in metrics:
         return
+    kinds, report = {"pass": "any of k", "majority": "majority of k"}, {}
+    for kind in kinds:
+        report[kind] = {2**i: metrics[f"eval_{kind}@{2**i}"] for i in range(args.eval_samples.bit_length())}
     import matplotlib
 
     matplotlib.use("Agg")
@@ -782,7 +646,7 @@ def write_report(out: Path, metrics: dict):
     figure, (over_training, over_answers) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     over_training.plot([line["step"] for line in evaluated], [line["eval_pass@1"] for line in evaluated], "o-")
     over_training.set(title="one answer", xlabel="batches of training", ylabel="accuracy on held-out prompts")
-    for kind, label in (("majority", "majority of k"), ("pass", "any of k")):
+    for kind, label in kinds.items():
         over_answers.plot(list(report[kind]), list(report[kind].values()), "o-", label=label)
     over_answers.set(title="k answers", xlabel="k")
     over_answers.set_xscale("log", base=2)
@@ -805,13 +669,13 @@ SCORE_QUESTION = "Rate the last answer above from 1 (very bad) to 10 (very good)
 class Reward(NamedTuple):
     """A source of reward.
 
-    score(rows, texts, ids): a number for each answer [B], NaN where it does not apply; check(extra) raises Drop for a
+    score(rows, texts, ids): a number for each answer [B], NaN where it does not apply; check(extra): raises Drop for a
     prompt that it cannot read; path: of a reward model, else empty; sees_thinking: whether texts have the thinking."""
 
     name: str
     weight: float
     score: Callable
-    check: Callable
+    check: Callable | None = None
     path: str = ""
     sees_thinking: bool = False
 
@@ -839,13 +703,15 @@ def load_rewards(args, device, dtype) -> list:
     """Every source that --rewards names, under the name of its metric: numbered where two are equal."""
     sources = [split_source(value) for value in args.rewards]
     judges = sum(source.startswith("judge:") for source, _ in sources)
+    if not sources:
+        fail("--rewards: names nothing; give a reward model, file.py:function, match:number, format, or judge:MODEL")
     if judges > 1:
         fail("--rewards: takes one judge")
     if args.rubric and not judges:
         fail("--rubric: needs a judge that applies it; add judge:MODEL to --rewards")
     rewards, names, conditions = [], Counter(), load_conditions(args.condition)
     for source, weight in sources:
-        check, path = reads_every_prompt, ""
+        check, path = None, ""
         if source == "format":
             name, score = "format", partial(format_scores, device)
         elif source.startswith("match:"):
@@ -858,14 +724,14 @@ def load_rewards(args, device, dtype) -> list:
             rubric = load_rubric(args.rubric) if args.rubric else {}
             judge = load_judge_model(source.removeprefix("judge:"), args, device, dtype)
             name, score = "judge", partial(judge_scores, *judge, rubric, args, device)
-            check = partial(reads_prompt, partial(judged_row, *judge, rubric))
+            check = partial(judged_row, *judge, rubric)
         elif re.search(r"\.py:\w+$", source):
             name, score = source.rpartition(":")[2], partial(function_scores, source, load_function(source), device)
         else:
             name, path = Path(source).name, source
             model = load_reward_model("--rewards", source, args, device, dtype)
             score = partial(model_scores, *model, conditions, args, device)
-            check = partial(reads_prompt, partial(answered_row, *model, conditions))
+            check = partial(answered_row, *model, conditions)
         names[name] += 1
         name = name if names[name] == 1 else f"{name}-{names[name]}"
         rewards.append(Reward(name, weight, score, check, path, source == "format"))
@@ -875,25 +741,14 @@ def load_rewards(args, device, dtype) -> list:
 
 
 def total_reward(rewards: list, rows: list, texts: list, ids: list) -> tuple:
-    """The weighted sum of all rewards [B], in which NaN counts as 0; and each by name.
-
-    rows: each answer's prompt; texts, ids: the answers."""
+    """The weighted sum of all rewards [B], in which NaN counts as 0; and each by name. rows: each answer's prompt."""
     answers, named = [final_answer(row.extra["prompt"], text) for row, text in zip(rows, texts)], {}
     for reward in rewards:
         named[reward.name] = reward.score(rows, texts if reward.sees_thinking else answers, ids)
     return sum(reward.weight * named[reward.name].nan_to_num(0.0) for reward in rewards), named
 
 
-def reads_every_prompt(extra: dict):
-    """The check of a reward that reads no prompt through a chat template."""
-
-
-def reads_prompt(read, extra: dict):
-    """The check of one that does: raises Drop for a prompt that the template refuses."""
-    read(extra, "a")
-
-
-def answered_row(model, tokenizer, conditions: dict, extra: dict, text: str):
+def answered_row(model, tokenizer, conditions: dict, extra: dict, text: str = "a"):
     """The prompt and an answer as the reward model reads them. Raises Drop."""
     prompt = with_condition(extra["prompt"], conditions.get(extra["kind"], ""))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
@@ -902,15 +757,13 @@ def answered_row(model, tokenizer, conditions: dict, extra: dict, text: str):
 
 def model_scores(model, tokenizer, conditions: dict, args, device, rows: list, texts: list, ids: list):
     """A reward model's scores [B], NaN for an answer that its chat template refuses."""
-    read, places, scores = [], [], torch.full((len(rows),), math.nan, device=device)
+    read, scores = {}, torch.full((len(rows),), math.nan, device=device)
     for i, (row, text) in enumerate(zip(rows, texts)):
         with contextlib.suppress(Drop):
-            read.append(answered_row(model, tokenizer, conditions, row.extra, text))
-            places.append(i)
-    found = score_rows(model, read, args, device, shared=False)
-    if found:
-        scores[places] = torch.cat(found)
-    if not scores[places].isfinite().all():
+            read[i] = answered_row(model, tokenizer, conditions, row.extra, text)
+    if found := score_rows(model, list(read.values()), args, device, shared=False):
+        scores[list(read)] = torch.cat(found)
+    if not scores[list(read)].isfinite().all():
         fail("--rewards: a reward model's score is not finite: its weights are damaged, or try --dtype float32")
     return scores
 
@@ -922,20 +775,18 @@ def load_judge_model(name: str, args, device, dtype) -> tuple:
     return prepare_model(model, name, args, device, dtype, token_logps), tokenizer
 
 
-def judged_row(model, tokenizer, rubric: dict, extra: dict, text: str):
-    """The conversation and the question that the judge is asked: the rubric's, or for a score of 1 to 10. Raises
-    Drop."""
-    turns = [dict(role="user", content=extra["prompt"])]
-    if not isinstance(extra["prompt"], str):
-        turns = [message for message in extra["prompt"] if message["role"] != "system"]
-    refuse_special(tokenizer, extra["prompt"])
-    if isinstance(extra["prompt"], str):
-        talk = extra["prompt"] + text
+def judged_row(model, tokenizer, rubric: dict, extra: dict, text: str = "a"):
+    """The conversation and the question that the judge is asked: the rubric's, or for a score. Raises Drop."""
+    prompt = extra["prompt"]
+    refuse_special(tokenizer, prompt)
+    turns = [] if isinstance(prompt, str) else [turn for turn in prompt if turn["role"] != "system"]
+    if isinstance(prompt, str):
+        talk = prompt + text
     elif len(turns) == 1:
         talk = f"{turns[0]['content']}\n{text}"
     else:
         talk = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-        talk += text if turns and turns[-1]["role"] == "assistant" else f"\nassistant: {text}"
+        talk += text if continues_text(prompt) else f"\nassistant: {text}"
     talk = without_special(tokenizer, talk)
     question, options = rubric.get("question", SCORE_QUESTION), rubric.get("options", {})
     choices = "".join(f"\n{letter}. {meaning}" for letter, meaning in options.items())
@@ -948,7 +799,7 @@ def judge_scores(model, tokenizer, rubric: dict, args, device, rows: list, texts
     read = [judged_row(model, tokenizer, rubric, row.extra, text) for row, text in zip(rows, texts)]
     probabilities = judge_logps(model, read, args, device).softmax(-1)
     if not rubric.get("options"):
-        return expected_score(probabilities) if rows else probabilities[:, 0]
+        return expected_score(probabilities)
     tables = [rubric["reward"].get(row.extra["kind"], {}) for row in rows]
     values = [[table.get(letter, math.nan) for letter in rubric["options"]] for table in tables]
     return (probabilities * torch.tensor(values, device=device).view_as(probabilities)).sum(-1)
@@ -979,8 +830,7 @@ def load_function(source: str):
 
 
 def function_scores(source: str, function, device, rows: list, texts: list, ids: list):
-    """A function's rewards [B], NaN where it returns None. It gets prompts, completions, completion_ids, and every
-    other column, each as a list."""
+    """A function's rewards [B], NaN where it returns None. It gets every column, and the answers, as lists."""
     if not rows:
         return torch.zeros(0, device=device)
     reserved = ("prompt", "prompts", "completion", "completions", "completion_ids", "chosen", "rejected")
@@ -1009,14 +859,12 @@ def function_scores(source: str, function, device, rows: list, texts: list, ids:
 
 
 def format_scores(device, rows: list, texts: list, ids: list):
-    """1 for <think>...</think>, once and not empty, followed by an answer; else 0. [B]"""
-    return torch.tensor([float(is_well_formed(text)) for text in texts], device=device)
-
-
-def is_well_formed(text: str) -> bool:
-    """<think>...</think> once and not empty, then an answer."""
-    has_one = text.count("<think>") == text.count("</think>") == 1
-    return has_one and re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL) is not None
+    """1 for <think>...</think>, once and not empty, then an answer; else 0. [B]"""
+    scores = []
+    for text in texts:
+        has_one = text.count("<think>") == text.count("</think>") == 1
+        scores.append(float(has_one and bool(re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL))))
+    return torch.tensor(scores, device=device)
 
 
 def match_scores(how: str, device, rows: list, texts: list, ids: list):
@@ -1063,8 +911,7 @@ def found_answer(text: str, how: str) -> str | None:
 
 
 def canonical(answer: str | None) -> str | None:
-    """An answer in the form in which answers are compared: a number as an exact fraction, other text in lower case with
-    single spaces."""
+    """The form in which answers are compared: an exact fraction, or text in lower case with single spaces."""
     if answer is None:
         return None
     text = " ".join(answer.replace("−", "-").split()).rstrip(" .").lower()
@@ -1094,23 +941,87 @@ def true_answers(column) -> set:
     return {answer} if answer is not None else set()
 
 
-# ---- rollouts: what a batch of sampled answers passes through
+# ---- rollouts: sampled answers, their rewards, and what models say of their tokens
 
 
 @torch.no_grad()
-def token_values(values_of, model, rows: list, args, device) -> list:
-    """values_of(inputs, target), numbers for each trained token, [N] or [N, k], for this rank's rows: a tensor [n] or
-    [n, k] for each row.
+def rollout(
+    policy, tokenizer, rewards: list, prompts: list, places, n: int, step: int, stops: list, args, device, attempt=0
+) -> list:
+    """n sampled answers to each of the prompts at this rank's places, with their rewards: Rows of one response. Every
+    attempt of a step has randomness of its own.
 
-    inputs, target: as `forwards` yields them; inputs hold source and last too."""
-    found = {}
+    extra: place; slot, the answer's number among those of all ranks; prompt_row; text; slots and sampled_logps [T]; and
+    as numbers reward, rewards/NAME, length, thinking_length, has_ended."""
+    slots = [place * n + k for place in places for k in range(n)]
+    rows = [prompts[slot // n] for slot in slots]
+    numbers = [attempt * len(prompts) * n + slot for slot in slots]
+    numbers = uniform_numbers(args.seed, step, numbers, args.max_new_tokens)
+    ids, logps = sample_answers(policy, [row.prompt for row in rows], numbers, stops, args, args.temperature)
+    texts = answer_texts(tokenizer, rows, ids, stops)
+    total, named = total_reward(rewards, rows, texts, ids)
+    names, answers = ["reward", *(f"rewards/{name}" for name in named)], []
+    for i, found in enumerate(torch.stack([total, *named.values()], 1).tolist()):
+        extra = dict(place=slots[i] // n, slot=slots[i], prompt_row=rows[i], text=texts[i], length=len(ids[i]))
+        extra |= zip(names, found)
+        extra["thinking_length"] = thinking_length(tokenizer, texts[i], len(ids[i]))
+        extra["has_ended"] = float(ids[i][-1] in stops)
+        answers.append(Row(rows[i].prompt, [ids[i]], [[True] * len(ids[i])], extra))
+    of_tokens = lambda values, dtype: torch.tensor([x for own in values for x in own], dtype=dtype, device=device)
+    set_token_values(answers, "sampled_logps", of_tokens(logps, torch.float32))
+    set_token_values(answers, "slots", of_tokens([[slot] * len(own) for slot, own in zip(slots, ids)], torch.long))
+    return answers
+
+
+def thinking_length(tokenizer, text: str, tokens: int) -> float:
+    """About how many of an answer's tokens are thinking."""
+    if "<think>" not in text:
+        return 0.0
+    return max(0.0, tokens - len(tokenizer(after_thinking(text), add_special_tokens=False).input_ids))
+
+
+def of_all_ranks(answers: list, rewards: list, shape: tuple, device, *more) -> dict:
+    """The numbers of all ranks' answers by name, more of them where named, in the order of slots. On the CPU."""
+    names = ["reward", "length", "thinking_length", "has_ended", *more]
+    names += [f"rewards/{reward.name}" for reward in rewards]
+    values = torch.zeros(len(names), math.prod(shape))
+    for row in answers:
+        values[:, row.extra["slot"]] = torch.tensor([row.extra[name] for name in names])
+    return dict(zip(names, over_ranks(values.to(device)).cpu().unflatten(1, shape)))
+
+
+def set_token_values(rows: list, name: str, values):
+    """Gives each row its part of values [N], one for each of its trained tokens."""
+    for row, part in zip(rows, values.split([sum(map(sum, row.trained)) for row in rows])):
+        row.extra[name] = part
+
+
+def joined(rows: list, name: str, device=None):
+    """What rows hold for their tokens, end to end [N]. device: where there may be no rows."""
+    return torch.cat([row.extra[name] for row in rows] or [torch.zeros(0, device=device)])
+
+
+@torch.no_grad()
+def add_values(names: tuple, values_of, model, rows: list, args, device):
+    """Gives rows a value for each trained token under each of the names. values_of: a method of the model that takes
+    what `token_logps` takes, and returns that many tensors [N] or more."""
     model.eval()
     for group, weight, inputs, target in forwards(rows, args, model, device):
-        values, lengths = values_of(inputs, target), [sum(map(sum, row.trained)) for row in group]
-        if weight:
-            found |= {id(row): part for row, part in zip(group, values.split(lengths))}
+        found = values_of(**inputs, target=target, temperature=args.temperature)
+        if weight:  # else the row is a repeated one, which keeps the ranks in step
+            for name, values in zip(names, found):
+                set_token_values(group, name, values)
     model.train()
-    return [found[id(row)] for row in rows]
+
+
+def load_reference(name: str, tokenizer, args, device, dtype, samples: bool = False):
+    """The frozen model that the KL is measured to. samples: whether it gives answers too."""
+    if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+        fail(f"--reference {name}: its tokenizer differs from that of --model")
+    reference = read_model(AutoModelForCausalLM, name, tokenizer).requires_grad_(False)
+    if samples:
+        check_sampler(reference, name)
+    return prepare_model(reference, name, args, device, dtype, token_logps)
 
 
 def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
@@ -1122,15 +1033,19 @@ def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
         yield from (order[start:end] for start, end in zip(cuts, cuts[1:]))
 
 
-def show_samples(rows: list, texts: list, is_cut: list, named: dict, count: int = 3):
-    """Prints a few answers to the prompts of rows, with their rewards {name: [B]}."""
-    for i in range(min(count, len(rows)) if RANK == 0 else 0):
-        prompt = rows[i].extra["prompt"]
+def show_samples(title: str, answers: list, rewards: list, total: str):
+    """Prints the first answers with their rewards and what they have under the name total."""
+    if RANK > 0:
+        return
+    tqdm.write(f"{title}:")
+    for row in answers[:3]:
+        prompt, text = row.extra["prompt_row"].extra["prompt"], row.extra["text"]
         prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        values = {name: float(values[i]) for name, values in named.items()}
-        rewards = ", ".join(f"{name} {value:+.2f}" for name, value in values.items() if not math.isnan(value))
-        text = texts[i] if len(texts[i]) <= 300 else f"{texts[i][:140]} ... {texts[i][-140:]}"
-        tqdm.write(f"  {prompt[-200:]!r}\n    -> {text!r}{' (cut off)' if is_cut[i] else ''}   {rewards}")
+        values = {reward.name: row.extra[f"rewards/{reward.name}"] for reward in rewards} | {total: row.extra[total]}
+        shown = ", ".join(f"{name} {value:+.2f}" for name, value in values.items() if not math.isnan(value))
+        text = text if len(text) <= 300 else f"{text[:140]} ... {text[-140:]}"
+        cut = "" if row.extra["has_ended"] else " (cut off)"
+        tqdm.write(f"  {prompt[-200:]!r}\n    -> {text!r}{cut}   {shown}")
 
 
 def warn_if_cut(share_ended: float, args):
@@ -1153,8 +1068,7 @@ def load_json(option: str, name: str) -> dict:
 
 
 def expected_score(probabilities):
-    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [B, 10]; returns
-    [B]."""
+    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023). probabilities [B, 10]; returns [B]."""
     scores = torch.arange(1, 11, device=probabilities.device)
     return ((probabilities * scores).sum(-1) - 5.5) / 4.5
 
@@ -1172,8 +1086,7 @@ def judge_row(model, tokenizer, talk, options: list):
 
 
 def judge_logps(model, rows: list, args, device) -> torch.Tensor:
-    """The judge's log-probabilities of replying with each option, the end included, to this rank's rows of `judge_row`;
-    [B, K]."""
+    """The judge's log-probabilities of each option, its end included, for this rank's rows of `judge_row` [B, K]."""
     values_of = lambda group, inputs, target: response_sums(model.token_logps(**inputs, target=target)[0], group)
     logps = response_values(values_of, model, rows, args, device, shared=False)
     return logps.view(len(rows), -1) if rows else logps.view(0, 1)
@@ -1183,10 +1096,7 @@ def judge_logps(model, rows: list, args, device) -> torch.Tensor:
 
 
 def response_scores(self, inputs, last, source=None):
-    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0. A
-    method of the model.
-
-    inputs, last: as `pack` and `pad` return them."""
+    """The score of each response [R]: the head on the hidden state at `last`, less the shift. A method of the model."""
     hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[last]  # [R, d]
     return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
 
@@ -1227,8 +1137,7 @@ def is_reward_model(name: str) -> bool:
 
 @lru_cache
 def after_turn_end(tokenizer) -> list:
-    """What the chat template writes after the token that ends an assistant's turn, as ids. A score is read at the last
-    token of the rendering, as a server that renders the conversation does."""
+    """The ids that the chat template writes after the end of an assistant's turn; a score is read at the last."""
     after = turn_end(tokenizer)[1]
     whole = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
     return whole[-after:] if after > 0 else []
@@ -1243,8 +1152,7 @@ def encode_scored(tokenizer, prompt, responses: list, row: dict, notes: Counter)
 
 
 def without_special(tokenizer, text: str) -> str:
-    """A policy's text without what its reader would take for special tokens: an answer must not end its turn and write
-    its judge's reply."""
+    """A text without its reader's special tokens: an answer must not end its turn and write its judge's reply."""
     specials = list(special_tokens(tokenizer).values())
     while any(special in text for special in specials):  # taking one out may make another
         for special in specials:
@@ -1296,8 +1204,7 @@ def with_condition(prompt, condition: str):
 
 
 def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
-    """The randomness of sampling [len(answers), length]: a function of seed, step, number of the answer, and position
-    alone."""
+    """The randomness of sampling [len(answers), length]: a function of seed, step, answer, and position alone."""
     rows = []
     for answer in answers:
         key = hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8]
@@ -1306,20 +1213,18 @@ def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.T
     return torch.stack(rows) if rows else torch.zeros(0, length)
 
 
-class GrowingLayer(DynamicLayer):
-    """A layer's keys and values [B, H, T, D] in buffers with free places; DynamicLayer copies them all for each
-    token."""
+class BufferedLayer(DynamicLayer):
+    """A layer's keys and values [B, H, T, D] in buffers; DynamicLayer copies them all for each token."""
 
-    buffers = ()  # until the first update
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.buffers = room, []  # none before the first update
 
     def update(self, keys, values, *args, **kwargs):
+        if not self.buffers:
+            self.buffers = [new.new_empty(*new.shape[:-2], self.room, new.shape[-1]) for new in (keys, values)]
         start = self.get_seq_length()  # 0 before the first update
         self.is_initialized, end = True, start + keys.shape[-2]
-        if not start or self.buffers[0].shape[-2] < end:
-            grown = [new.new_empty(*new.shape[:-2], end + 32, new.shape[-1]) for new in (keys, values)]
-            for buffer, old in zip(grown, (self.keys, self.values) if start else ()):
-                buffer[..., :start, :] = old
-            self.buffers = grown
         for buffer, new in zip(self.buffers, (keys, values)):
             buffer[..., start:end, :] = new
         self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
@@ -1347,7 +1252,7 @@ def nucleus(logps, top_p: float):
 
 @torch.no_grad()
 def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0) -> tuple:
-    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other, the prompt computed once.
+    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other; equal ones are computed once.
 
     numbers [answers, max_new_tokens], uniform in [0, 1), on the model's device, are all the randomness there is;
     temperature 0 takes the likeliest token. Returns for each answer its ids, the stop token included, and the
@@ -1357,17 +1262,20 @@ def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0,
     attention = model.config._attn_implementation
     model.set_attn_implementation(model.sampling_attention)
     device, (count, longest), width = numbers.device, numbers.shape, max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]  # on the left
-    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    padding = [width - len(prompt) for prompt in distinct]  # on the left
+    ids = torch.tensor([[0] * pad + [*prompt] for pad, prompt in zip(padding, distinct)], device=device)
     mask = torch.tensor([[0] * pad + [1] * (width - pad + longest) for pad in padding], device=device)
     positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    plain = lambda layer: type(layer) is DynamicLayer
+    cache.layers = [BufferedLayer(width + longest) if plain(layer) else layer for layer in cache.layers]
     options = {cache_argument(model): cache, "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
     logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions, **options).logits[:, -1]
-    repeated = torch.arange(len(prompts), device=device).repeat_interleave(count // len(prompts))
+    repeated = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
+    repeated = repeated.repeat_interleave(count // len(prompts))
     cache.reorder_cache(repeated)
     logits, mask, position = logits[repeated], mask[repeated], positions[repeated, -1:]
 
@@ -1433,7 +1341,7 @@ def check_sampler(model, name: str):
             why = f"a log-probability is off by {gap:.1g} with a cache"
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
         finally:
             model.set_attn_implementation("eager")
@@ -1449,6 +1357,8 @@ def prompt_rows(tokenizer, max_prompt: int, checks: list, row: dict, notes: Coun
 
     checks: functions of extra that raise Drop where whatever scores the answers cannot read the prompt."""
     prompt = as_pair(row)[0] if row.get("chosen") is not None and row.get("rejected") is not None else as_prompt(row)
+    if not prompt and not {"prompt", "question", "instruction", "chosen"} & row.keys():
+        raise ValueError("it has neither prompt, question, or instruction, nor chosen and rejected")
     if not prompt:
         raise Drop("empty prompt")
     options = template_options(row)
@@ -1491,25 +1401,20 @@ def gathered(model):
 
 
 def sample_answers(model, prompts: list, numbers, stops: list, args, temperature: float, top_p: float = 1.0) -> tuple:
-    """`sample` for this rank's prompts, those of similar lengths together, at most --sample-tokens tokens at a time.
-
-    Returns (ids, logps), a list for each answer, in the order of numbers."""
+    """`sample` for this rank's prompts, those of similar lengths together, at most --sample-tokens tokens at a time:
+    (ids, logps), a list for each answer, in the order of numbers."""
     n, device = len(numbers) // max(1, len(prompts)), next(model.parameters()).device
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    longest = max(map(len, prompts), default=0) + numbers.shape[1]
-    # at most `room` answers at once: answers_each answers to each of prompts_each prompts
-    room = max(1, args.sample_tokens // longest)
-    answers_each, prompts_each = max(1, min(n, room)), max(1, room // max(1, n))
-    answers, logps = [None] * len(numbers), [None] * len(numbers)
+    asked = [prompt for prompt in prompts for _ in range(n)]  # for each answer
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i]))
+    room = max(1, args.sample_tokens // (max(map(len, prompts), default=0) + numbers.shape[1]))  # answers at once
+    answers, logps = [None] * len(asked), [None] * len(asked)
     model.eval()
     with gathered(model):
-        for start in range(0, len(order), prompts_each):
-            part = order[start : start + prompts_each]
-            for first in range(0, n, answers_each):
-                places = [i * n + k for i in part for k in range(first, min(n, first + answers_each))]
-                asked, drawn = [prompts[i] for i in part], numbers[places].to(device)
-                for place, ids, values in zip(places, *sample(model, asked, drawn, stops, temperature, top_p)):
-                    answers[place], logps[place] = ids, values
+        for start in range(0, len(order), room):
+            places = order[start : start + room]
+            part, drawn = [asked[i] for i in places], numbers[places].to(device)
+            for place, ids, values in zip(places, *sample(model, part, drawn, stops, temperature, top_p)):
+                answers[place], logps[place] = ids, values
     model.train()
     return answers, logps
 
@@ -1537,8 +1442,7 @@ def answer_texts(tokenizer, rows: list, answers: list, stops: list) -> list:
 
 
 def after_thinking(text: str) -> str:
-    """What stands after the thinking and before any that follows; nothing, if the answer begins with thinking that has
-    not ended."""
+    """What follows the thinking, before any further; nothing where the thinking has not ended."""
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 

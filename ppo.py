@@ -216,7 +216,6 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
@@ -233,9 +232,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 
 def shaped_rewards(scores, logps, ref_logps, mask, kl_coef: float):
-    """The reward of each token (InstructGPT, eq. 2): -beta log(pi/ref), and for an answer's last token also its score.
-
-    scores [B]; logps, ref_logps, mask [B, T], padded on the right. Returns [B, T]."""
+    """The reward of each token [B, T] (InstructGPT, eq. 2): -beta log(pi/ref), and for an answer's last token also its
+    score. scores [B]; logps, ref_logps, mask [B, T], padded on the right."""
     # log(pi/ref) of a sampled token is an unbiased estimate of the KL
     rewards = -kl_coef * (logps - ref_logps) * mask
     last = mask.sum(1).long() - 1  # [B]
@@ -276,8 +274,7 @@ def policy_loss(logps, old_logps, advantages, clip: float):
 
 
 def value_loss(values, old_values, returns, clip: float):
-    """Half the squared error; with clip > 0, of the value or of its clipped move from the old one, whichever is worse.
-    Any shape."""
+    """Half the squared error; with clip > 0, the worse one of the value and its clipped move. Any shape."""
     if not clip:
         return 0.5 * (values - returns).square()
     clipped = old_values + (values - old_values).clamp(-clip, clip)
@@ -285,23 +282,25 @@ def value_loss(values, old_values, returns, clip: float):
 
 
 def add_advantages(args, answers: list, device):
-    """Gives each of this rank's answers advantages and returns [T], from its score and its tokens' values and
-    log-probabilities."""
-    old_logps, ref_logps, values = (padded(answers, name, device) for name in ("old_logps", "ref_logps", "values"))
-    lengths = torch.tensor([len(row.responses[0]) for row in answers], device=device)
-    mask = torch.arange(values.shape[1], device=device) < lengths[:, None]  # [B, T], as all of these
-    rewards = shaped_rewards(joined(answers, "score", device), old_logps, ref_logps, mask, args.kl_coef)
+    """Gives each of this rank's answers advantages and returns [T]."""
+    scores = torch.tensor([row.extra["score"] for row in answers], device=device)  # [B]
+    lengths = torch.tensor([len(row.responses[0]) for row in answers], dtype=torch.long, device=device)
+    width = max((len(row.responses[0]) for row in answers), default=1)
+    mask = torch.arange(width, device=device) < lengths[:, None]  # [B, T], as all of these
+    empty = torch.zeros(mask.shape, device=device)
+    names = ("old_logps", "ref_logps", "values")
+    old_logps, ref_logps, values = (empty.masked_scatter(mask, joined(answers, name, device)) for name in names)
+    rewards = shaped_rewards(scores, old_logps, ref_logps, mask, args.kl_coef)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     if args.whiten_advantages:
         advantages = whiten(advantages, mask)
-    for i, row in enumerate(answers):
-        T = len(row.responses[0])
-        row.extra.update(advantages=advantages[i, :T], returns=returns[i, :T])
+    set_token_values(answers, "advantages", advantages[mask])
+    set_token_values(answers, "returns", returns[mask])
 
 
 def policy_batch(args, rows: list, logps) -> dict:
     """The policy's loss and the metrics beside it: scalars, each a sum over the answers' tokens. logps [N]."""
-    old_logps, advantages = (joined(rows, name, logps.device) for name in ("old_logps", "advantages"))  # [N]
+    old_logps, advantages = (joined(rows, name) for name in ("old_logps", "advantages"))  # [N]
     log_ratio = logps.detach() - old_logps
     ratio = log_ratio.exp()
     return {
@@ -313,19 +312,9 @@ def policy_batch(args, rows: list, logps) -> dict:
     }
 
 
-# the means of these over tokens, for a policy that has not moved
-UNMOVED = {
-    "loss/policy_avg": 0.0,
-    "policy/approxkl_avg": 0.0,
-    "policy/clipfrac_avg": 0.0,
-    "val/ratio": 1.0,
-    "val/squared_ratio": 1.0,
-}
-
-
 def value_batch(args, rows: list, values) -> dict:
     """The value model's loss and the metric beside it, each a sum over the answers' tokens. values [N]."""
-    old_values, returns = (joined(rows, name, values.device) for name in ("values", "returns"))  # [N]
+    old_values, returns = (joined(rows, name) for name in ("values", "returns"))  # [N]
     is_clipped = (values.detach() - old_values).abs() > (args.value_clip or math.inf)
     loss = value_loss(values, old_values, returns, args.value_clip).sum()
     return {"loss/value_avg": loss, "val/clipfrac_avg": is_clipped.sum()}
@@ -343,15 +332,15 @@ def main(args: Args):
     tokenizer, rewards = load_tokenizer(source), load_rewards(args, device, dtype)
     value_source = str(last / "value") if last else choose_value_model(args, rewards, tokenizer)
     max_length = min(fit_length(args, name) for name in (source, value_source, args.reference) if name)
-    max_prompt, checks = max_length - args.max_new_tokens, [reward.check for reward in rewards]
-    if max_prompt < 1:
-        fail(f"--max-new-tokens {args.max_new_tokens}: leaves no room for a prompt within {max_length} tokens")
-    rows, held_out = prepare_split(args, tokenizer, partial(prompt_rows, tokenizer, max_prompt, checks))
+    checks = [reward.check for reward in rewards if reward.check]
+    encode_row = partial(prompt_rows, tokenizer, max_length - args.max_new_tokens, checks)
+    rows, held_out = prepare_split(args, tokenizer, encode_row)
     ptx_rows = []
     if args.ptx_dataset:
         encode_text = partial(text_rows, tokenizer, max_length)
         ptx_rows = prepare("--ptx-dataset", args.ptx_dataset, "train", tokenizer, encode_text)
-    answers_per_update = math.ceil(args.batch_size * args.num_generations / args.num_minibatches)
+    n = args.num_generations
+    ptx_size = args.ptx_batch_size or math.ceil(args.batch_size * n / args.num_minibatches)
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
     steps = min(steps_per_epoch * args.epochs, args.max_steps or sys.maxsize)
 
@@ -361,13 +350,14 @@ def main(args: Args):
         check_sampler(policy, source)
     freeze_layers(policy, args.train_last_layers)
     policy = prepare_model(policy, source, args, device, dtype, token_logps)
-    reference = load_reference(args, tokenizer, device, dtype)
+    name = args.reference or args.model
+    reference = load_reference(name, tokenizer, args, device, dtype, samples=args.reference_baseline)
     value = load_value_model(value_source, tokenizer, args, device, dtype)
+    use_one_layout(policy, value)
     models = {"": (policy, tokenizer), "value": (value, tokenizer)}
     optimizers = {"": make_optimizer(policy, args), "value": make_optimizer(value, args)}
-    work = f"{steps} batches of {args.batch_size} x {args.num_generations} answers"
-    num_minibatches = min(args.num_minibatches, args.batch_size * args.num_generations)
-    work += f", {args.ppo_epochs} x {num_minibatches} updates each"
+    num_minibatches = min(args.num_minibatches, args.batch_size * n)
+    work = f"{steps} batches of {args.batch_size} x {n} answers, {args.ppo_epochs} x {num_minibatches} updates each"
     announce([policy, value], args, work, device, dtype)
     stops = stop_ids(policy, tokenizer)
     print0(f"value model: from {value_source}; answers end at {' or '.join(tokenizer.convert_ids_to_tokens(stops))}")
@@ -380,52 +370,64 @@ def main(args: Args):
     started -= state["seconds"]  # of all parts of a resumed run
     if args.critic_warmup >= steps:
         print0(f"note: --critic-warmup {args.critic_warmup} takes all {steps} batches; the policy is not trained")
-    rollout = partial(sample_and_score, args, policy, reference, rewards, tokenizer, stops, device)
-    baselines_of = partial(reference_baselines, args, reference, rewards, tokenizer, stops, device, rows, state)
-    spare = spare_answer(device)
+    sample_and_score = partial(scored_rollout, args, policy, reference, rewards, tokenizer, stops, device)
+    # for a rank that has no answer of a minibatch; its weight is 0
+    names = ("old_logps", "advantages", "values", "returns")
+    spare = SPARE._replace(extra=dict.fromkeys(names, torch.zeros(1, device=device)))
 
     # 3. for each batch of prompts
     catch_signals()
     for step in (bar := progress("ppo", state["step"], steps)):
         indices, sums, clock = batch_rows(range(len(rows)), args, step), {}, time.time()  # indices of prompts
         # 4. answers y ~ pi, their scores, and the log-probabilities of their tokens under pi_old and the reference
-        # added to the scores of answers that end: the constant, less the reward of the reference's answer
-        offset = torch.full([len(indices)], float(args.reward_constant), device=device)
+        # added to the rewards of answers that end: the constant, less the reward of the reference's answer
+        offsets = [args.reward_constant] * len(indices)
         if args.reference_baseline:
-            offset -= baselines_of(indices)
-        answers = rollout([rows[i] for i in indices], args.num_generations, step, offset)
+            add_baselines(args, reference, rewards, tokenizer, stops, device, rows, indices, state["baselines"])
+            offsets = [args.reward_constant - state["baselines"][i] for i in indices]
+        answers = sample_and_score([rows[i] for i in indices], n, step, offsets)
         # 5. the values of the states before their tokens, and from all of these advantages and returns
-        add_values(args, value, answers, device)
+        add_values(("values",), value.state_values, value, answers, args, device)
         add_advantages(args, answers, device)
         metrics = dict(step=step + 1, epoch=(step + 1) / steps_per_epoch)
-        metrics |= rollout_metrics(args, answers, rewards, device)
+        num_answers = len(indices) * n  # of all ranks
+        metrics |= rollout_metrics(args, answers, rewards, num_answers, device)
         if step == 0:
-            check_first_answers(args, metrics, dtype)
+            warn_if_cut(metrics["val/share_eos"], args)
+            if not args.reference:
+                scale = max(1.0, metrics["response_length"])
+                check_first_step("the KL to the reference", metrics["objective/kl"], 0.0, dtype, scale)
 
         # 6. several passes over the answers, in minibatches; during the warm-up only the value model is trained
         is_warming_up = step < args.critic_warmup
-        num_answers = len(indices) * args.num_generations  # of all ranks
         num_updates = args.ppo_epochs * min(args.num_minibatches, num_answers)
         norms, learning_rate = dict(grad_norm=0.0, value_grad_norm=0.0), 0.0
-        for minibatch in minibatches(num_answers, args.ppo_epochs, args.num_minibatches, step, args.seed):
-            slots = set(minibatch)
+        for slots in minibatches(num_answers, args.ppo_epochs, args.num_minibatches, step, args.seed):
             mine = [row for row in answers if row.extra["slot"] in slots]  # this rank's part of the minibatch
             # tokens of the minibatch, over all ranks
             total = over_ranks(torch.tensor(sum(len(row.responses[0]) for row in mine), device=device))
-            if not is_warming_up:
+            for group, weight, inputs, target in forwards(mine, args, policy, device, spare):
+                # a weight of 0 only keeps ranks in step; FSDP averages their gradients
+                scale = weight * WORLD / total
                 # 7. the policy's clipped loss, averaged over the minibatch's tokens
-                for group, weight, inputs, target in forwards(mine, args, policy, device, spare):
+                logps = joined(group, "old_logps")
+                if not is_warming_up:
                     logps, *_ = policy.token_logps(**inputs, target=target, temperature=args.temperature)
-                    logged = policy_batch(args, group, logps)
-                    # a weight of 0 only keeps ranks in step; FSDP averages their gradients
-                    (logged["loss/policy_avg"] * weight * WORLD / total).backward()
-                    add_scalars(sums, logged, weight / total / num_updates)
+                logged = policy_batch(args, group, logps)
+                if not is_warming_up:
+                    (logged["loss/policy_avg"] * scale).backward()
+                # 8. the value model's clipped loss
+                (values,) = value.state_values(**inputs)
+                logged |= value_batch(args, group, values)
+                (logged["loss/value_avg"] * scale).backward()
+                add_scalars(sums, logged, weight / total / num_updates)
+            if not is_warming_up:
                 if state["updates"] == 0:  # pi is pi_old; so far the sums hold this minibatch alone, divided by all
                     approx_kl = over_ranks(sums["policy/approxkl_avg"] * num_updates).item()
                     check_first_step("the approximate KL", approx_kl, 0.0, dtype, scale=1.0)
-                # 8. the likelihood of other text
+                # 9. the likelihood of other text
                 if ptx_rows:
-                    texts = batch_rows(ptx_rows, args, state["updates"], args.ptx_batch_size or answers_per_update)
+                    texts = batch_rows(ptx_rows, args, state["updates"], ptx_size)
                     trained = sum(sum(row.trained[0]) for row in texts)
                     for _, weight, inputs, target in forwards(texts[RANK::WORLD], args, policy, device):
                         nll = -policy.token_logps(**inputs, target=target)[0].sum()
@@ -434,16 +436,11 @@ def main(args: Args):
                 norm, learning_rate = take_step(policy, optimizers[""], args, step, steps)
                 norms["grad_norm"] += norm / num_updates
                 state["updates"] += 1
-            # 9. the value model's clipped loss
-            for group, weight, inputs, _ in forwards(mine, args, value, device, spare):
-                logged = value_batch(args, group, value.state_values(**inputs))
-                (logged["loss/value_avg"] * weight * WORLD / total).backward()
-                add_scalars(sums, logged, weight / total / num_updates)
             norm, _ = take_step(value, optimizers["value"], args, step, steps, args.value_learning_rate)
             norms["value_grad_norm"] += norm / num_updates
 
         # 10. metrics, samples, evaluation, checkpoint
-        metrics |= UNMOVED | sum_over_ranks(sums) | norms | dict(lr=learning_rate)
+        metrics |= sum_over_ranks(sums) | norms | dict(lr=learning_rate)
         metrics["val/ratio_var"] = max(0.0, metrics.pop("val/squared_ratio") - metrics["val/ratio"] ** 2)
         rate = num_answers / (time.time() - clock)
         metrics |= dict(eps=rate, tokens_per_second=rate * metrics["response_length"])
@@ -451,9 +448,9 @@ def main(args: Args):
         if is_too_far:
             steps = step + 1  # this one is the last
         if step == 0 or is_due(max(1, steps // 10), step + 1, steps):
-            show_rollout(f"step {step + 1}", answers, rewards, device)
+            show_samples(f"step {step + 1}", answers, rewards, "score")
         if held_out and is_due(args.eval_every, step + 1, steps):
-            metrics |= evaluate_policy(rollout, held_out, rewards, device)
+            metrics |= evaluate_policy(sample_and_score, held_out, rewards, device)
         state |= dict(step=step + 1, episode=state["episode"] + num_answers, seconds=time.time() - started)
         metrics |= dict(episode=state["episode"], seconds=state["seconds"], peak_memory_mb=peak_memory(device))
         log_metrics(args, out, metrics, bar)
@@ -477,23 +474,12 @@ def check_options(args):
     counts = ("num_generations", "max_new_tokens", "sample_tokens", "ppo_epochs", "num_minibatches")
     shares, signed = ("gamma", "lam"), ("missing_eos_score", "reward_constant")
     check_numbers(args, above_zero=("temperature", *counts), at_most_one=shares, signed=signed)
-    if not args.rewards:
-        fail("--rewards: names nothing; give a reward model, file.py:function, match:number, format, or judge:MODEL")
     if bool(args.ptx_coef) != bool(args.ptx_dataset) or args.ptx_batch_size and not args.ptx_dataset:
         fail("--ptx-dataset and --ptx-coef go together, and --ptx-batch-size with them: give both or none")
 
 
-def check_first_answers(args, metrics: dict, dtype):
-    """Warns of answers that are cut off. Fails where the policy differs from its reference before the first update."""
-    warn_if_cut(metrics["val/share_eos"], args)
-    if not args.reference:
-        kl, length = metrics["objective/kl"], metrics["response_length"]
-        check_first_step("the KL to the reference", kl, 0.0, dtype, scale=max(1.0, length))
-
-
 def text_rows(tokenizer, max_length: int, row: dict, notes: Counter) -> list:
-    """Rows of --ptx-dataset, of which the assistant's turns, the completion, or the whole text is trained, as sft.py
-    does."""
+    """Rows of --ptx-dataset: the assistant's turns, the completion, or the whole text is trained, as in sft.py."""
     talk, answer = row.get("messages") or row.get("conversations"), row.get("completion")
     if talk:
         messages, options = without_end(tokenizer, with_system(row, as_messages(talk))), template_options(row)
@@ -530,17 +516,6 @@ def freeze_layers(model, count: int):
             module.requires_grad_(True)
 
 
-def load_reference(args, tokenizer, device, dtype):
-    """The frozen model that the KL is measured to: --reference, or the policy as it was at the beginning."""
-    name = args.reference or args.model
-    if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
-        fail(f"--reference {name}: its tokenizer differs from that of --model")
-    reference = read_model(AutoModelForCausalLM, name, tokenizer).requires_grad_(False)
-    if args.reference_baseline:  # it answers too
-        check_sampler(reference, name)
-    return prepare_model(reference, name, args, device, dtype, token_logps)
-
-
 def choose_value_model(args, rewards: list, tokenizer) -> str:
     """The checkpoint that the value model starts from; see --value-model."""
     reward_models = [reward.path for reward in rewards if reward.path and reward.weight > 0]
@@ -562,74 +537,41 @@ def load_value_model(name: str, tokenizer, args, device, dtype):
     return prepare_model(value, name, args, device, dtype, state_values)
 
 
-def state_values(self, inputs, source, last=None):
-    """The value of the state before each token of the answers [N]: the head on the hidden state that predicts the
-    token. A method of the model.
-
-    inputs, source: as `pack` and `pad` return them."""
-    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source]  # [N, d]
-    return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
+def state_values(self, inputs, source, **unused):
+    """The value of the state before each token of the answers [N], in a tuple: the head on the hidden state that
+    predicts the token. A method of the model; inputs, source: as `pack` and `pad` return them."""
+    return (response_scores(self, inputs, last=source),)
 
 
-def spare_answer(device):
-    """Stands in for the answers of a rank that has none in a minibatch, with weight 0."""
-    names = ("old_logps", "advantages", "values", "returns")
-    return SPARE._replace(extra=dict.fromkeys(names, torch.zeros(1, device=device)))
+def use_one_layout(policy, value):
+    """Policy and value model read the same inputs: padded ones, unless both can follow packed rows."""
+    if policy.packs != value.packs:
+        for model in (policy, value):
+            model.packs = False
+            model.set_attn_implementation("eager")
 
 
-def joined(rows: list, name: str, device):
-    """What rows hold under a name, end to end: one number for each token, or for each row."""
-    return torch.hstack([row.extra[name] for row in rows] or [torch.zeros(0, device=device)])
-
-
-def padded(rows: list, name: str, device):
-    """What rows hold for each token as [B, T], with zeros on the right."""
-    parts = [row.extra[name] for row in rows]
-    return pad_sequence(parts, batch_first=True) if parts else torch.zeros(0, 1, device=device)
-
-
-@torch.no_grad()
-def sample_and_score(
-    args, policy, reference, rewards: list, tokenizer, stops: list, device, prompts: list, n: int, step: int, offset
+def scored_rollout(
+    args, policy, reference, rewards: list, tokenizer, stops: list, device, prompts: list, n: int, step: int, offsets
 ) -> list:
-    """n sampled answers to each of the prompts. Returns this rank's share of them, as Rows with one response.
+    """This rank's share of `rollout`, with scores and the token's values before any update.
 
-    offset [prompts]: added to the reward of an answer that ends. An answer's extra: slot, its number among those of
-    all ranks; prompt_row; text; has_ended; rewards/NAME and score, scalars; sampled_logps, old_logps, ref_logps and
-    entropy, a number for each token [T]."""
-    slots = [i * n + k for i in range(RANK, len(prompts), WORLD) for k in range(n)]
-    numbers = uniform_numbers(args.seed, step, slots, args.max_new_tokens)
-    asked = [row.prompt for row in prompts[RANK::WORLD]]
-    tokens, sampled_logps = sample_answers(policy, asked, numbers, stops, args, args.temperature)
-    rows = [prompts[slot // n] for slot in slots]
-    texts = answer_texts(tokenizer, rows, tokens, stops)
-    totals, named = total_reward(rewards, rows, texts, tokens)
-    has_ended = torch.tensor([ids[-1] in stops for ids in tokens], dtype=torch.bool, device=device)
-    scores = torch.where(has_ended, totals + offset[[slot // n for slot in slots]], args.missing_eos_score)
-    answers = []
-    for i, ids in enumerate(tokens):
-        extra = dict(slot=slots[i], prompt_row=rows[i], text=texts[i], has_ended=has_ended[i], score=scores[i])
-        extra |= {f"rewards/{name}": values[i] for name, values in named.items()}
-        extra["sampled_logps"] = torch.tensor(sampled_logps[i], device=device)
-        answers.append(Row(rows[i].prompt, [ids], [[True] * len(ids)], extra))
-
-    def logps_and_entropy(model, inputs, target):  # [N, 2]
-        return torch.stack(model.token_logps(**inputs, target=target, temperature=args.temperature)[:2], 1)
-
-    of_policy = token_values(partial(logps_and_entropy, policy), policy, answers, args, device)
-    of_reference = token_values(partial(logps_and_entropy, reference), reference, answers, args, device)
-    for row, values, ref_values in zip(answers, of_policy, of_reference):
-        row.extra.update(old_logps=values[:, 0], entropy=values[:, 1], ref_logps=ref_values[:, 0])
+    offsets: for each prompt, added to the reward of an answer that ends. extra: further score, a number; old_logps,
+    ref_logps and entropy [T]."""
+    places = range(RANK, len(prompts), WORLD)
+    answers = rollout(policy, tokenizer, rewards, prompts, places, n, step, stops, args, device)
+    for row in answers:
+        score = row.extra["reward"] + offsets[row.extra["place"]]
+        row.extra["score"] = score if row.extra["has_ended"] else args.missing_eos_score
+    for names, model in ((("old_logps", "entropy"), policy), (("ref_logps",), reference)):
+        add_values(names, model.token_logps, model, answers, args, device)
     return answers
 
 
-def reference_baselines(
-    args, reference, rewards: list, tokenizer, stops: list, device, rows: list, state: dict, indices: list
+def add_baselines(
+    args, reference, rewards: list, tokenizer, stops: list, device, rows: list, indices: list, known: dict
 ):
-    """The rewards of the reference's own greedy answers, ended or not, to the prompts of these indices (ChatGLM).
-
-    Each prompt is answered once; state["baselines"] keeps the reward. Returns [indices]."""
-    known = state["baselines"]
+    """known[i], for prompts of new indices: the reward of the reference's own greedy answer, ended or not (ChatGLM)."""
     new = [i for i in indices if i not in known]
     if new:
         prompts = [rows[i] for i in new[RANK::WORLD]]
@@ -638,25 +580,14 @@ def reference_baselines(
         found = torch.zeros(len(new), device=device)
         found[RANK::WORLD] = total_reward(rewards, prompts, answer_texts(tokenizer, prompts, tokens, stops), tokens)[0]
         known |= zip(new, over_ranks(found).tolist())
-    return torch.tensor([known[i] for i in indices], device=device)
 
 
-def add_values(args, value, answers: list, device):
-    """Gives each answer the values of the states before its tokens [T]."""
-    values_of = lambda inputs, target: value.state_values(**inputs)
-    for row, values in zip(answers, token_values(values_of, value, answers, args, device)):
-        row.extra["values"] = values
-
-
-def rollout_metrics(args, answers: list, rewards: list, device) -> dict:
-    """What the answers of all ranks say of policy and value model before the update: means over answers or tokens."""
+def rollout_metrics(args, answers: list, rewards: list, count: int, device) -> dict:
+    """What the answers of all ranks, `count`, are like before the update: means over answers or tokens."""
+    found = of_all_ranks(answers, rewards, (count,), device, "score")  # {name: [count]}
     names = ("sampled_logps", "old_logps", "ref_logps", "entropy", "values", "returns")
     sampled_logps, old_logps, ref_logps, entropy, values, returns = (joined(answers, name, device) for name in names)
     sums = {
-        "answers": torch.tensor(len(answers), device=device),
-        "tokens": torch.tensor(len(old_logps), device=device),
-        "scores": joined(answers, "score", device).sum(),
-        "ended": joined(answers, "has_ended", device).sum(),
         "kl": (old_logps - ref_logps).sum(),
         "entropy": entropy.sum(),
         "logp_difference": (sampled_logps - old_logps).abs().sum(),
@@ -664,57 +595,40 @@ def rollout_metrics(args, answers: list, rewards: list, device) -> dict:
         "returns": returns.sum(),
         "squared_returns": returns.square().sum(),
     }
-    for reward in rewards:
-        found = joined(answers, f"rewards/{reward.name}", device)
-        sums |= {f"sum of {reward.name}": found.nansum(), f"count of {reward.name}": (~found.isnan()).sum()}
-    sums = sum_over_ranks(sums)
-    per_answer = {name: value / sums["answers"] for name, value in sums.items()}
-    per_token = {name: value / sums["tokens"] for name, value in sums.items()}
-    score, kl = per_answer["scores"], per_answer["kl"]
+    sums, tokens = sum_over_ranks(sums), found["length"].sum().item()
+    per_token = {name: value / tokens for name, value in sums.items()}
+    score, kl, ended = found["score"].mean().item(), sums["kl"] / count, found["has_ended"].sum().item()
     variance = per_token["squared_returns"] - per_token["returns"] ** 2
     metrics = {
         "objective/scores": score,
         "objective/kl": kl,
         "objective/non_score_reward": -args.kl_coef * kl,
         "objective/rlhf_reward": score - args.kl_coef * kl,
-        "objective/entropy": per_answer["entropy"],
-        "response_length": per_answer["tokens"],
+        "objective/entropy": sums["entropy"] / count,
+        "response_length": tokens / count,
         "policy/entropy_avg": per_token["entropy"],
-        "val/num_eos_tokens": sums["ended"],
-        "val/share_eos": per_answer["ended"],
+        "val/num_eos_tokens": ended,
+        "val/share_eos": ended / count,
         "val/explained_variance": 1 - per_token["squared_error"] / variance if variance > 1e-8 else 0.0,
         "sampling/logp_difference": per_token["logp_difference"],
     }
-    for reward in rewards:  # over the answers that it applies to
-        count = max(1, sums[f"count of {reward.name}"])
-        metrics[f"rewards/{reward.name}/mean"] = sums[f"sum of {reward.name}"] / count
+    for name in found:
+        if name.startswith("rewards/"):  # over the answers that it applies to
+            metrics[f"{name}/mean"] = found[name].nanmean().nan_to_num().item()
     return metrics
 
 
-def show_rollout(title: str, answers: list, rewards: list, device):
-    """Prints a few answers with their rewards."""
-    if RANK == 0:
-        tqdm.write(f"{title}:")
-    named = {reward.name: joined(answers, f"rewards/{reward.name}", device) for reward in rewards}
-    named["score"] = joined(answers, "score", device)
-    prompts, texts = ([row.extra[name] for row in answers] for name in ("prompt_row", "text"))
-    has_ended = joined(answers, "has_ended", device).tolist()
-    show_samples(prompts, texts, [not ended for ended in has_ended], named)
-
-
-def evaluate_policy(rollout, held_out: list, rewards: list, device) -> dict:
-    """Score, KL and length of one sampled answer to each held-out prompt, with the same randomness every time; no
-    constant and no baseline is added."""
-    answers = rollout(held_out, 1, -1, torch.zeros(len(held_out), device=device))
-    show_rollout("held out", answers, rewards, device)
-    old_logps, ref_logps = (joined(answers, name, device) for name in ("old_logps", "ref_logps"))
-    length = torch.tensor(len(old_logps), device=device)
-    sums = {
-        "eval_objective/scores": joined(answers, "score", device).sum(),
-        "eval_objective/kl": (old_logps - ref_logps).sum(),
-        "eval_response_length": length,
+def evaluate_policy(sample_and_score, held_out: list, rewards: list, device) -> dict:
+    """Score, KL and length of one sampled answer to each held-out prompt, always with the same randomness."""
+    answers = sample_and_score(held_out, 1, -1, [0.0] * len(held_out))
+    show_samples("held out", answers, rewards, "score")
+    found = of_all_ranks(answers, rewards, (len(held_out),), device, "score")
+    kl = over_ranks((joined(answers, "old_logps", device) - joined(answers, "ref_logps", device)).sum())
+    return {
+        "eval_objective/scores": found["score"].mean().item(),
+        "eval_objective/kl": kl.item() / len(held_out),
+        "eval_response_length": found["length"].mean().item(),
     }
-    return {name: value / len(held_out) for name, value in sum_over_ranks(sums).items()}
 
 
 # ============================== every block below stands word for word in all scripts that have it ================
@@ -729,13 +643,13 @@ SCORE_QUESTION = "Rate the last answer above from 1 (very bad) to 10 (very good)
 class Reward(NamedTuple):
     """A source of reward.
 
-    score(rows, texts, ids): a number for each answer [B], NaN where it does not apply; check(extra) raises Drop for a
+    score(rows, texts, ids): a number for each answer [B], NaN where it does not apply; check(extra): raises Drop for a
     prompt that it cannot read; path: of a reward model, else empty; sees_thinking: whether texts have the thinking."""
 
     name: str
     weight: float
     score: Callable
-    check: Callable
+    check: Callable | None = None
     path: str = ""
     sees_thinking: bool = False
 
@@ -763,13 +677,15 @@ def load_rewards(args, device, dtype) -> list:
     """Every source that --rewards names, under the name of its metric: numbered where two are equal."""
     sources = [split_source(value) for value in args.rewards]
     judges = sum(source.startswith("judge:") for source, _ in sources)
+    if not sources:
+        fail("--rewards: names nothing; give a reward model, file.py:function, match:number, format, or judge:MODEL")
     if judges > 1:
         fail("--rewards: takes one judge")
     if args.rubric and not judges:
         fail("--rubric: needs a judge that applies it; add judge:MODEL to --rewards")
     rewards, names, conditions = [], Counter(), load_conditions(args.condition)
     for source, weight in sources:
-        check, path = reads_every_prompt, ""
+        check, path = None, ""
         if source == "format":
             name, score = "format", partial(format_scores, device)
         elif source.startswith("match:"):
@@ -782,14 +698,14 @@ def load_rewards(args, device, dtype) -> list:
             rubric = load_rubric(args.rubric) if args.rubric else {}
             judge = load_judge_model(source.removeprefix("judge:"), args, device, dtype)
             name, score = "judge", partial(judge_scores, *judge, rubric, args, device)
-            check = partial(reads_prompt, partial(judged_row, *judge, rubric))
+            check = partial(judged_row, *judge, rubric)
         elif re.search(r"\.py:\w+$", source):
             name, score = source.rpartition(":")[2], partial(function_scores, source, load_function(source), device)
         else:
             name, path = Path(source).name, source
             model = load_reward_model("--rewards", source, args, device, dtype)
             score = partial(model_scores, *model, conditions, args, device)
-            check = partial(reads_prompt, partial(answered_row, *model, conditions))
+            check = partial(answered_row, *model, conditions)
         names[name] += 1
         name = name if names[name] == 1 else f"{name}-{names[name]}"
         rewards.append(Reward(name, weight, score, check, path, source == "format"))
@@ -799,25 +715,14 @@ def load_rewards(args, device, dtype) -> list:
 
 
 def total_reward(rewards: list, rows: list, texts: list, ids: list) -> tuple:
-    """The weighted sum of all rewards [B], in which NaN counts as 0; and each by name.
-
-    rows: each answer's prompt; texts, ids: the answers."""
+    """The weighted sum of all rewards [B], in which NaN counts as 0; and each by name. rows: each answer's prompt."""
     answers, named = [final_answer(row.extra["prompt"], text) for row, text in zip(rows, texts)], {}
     for reward in rewards:
         named[reward.name] = reward.score(rows, texts if reward.sees_thinking else answers, ids)
     return sum(reward.weight * named[reward.name].nan_to_num(0.0) for reward in rewards), named
 
 
-def reads_every_prompt(extra: dict):
-    """The check of a reward that reads no prompt through a chat template."""
-
-
-def reads_prompt(read, extra: dict):
-    """The check of one that does: raises Drop for a prompt that the template refuses."""
-    read(extra, "a")
-
-
-def answered_row(model, tokenizer, conditions: dict, extra: dict, text: str):
+def answered_row(model, tokenizer, conditions: dict, extra: dict, text: str = "a"):
     """The prompt and an answer as the reward model reads them. Raises Drop."""
     prompt = with_condition(extra["prompt"], conditions.get(extra["kind"], ""))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
@@ -826,15 +731,13 @@ def answered_row(model, tokenizer, conditions: dict, extra: dict, text: str):
 
 def model_scores(model, tokenizer, conditions: dict, args, device, rows: list, texts: list, ids: list):
     """A reward model's scores [B], NaN for an answer that its chat template refuses."""
-    read, places, scores = [], [], torch.full((len(rows),), math.nan, device=device)
+    read, scores = {}, torch.full((len(rows),), math.nan, device=device)
     for i, (row, text) in enumerate(zip(rows, texts)):
         with contextlib.suppress(Drop):
-            read.append(answered_row(model, tokenizer, conditions, row.extra, text))
-            places.append(i)
-    found = score_rows(model, read, args, device, shared=False)
-    if found:
-        scores[places] = torch.cat(found)
-    if not scores[places].isfinite().all():
+            read[i] = answered_row(model, tokenizer, conditions, row.extra, text)
+    if found := score_rows(model, list(read.values()), args, device, shared=False):
+        scores[list(read)] = torch.cat(found)
+    if not scores[list(read)].isfinite().all():
         fail("--rewards: a reward model's score is not finite: its weights are damaged, or try --dtype float32")
     return scores
 
@@ -846,20 +749,18 @@ def load_judge_model(name: str, args, device, dtype) -> tuple:
     return prepare_model(model, name, args, device, dtype, token_logps), tokenizer
 
 
-def judged_row(model, tokenizer, rubric: dict, extra: dict, text: str):
-    """The conversation and the question that the judge is asked: the rubric's, or for a score of 1 to 10. Raises
-    Drop."""
-    turns = [dict(role="user", content=extra["prompt"])]
-    if not isinstance(extra["prompt"], str):
-        turns = [message for message in extra["prompt"] if message["role"] != "system"]
-    refuse_special(tokenizer, extra["prompt"])
-    if isinstance(extra["prompt"], str):
-        talk = extra["prompt"] + text
+def judged_row(model, tokenizer, rubric: dict, extra: dict, text: str = "a"):
+    """The conversation and the question that the judge is asked: the rubric's, or for a score. Raises Drop."""
+    prompt = extra["prompt"]
+    refuse_special(tokenizer, prompt)
+    turns = [] if isinstance(prompt, str) else [turn for turn in prompt if turn["role"] != "system"]
+    if isinstance(prompt, str):
+        talk = prompt + text
     elif len(turns) == 1:
         talk = f"{turns[0]['content']}\n{text}"
     else:
         talk = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-        talk += text if turns and turns[-1]["role"] == "assistant" else f"\nassistant: {text}"
+        talk += text if continues_text(prompt) else f"\nassistant: {text}"
     talk = without_special(tokenizer, talk)
     question, options = rubric.get("question", SCORE_QUESTION), rubric.get("options", {})
     choices = "".join(f"\n{letter}. {meaning}" for letter, meaning in options.items())
@@ -872,7 +773,7 @@ def judge_scores(model, tokenizer, rubric: dict, args, device, rows: list, texts
     read = [judged_row(model, tokenizer, rubric, row.extra, text) for row, text in zip(rows, texts)]
     probabilities = judge_logps(model, read, args, device).softmax(-1)
     if not rubric.get("options"):
-        return expected_score(probabilities) if rows else probabilities[:, 0]
+        return expected_score(probabilities)
     tables = [rubric["reward"].get(row.extra["kind"], {}) for row in rows]
     values = [[table.get(letter, math.nan) for letter in rubric["options"]] for table in tables]
     return (probabilities * torch.tensor(values, device=device).view_as(probabilities)).sum(-1)
@@ -903,8 +804,7 @@ def load_function(source: str):
 
 
 def function_scores(source: str, function, device, rows: list, texts: list, ids: list):
-    """A function's rewards [B], NaN where it returns None. It gets prompts, completions, completion_ids, and every
-    other column, each as a list."""
+    """A function's rewards [B], NaN where it returns None. It gets every column, and the answers, as lists."""
     if not rows:
         return torch.zeros(0, device=device)
     reserved = ("prompt", "prompts", "completion", "completions", "completion_ids", "chosen", "rejected")
@@ -933,14 +833,12 @@ def function_scores(source: str, function, device, rows: list, texts: list, ids:
 
 
 def format_scores(device, rows: list, texts: list, ids: list):
-    """1 for <think>...</think>, once and not empty, followed by an answer; else 0. [B]"""
-    return torch.tensor([float(is_well_formed(text)) for text in texts], device=device)
-
-
-def is_well_formed(text: str) -> bool:
-    """<think>...</think> once and not empty, then an answer."""
-    has_one = text.count("<think>") == text.count("</think>") == 1
-    return has_one and re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL) is not None
+    """1 for <think>...</think>, once and not empty, then an answer; else 0. [B]"""
+    scores = []
+    for text in texts:
+        has_one = text.count("<think>") == text.count("</think>") == 1
+        scores.append(float(has_one and bool(re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL))))
+    return torch.tensor(scores, device=device)
 
 
 def match_scores(how: str, device, rows: list, texts: list, ids: list):
@@ -987,8 +885,7 @@ def found_answer(text: str, how: str) -> str | None:
 
 
 def canonical(answer: str | None) -> str | None:
-    """An answer in the form in which answers are compared: a number as an exact fraction, other text in lower case with
-    single spaces."""
+    """The form in which answers are compared: an exact fraction, or text in lower case with single spaces."""
     if answer is None:
         return None
     text = " ".join(answer.replace("−", "-").split()).rstrip(" .").lower()
@@ -1018,23 +915,87 @@ def true_answers(column) -> set:
     return {answer} if answer is not None else set()
 
 
-# ---- rollouts: what a batch of sampled answers passes through
+# ---- rollouts: sampled answers, their rewards, and what models say of their tokens
 
 
 @torch.no_grad()
-def token_values(values_of, model, rows: list, args, device) -> list:
-    """values_of(inputs, target), numbers for each trained token, [N] or [N, k], for this rank's rows: a tensor [n] or
-    [n, k] for each row.
+def rollout(
+    policy, tokenizer, rewards: list, prompts: list, places, n: int, step: int, stops: list, args, device, attempt=0
+) -> list:
+    """n sampled answers to each of the prompts at this rank's places, with their rewards: Rows of one response. Every
+    attempt of a step has randomness of its own.
 
-    inputs, target: as `forwards` yields them; inputs hold source and last too."""
-    found = {}
+    extra: place; slot, the answer's number among those of all ranks; prompt_row; text; slots and sampled_logps [T]; and
+    as numbers reward, rewards/NAME, length, thinking_length, has_ended."""
+    slots = [place * n + k for place in places for k in range(n)]
+    rows = [prompts[slot // n] for slot in slots]
+    numbers = [attempt * len(prompts) * n + slot for slot in slots]
+    numbers = uniform_numbers(args.seed, step, numbers, args.max_new_tokens)
+    ids, logps = sample_answers(policy, [row.prompt for row in rows], numbers, stops, args, args.temperature)
+    texts = answer_texts(tokenizer, rows, ids, stops)
+    total, named = total_reward(rewards, rows, texts, ids)
+    names, answers = ["reward", *(f"rewards/{name}" for name in named)], []
+    for i, found in enumerate(torch.stack([total, *named.values()], 1).tolist()):
+        extra = dict(place=slots[i] // n, slot=slots[i], prompt_row=rows[i], text=texts[i], length=len(ids[i]))
+        extra |= zip(names, found)
+        extra["thinking_length"] = thinking_length(tokenizer, texts[i], len(ids[i]))
+        extra["has_ended"] = float(ids[i][-1] in stops)
+        answers.append(Row(rows[i].prompt, [ids[i]], [[True] * len(ids[i])], extra))
+    of_tokens = lambda values, dtype: torch.tensor([x for own in values for x in own], dtype=dtype, device=device)
+    set_token_values(answers, "sampled_logps", of_tokens(logps, torch.float32))
+    set_token_values(answers, "slots", of_tokens([[slot] * len(own) for slot, own in zip(slots, ids)], torch.long))
+    return answers
+
+
+def thinking_length(tokenizer, text: str, tokens: int) -> float:
+    """About how many of an answer's tokens are thinking."""
+    if "<think>" not in text:
+        return 0.0
+    return max(0.0, tokens - len(tokenizer(after_thinking(text), add_special_tokens=False).input_ids))
+
+
+def of_all_ranks(answers: list, rewards: list, shape: tuple, device, *more) -> dict:
+    """The numbers of all ranks' answers by name, more of them where named, in the order of slots. On the CPU."""
+    names = ["reward", "length", "thinking_length", "has_ended", *more]
+    names += [f"rewards/{reward.name}" for reward in rewards]
+    values = torch.zeros(len(names), math.prod(shape))
+    for row in answers:
+        values[:, row.extra["slot"]] = torch.tensor([row.extra[name] for name in names])
+    return dict(zip(names, over_ranks(values.to(device)).cpu().unflatten(1, shape)))
+
+
+def set_token_values(rows: list, name: str, values):
+    """Gives each row its part of values [N], one for each of its trained tokens."""
+    for row, part in zip(rows, values.split([sum(map(sum, row.trained)) for row in rows])):
+        row.extra[name] = part
+
+
+def joined(rows: list, name: str, device=None):
+    """What rows hold for their tokens, end to end [N]. device: where there may be no rows."""
+    return torch.cat([row.extra[name] for row in rows] or [torch.zeros(0, device=device)])
+
+
+@torch.no_grad()
+def add_values(names: tuple, values_of, model, rows: list, args, device):
+    """Gives rows a value for each trained token under each of the names. values_of: a method of the model that takes
+    what `token_logps` takes, and returns that many tensors [N] or more."""
     model.eval()
     for group, weight, inputs, target in forwards(rows, args, model, device):
-        values, lengths = values_of(inputs, target), [sum(map(sum, row.trained)) for row in group]
-        if weight:
-            found |= {id(row): part for row, part in zip(group, values.split(lengths))}
+        found = values_of(**inputs, target=target, temperature=args.temperature)
+        if weight:  # else the row is a repeated one, which keeps the ranks in step
+            for name, values in zip(names, found):
+                set_token_values(group, name, values)
     model.train()
-    return [found[id(row)] for row in rows]
+
+
+def load_reference(name: str, tokenizer, args, device, dtype, samples: bool = False):
+    """The frozen model that the KL is measured to. samples: whether it gives answers too."""
+    if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+        fail(f"--reference {name}: its tokenizer differs from that of --model")
+    reference = read_model(AutoModelForCausalLM, name, tokenizer).requires_grad_(False)
+    if samples:
+        check_sampler(reference, name)
+    return prepare_model(reference, name, args, device, dtype, token_logps)
 
 
 def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
@@ -1046,15 +1007,19 @@ def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
         yield from (order[start:end] for start, end in zip(cuts, cuts[1:]))
 
 
-def show_samples(rows: list, texts: list, is_cut: list, named: dict, count: int = 3):
-    """Prints a few answers to the prompts of rows, with their rewards {name: [B]}."""
-    for i in range(min(count, len(rows)) if RANK == 0 else 0):
-        prompt = rows[i].extra["prompt"]
+def show_samples(title: str, answers: list, rewards: list, total: str):
+    """Prints the first answers with their rewards and what they have under the name total."""
+    if RANK > 0:
+        return
+    tqdm.write(f"{title}:")
+    for row in answers[:3]:
+        prompt, text = row.extra["prompt_row"].extra["prompt"], row.extra["text"]
         prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        values = {name: float(values[i]) for name, values in named.items()}
-        rewards = ", ".join(f"{name} {value:+.2f}" for name, value in values.items() if not math.isnan(value))
-        text = texts[i] if len(texts[i]) <= 300 else f"{texts[i][:140]} ... {texts[i][-140:]}"
-        tqdm.write(f"  {prompt[-200:]!r}\n    -> {text!r}{' (cut off)' if is_cut[i] else ''}   {rewards}")
+        values = {reward.name: row.extra[f"rewards/{reward.name}"] for reward in rewards} | {total: row.extra[total]}
+        shown = ", ".join(f"{name} {value:+.2f}" for name, value in values.items() if not math.isnan(value))
+        text = text if len(text) <= 300 else f"{text[:140]} ... {text[-140:]}"
+        cut = "" if row.extra["has_ended"] else " (cut off)"
+        tqdm.write(f"  {prompt[-200:]!r}\n    -> {text!r}{cut}   {shown}")
 
 
 def warn_if_cut(share_ended: float, args):
@@ -1077,8 +1042,7 @@ def load_json(option: str, name: str) -> dict:
 
 
 def expected_score(probabilities):
-    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [B, 10]; returns
-    [B]."""
+    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023). probabilities [B, 10]; returns [B]."""
     scores = torch.arange(1, 11, device=probabilities.device)
     return ((probabilities * scores).sum(-1) - 5.5) / 4.5
 
@@ -1096,8 +1060,7 @@ def judge_row(model, tokenizer, talk, options: list):
 
 
 def judge_logps(model, rows: list, args, device) -> torch.Tensor:
-    """The judge's log-probabilities of replying with each option, the end included, to this rank's rows of `judge_row`;
-    [B, K]."""
+    """The judge's log-probabilities of each option, its end included, for this rank's rows of `judge_row` [B, K]."""
     values_of = lambda group, inputs, target: response_sums(model.token_logps(**inputs, target=target)[0], group)
     logps = response_values(values_of, model, rows, args, device, shared=False)
     return logps.view(len(rows), -1) if rows else logps.view(0, 1)
@@ -1107,10 +1070,7 @@ def judge_logps(model, rows: list, args, device) -> torch.Tensor:
 
 
 def response_scores(self, inputs, last, source=None):
-    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0. A
-    method of the model.
-
-    inputs, last: as `pack` and `pad` return them."""
+    """The score of each response [R]: the head on the hidden state at `last`, less the shift. A method of the model."""
     hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[last]  # [R, d]
     return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
 
@@ -1151,8 +1111,7 @@ def is_reward_model(name: str) -> bool:
 
 @lru_cache
 def after_turn_end(tokenizer) -> list:
-    """What the chat template writes after the token that ends an assistant's turn, as ids. A score is read at the last
-    token of the rendering, as a server that renders the conversation does."""
+    """The ids that the chat template writes after the end of an assistant's turn; a score is read at the last."""
     after = turn_end(tokenizer)[1]
     whole = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
     return whole[-after:] if after > 0 else []
@@ -1167,8 +1126,7 @@ def encode_scored(tokenizer, prompt, responses: list, row: dict, notes: Counter)
 
 
 def without_special(tokenizer, text: str) -> str:
-    """A policy's text without what its reader would take for special tokens: an answer must not end its turn and write
-    its judge's reply."""
+    """A text without its reader's special tokens: an answer must not end its turn and write its judge's reply."""
     specials = list(special_tokens(tokenizer).values())
     while any(special in text for special in specials):  # taking one out may make another
         for special in specials:
@@ -1220,8 +1178,7 @@ def with_condition(prompt, condition: str):
 
 
 def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
-    """The randomness of sampling [len(answers), length]: a function of seed, step, number of the answer, and position
-    alone."""
+    """The randomness of sampling [len(answers), length]: a function of seed, step, answer, and position alone."""
     rows = []
     for answer in answers:
         key = hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8]
@@ -1230,20 +1187,18 @@ def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.T
     return torch.stack(rows) if rows else torch.zeros(0, length)
 
 
-class GrowingLayer(DynamicLayer):
-    """A layer's keys and values [B, H, T, D] in buffers with free places; DynamicLayer copies them all for each
-    token."""
+class BufferedLayer(DynamicLayer):
+    """A layer's keys and values [B, H, T, D] in buffers; DynamicLayer copies them all for each token."""
 
-    buffers = ()  # until the first update
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.buffers = room, []  # none before the first update
 
     def update(self, keys, values, *args, **kwargs):
+        if not self.buffers:
+            self.buffers = [new.new_empty(*new.shape[:-2], self.room, new.shape[-1]) for new in (keys, values)]
         start = self.get_seq_length()  # 0 before the first update
         self.is_initialized, end = True, start + keys.shape[-2]
-        if not start or self.buffers[0].shape[-2] < end:
-            grown = [new.new_empty(*new.shape[:-2], end + 32, new.shape[-1]) for new in (keys, values)]
-            for buffer, old in zip(grown, (self.keys, self.values) if start else ()):
-                buffer[..., :start, :] = old
-            self.buffers = grown
         for buffer, new in zip(self.buffers, (keys, values)):
             buffer[..., start:end, :] = new
         self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
@@ -1271,7 +1226,7 @@ def nucleus(logps, top_p: float):
 
 @torch.no_grad()
 def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0) -> tuple:
-    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other, the prompt computed once.
+    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other; equal ones are computed once.
 
     numbers [answers, max_new_tokens], uniform in [0, 1), on the model's device, are all the randomness there is;
     temperature 0 takes the likeliest token. Returns for each answer its ids, the stop token included, and the
@@ -1281,17 +1236,20 @@ def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0,
     attention = model.config._attn_implementation
     model.set_attn_implementation(model.sampling_attention)
     device, (count, longest), width = numbers.device, numbers.shape, max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]  # on the left
-    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    padding = [width - len(prompt) for prompt in distinct]  # on the left
+    ids = torch.tensor([[0] * pad + [*prompt] for pad, prompt in zip(padding, distinct)], device=device)
     mask = torch.tensor([[0] * pad + [1] * (width - pad + longest) for pad in padding], device=device)
     positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    plain = lambda layer: type(layer) is DynamicLayer
+    cache.layers = [BufferedLayer(width + longest) if plain(layer) else layer for layer in cache.layers]
     options = {cache_argument(model): cache, "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
     logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions, **options).logits[:, -1]
-    repeated = torch.arange(len(prompts), device=device).repeat_interleave(count // len(prompts))
+    repeated = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
+    repeated = repeated.repeat_interleave(count // len(prompts))
     cache.reorder_cache(repeated)
     logits, mask, position = logits[repeated], mask[repeated], positions[repeated, -1:]
 
@@ -1357,7 +1315,7 @@ def check_sampler(model, name: str):
             why = f"a log-probability is off by {gap:.1g} with a cache"
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
         finally:
             model.set_attn_implementation("eager")
@@ -1373,6 +1331,8 @@ def prompt_rows(tokenizer, max_prompt: int, checks: list, row: dict, notes: Coun
 
     checks: functions of extra that raise Drop where whatever scores the answers cannot read the prompt."""
     prompt = as_pair(row)[0] if row.get("chosen") is not None and row.get("rejected") is not None else as_prompt(row)
+    if not prompt and not {"prompt", "question", "instruction", "chosen"} & row.keys():
+        raise ValueError("it has neither prompt, question, or instruction, nor chosen and rejected")
     if not prompt:
         raise Drop("empty prompt")
     options = template_options(row)
@@ -1415,25 +1375,20 @@ def gathered(model):
 
 
 def sample_answers(model, prompts: list, numbers, stops: list, args, temperature: float, top_p: float = 1.0) -> tuple:
-    """`sample` for this rank's prompts, those of similar lengths together, at most --sample-tokens tokens at a time.
-
-    Returns (ids, logps), a list for each answer, in the order of numbers."""
+    """`sample` for this rank's prompts, those of similar lengths together, at most --sample-tokens tokens at a time:
+    (ids, logps), a list for each answer, in the order of numbers."""
     n, device = len(numbers) // max(1, len(prompts)), next(model.parameters()).device
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    longest = max(map(len, prompts), default=0) + numbers.shape[1]
-    # at most `room` answers at once: answers_each answers to each of prompts_each prompts
-    room = max(1, args.sample_tokens // longest)
-    answers_each, prompts_each = max(1, min(n, room)), max(1, room // max(1, n))
-    answers, logps = [None] * len(numbers), [None] * len(numbers)
+    asked = [prompt for prompt in prompts for _ in range(n)]  # for each answer
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i]))
+    room = max(1, args.sample_tokens // (max(map(len, prompts), default=0) + numbers.shape[1]))  # answers at once
+    answers, logps = [None] * len(asked), [None] * len(asked)
     model.eval()
     with gathered(model):
-        for start in range(0, len(order), prompts_each):
-            part = order[start : start + prompts_each]
-            for first in range(0, n, answers_each):
-                places = [i * n + k for i in part for k in range(first, min(n, first + answers_each))]
-                asked, drawn = [prompts[i] for i in part], numbers[places].to(device)
-                for place, ids, values in zip(places, *sample(model, asked, drawn, stops, temperature, top_p)):
-                    answers[place], logps[place] = ids, values
+        for start in range(0, len(order), room):
+            places = order[start : start + room]
+            part, drawn = [asked[i] for i in places], numbers[places].to(device)
+            for place, ids, values in zip(places, *sample(model, part, drawn, stops, temperature, top_p)):
+                answers[place], logps[place] = ids, values
     model.train()
     return answers, logps
 
@@ -1461,8 +1416,7 @@ def answer_texts(tokenizer, rows: list, answers: list, stops: list) -> list:
 
 
 def after_thinking(text: str) -> str:
-    """What stands after the thinking and before any that follows; nothing, if the answer begins with thinking that has
-    not ended."""
+    """What follows the thinking, before any further; nothing where the thinking has not ended."""
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 

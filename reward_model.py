@@ -524,10 +524,7 @@ def print_report(rows: list, scores: list, tokenizer) -> dict:
 
 
 def response_scores(self, inputs, last, source=None):
-    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0. A
-    method of the model.
-
-    inputs, last: as `pack` and `pad` return them."""
+    """The score of each response [R]: the head on the hidden state at `last`, less the shift. A method of the model."""
     hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[last]  # [R, d]
     return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
 
@@ -568,8 +565,7 @@ def is_reward_model(name: str) -> bool:
 
 @lru_cache
 def after_turn_end(tokenizer) -> list:
-    """What the chat template writes after the token that ends an assistant's turn, as ids. A score is read at the last
-    token of the rendering, as a server that renders the conversation does."""
+    """The ids that the chat template writes after the end of an assistant's turn; a score is read at the last."""
     after = turn_end(tokenizer)[1]
     whole = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
     return whole[-after:] if after > 0 else []
@@ -584,8 +580,7 @@ def encode_scored(tokenizer, prompt, responses: list, row: dict, notes: Counter)
 
 
 def without_special(tokenizer, text: str) -> str:
-    """A policy's text without what its reader would take for special tokens: an answer must not end its turn and write
-    its judge's reply."""
+    """A text without its reader's special tokens: an answer must not end its turn and write its judge's reply."""
     specials = list(special_tokens(tokenizer).values())
     while any(special in text for special in specials):  # taking one out may make another
         for special in specials:

@@ -1742,8 +1742,7 @@ def load_json(option: str, name: str) -> dict:
 
 
 def expected_score(probabilities):
-    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023, direct RLAIF). probabilities [B, 10]; returns
-    [B]."""
+    """The mean of the scores 1 to 10, scaled to [-1, 1] (Lee et al. 2023). probabilities [B, 10]; returns [B]."""
     scores = torch.arange(1, 11, device=probabilities.device)
     return ((probabilities * scores).sum(-1) - 5.5) / 4.5
 
@@ -1761,8 +1760,7 @@ def judge_row(model, tokenizer, talk, options: list):
 
 
 def judge_logps(model, rows: list, args, device) -> torch.Tensor:
-    """The judge's log-probabilities of replying with each option, the end included, to this rank's rows of `judge_row`;
-    [B, K]."""
+    """The judge's log-probabilities of each option, its end included, for this rank's rows of `judge_row` [B, K]."""
     values_of = lambda group, inputs, target: response_sums(model.token_logps(**inputs, target=target)[0], group)
     logps = response_values(values_of, model, rows, args, device, shared=False)
     return logps.view(len(rows), -1) if rows else logps.view(0, 1)
@@ -1772,10 +1770,7 @@ def judge_logps(model, rows: list, args, device) -> torch.Tensor:
 
 
 def response_scores(self, inputs, last, source=None):
-    """The score of each response [R]: the head on the hidden state of its last token, less the shift to mean 0. A
-    method of the model.
-
-    inputs, last: as `pack` and `pad` return them."""
+    """The score of each response [R]: the head on the hidden state at `last`, less the shift. A method of the model."""
     hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[last]  # [R, d]
     return F.linear(hidden.float(), self.score.weight.float())[:, 0] - getattr(self.config, "score_shift", 0.0)
 
@@ -1816,8 +1811,7 @@ def is_reward_model(name: str) -> bool:
 
 @lru_cache
 def after_turn_end(tokenizer) -> list:
-    """What the chat template writes after the token that ends an assistant's turn, as ids. A score is read at the last
-    token of the rendering, as a server that renders the conversation does."""
+    """The ids that the chat template writes after the end of an assistant's turn; a score is read at the last."""
     after = turn_end(tokenizer)[1]
     whole = render(tokenizer, [dict(role="user", content="a"), dict(role="assistant", content="b")])
     return whole[-after:] if after > 0 else []
@@ -1832,8 +1826,7 @@ def encode_scored(tokenizer, prompt, responses: list, row: dict, notes: Counter)
 
 
 def without_special(tokenizer, text: str) -> str:
-    """A policy's text without what its reader would take for special tokens: an answer must not end its turn and write
-    its judge's reply."""
+    """A text without its reader's special tokens: an answer must not end its turn and write its judge's reply."""
     specials = list(special_tokens(tokenizer).values())
     while any(special in text for special in specials):  # taking one out may make another
         for special in specials:
@@ -1885,8 +1878,7 @@ def with_condition(prompt, condition: str):
 
 
 def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.Tensor:
-    """The randomness of sampling [len(answers), length]: a function of seed, step, number of the answer, and position
-    alone."""
+    """The randomness of sampling [len(answers), length]: a function of seed, step, answer, and position alone."""
     rows = []
     for answer in answers:
         key = hashlib.sha256(f"{seed}-{step}-{answer}".encode()).digest()[:8]
@@ -1895,20 +1887,18 @@ def uniform_numbers(seed: int, step: int, answers: list, length: int) -> torch.T
     return torch.stack(rows) if rows else torch.zeros(0, length)
 
 
-class GrowingLayer(DynamicLayer):
-    """A layer's keys and values [B, H, T, D] in buffers with free places; DynamicLayer copies them all for each
-    token."""
+class BufferedLayer(DynamicLayer):
+    """A layer's keys and values [B, H, T, D] in buffers; DynamicLayer copies them all for each token."""
 
-    buffers = ()  # until the first update
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.buffers = room, []  # none before the first update
 
     def update(self, keys, values, *args, **kwargs):
+        if not self.buffers:
+            self.buffers = [new.new_empty(*new.shape[:-2], self.room, new.shape[-1]) for new in (keys, values)]
         start = self.get_seq_length()  # 0 before the first update
         self.is_initialized, end = True, start + keys.shape[-2]
-        if not start or self.buffers[0].shape[-2] < end:
-            grown = [new.new_empty(*new.shape[:-2], end + 32, new.shape[-1]) for new in (keys, values)]
-            for buffer, old in zip(grown, (self.keys, self.values) if start else ()):
-                buffer[..., :start, :] = old
-            self.buffers = grown
         for buffer, new in zip(self.buffers, (keys, values)):
             buffer[..., start:end, :] = new
         self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
@@ -1936,7 +1926,7 @@ def nucleus(logps, top_p: float):
 
 @torch.no_grad()
 def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0, top_p: float = 1.0) -> tuple:
-    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other, the prompt computed once.
+    """n = len(numbers) / len(prompts) answers to each prompt (ids), one after the other; equal ones are computed once.
 
     numbers [answers, max_new_tokens], uniform in [0, 1), on the model's device, are all the randomness there is;
     temperature 0 takes the likeliest token. Returns for each answer its ids, the stop token included, and the
@@ -1946,17 +1936,20 @@ def sample(model, prompts: list, numbers, stops: list, temperature: float = 1.0,
     attention = model.config._attn_implementation
     model.set_attn_implementation(model.sampling_attention)
     device, (count, longest), width = numbers.device, numbers.shape, max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]  # on the left
-    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    padding = [width - len(prompt) for prompt in distinct]  # on the left
+    ids = torch.tensor([[0] * pad + [*prompt] for pad, prompt in zip(padding, distinct)], device=device)
     mask = torch.tensor([[0] * pad + [1] * (width - pad + longest) for pad in padding], device=device)
     positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    plain = lambda layer: type(layer) is DynamicLayer
+    cache.layers = [BufferedLayer(width + longest) if plain(layer) else layer for layer in cache.layers]
     options = {cache_argument(model): cache, "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
     logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions, **options).logits[:, -1]
-    repeated = torch.arange(len(prompts), device=device).repeat_interleave(count // len(prompts))
+    repeated = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
+    repeated = repeated.repeat_interleave(count // len(prompts))
     cache.reorder_cache(repeated)
     logits, mask, position = logits[repeated], mask[repeated], positions[repeated, -1:]
 
@@ -2022,7 +2015,7 @@ def check_sampler(model, name: str):
             why = f"a log-probability is off by {gap:.1g} with a cache"
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
         finally:
             model.set_attn_implementation("eager")
@@ -2038,6 +2031,8 @@ def prompt_rows(tokenizer, max_prompt: int, checks: list, row: dict, notes: Coun
 
     checks: functions of extra that raise Drop where whatever scores the answers cannot read the prompt."""
     prompt = as_pair(row)[0] if row.get("chosen") is not None and row.get("rejected") is not None else as_prompt(row)
+    if not prompt and not {"prompt", "question", "instruction", "chosen"} & row.keys():
+        raise ValueError("it has neither prompt, question, or instruction, nor chosen and rejected")
     if not prompt:
         raise Drop("empty prompt")
     options = template_options(row)
@@ -2080,25 +2075,20 @@ def gathered(model):
 
 
 def sample_answers(model, prompts: list, numbers, stops: list, args, temperature: float, top_p: float = 1.0) -> tuple:
-    """`sample` for this rank's prompts, those of similar lengths together, at most --sample-tokens tokens at a time.
-
-    Returns (ids, logps), a list for each answer, in the order of numbers."""
+    """`sample` for this rank's prompts, those of similar lengths together, at most --sample-tokens tokens at a time:
+    (ids, logps), a list for each answer, in the order of numbers."""
     n, device = len(numbers) // max(1, len(prompts)), next(model.parameters()).device
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    longest = max(map(len, prompts), default=0) + numbers.shape[1]
-    # at most `room` answers at once: answers_each answers to each of prompts_each prompts
-    room = max(1, args.sample_tokens // longest)
-    answers_each, prompts_each = max(1, min(n, room)), max(1, room // max(1, n))
-    answers, logps = [None] * len(numbers), [None] * len(numbers)
+    asked = [prompt for prompt in prompts for _ in range(n)]  # for each answer
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i]))
+    room = max(1, args.sample_tokens // (max(map(len, prompts), default=0) + numbers.shape[1]))  # answers at once
+    answers, logps = [None] * len(asked), [None] * len(asked)
     model.eval()
     with gathered(model):
-        for start in range(0, len(order), prompts_each):
-            part = order[start : start + prompts_each]
-            for first in range(0, n, answers_each):
-                places = [i * n + k for i in part for k in range(first, min(n, first + answers_each))]
-                asked, drawn = [prompts[i] for i in part], numbers[places].to(device)
-                for place, ids, values in zip(places, *sample(model, asked, drawn, stops, temperature, top_p)):
-                    answers[place], logps[place] = ids, values
+        for start in range(0, len(order), room):
+            places = order[start : start + room]
+            part, drawn = [asked[i] for i in places], numbers[places].to(device)
+            for place, ids, values in zip(places, *sample(model, part, drawn, stops, temperature, top_p)):
+                answers[place], logps[place] = ids, values
     model.train()
     return answers, logps
 
@@ -2126,8 +2116,7 @@ def answer_texts(tokenizer, rows: list, answers: list, stops: list) -> list:
 
 
 def after_thinking(text: str) -> str:
-    """What stands after the thinking and before any that follows; nothing, if the answer begins with thinking that has
-    not ended."""
+    """What follows the thinking, before any further; nothing where the thinking has not ended."""
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 

@@ -401,17 +401,16 @@ def sampling_errors(device, dtype, folder: str, method: str, tokenizer: str, tem
     prompts = [rng.choices(range(5000), k=n) for n in (3, 60, 17, 17, 1)]
     stops = list(range(200))  # many, for uneven ends
     numbers = script.uniform_numbers(0, 0, list(range(20)), 30)
-    args = SimpleNamespace(tokens_per_forward=500, sample_tokens=600)
+    args = SimpleNamespace(tokens_per_forward=500, sample_tokens=600, temperature=temperature)
     tokens, recorded = script.sample_answers(model, prompts, numbers, stops, args, temperature)
     rows = [script.Row(prompts[i // 4], [ids], [[True] * len(ids)], {}) for i, ids in enumerate(tokens)]
-    logps_of = lambda inputs, target: model.token_logps(**inputs, target=target, temperature=temperature)[0]
-    again = script.token_values(logps_of, model, rows, args, device)
+    script.add_values(("logps",), model.token_logps, model, rows, args, device)
     with torch.no_grad():
         wanted = torch.cat([alone(exact, row.prompt, row.responses[0], temperature) for row in rows])
     recorded, name = torch.tensor(sum(recorded, []), device=device), f"{method}.py, T {temperature:g}"
     errors = {
         f"{name}: log-probabilities the sampler records": recorded,
-        f"{name}: those of the forward after it": torch.cat(again),
+        f"{name}: those of the forward after it": script.joined(rows, "logps"),
     }
     return {what: float((logps - wanted).abs().max()) for what, logps in errors.items()}
 

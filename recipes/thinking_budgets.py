@@ -84,7 +84,7 @@ def main(args: Args):
     (reward,) = grpo.load_rewards(run, device, dtype)
     tags = tokenizer("<think> </think>", add_special_tokens=False).input_ids  # they are not the policy's own
     max_prompt = grpo.fit_length(run, args.model) - args.max_new_tokens - len(tags)
-    encode_row = partial(grpo.prompt_rows, tokenizer, max_prompt, [reward.check])
+    encode_row = partial(grpo.prompt_rows, tokenizer, max_prompt, [reward.check] if reward.check else [])
     rows = grpo.prepare("--dataset", args.dataset, "test", tokenizer, encode_row)
     stops = grpo.stop_ids(policy, tokenizer)
     accuracies = accuracy_by_budget(policy, tokenizer, reward, rows, args.budgets, stops, run, device)

@@ -174,3 +174,90 @@ def torchrun():
         return run([*launch, REPO / f"{name}.py", *flags], cwd, check, timeout, env)
 
     return go
+
+
+# ------------------------------------------------------------------------------------------------- ppo.py and grpo.py
+
+QUESTIONS = ["What is the best path?", "Write a letter", "Is it safe? Say so.", "Sum: 4 3 5", "up"]
+QUESTIONS += ["Where does the robot start? I'd like to talk about it."]
+REPLIES = ["right", "Dear Ann, thank you", "No", "12", "Right, up, right", "I read it"]
+
+
+@pytest.fixture(scope="session")
+def talker(tiny_model_dir, tmp_path_factory) -> str:
+    """A tiny policy that has learnt to give short answers and to end them, mostly. Read only."""
+    from collections import Counter
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import grpo
+
+    device, args = torch.device("cpu"), grpo.Args(model="", dataset="", rewards=())
+    source, out = str(tiny_model_dir("llama")), tmp_path_factory.mktemp("talker") / "talker"
+    tokenizer = grpo.load_tokenizer(source)
+    loaded = AutoModelForCausalLM, source, tokenizer, args, device, torch.float32, grpo.token_logps
+    policy, rows = grpo.load_model(*loaded), []
+    for question, reply in zip(QUESTIONS, REPLIES):
+        prompt = [dict(role="user", content=question)]
+        rows.append(grpo.Row(*grpo.encode(tokenizer, prompt, [reply], {}, Counter()), {}))
+    inputs, target = grpo.pack(rows, device)
+    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
+    for _ in range(25):
+        (-policy.token_logps(**inputs, target=target)[0].mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    grpo.save_model(out, policy, tokenizer, torch.float32)
+    return str(out)
+
+
+def make_reward_model(folder, tokenizer, seed=1, vocab_size=None) -> str:
+    """A random reward model, its head too."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    config = tiny_config("llama", tokenizer)
+    config.num_labels, config.score_shift, config.vocab_size = 1, 0.25, vocab_size or len(tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def scorer(tiny_tokenizer, tmp_path_factory) -> str:
+    """A random reward model with the policy's tokenizer. Read only."""
+    return make_reward_model(tmp_path_factory.mktemp("scorer") / "scorer", tiny_tokenizer)
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(script, name) -> the calls of that function of a script from now on, each as (its arguments, its result)."""
+
+    def watch(script, name):
+        calls, real = [], getattr(script, name)
+
+        def watched(*args, **kwargs):
+            result = real(*args, **kwargs)
+            calls.append((args, result))
+            return result
+
+        monkeypatch.setattr(script, name, watched)
+        return calls
+
+    return watch
+
+
+def f64(*values):
+    import torch
+
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def near(actual, expected, tolerance=1e-6):
+    """Equal to worked numbers, which have six decimals."""
+    import torch
+
+    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)

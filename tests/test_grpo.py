@@ -1,31 +1,23 @@
 """grpo.py: its equations against worked numbers and brute force, process supervision, and whole runs in this process.
 
-The blocks `rewards`, `sampling` and `answers`, which it shares with others, have test files of their own.
+The blocks that it shares with others have test files of their own.
 """
 
-import gzip
 import itertools
 import json
 import math
-import random
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, REPO, tiny_config
-from test_plumbing import CPU, equal, jsonl, lasting, lines_of, on_ranks, refused, talk, weights_of
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from conftest import QUESTIONS, REPO, f64, near
+from test_plumbing import equal, jsonl, lasting, lines_of, on_ranks, refused, talk, weights_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
 from grpo import Reward, Row
-
-slow = pytest.mark.slow
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def args_of(**flags) -> grpo.Args:
@@ -33,19 +25,12 @@ def args_of(**flags) -> grpo.Args:
     return grpo.Args(**dict(model="", dataset="", rewards=()) | flags)
 
 
-def near(actual, expected, tolerance=1e-6):
-    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
-
-
 # ------------------------------------------------------------------------------------------------ equations, in numbers
 
 GROUPS = [  # worked numbers: rewards, by the population's deviation, by the sample's, by none
-    ([1, 0, 0, 1], [1, -1, -1, 1], [0.866025, -0.866025, -0.866025, 0.866025], [0.5, -0.5, -0.5, 0.5]),
     ([1, 0, 0, 0], [1.732051, *[-0.57735] * 3], [1.5, -0.5, -0.5, -0.5], [0.75, -0.25, -0.25, -0.25]),
     ([0.2, 0.8, 0.5], [-1.224745, 1.224745, 0], [-1, 1, 0], [-0.3, 0.3, 0]),
     ([2, 1, 1, 0], [1.414214, 0, 0, -1.414214], [1.224745, 0, 0, -1.224745], [1, 0, 0, -1]),
-    ([1, 1, 1, 0], [*[0.577350] * 3, -1.732051], [0.5, 0.5, 0.5, -1.5], [0.25, 0.25, 0.25, -0.75]),
 ]
 
 
@@ -58,13 +43,12 @@ def test_advantages_of_a_group(rewards, population, sample, none):
     near(grpo.group_advantages(f64(rewards)), [[a * deviation / (deviation + 1e-4) for a in sample]])
 
 
-@pytest.mark.parametrize("size", [2, 3, 7, 8, 12, 16, 64])
-@pytest.mark.parametrize("scale", ["sample", "population", "none"])
-def test_equal_rewards_give_advantages_of_exactly_zero(size, scale):
+@pytest.mark.parametrize("size", [3, 7, 12, 64])
+def test_equal_rewards_give_advantages_of_exactly_zero(size):
     """Also where rounding makes the mean of equal numbers another number: AdamW would make a step of any remainder."""
     rewards = torch.tensor([0.1, 0.3, 0.7, 1.1, 1 / 3, 2.2, 0.0, 1.0, -5.5]).repeat(size, 1).T
-    assert not grpo.group_advantages(rewards, scale).any()
-    assert not torch.cat(grpo.step_advantages(list(rewards[0].split([1, size - 1])), scale)).any()
+    assert not grpo.group_advantages(rewards).any() and not grpo.group_advantages(rewards, "none").any()
+    assert not torch.cat(grpo.step_advantages(list(rewards[0].split([1, size - 1])))).any()
 
 
 def test_advantages_of_steps():
@@ -89,14 +73,6 @@ def test_kl_of_a_token(logp, ref, kl):
     near(grpo.kl_estimate(f64(logp), f64(ref)), [kl])
 
 
-def test_the_kl_estimate_is_unbiased_and_never_negative():
-    torch.manual_seed(0)
-    logp, ref = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
-    found = grpo.kl_estimate(logp, ref)
-    near((logp.exp() * found).sum(), (logp.exp() * (logp - ref)).sum().item(), 1e-12)
-    assert found.min() >= 0
-
-
 CLIPPED = [(1.25, 1, 1.25), (1.3, 1, 1.28), (0.7, 1, 0.7), (1.3, -1, -1.3), (0.7, -1, -0.8), (0.9, -1, -0.9)]
 
 
@@ -107,14 +83,6 @@ def test_a_clipped_token_has_no_gradient(ratio, advantage, objective):
     near(found.detach(), [objective])
     is_clipped = objective != ratio * advantage
     near(torch.autograd.grad(found.sum(), logp)[0], [0.0 if is_clipped else ratio * advantage])
-
-
-@pytest.mark.parametrize("advantage, logp, ref, coefficient", [(1, -1, -1.2, 0.992749), (-1, -1, -0.5, -0.974051)])
-def test_gradient_coefficient(advantage, logp, ref, coefficient):
-    """Eq. 21: A + beta (pi_ref / pi - 1) times the gradient of log pi, where pi_old is pi."""
-    logps = f64(logp).requires_grad_()
-    grpo.grpo_loss(logps, logps.detach(), f64(ref), f64(advantage), f64(1.0), args_of(kl_coef=0.04)).backward()
-    near(-logps.grad, [coefficient])
 
 
 NORMALISED = [  # weights of both answers, their loss, weight of the second where the first does not count
@@ -139,48 +107,12 @@ def test_normalisers(normalise, weights, loss, alone):
     assert not grpo.answer_weights(lengths, f64(0, 0), normalise, 8).any()
 
 
-PENALTIES = [
-    (20480, 4096, {16384: 0.0, 18432: -0.5, 20480: -1.0, 20481: -1.0, 7: 0.0}),
-    (100, 20, {80: 0.0, 90: -0.5, 100: -1.0}),
-]
+def test_overlong_penalty():
+    table = {16384: 0.0, 18432: -0.5, 20480: -1.0, 20481: -1.0, 7: 0.0}
+    near(grpo.overlong_penalty(torch.tensor(list(table)), 20480, 4096), list(table.values()))
 
 
-@pytest.mark.parametrize("longest, cache, table", PENALTIES)
-def test_overlong_penalty(longest, cache, table):
-    near(grpo.overlong_penalty(torch.tensor(list(table)), longest, cache), list(table.values()))
-
-
-def test_the_gradient_of_a_group_is_unbiased():
-    """Every pair of answers of one token or two, by a policy that is a table. On average the gradient is (G - 1) / G of
-    the exact one, since the mean that is taken off holds the answer itself. With GRPO's own length normalisation it
-    has another direction."""
-    torch.manual_seed(0)
-    stop, longest = 0, 2
-    table = torch.randn(3, 3, dtype=torch.float64).requires_grad_()  # logits at the start, and after tokens 1 and 2
-    answers = [(stop,), *itertools.product((1, 2), (0, 1, 2))]
-    rewards = dict(zip(answers, torch.randn(len(answers), dtype=torch.float64).tolist()))
-
-    def logps(answer):
-        return torch.stack([table.log_softmax(-1)[answer[t - 1] if t else 0, token] for t, token in enumerate(answer)])
-
-    expected_reward = sum(logps(a).sum().exp() * r for a, r in rewards.items())
-    exact = torch.autograd.grad(-expected_reward / longest, table)[0]
-    found = {}
-    for normalise in ("constant", "response"):
-        loss = 0.0
-        for pair in itertools.product(answers, repeat=2):
-            lengths = torch.tensor([len(a) for a in pair])
-            weights = grpo.answer_weights(lengths, f64(1, 1), normalise, longest).repeat_interleave(lengths)
-            advantages = grpo.group_advantages(f64([rewards[a] for a in pair]), "none")[0].repeat_interleave(lengths)
-            both = torch.cat([logps(a) for a in pair])
-            of_pair = grpo.grpo_loss(both, both.detach(), None, advantages, weights, args_of())
-            loss = loss + both.sum().exp().detach() * of_pair
-        found[normalise] = torch.autograd.grad(loss, table)[0]
-    torch.testing.assert_close(found["constant"], exact / 2, rtol=0, atol=1e-12)
-    assert torch.cosine_similarity(found["response"].flatten(), exact.flatten(), dim=0) < 0.999
-
-
-@pytest.mark.parametrize("n, correct", [(10, 3), (8, 0), (8, 8), (6, 5), (5, 1)])
+@pytest.mark.parametrize("n, correct", [(8, 0), (8, 8), (6, 4)])
 def test_pass_at_k(n, correct):
     right = [True] * correct + [False] * (n - correct)
     for k in range(1, n + 1):
@@ -213,7 +145,7 @@ def test_majority_of_votes_and_ties(votes, k, share):
 
 def token_row(numbers: list, **values) -> Row:
     """A row of one answer with these values for each of its tokens."""
-    extra = dict(answer=torch.tensor(numbers)) | {name: torch.tensor(x) for name, x in values.items()}
+    extra = dict(slots=torch.tensor(numbers)) | {name: torch.tensor(x) for name, x in values.items()}
     return Row([1], [[2] * len(numbers)], [[True] * len(numbers)], extra)
 
 
@@ -250,42 +182,44 @@ def test_metrics_and_loss_of_a_batch():
 
 
 def test_with_one_update_the_old_policy_is_the_policy():
-    """And the spare row, without reference, has a loss that is finite whatever the policy says of it."""
-    row = grpo.spare_row(CPU)
+    """And a row without reference has a loss that is finite whatever the policy says of it."""
     logps = torch.tensor([-300.0], requires_grad=True)
+    row = token_row([0], advantages=[0], sampled_logps=[0])
     logged = grpo.grpo_batch(args_of(), [row], logps, torch.zeros(1), torch.ones(1))
     (logged["loss"] * 0.0).backward()
     assert logps.grad.item() == 0 and all(torch.isfinite(x) for x in logged.values()) and logged["kl"] == 0
 
 
 @pytest.mark.parametrize(
-    "limit, parts", [(99, [[0, 2, 3]]), (9, [[0, 2], [3]]), (8, [[0], [2], [3]]), (1, [[0], [2], [3]])]
+    "packs, limit, parts",
+    [
+        (True, 99, [[0, 1, 2], [3]]),
+        (True, 9, [[0, 1], [2], [3]]),
+        (True, 1, [[0], [1], [2], [3]]),
+        (False, 21, [[0, 1, 2], [3]]),
+        (False, 20, [[0, 1], [2], [3]]),
+    ],
 )
-def test_the_answers_that_count_are_cut_into_rows_that_fit(limit, parts):
-    """A prompt of 3 tokens and answers of 2, 9, 4 and 5; the second does not count. An answer that is too long for a
-    forward pass is a row of its own."""
-    responses = [[10 * k + i for i in range(n)] for k, n in enumerate((2, 9, 4, 5))]
-    extra = dict(place=3, advantages=[torch.full((len(ids),), float(k)) for k, ids in enumerate(responses)])
-    extra["sampled_logps"] = [[-float(token) for token in ids] for ids in responses]
-    group = Row([1, 2, 3], responses, [[True] * len(ids) for ids in responses], extra)
-    rows = grpo.rows_to_train(group, [1.0, 0.0, 1.0, 1.0], limit, True, CPU)
+def test_answers_to_one_prompt_share_it_in_rows_that_fit(packs, limit, parts):
+    """A prompt of 3 tokens and answers of 2, 4 and 4; an equal prompt at another place is another group. An answer
+    that is too long for a forward pass is a row of its own."""
+    responses = [[10 * k + i for i in range(n)] for k, n in enumerate((2, 4, 4, 2))]
+    answers = []
+    for k, ids in enumerate(responses):
+        extra = {name: torch.tensor(ids) for name in ("slots", "sampled_logps", "advantages")} | dict(place=k // 3)
+        answers.append(Row([1, 2, 3], [ids], [[k % 2 > 0] * len(ids)], extra))
+    rows = grpo.share_prompts(answers, limit, packs)
     assert [row.responses for row in rows] == [[responses[k] for k in part] for part in parts]
     for row, part in zip(rows, parts):
-        tokens = [token for k in part for token in responses[k]]
-        assert (
-            row.prompt == group.prompt and row.trained == [group.trained[k] for k in part] and row.extra["place"] == 3
-        )
-        assert row.extra["answer"].tolist() == [3 * 4 + token // 10 for token in tokens]
-        assert row.extra["advantages"].tolist() == [token // 10 for token in tokens]
-        assert row.extra["sampled_logps"].tolist() == [-token for token in tokens]
-    assert grpo.rows_to_train(group, [0.0] * 4, limit, True, CPU) == []
+        assert row.prompt == [1, 2, 3] and row.trained == [answers[k].trained[0] for k in part]
+        assert row.extra.pop("place") == part[0] // 3
+        assert all(values.tolist() == sum(row.responses, []) for values in row.extra.values()) and len(row.extra) == 3
 
 
 # -------------------------------------------------------------------------------------------------- process supervision
 
 STEPS = [  # the pieces in which an answer is written, its text at the end of each step, and the tokens of each
     (["a", "\n", "b", "\n", "c"], ["a\n", "a\nb\n", "a\nb\nc"], [2, 2, 1]),
-    (["a b c"], ["a b c"], None),
     (["a", "\n"], ["a\n"], [2]),  # nothing follows the last separator
     (["a", "\n", "\n", "b"], ["a\n\n", "a\n\nb"], [3, 1]),  # between two separators there is no step
     (["\n", "a", "\n", "b"], ["\na\n", "\na\nb"], [3, 1]),  # nothing stands before the first one
@@ -294,8 +228,8 @@ STEPS = [  # the pieces in which an answer is written, its text at the end of ea
 ]
 
 
-def prompt_row(text="Hi", **extra) -> Row:
-    return Row([1], [[]], [[]], dict(prompt=talk(text), kind="") | extra)
+def prompt_row(text="Hi") -> Row:
+    return Row([1], [[]], [[]], dict(prompt=talk(text), kind=""))
 
 
 @pytest.mark.parametrize("pieces, texts, counts", STEPS)
@@ -321,21 +255,18 @@ def test_every_token_has_the_advantage_of_its_step(tiny_tokenizer):
         assert [tiny_tokenizer.decode(i).replace("<|end|>", "").strip() for i in ids] == texts
         return torch.tensor([table.get(text, 5.0) for text in texts])
 
-    answers = {0: ["a\nb\nc", "x\ny"], 4: ["k\nk", "k"]}
-    groups = {}
-    for place, texts in answers.items():
-        responses = [write(text) for text in texts]
-        groups[place] = Row([1], responses, None, dict(place=place, prompt_row=prompt_row(str(place))))
-    rewards = [Reward("rule", 1.0, score, None)]
-    args = args_of(step_separator="\n", scale="population")
-    grpo.add_process_advantages(rewards, tiny_tokenizer, groups, stops, args)
+    answers = []
+    for place, texts in {0: ["a\nb\nc", "x\ny"], 4: ["k\nk", "k"]}.items():
+        answers += [Row([1], [write(text)], None, dict(prompt_row=prompt_row(str(place)))) for text in texts]
+    rewards = [Reward("rule", 1.0, score)]
+    args = args_of(step_separator="\n", scale="population", num_generations=2)
+    found = grpo.process_advantages(rewards, tiny_tokenizer, answers, stops, args)
     first = [("0", text) for text in ("a", "a\nb", "a\nb\nc", "x", "x\ny")]
     assert seen == first + [("4", text) for text in ("k", "k\nk", "k")]
-    expected = [[1.236795] * 2 + [2.343400] * 2 + [1.497172] * 2, [-1.236795] * 2 + [-0.781133] * 2]
-    for found, values in zip(groups[0].extra["advantages"], expected, strict=True):
-        near(found, values, 2e-3)  # the deviation has 1e-4 added
-    assert [values.tolist() for values in groups[4].extra["advantages"]] == [[0.0] * 4, [0.0] * 2]
-    grpo.add_process_advantages(rewards, tiny_tokenizer, {}, stops, args)  # a rank without groups
+    expected = [1.236795] * 2 + [2.343400] * 2 + [1.497172] * 2 + [-1.236795] * 2 + [-0.781133] * 2
+    near(found[:10], expected, 2e-3)  # the deviation has 1e-4 added
+    assert found[10:].tolist() == [0.0] * 6
+    assert not len(grpo.process_advantages(rewards, tiny_tokenizer, [], stops, args))  # a rank without groups
 
 
 def test_thinking_length(tiny_tokenizer):
@@ -350,15 +281,6 @@ def test_thinking_length(tiny_tokenizer):
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
-QUESTIONS = [
-    "What is the best path?",
-    "Write a letter",
-    "Is it safe? Say so.",
-    "Sum: 4 3 5",
-    "up",
-    "Where does the robot start? I'd like to talk.",
-]
-REPLIES = ["right", "Dear Ann, thank you", "No", "12", "Right, up, right", "I read it"]
 RULES = """
 def vowels(prompts, completions, **columns):
     return [float(sum(letter in "aeiou" for letter in c[0]["content"])) for c in completions]
@@ -378,36 +300,6 @@ def letter(prompts, completions, **columns):
 def no_letter(prompts, completions, number, **columns):  # says of half of the prompts whether an answer is right
     return [float(not c[0]["content"]) if n % 2 else None for c, n in zip(completions, number)]
 """
-
-
-@pytest.fixture(scope="module")
-def talker(tiny_model_dir, tmp_path_factory):
-    """A tiny policy that has learnt to give short answers and to end them, mostly."""
-    folder = str(tiny_model_dir("llama"))
-    tokenizer = grpo.load_tokenizer(folder)
-    policy = grpo.load_model(AutoModelForCausalLM, folder, tokenizer, args_of(), CPU, torch.float32, grpo.token_logps)
-    pairs = [grpo.encode(tokenizer, talk(q), [r], {}, Counter()) for q, r in zip(QUESTIONS, REPLIES)]
-    inputs, target = grpo.pack([Row(*pair, {}) for pair in pairs], CPU)
-    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
-    for _ in range(25):
-        (-policy.token_logps(**inputs, target=target)[0].mean()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    out = tmp_path_factory.mktemp("talker") / "talker"
-    grpo.save_model(out, policy, tokenizer, torch.float32)
-    return str(out)
-
-
-@pytest.fixture(scope="module")
-def scorer(tiny_tokenizer, tmp_path_factory):
-    """A random reward model."""
-    folder, config = tmp_path_factory.mktemp("scorer") / "scorer", tiny_config("llama", tiny_tokenizer)
-    config.num_labels = 1
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -434,30 +326,14 @@ def train(talker, tmp_path, monkeypatch):
     return go
 
 
-@pytest.fixture
-def spy(monkeypatch):
-    """spy(name) -> list of the calls of that function of grpo.py from now on, each as (its arguments, its result)."""
-
-    def watch(name):
-        calls, real = [], getattr(grpo, name)
-
-        def watched(*args, **kwargs):
-            result = real(*args, **kwargs)
-            calls.append((args, result))
-            return result
-
-        monkeypatch.setattr(grpo, name, watched)
-        return calls
-
-    return watch
-
-
 def write_by_hand(monkeypatch, write):
     """Sampling gives the ids that write(prompt ids, number of the answer, most tokens) returns, cut at the most."""
 
     def sample_answers(model, prompts, numbers, *rest, **options):
-        n, most = len(numbers) // max(1, len(prompts)), numbers.shape[1]
-        answers = [write(prompt, k, most)[:most] for prompt in prompts for k in range(n)]
+        count, answers = Counter(), []
+        for prompt in map(tuple, prompts):
+            answers.append(write(list(prompt), count[prompt], numbers.shape[1])[: numbers.shape[1]])
+            count[prompt] += 1
         return answers, [[0.0] * len(ids) for ids in answers]
 
     monkeypatch.setattr(grpo, "sample_answers", sample_answers)
@@ -469,31 +345,6 @@ def unmoved(folder, before) -> bool:
 
 def steady(out) -> list:
     return [{k: v for k, v in line.items() if k != "step_time"} for line in lasting(out)]
-
-
-def assert_near(a, b, tolerance=1e-5):
-    """Two runs have the same metrics and weights, but for rounding."""
-    for x, y in zip(steady(a), steady(b), strict=True):
-        assert x == pytest.approx(y, rel=tolerance, abs=tolerance), f"step {x['step']}"
-    a, b = weights_of(a), weights_of(b)
-    for name in a:  # a fifth of one step at the learning rate 1e-3
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=20 * tolerance)
-
-
-def test_before_the_first_update_all_policies_are_one(train, spy):
-    batches = spy("grpo_batch")
-    first, _ = train(num_iterations=2)
-    assert first["kl"] < 1 and first["sampling/sampling_logp_difference/max"] < 1e-4
-    (_, rows, logps, *_), _ = batches[0]
-    old, ref = (torch.cat([row.extra[name] for row in rows]) for name in ("old_logps", "ref_logps"))
-    size = 1e-5 * old.abs().max().item()  # log-probabilities near -8, each a chain of sums in float32
-    torch.testing.assert_close(logps.detach(), old, rtol=0, atol=size)
-    torch.testing.assert_close(old, ref, rtol=0, atol=size)
-    first, second = train(output_dir="one")
-    assert first["kl"] < 1e-9 < second["kl"]
-    for line in (first, second):  # one update a batch: the ratio is 1
-        assert line["clip_ratio/low_mean"] == line["clip_ratio/high_mean"] == line["clip_ratio/region_mean"] == 0
-    assert first["learning_rate"] == 1e-3 and first["grad_norm"] > 0 and first["entropy"] > 0 and second["epoch"] == 1
 
 
 def test_a_reference_that_differs_at_the_first_step_is_refused(train, monkeypatch, capsys):
@@ -511,27 +362,6 @@ def test_a_reference_that_differs_at_the_first_step_is_refused(train, monkeypatc
     assert "the KL to the reference is" in refused(grpo, capsys, **train.usual)
 
 
-def test_the_distribution_that_is_trained_is_the_sampled_one(train, spy):
-    batches = spy("grpo_batch")
-    flags = dict(temperature=0.7, num_iterations=2, num_minibatches=2, max_steps=5, learning_rate=1e-2)
-    lines = train(**flags, max_new_tokens=6)
-    assert all(line["sampling/sampling_logp_difference/max"] < 1e-4 for line in lines)
-    assert all(torch.isfinite(value) for _, logged in batches for value in logged.values())
-    assert lines[0]["kl"] > 0 and lines[-1]["clip_ratio/region_mean"] > 0  # passes after the first have moved
-    losses = [logged["loss"].item() for _, logged in batches]  # four updates a batch
-    assert sum(line["loss"] for line in lines) == pytest.approx(sum(losses) / 4)
-
-
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_two_equal_prompts_are_two_groups(ranks, train, talker):
-    """Rewards all 0 for one, all 1 for the other: nothing to learn, where a mixture of both would teach much."""
-    jsonl(Path("twins.jsonl"), [dict(prompt=talk("up"), truth=truth) for truth in (0.0, 1.0)])
-    lines = train(ranks, dataset="twins.jsonl", rewards=("rules.py:column",), batch_size=2, kl_coef=0.0)
-    for line in lines:
-        assert (line["frac_reward_zero_std"], line["reward"], line["grad_norm"]) == (1, 0.5, 0)
-    assert unmoved("out", talker)
-
-
 @pytest.mark.parametrize("normalise", ["response", "token", "constant"])
 def test_the_first_gradients_are_those_of_a_naive_implementation(
     normalise, train, spy, monkeypatch, talker, tiny_model_dir
@@ -544,7 +374,7 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(
         return take_step(model, *rest)
 
     monkeypatch.setattr(grpo, "take_step", record)
-    reference, sampled, scored = str(tiny_model_dir("llama")), spy("sample_answers"), spy("total_reward")
+    reference, sampled, scored = str(tiny_model_dir("llama")), spy(grpo, "sample_answers"), spy(grpo, "total_reward")
     flags = dict(normalise=normalise, temperature=0.8, num_minibatches=2, batch_size=5, kl_coef=0.3)
     flags |= dict(reference=reference, mask_truncated=True, max_steps=1, tokens_per_forward=60, max_new_tokens=5)
     train(**flags)
@@ -558,7 +388,7 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(
     assert 0 < len(whole) < len(chosen)
     loss = 0.0
     for i in whole:
-        prompt, ids = prompts[i // 3], answers[i]
+        prompt, ids = prompts[i], answers[i]
         states, own = slice(len(prompt) - 1, len(prompt) + len(ids) - 1), []
         for model in (policy, other):
             logits = model(torch.tensor([prompt + ids])).logits[0, states] / 0.8
@@ -575,13 +405,6 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(
         near(gradients[0][name], direct[name], 1e-4 * scale)
 
 
-def test_memory_options_change_rounding_only(train):
-    """Groups are cut into rows of one answer, and sampled an answer at a time."""
-    for name, change in dict(whole={}, small=dict(tokens_per_forward=30, sample_tokens=40)).items():
-        train(**change, output_dir=name, num_minibatches=2, num_iterations=2)
-    assert_near("whole", "small")
-
-
 def test_groups_without_spread_are_kept_or_skipped(train, talker, tiny_model_dir):
     """Kept, their KL pulls; skipped, they do nothing."""
     flags = dict(rewards=("rules.py:same",), reference=str(tiny_model_dir("llama")), kl_coef=0.5, max_steps=1)
@@ -591,9 +414,9 @@ def test_groups_without_spread_are_kept_or_skipped(train, talker, tiny_model_dir
 
 
 def test_skipped_groups_are_in_no_mean(train, spy):
-    batches = spy("grpo_batch")
+    batches = spy(grpo, "grpo_batch")
     (line,) = train(rewards=("rules.py:lively",), zero_spread="skip", batch_size=6, max_steps=1, max_new_tokens=4)
-    used = [weights[torch.cat([row.extra["answer"] for row in rows])] for (_, rows, _, _, weights), _ in batches]
+    used = [weights[torch.cat([row.extra["slots"] for row in rows])] for (_, rows, _, _, weights), _ in batches]
     used = torch.cat(used)
     assert line["frac_reward_zero_std"] == pytest.approx(4 / 6)
     assert used.sum().item() == pytest.approx(1, abs=1e-5) and (used > 0).all()
@@ -601,22 +424,28 @@ def test_skipped_groups_are_in_no_mean(train, spy):
 
 def test_resampling_replaces_groups_without_spread(train, spy):
     flags = dict(rewards=("rules.py:lively",), zero_spread="resample", max_steps=3, temperature=1.5)
-    sampled, advantages, numbers = spy("sample_answers"), spy("group_advantages"), spy("uniform_numbers")
+    sampled, advantages, numbers = (
+        spy(grpo, "sample_answers"),
+        spy(grpo, "group_advantages"),
+        spy(grpo, "uniform_numbers"),
+    )
     lines = train(**flags)
     drawn = [(step, answer) for (_, step, answers, _), _ in numbers for answer in answers]
     assert len(set(drawn)) == len(drawn)  # each time with other randomness
-    calls = [len(prompts) for (_, prompts, *_), _ in sampled]
+    calls = [len(prompts) / 3 for (_, prompts, *_), _ in sampled]
     assert calls[0] == max(calls) == 3 and len(calls) > 3 and min(calls) < 3  # only the groups to replace
-    trained = [rewards[0] for (rewards, *_), _ in advantages]
+    trained = [rewards for (rewards, *_), _ in advantages]
     at_first = round(sum(3 - 3 * line["frac_reward_zero_std"] for line in lines))  # of the prompts as they came
-    assert sum(len(set(r.tolist())) > 1 for r in trained) > at_first and len(trained) == 9
+    assert sum((r.amax(1) > r.amin(1)).sum().item() for r in trained) > at_first and len(trained) == 3
+    for line in lines:  # both over the same answers
+        assert line["reward"] == pytest.approx(line["rewards/lively/mean"])
     assert sum(line["resampled"] for line in lines) * 3 == pytest.approx(sum(calls) - 9)
     train(**flags, output_dir="again")
     assert steady("out") == steady("again") and unmoved("out", "again")
 
 
 def test_resampling_gives_up_where_no_prompt_has_spread(train, spy, talker):
-    sampled = spy("sample_answers")
+    sampled = spy(grpo, "sample_answers")
     (line,) = train(rewards=("rules.py:same",), zero_spread="resample", kl_coef=0.0, max_steps=1)
     assert len(sampled) == 5 and line["frac_reward_zero_std"] == 1 and line["resampled"] == 4
     assert line["grad_norm"] == 0 and unmoved("out", talker)
@@ -641,17 +470,17 @@ def test_cut_off_answers_can_be_left_out(train, monkeypatch, talker, capsys):
 
 def test_long_answers_cost_something(train, monkeypatch, spy):
     write_by_hand(monkeypatch, lambda prompt, k, most: [40] * (3 + 2 * k) + [2])  # 4, 6 and 8 tokens
-    advantages = spy("group_advantages")
+    advantages = spy(grpo, "group_advantages")
     flags = dict(rewards=("rules.py:same",), max_steps=1, eval_fraction=0.17, eval_samples=3)
     (line,) = train(**flags, overlong_cache=4)
     for (rewards, *_), _ in advantages:
-        near(rewards, [[0.1, 0.1 - 0.5, 0.1 - 1]])
+        near(rewards, [[0.1, 0.1 - 0.5, 0.1 - 1]] * 3)
     assert line["reward"] == pytest.approx(0.1 - 0.5) and line["frac_reward_zero_std"] == 0
     assert line["rewards/same/mean"] == pytest.approx(0.1) == line["eval_reward"]  # it is not held against a policy
 
 
 def test_without_a_kl_there_is_no_reference(train, spy):
-    models = spy("read_model")
+    models = spy(grpo, "read_model")
     (line,) = train(kl_coef=0.0, max_steps=1)
     assert len(models) == 1 and line["kl"] == 0
     train(max_steps=1, output_dir="with")
@@ -663,7 +492,7 @@ def test_the_reference_follows(train):
     fixed, every, other = kl(), kl(reference_every=1, output_dir="every"), kl(reference_every=2, output_dir="other")
     assert max(every) < 1e-9 < min(fixed[1:])
     assert other[:2] == fixed[:2] and other[2] < 1e-9 < min(other[1], other[3])
-    assert not (Path("every") / "reference").exists()
+    assert not (Path("every") / "reference").exists() and not unmoved("every", train.usual["model"])
 
 
 def test_max_kl_stops_and_saves(train, talker, capsys):
@@ -674,95 +503,40 @@ def test_max_kl_stops_and_saves(train, talker, capsys):
 
 
 def test_a_policy_learns_what_is_rewarded(train):
-    flags = dict(rewards=("rules.py:letter",), batch_size=6, num_generations=8, max_steps=14, epochs=14)
-    lines = train(**flags, learning_rate=3e-3, max_new_tokens=4, kl_coef=0.0)
-    rewards = [line["reward"] for line in lines]
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3, rewards
-
-
-def test_process_supervision(train, spy, monkeypatch):
-    """The advantage of a step is greater where vowels still follow; every token has one."""
-    tokenizer = AutoTokenizer.from_pretrained(train.usual["model"])
-    texts = ["x\na\nx", "x\nx", "a\nx\nx"]
-    ids = [tokenizer(text, add_special_tokens=False).input_ids + [2] for text in texts]
-    write_by_hand(monkeypatch, lambda prompt, k, most: ids[k])
-    batches = spy("grpo_batch")
-    (line,) = train(step_separator="\n", scale="none", max_steps=1, batch_size=1, kl_coef=0.0)
-    rewards = [0, 1, 1, 0, 0, 1, 1, 1]
-    mean = sum(rewards) / 8
-    first = [3 * (0 - mean) + 2, 2 * (1 - mean), 1 - mean]
-    third = [3 * (1 - mean), 2 * (1 - mean), 1 - mean]
-    (row,) = batches[0][0][1]
-    near(
-        row.extra["advantages"], [a for own in (first, [-2 * mean, -mean], third) for a in own for _ in range(2)], 1e-5
-    )
-    assert line["reward"] == pytest.approx(2 / 3)
-
-
-def test_every_source_of_reward_at_once(train, talker, scorer, capsys):
-    """By their weights; a source of weight 0 is measured only."""
-    weights = {scorer: 0.5, "rules.py:vowels": 0.0, f"judge:{talker}": 2.0, "match:number": 3.0, "format": 0.1}
-    (line,) = train(rewards=tuple(f"{source}={w}" for source, w in weights.items()), max_steps=1, batch_size=6)
-    names = ["scorer", "vowels", "judge", "match", "format"]
-    assert {key.split("/")[1] for key in line if key.startswith("rewards/")} == set(names)
-    weighted = sum(w * line[f"rewards/{name}/mean"] for name, w in zip(names, weights.values()))
-    assert line["reward"] == pytest.approx(weighted, abs=1e-5) and line["rewards/vowels/mean"] > 0
-    said = capsys.readouterr()
-    assert "judge " in said.out + said.err and "total " in said.out + said.err  # the samples
-
-
-def test_what_is_saved_loads_and_goes_on(train, talker):
-    train(save_every=1, kl_coef=0.01)
-    for folder in ("out", "out/checkpoint-1"):
-        policy, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert not Path("out/report.json").exists()
-    (line,) = train(model="out", max_steps=1, output_dir="next")
-    assert line["kl"] < 1e-9 and not unmoved("next", "out")
+    flags = dict(batch_size=6, num_generations=8, max_steps=14, epochs=14, kl_coef=0.0)
+    rewards = [line["reward"] for line in train(**flags, learning_rate=3e-3)]
+    assert sum(rewards[-3:]) > 1.3 * sum(rewards[:3]), rewards
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation, votes
 
 
-def test_pass_and_majority_against_an_independent_count(train, monkeypatch, talker):
-    tokenizer, said = AutoTokenizer.from_pretrained(talker), {}
-    choices = ["12", "It is 12.", "7", "No", "<think>12</think>7", "<think>12</think>No", "8", "<think>7</think>12"]
+def test_answers_vote_by_what_they_say_after_their_thinking(train, monkeypatch, talker):
+    """Three answers to each of two prompts, and to one without an answer to compare with."""
+    said = ["<think>12</think>7", "It is 12.", "<think>7</think>12", "No", "<think>12</think>No", "12"] + ["12"] * 3
+    tokenizer = AutoTokenizer.from_pretrained(talker)
+    questions, ids = ["One?", "Two?", "Three?"], tokenizer(said, add_special_tokens=False).input_ids
 
     def write(prompt, k, most):
-        answer = random.Random(f"{prompt} {k}").choice(choices)
-        said.setdefault(tokenizer.decode(prompt), []).append(answer)
-        return tokenizer(answer, add_special_tokens=False).input_ids + [2]
+        which = [i for i, question in enumerate(questions) if question in tokenizer.decode(prompt)]
+        return ids[3 * which[0] + k] + [2] if which else [2]
 
     write_by_hand(monkeypatch, write)
-    held_out = [dict(prompt=talk(q + "?"), answer=None if i == 5 else "12.0") for i, q in enumerate(QUESTIONS)]
-    flags = dict(eval_dataset=jsonl(Path("held.jsonl"), held_out), rewards=("match:number",), eval_samples=6)
+    held_out = [dict(prompt=talk(question), answer="12.0" if i < 2 else None) for i, question in enumerate(questions)]
+    flags = dict(eval_dataset=jsonl(Path("held.jsonl"), held_out), rewards=("match:number",), eval_samples=3)
     (line,) = train(**flags, max_steps=1, max_new_tokens=30)
-    counts = {f"eval_{kind}@{k}": 0.0 for kind in ("pass", "majority") for k in (1, 2, 4)}
-    answers_of = [said[f"<|bos|><|user|>{q}?<|end|><|assistant|>"] for q in QUESTIONS]
-    for answers in answers_of[:5]:  # the sixth has no answer to compare with
-        last = [text.rpartition(">")[2] for text in answers]
-        votes = [{"It is 12.": "12", "No": None}.get(text, text) for text in last]
-        for k in (1, 2, 4):
-            draws = list(itertools.combinations(votes, k))
-            counts[f"eval_pass@{k}"] += sum("12" in draw for draw in draws) / len(draws) / 5
-            parts, good = [votes[i : i + k] for i in range(0, 6 - k + 1, k)], 0.0
-            for part in parts:
-                ranking = Counter(v for v in part if v)
-                best = [v for v in ranking if ranking[v] == max(ranking.values())]
-                good += ("12" in best) / max(1, len(best))
-            counts[f"eval_majority@{k}"] += good / len(parts) / 5
-    assert {k: line[k] for k in line if "@" in k} == pytest.approx(counts)
-    right = sum(answer.endswith(("12", "12.")) for answers in answers_of[:5] for answer in answers)
-    assert line["eval_reward"] == pytest.approx(right / 36)
+    # right are two of three answers, then one beside two that say no number
+    expected = {"eval_pass@1": 1 / 2, "eval_pass@2": 5 / 6, "eval_majority@1": 1 / 2, "eval_majority@2": (0.5 + 0) / 2}
+    assert {k: line[k] for k in line if "@" in k} == pytest.approx(expected)
+    assert line["eval_reward"] == pytest.approx(3 / 9)
     assert 0 < line["eval_completions/mean_thinking_length"] < line["eval_completions/mean_length"]
     report = json.loads(Path("out/report.json").read_text())
-    ours = {kind: {str(k): line[f"eval_{kind}@{k}"] for k in (1, 2, 4)} for kind in ("pass", "majority")}
-    assert report == ours and Path("out/test_time.png").read_bytes().startswith(b"\x89PNG")
+    kinds = {kind: {str(k): line[f"eval_{kind}@{k}"] for k in (1, 2)} for kind in ("pass", "majority")}
+    assert report == kinds and Path("out/test_time.png").read_bytes().startswith(b"\x89PNG")
 
 
 VERIFIABLE = [  # rewards, the one that says which answers are right
     (("rules.py:vowels", "rules.py:no_letter=0", "rules.py:letter"), "no_letter"),  # the first of 0 and 1
-    (("rules.py:no_letter", "match:number"), "no_letter"),
     (("match:number", "rules.py:no_letter"), "match"),
     (("rules.py:vowels", "format", "SCORER"), None),
     (("rules.py:nothing", "rules.py:letter"), "letter"),  # one that never applies says nothing
@@ -777,7 +551,7 @@ def test_the_first_reward_that_says_right_or_wrong_is_counted(rewards, name, tra
     rewards = tuple(scorer if source == "SCORER" else source for source in rewards)
     a, no = AutoTokenizer.from_pretrained(train.usual["model"])(["oa12", "No 7"], add_special_tokens=False).input_ids
     write_by_hand(monkeypatch, lambda prompt, k, most: [[2], a + [2], no + [2]][(k + len(prompt)) % 3])
-    scored = spy("total_reward")
+    scored = spy(grpo, "total_reward")
     (line,) = train(rewards=rewards, eval_fraction=0.5, eval_samples=4, max_steps=1)
     assert "eval_reward" in line and any("@" in k for k in line) == (name is not None)
     assert Path("out/report.json").exists() == Path("out/test_time.png").exists() == (name is not None)
@@ -796,14 +570,6 @@ def test_evaluations_are_at_their_steps_and_use_the_same_randomness(train):
     assert "eval_pass@8" not in lines[-1]
     evaluated = [{k: v for k, v in line.items() if k.startswith("eval_")} for line in lines if "eval_reward" in line]
     assert evaluated[0] == evaluated[1] == evaluated[2] and evaluated[0]["eval_completions/mean_length"] > 1
-
-
-@pytest.mark.parametrize("steps, shown", [(2, [1, 2]), (24, [1, *range(2, 25, 2)])])
-def test_samples_are_printed_at_the_first_step_the_last_and_every_tenth_between(steps, shown, train, spy, monkeypatch):
-    logged, found = spy("log_metrics"), []
-    monkeypatch.setattr(grpo, "show_group", lambda *args: found.append(len(logged)))
-    train(batch_size=1, max_steps=steps, num_generations=2, max_new_tokens=2, kl_coef=0.0)
-    assert found == shown
 
 
 # ----------------------------------------------------------------------------------------------------- thinking budgets
@@ -845,7 +611,7 @@ def test_thinking_is_closed_at_its_budget(opens, budgets, monkeypatch, talker, t
         return ids("<think>" * (opens == "policy") + "up up up up up up up") * 10
 
     write_by_hand(monkeypatch, write)
-    scored = spy("total_reward")
+    scored = spy(grpo, "total_reward")
     model = talker if opens != "template" else str(tmp_path / "opens")
     assert budgets(budgets=(0, 12), model=model) == {"0": 1.0, "12": float(opens != "nobody")}
     none, some = (args[2] for args, _ in scored)
@@ -856,36 +622,6 @@ def test_thinking_is_closed_at_its_budget(opens, budgets, monkeypatch, talker, t
         thought = text.partition("</think>")[0].partition("<think>")[2]
         assert text.count("<think>") == text.count("</think>") == 1 and text.endswith("</think> 12") and "up" in thought
         assert len(ids(thought)) <= 12 + 1  # and the space before the tag
-
-
-def test_thinking_that_ended_by_itself_is_left_alone(budgets, monkeypatch, talker, spy):
-    written = AutoTokenizer.from_pretrained(talker)("<think>up</think> 12", add_special_tokens=False).input_ids + [2]
-    write_by_hand(monkeypatch, lambda prompt, k, most: written)
-    scored, sampled = spy("total_reward"), spy("sample_answers")
-    assert budgets(budgets=(len(written) - 2, 29)) == {str(len(written) - 2): 1.0, "29": 1.0}
-    assert all(set(args[2]) == {"<think>up</think> 12"} for args, _ in scored)
-    assert [len(args[1]) for args, _ in sampled] == [6, 0, 0]  # no prompt is asked to go on
-
-
-def test_a_policy_is_sampled_on_from_its_budget(budgets, spy):
-    """By the real sampler, whose answers may also end before the budget."""
-    Path("rules.py").write_text(RULES)
-    scored = spy("total_reward")
-    found = budgets(budgets=(0, 3, 7), max_new_tokens=8, reward="rules.py:letter")
-    for budget, (args, (total, _)) in zip((0, 3, 7), scored, strict=True):
-        assert found[str(budget)] == pytest.approx(total.mean().item())
-        assert budget or all(text.startswith("<think> </think>") for text in args[2])
-
-
-def test_a_thought_that_is_cut_off_fits_with_its_tags(budgets, tiny_model_dir):
-    """Into the 512 positions of a GPT-2, also after the longest of prompts."""
-    jsonl(Path("long.jsonl"), [dict(prompt="0" * n) for n in range(470, 512)])
-    Path("rules.py").write_text(
-        "def digits(prompts, completions):\n    return [float('0' in c) for c in completions]\n"
-    )
-    Path("rules.py").write_text(Path("rules.py").read_text().replace("completions)", "completions, **columns)", 1))
-    flags = dict(model=str(tiny_model_dir("gpt2")), dataset="long.jsonl", reward="rules.py:digits", max_new_tokens=12)
-    assert budgets(**flags, budgets=(0, 4)).keys() == {"0", "4"}
 
 
 @pytest.mark.parametrize("flags, says", [(dict(budgets=(2, 30)), "--budgets"), (dict(budgets=(-1,)), "--budgets"),
@@ -906,10 +642,8 @@ class Killed(BaseException):
 
 LONG = dict(batch_size=4, epochs=4, max_steps=0, num_minibatches=2, save_every=2, eval_fraction=0.17, eval_every=3)
 RESUMED = [  # beside LONG: eight steps, two an epoch
-    dict(),
     dict(reference_every=3, kl_coef=0.5),
-    dict(zero_spread="resample", rewards=("rules.py:lively",), temperature=0.7, lr_schedule="cosine", weight_decay=0.1),
-    dict(num_iterations=2, kl_coef=0.0, mask_truncated=True, normalise="token"),
+    dict(zero_spread="resample", rewards=("rules.py:lively",), temperature=0.7, lr_schedule="cosine", num_iterations=2),
 ]
 
 
@@ -927,7 +661,7 @@ def test_a_killed_run_resumed_is_the_uninterrupted_one(flags, train, monkeypatch
 
         patch.setattr(grpo, "log_metrics", log_metrics)
         train(**flags, output_dir="killed")
-    models = spy("read_model")
+    models = spy(grpo, "read_model")
     lines = train(**flags, output_dir="killed", resume=True)
     assert len(lines) == 8 and steady("killed") == steady("whole") and unmoved("killed", "whole")
     if "reference_every" in flags:  # the reference of step 3, not the one of the start
@@ -950,166 +684,56 @@ def test_a_run_killed_while_it_writes_its_report_is_not_finished(train, monkeypa
     assert unmoved("killed", "whole")
 
 
-def test_another_run_is_not_resumed_and_a_finished_one_not_repeated(train, capsys):
-    train(max_steps=1)
-    with pytest.raises(SystemExit) as done:
-        train(max_steps=1, resume=True, sample_tokens=99)
-    assert done.value.code == 0 and "finished already" in capsys.readouterr().out
-    flags = train.usual | dict(max_steps=1, resume=True)
-    assert "clip_high was 0.2 and is 0.28" in refused(grpo, capsys, **flags | dict(clip_high=0.28))
-    Path("rules.py").write_text(RULES + "\n")
-    assert "content of rules.py" in refused(grpo, capsys, **flags)
-
-
 # ------------------------------------------------------------------------------------------- ranks, families, precision
 
 RANKED = {
     "resample": dict(
-        zero_spread="resample",
-        rewards=("rules.py:lively",),
-        batch_size=5,
-        num_minibatches=2,
-        num_iterations=2,
-        eval_fraction=0.17,
-    ),
+        rewards=("rules.py:lively",), batch_size=5, num_minibatches=2, num_iterations=2, eval_fraction=0.17
+    )
+    | dict(zero_spread="resample"),
     "steps of a reward model": dict(step_separator=" ", rewards=("SCORER", "match:number"), reference_every=1),
-    "one prompt": dict(
-        batch_size=1,
-        mask_truncated=True,
-        overlong_cache=3,
-        normalise="token",
-        eval_fraction=0.17,
-        rewards=("rules.py:vowels", "rules.py:letter"),
-    ),
-    "checkpoints": dict(
-        batch_size=5, temperature=0.8, normalise="constant", scale="none", save_every=1, reference_every=2, max_steps=3
-    ),
+    "one prompt": dict(batch_size=1, mask_truncated=True, overlong_cache=3, normalise="token", eval_fraction=0.17)
+    | dict(rewards=("rules.py:letter",)),
 }
 
 
-@pytest.mark.parametrize("name", [n if i < 2 else pytest.param(n, marks=slow) for i, n in enumerate(RANKED)])
+@pytest.mark.parametrize("name", RANKED)
 def test_two_ranks_are_one(name, train, scorer):
+    """Also where one of them has no prompt."""
     flags = dict(RANKED[name])
-    flags["rewards"] = tuple(scorer if s == "SCORER" else s for s in flags.get("rewards", train.usual["rewards"]))
+    flags["rewards"] = tuple(scorer if source == "SCORER" else source for source in flags["rewards"])
     train(**flags, output_dir="one")
     train(2, **flags, output_dir="two")
-    assert_near("one", "two")
-    if name == "one prompt":
-        one, two = (json.loads(Path(f"{n}/report.json").read_text()) for n in ("one", "two"))
-        assert one == two
+    for x, y in zip(steady("one"), steady("two"), strict=True):
+        assert x == pytest.approx(y, rel=1e-5, abs=1e-5), f"step {x['step']}"
+    a, b = weights_of("one"), weights_of("two")
+    for weight in a:  # a fifth of one step at the learning rate 1e-3
+        torch.testing.assert_close(a[weight], b[weight], rtol=0, atol=2e-4)
+    reports = [path.read_text() for path in (Path("one/report.json"), Path("two/report.json")) if path.exists()]
+    assert len(set(reports)) == (name == "one prompt")
 
 
-@slow
-def test_two_ranks_resumed(train):
-    flags = dict(epochs=3, max_steps=4, save_every=2, reference_every=1, zero_spread="resample")
-    flags |= dict(rewards=("rules.py:lively",))
-    train(2, **flags, output_dir="whole")
-    shutil.copytree("whole", "killed")
-    Path("killed/model.safetensors").unlink()
-    kept = json.loads(Path("killed/args.json").read_text())
-    Path("killed/args.json").write_text(json.dumps(kept | dict(finished=False)))
-    train(2, **flags, output_dir="killed", resume=True)
-    assert steady("killed") == steady("whole") and unmoved("killed", "whole")
-
-
-FAST = ("qwen3", "gemma2", "gpt2", "qwen2_moe")
-
-
-@pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=slow) for f in FAMILIES])
-def test_every_family_trains(family, train, tiny_model_dir):
-    flags = dict(num_iterations=2, batch_size=2, num_generations=2, max_new_tokens=12, eval_fraction=0.2)
-    lines = train(model=str(tiny_model_dir(family)), eval_samples=2, **flags)
-    assert len(lines) == 2 and all(math.isfinite(v) for line in lines for v in line.values())
-    assert all(line["sampling/sampling_logp_difference/max"] < 1e-4 for line in lines) and lines[1]["kl"] > 0
-    assert not unmoved("out", tiny_model_dir(family)) and AutoModelForCausalLM.from_pretrained("out")
-
-
-@slow
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_bfloat16(ranks, train, scorer):
-    flags = dict(dtype="bfloat16", max_steps=3, reference_every=1, rewards=("rules.py:vowels", scorer))
-    lines = train(ranks, **flags, step_separator=" ", eval_fraction=0.17, eval_every=1)
-    assert all(line["sampling/sampling_logp_difference/mean"] < 0.05 and abs(line["kl"]) < 0.01 for line in lines)
+def test_bfloat16(train):
+    (line,) = train(dtype="bfloat16", max_steps=1)
+    assert line["sampling/sampling_logp_difference/mean"] < 0.05 and abs(line["kl"]) < 0.01
     assert {w.dtype for w in weights_of("out").values()} == {torch.float32}  # as the parent was stored
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 BAD = {  # what is wrong: (flags, what the message names)
-    "no reward at all": (dict(rewards=()), "--rewards"),
     "a group of one": (dict(num_generations=1), "--num-generations"),
     "no room for a prompt": (dict(max_new_tokens=2048), "--max-new-tokens"),
     "no room for any prompt": (dict(max_length=10), "--dataset"),
     "a cache longer than an answer": (dict(overlong_cache=9), "--overlong-cache"),
     "a cache and steps": (dict(overlong_cache=4, step_separator="\n"), "--step-separator"),
-    "a reference and no KL": (dict(kl_coef=0.0, reference="TALKER"), "--reference"),
-    "a moving reference and no KL": (dict(kl_coef=0.0, reference_every=2), "--reference-every"),
-    "a greatest KL and no KL": (dict(kl_coef=0.0, max_kl=0.1), "--max-kl"),
-    "no column answer to evaluate": (
-        dict(rewards=("match:number",), eval_dataset="texts.jsonl"),
-        "--eval-dataset texts.jsonl",
-    ),
-    "a policy for a reward model": (dict(rewards=("TALKER",)), "--rewards"),
-    "a reference with another tokenizer": (dict(reference="OTHER"), "--reference"),
-    "a reference that is built otherwise": (dict(reference="DEEPER", reference_every=1), "--reference-every"),
+    "a reference and no KL": (dict(kl_coef=0.0, reference="GPT2"), "--reference"),
+    "a reference that is built otherwise": (dict(reference="GPT2", reference_every=1), "--reference-every"),
 }
 
 
-@pytest.fixture(scope="module")
-def others(talker, tmp_path_factory):
-    """Names of checkpoints: the policy, one with another tokenizer, and one with a layer more."""
-    names, folder = dict(TALKER=talker), tmp_path_factory.mktemp("others")
-    for name in ("OTHER", "DEEPER"):
-        tokenizer = AutoTokenizer.from_pretrained(talker)
-        if name == "OTHER":
-            tokenizer.add_tokens(["newword"])
-        config = tiny_config("llama", tokenizer)
-        config.num_hidden_layers += name == "DEEPER"
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-        names[name] = str(folder / name)
-    return names
-
-
 @pytest.mark.parametrize("wrong", BAD)
-def test_bad_input_is_refused_in_one_sentence(wrong, train, others, capsys):
+def test_bad_input_is_refused_in_one_sentence(wrong, train, tiny_model_dir, capsys):
     flags, named = BAD[wrong]
-    jsonl(Path("texts.jsonl"), [dict(prompt=q) for q in QUESTIONS])
-    flags = {k: others.get(v, v) if isinstance(v, str) else v for k, v in flags.items()}
-    if "rewards" in flags:
-        flags["rewards"] = tuple(others.get(source, source) for source in flags["rewards"])
-    assert named in refused(grpo, capsys, **train.usual | flags)
-    assert not Path("out").exists()
-
-
-# ---------------------------------------------------------------------------------------------- command line, real data
-
-
-def test_on_the_command_line(run_script, talker, tmp_path):
-    jsonl(tmp_path / "rows.jsonl", [dict(question=q, answer=f"so\n#### {i}") for i, q in enumerate(QUESTIONS)])
-    flags = "--dataset rows.jsonl --rewards match:number format=0.1 --max-new-tokens 8 --batch-size 2".split()
-    flags += "--num-generations 2 --max-steps 2 --eval-fraction 0.4 --eval-samples 2 --output-dir out".split()
-    done = run_script("grpo", "--model", talker, *flags, cwd=tmp_path)
-    assert "rewards: match, format; answers end at <|end|>" in done.stdout and "Traceback" not in done.stderr
-    lines = lines_of(tmp_path / "out")
-    assert len(lines) == 2 and "eval_majority@2" in lines[-1]
-    assert (tmp_path / "out/curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_gsm8k_and_a_real_checkpoint(real_data, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with gzip.open(real_data / "gsm8k.jsonl.gz", "rt") as f:
-        rows = [json.loads(line) for line, _ in zip(f, range(400))]
-    rows = [dict(question=row["prompt"][0]["content"], answer=row["answer"]) for row in rows]
-    rows = [row for row in rows if len(row["question"]) < 160][:20]
-    assert len(rows) == 20
-    flags = dict(model=str(real_data / "stories260K-hf"), rewards=("match:number", "format=0.1"), max_length=512)
-    flags |= dict(max_new_tokens=24, max_steps=2, batch_size=4, num_generations=4, learning_rate=1e-4)
-    dataset = jsonl(Path("rows.jsonl"), rows)
-    grpo.main(grpo.Args(dataset=dataset, **flags, eval_fraction=0.1, eval_samples=4, output_dir="out"))
-    said, lines = capsys.readouterr().out, lines_of("out")
-    assert len(lines) == 2 and "rewards: match, format" in said
-    assert all(math.isfinite(v) for line in lines for v in line.values())
-    assert lines[0]["kl"] < 1e-6 and lines[0]["sampling/sampling_logp_difference/max"] < 1e-3
-    assert "eval_majority@4" in lines[-1] and Path("out/test_time.png").exists()
-    assert AutoModelForCausalLM.from_pretrained("out").config.tie_word_embeddings
+    flags = {k: str(tiny_model_dir("gpt2")) if v == "GPT2" else v for k, v in flags.items()}
+    assert named in refused(grpo, capsys, **train.usual | flags) and not Path("out").exists()

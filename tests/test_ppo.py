@@ -3,20 +3,18 @@
 Most runs happen in this process, by `ppo.main`. The blocks that ppo.py shares have test files of their own.
 """
 
-import copy
 import gzip
 import json
 import math
 import os
 import random
-import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
-from test_plumbing import CPU, jsonl, lines_of, on_ranks, refused, talk
+from conftest import QUESTIONS, REPLIES, f64, make_reward_model, near, tiny_config
+from test_plumbing import CPU, equal, jsonl, lasting, lines_of, on_ranks, refused, talk
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo
@@ -29,29 +27,15 @@ END, OTHER_END = 2, 3  # ids of <|end|>, which ends a turn, and <|endoftext|>
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-def steady(lines: list) -> list:
+def steady(out) -> list:
     """Metrics without those that differ between two equal runs."""
-    measured = {"eps", "tokens_per_second", "seconds", "peak_memory_mb"}
-    return [{name: value for name, value in line.items() if name not in measured} for line in lines]
+    return [{name: value for name, value in line.items() if name != "eps"} for line in lasting(out)]
 
 
 def weights(folder, sub="") -> dict:
     from safetensors.torch import load_file
 
     return load_file(Path(folder) / sub / "model.safetensors")
-
-
-def equal(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def assert_near(a: list, b: list, tolerance: float = 1e-5):
-    """Two runs' metrics are equal but for rounding."""
-    assert len(a) == len(b)
-    for x, y in zip(steady(a), steady(b)):
-        assert x.keys() == y.keys()
-        for name in x:
-            assert x[name] == pytest.approx(y[name], rel=tolerance, abs=tolerance), f"{name} at step {x['step']}"
 
 
 def assert_same_gradients(found: dict, expected: dict):
@@ -66,55 +50,6 @@ def assert_same_gradients(found: dict, expected: dict):
 def settings(**options) -> ppo.Args:
     """Args for functions that read neither --model nor --dataset."""
     return ppo.Args(**dict(model="", dataset="", rewards=()) | options)
-
-
-def make_reward_model(folder, tokenizer, seed=1, shift=0.25, vocab_size=None) -> str:
-    """A random reward model, its head too."""
-    config = tiny_config("llama", tokenizer)
-    config.num_labels, config.score_shift, config.vocab_size = 1, shift, vocab_size or len(tokenizer)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-QUESTIONS = [
-    "What is the best path?",
-    "Write a letter",
-    "Is it safe? Say so.",
-    "Sum: 4 3 5",
-    "up",
-    "Where does the robot start? I'd like to talk about it.",
-]
-REPLIES = ["right", "Dear Ann, thank you", "No", "12", "Right, up, right", "I read it"]
-
-
-@pytest.fixture(scope="module")
-def talker(tiny_model_dir, tmp_path_factory) -> str:
-    """A tiny policy that has learnt to give short answers and to end them, mostly."""
-    source, folder = str(tiny_model_dir("llama")), tmp_path_factory.mktemp("talker")
-    tokenizer = ppo.load_tokenizer(source)
-    policy = ppo.load_model(AutoModelForCausalLM, source, tokenizer, settings(), CPU, torch.float32, ppo.token_logps)
-    rows = [
-        row
-        for question, reply in zip(QUESTIONS, REPLIES)
-        for row in ppo.text_rows(tokenizer, 512, dict(messages=talk(question, reply)), Counter())
-    ]
-    inputs, target = ppo.pack(rows, CPU)
-    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
-    for _ in range(25):
-        (-policy.token_logps(**inputs, target=target)[0].mean()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    ppo.save_model(folder, policy, tokenizer, torch.float32)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def scorer(tiny_tokenizer, tmp_path_factory) -> str:
-    """A random reward model with the policy's tokenizer."""
-    return make_reward_model(tmp_path_factory.mktemp("scorer") / "scorer", tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +77,6 @@ import json, os
 
 def vowels(prompts, completions, **columns):
     return [float(sum(letter in "aeiou" for letter in c[0]["content"])) for c in completions]
-
-
-def offset(prompts, completions, **columns):
-    return [64 + n for n in vowels(prompts, completions)]
 
 
 def watch(prompts, completions, **columns):  # no opinion: it writes down what each rank has sampled
@@ -180,24 +111,6 @@ def train(usual):
 
 
 @pytest.fixture
-def spy(monkeypatch):
-    """spy(name) -> the calls of that function of ppo.py from now on, each as (its arguments, its result)."""
-
-    def watch(name):
-        calls, real = [], getattr(ppo, name)
-
-        def watched(*args, **kwargs):
-            result = real(*args, **kwargs)
-            calls.append((args, result))
-            return result
-
-        monkeypatch.setattr(ppo, name, watched)
-        return calls
-
-    return watch
-
-
-@pytest.fixture
 def gradients(monkeypatch) -> list:
     """The gradients before each step of an optimiser: name -> tensor, policy and value model by turns."""
     found, real = [], ppo.take_step
@@ -213,37 +126,18 @@ def gradients(monkeypatch) -> list:
 # ---------------------------------------------------------------------------------------------- the method, in numbers
 
 
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def near(actual, expected, tolerance=1e-6):
-    """Equal to worked numbers, which have six decimals."""
-    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
-
-
-def test_rewards_shaped_by_the_kl():
-    shaped = ppo.shaped_rewards(f64(1), f64([-1, -0.5, -2]), f64([-1.2, -0.4, -2.5]), torch.ones(1, 3).bool(), 0.1)
-    near(shaped, [[-0.02, 0.01, 0.95]])
-
-
-def test_the_score_sits_on_the_last_token_and_padding_has_no_reward():
-    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
-    scores, logps = torch.tensor([2.0, -3.0, 0.5]), torch.randn(3, 4) * mask
-    shaped = ppo.shaped_rewards(scores, logps, torch.zeros(3, 4), mask, 0.0)
-    near(shaped, [[0, 0, 0, 2.0], [-3.0, 0, 0, 0], [0, 0.5, 0, 0]])
-    assert not ppo.shaped_rewards(scores, logps, torch.ones(3, 4), mask, 0.1)[~mask].any()
+def test_a_score_sits_on_the_last_token_and_each_token_pays_its_kl():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]]).bool()
+    logps, ref_logps = torch.tensor([-1, -0.5, -2, 0]) * mask, torch.tensor([-1.2, -0.4, -2.5, 7])
+    shaped = ppo.shaped_rewards(torch.tensor([2.0, -3.0, 1.0]), logps, ref_logps, mask, 0.1)
+    near(shaped, [[-0.02, 0.01, -0.05, 2.7], [-3.02, 0, 0, 0], [-0.02, 0.01, 0.95, 0]])
 
 
 @pytest.mark.parametrize(
     "rewards, values, gamma, lam, advantages",
     [
         ([-0.02, 0.01, 0.95], [0.2, 0.4, 0.6], 1.0, 0.95, [0.695375, 0.5425, 0.35]),
-        ([-0.02, 0.01, 0.95], [0.2, 0.4, 0.6], 1.0, 1.0, [0.74, 0.56, 0.35]),
         ([-0.02, 0.01, 0.95], [0.2, 0.4, 0.6], 1.0, 0.0, [0.18, 0.21, 0.35]),
-        ([-0.02, 0.01, 0.95], [0.2, 0.4, 0.6], 1.0, 0.99, [0.730935, 0.5565, 0.35]),
-        ([0.0, 0, 1], [0.5, 0.5, 0.5], 1.0, 0.95, [0.45125, 0.475, 0.5]),
         ([1.0, 0, 2], [0.5, 1, 1.5], 0.9, 0.8, [1.9112, 0.71, 0.5]),
     ],
 )
@@ -253,7 +147,7 @@ def test_gae_worked_numbers(rewards, values, gamma, lam, advantages):
     near(returns, [[a + v for a, v in zip(advantages, values)]])
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_gae_is_its_direct_sum_and_masked_tokens_are_transparent(seed):
     rng = random.Random(seed)
     B, T, gamma, lam = 3, rng.randint(1, 9), rng.choice([1.0, 0.9, 0.5]), rng.choice([0.0, 0.5, 0.95, 1.0])
@@ -272,53 +166,21 @@ def test_gae_is_its_direct_sum_and_masked_tokens_are_transparent(seed):
     assert not advantages[~mask].any() and not returns[~mask].any()
 
 
-def test_an_end_is_worth_nothing_a_cut_its_value():
-    rewards, values, mask = f64([0, 0]), f64([0, 0]), torch.ones(1, 2).bool()
-    near(ppo.gae(rewards, values, mask, 0.9, 1.0)[0], [[0.0, 0.0]])
-    near(ppo.gae(rewards, values, mask, 0.9, 1.0, last_value=10.0)[0], [[8.1, 9.0]])
-
-
 def test_whiten_worked_numbers():
     x, mask = torch.arange(12, 21, dtype=torch.float64).view(3, 3) / 10, torch.ones(3, 3).bool()
     near(ppo.whiten(x, mask)[0], [0.050807 - 1.6, 0.438105 - 1.6, 0.825403 - 1.6])
     near(ppo.whiten(f64([0.695375, 0.5425, 0.35]), torch.ones(1, 3).bool()), [[1.175330, 0.093472, -1.268803]])
 
 
-def masked_numbers() -> tuple:
-    torch.manual_seed(0)
-    return torch.randn(4, 6, dtype=torch.float64) * 3 + 2, torch.rand(4, 6) < 0.7
-
-
 def test_whiten_looks_at_real_tokens_only():
-    x, mask = masked_numbers()
+    torch.manual_seed(0)
+    x, mask = torch.randn(4, 6, dtype=torch.float64) * 3 + 2, torch.rand(4, 6) < 0.7
     white = ppo.whiten(x, mask)
     # 1e-8 is added to the variance, here near 9
     assert white[mask].var(unbiased=False).item() == pytest.approx(1, abs=1e-7)
     assert white[mask].mean().item() == pytest.approx(0, abs=1e-9)
     wider, wider_mask = torch.cat([x, torch.full((4, 3), 99.0)], 1), torch.cat([mask, torch.zeros(4, 3).bool()], 1)
     torch.testing.assert_close(ppo.whiten(wider, wider_mask), torch.cat([white, torch.zeros(4, 3)], 1))
-
-
-def test_whiten_is_over_all_ranks(monkeypatch):
-    x, mask = masked_numbers()
-    whole = ppo.whiten(x, mask)
-    barrier, parts, halves = threading.Barrier(2), {}, {}
-
-    def over_both(values):  # an all-reduce of two threads
-        parts[threading.get_ident()] = values
-        barrier.wait(10)
-        total = sum(parts.values())
-        barrier.wait(10)
-        return total
-
-    def half(i):
-        halves[i] = ppo.whiten(x[i : i + 2], mask[i : i + 2])
-
-    monkeypatch.setattr(ppo, "over_ranks", over_both)
-    threads = [threading.Thread(target=half, args=(i,)) for i in (0, 2)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    torch.testing.assert_close(torch.cat([halves[0], halves[2]]), whole)
 
 
 @pytest.mark.parametrize(
@@ -340,38 +202,11 @@ def test_policy_clip_table(ratio, advantage, loss, moves):
     near(logp.grad, -ratio * advantage if moves else 0.0)
 
 
-@pytest.mark.parametrize("value, loss", [(0.9, 0.045), (0.3, 0.245), (1.5, 0.125), (0.6, 0.08)])
-def test_value_clip_table(value, loss):
-    near(ppo.value_loss(f64(value), f64(0.5), f64(1), 0.2), [loss])
-
-
-def test_a_value_clip_of_zero_clips_nothing():
-    near(ppo.value_loss(f64(0.9), f64(0.5), f64(1), 0.0), [0.5 * 0.01])
-
-
-@pytest.mark.parametrize("clip", [0.2, 0.0])
-def test_gradients_by_finite_differences(clip):
-    torch.manual_seed(1)
-    new, old, target = torch.randn(3, 40, dtype=torch.float64)
-    moved, ratio = new - old, (new - old).exp()
-    clipped = old + moved.clamp(-clip, clip)
-    kinks = [ratio - 1.2, ratio - 0.8, moved.abs() - clip, (new - target).abs() - (clipped - target).abs()]
-    away = torch.stack([kink.abs() for kink in kinks]).amin(0) > 1e-4 if clip else torch.ones(40).bool()
-    assert away.sum() >= 5
-    old, target, new = old[away], target[away], new[away].requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: ppo.policy_loss(x, old, target, clip or 0.2), new)
-    assert torch.autograd.gradcheck(lambda x: ppo.value_loss(x, old, target, clip), new)
-
-
-@pytest.mark.parametrize("answers, parts", [(10, 1), (10, 3), (2, 4)])
-def test_every_pass_takes_each_answer_once(answers, parts):
-    found = list(ppo.minibatches(answers, 3, parts, step=1, seed=0))
-    assert max(map(len, found)) - min(map(len, found)) <= 1
-    size = min(parts, answers)
-    passes = [sum(found[i : i + size], []) for i in range(0, len(found), size)]
-    assert len(passes) == 3 and all(sorted(order) == list(range(answers)) for order in passes)
-    assert answers < 3 or passes[0] != passes[1]
-    assert answers < 3 or found != list(ppo.minibatches(answers, 3, parts, step=2, seed=0))
+@pytest.mark.parametrize(
+    "value, clip, loss", [(0.9, 0.2, 0.045), (0.3, 0.2, 0.245), (1.5, 0.2, 0.125), (0.6, 0.2, 0.08), (0.9, 0.0, 0.005)]
+)
+def test_value_clip_table(value, clip, loss):
+    near(ppo.value_loss(f64(value), f64(0.5), f64(1), clip), [loss])
 
 
 # ------------------------------------------------------------------------------------------------------ the value model
@@ -387,7 +222,7 @@ def test_values_are_the_heads_reading_of_the_state_before_each_token(packs, scor
     plain = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
     answers = [([5, 6, 7], [8, 9]), ([40], [10, 11, 12]), ([5, 6, 7], [13, 9])]
     rows = [ppo.Row(prompt, [ids], [[True] * len(ids)], {}) for prompt, ids in answers]
-    ppo.add_values(args, value, rows, CPU)
+    ppo.add_values(("values",), value.state_values, value, rows, args, CPU)
     for row in rows:
         ids = torch.tensor([row.prompt + row.responses[0]])
         expected = plain.score(plain.base_model(input_ids=ids).last_hidden_state)[0, len(row.prompt) - 1 : -1, 0]
@@ -396,7 +231,7 @@ def test_values_are_the_heads_reading_of_the_state_before_each_token(packs, scor
 
 def rewarded_by(*paths) -> list:
     """Rewards of which some come from reward models."""
-    return [ppo.Reward("name", 1.0, None, None, path) for path in paths]
+    return [ppo.Reward("name", 1.0, None, path=path) for path in paths]
 
 
 def test_the_value_model_starts_from_the_first_reward_model_if_that_reads_the_same_tokens(
@@ -410,31 +245,12 @@ def test_the_value_model_starts_from_the_first_reward_model_if_that_reads_the_sa
     assert ppo.choose_value_model(args, rewarded_by(scorer), tiny_tokenizer) == talker
 
 
-def test_the_value_model_starts_from_a_reward_model_that_was_given_a_pad_token(other_tokenizer, tmp_path):
-    bare, policy = copy.deepcopy(other_tokenizer), str(tmp_path / "policy")
-    bare.pad_token = bare.eos_token  # no token to spare for padding, as in Llama 3: reward_model.py adds one
-    AutoModelForCausalLM.from_config(tiny_config("llama", bare)).save_pretrained(policy)
-    bare.save_pretrained(policy)
-    tokenizer = reward_model.load_tokenizer(policy)
-    model = reward_model.read_model(AutoModelForSequenceClassification, policy, tokenizer, num_labels=1)
-    reward_model.add_padding(model, tokenizer)
-    assert len(tokenizer) == len(bare) + 1
-    scorer = str(tmp_path / "rm")
-    reward_model.save_model(Path(scorer), model, tokenizer, torch.float32)
-    assert ppo.choose_value_model(settings(model=policy), rewarded_by(scorer), bare) == scorer
-
-
-def test_a_value_model_from_the_policy_begins_at_zero_and_learns(train, spy):
-    estimated = spy("gae")
-    train(max_steps=1)
-    (_, values, *_), _ = estimated[0]
-    assert not values.any() and weights("out", "value")["score.weight"].any()
-
-
-def test_a_value_model_from_a_reward_model_begins_with_its_values(train, spy, scorer):
-    estimated = spy("gae")
+def test_the_head_of_the_value_model_begins_at_zero_or_as_the_reward_models(train, spy, scorer):
+    estimated = spy(ppo, "gae")
+    train(max_steps=1, output_dir="policy")
     train(rewards=(scorer,), max_steps=1)
-    (_, values, mask, *_), _ = estimated[0]
+    assert not estimated[0][0][1].any() and weights("policy", "value")["score.weight"].any()
+    (_, values, mask, *_), _ = estimated[1]
     assert (values[mask] != 0).all()
 
 
@@ -457,29 +273,25 @@ def test_before_the_first_update_nothing_has_moved(temperature, train):
     assert first["val/clipfrac_avg"] == 0 and first["sampling/logp_difference"] < 1e-5
 
 
-def test_a_reference_or_sampler_that_differs_is_found_out(usual, monkeypatch, capsys):
-    real, calls = ppo.token_values, []
+@pytest.mark.parametrize(
+    "shifts, says", [((0.01, 0.02), "the KL to the reference is"), ((0.1, 0.1), "the approximate KL is")]
+)
+def test_forward_passes_that_differ_are_found_out(shifts, says, usual, monkeypatch, capsys):
+    """Those of the reference, or of the policy in training and before."""
+    real, left = ppo.add_values, [*shifts, 0.0]
 
-    def shifted(values_of, model, rows, args, device):
-        calls.append(model)
-        return [values - 0.01 * len(calls) for values in real(values_of, model, rows, args, device)]
+    def shifted(names, values_of, model, rows, *rest):
+        real(names, values_of, model, rows, *rest)
+        shift = left.pop(0)
+        for row in rows:
+            row.extra[names[0]] = row.extra[names[0]] - shift
 
-    monkeypatch.setattr(ppo, "token_values", shifted)
-    assert "the KL to the reference is" in refused(ppo, capsys, **usual)
-
-
-def test_old_log_probabilities_of_another_policy_are_found_out(usual, monkeypatch, capsys):
-    real = ppo.token_values
-
-    def shifted(*rest):
-        return [values - 0.1 for values in real(*rest)]
-
-    monkeypatch.setattr(ppo, "token_values", shifted)
-    assert "the approximate KL is" in refused(ppo, capsys, **usual)
+    monkeypatch.setattr(ppo, "add_values", shifted)
+    assert says in refused(ppo, capsys, **usual)
 
 
 def test_the_metrics_say_what_they_mean(train, spy):
-    shaped, estimated, lines = spy("shaped_rewards"), spy("gae"), train(num_generations=2, kl_coef=0.3)
+    shaped, estimated, lines = spy(ppo, "shaped_rewards"), spy(ppo, "gae"), train(num_generations=2, kl_coef=0.3)
     for line, ((scores, logps, ref_logps, mask, coef), rewards) in zip(lines, shaped, strict=True):
         kl = ((logps - ref_logps) * mask).sum(1).mean().item()
         assert line["objective/kl"] == pytest.approx(kl, abs=1e-5) and coef == 0.3
@@ -496,7 +308,7 @@ def test_the_metrics_say_what_they_mean(train, spy):
 @pytest.mark.parametrize("whitened", [True, False])
 def test_the_first_gradients_are_those_of_a_naive_implementation(whitened, train, spy, gradients, talker, scorer):
     """Two answers to each prompt, two minibatches, a temperature: every index in the loop counts."""
-    sampled, scored = spy("sample_answers"), spy("total_reward")
+    sampled, scored = spy(ppo, "sample_answers"), spy(ppo, "total_reward")
     options = dict(temperature=0.8, num_generations=2, num_minibatches=2, ppo_epochs=1, batch_size=5)
     options |= dict(kl_coef=0.1, lam=0.9, gamma=0.97, value_clip=0.0, whiten_advantages=whitened)
     train(**options, rewards=(scorer,), max_steps=1, tokens_per_forward=50)
@@ -509,7 +321,7 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(whitened, train
     value = AutoModelForSequenceClassification.from_pretrained(scorer)
     logps, values, advantages, returns = [], [], [], []
     for i, ids in enumerate(tokens):
-        prompt = prompts[i // 2]
+        prompt = prompts[i]
         whole, states = torch.tensor([prompt + ids]), slice(len(prompt) - 1, len(prompt) + len(ids) - 1)
         logits = policy(whole).logits[0, states] / 0.8
         logps.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
@@ -533,16 +345,6 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(whitened, train
         assert_same_gradients(found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
-def test_memory_options_change_rounding_only(train):
-    usual = dict(num_minibatches=2, num_generations=2)
-    a = train(**usual, tokens_per_forward=20, sample_tokens=20, gradient_checkpointing=True, output_dir="small")
-    b = train(**usual, output_dir="large")
-    assert_near(a, b)
-    for sub in ("", "value"):
-        for x, y in zip(weights("small", sub).values(), weights("large", sub).values()):
-            torch.testing.assert_close(x, y, rtol=0, atol=1e-4)  # a tenth of one step of the learning rate
-
-
 def hand_made(monkeypatch, answers: list):
     """Sampling gives these answers to every prompt in turn."""
 
@@ -562,7 +364,7 @@ def test_an_answer_cut_off_gets_its_penalty_alone_and_every_stop_token_counts(
     tokenizer.save_pretrained(tmp_path / "two")
     ids = tokenizer("see", add_special_tokens=False).input_ids  # two vowels
     hand_made(monkeypatch, [[*ids, END], [*ids, OTHER_END], [*ids, 7, 8]])
-    shaped, model = spy("shaped_rewards"), str(tmp_path / "two")
+    shaped, model = spy(ppo, "shaped_rewards"), str(tmp_path / "two")
     (line,) = train(model=model, max_steps=1, missing_eos_score=-7.0, reward_constant=10.0, kl_coef=0.0)
     (scores, *_, mask, _), rewards = shaped[0]
     lengths = mask.sum(1).tolist()
@@ -575,39 +377,14 @@ def test_an_answer_cut_off_gets_its_penalty_alone_and_every_stop_token_counts(
     assert ["(cut off)" in text for text in shown] == [False, False, True]
 
 
-@pytest.mark.parametrize("cut", [1, 2])
-def test_a_warning_where_half_of_the_answers_are_cut_off(cut, train, monkeypatch, capsys):
-    hand_made(monkeypatch, [[7, 8]] * cut + [[7, END]] * (3 - cut))
-    train()
-    assert ("answers run into --max-new-tokens 8" in capsys.readouterr().out) == (cut == 2)
-
-
 def test_samples_are_shown_at_every_tenth_of_the_steps(train, capsys):
     train(epochs=10, max_steps=20, ppo_epochs=1)
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ") and line.endswith(":")]
     assert shown == ["step 1:", *(f"step {step}:" for step in range(2, 21, 2))]
 
 
-def test_reference_baseline_gives_the_references_own_answer_exactly_nothing(train, spy):
-    shaped = spy("shaped_rewards")
-    # so cold that sampling is greedy, as the reference is
-    train(reference_baseline=True, temperature=1e-3, max_steps=1, batch_size=6, max_new_tokens=30)
-    (scores, *_), _ = shaped[0]
-    ended = scores != -1
-    assert ended.sum() > 2 and not scores[ended].any()
-
-
-def test_reference_baseline_makes_an_offset_of_the_reward_irrelevant(train):
-    options = dict(reference_baseline=True, whiten_advantages=False, epochs=2, max_steps=3, num_generations=2)
-    a = train(**options, output_dir="plain")
-    b = train(**options, output_dir="offset", rewards=("rules.py:offset",))
-    for x, y in zip(a, b):
-        assert y.pop("rewards/offset/mean") == x.pop("rewards/vowels/mean") + 64
-    assert steady(a) == steady(b) and equal(weights("plain"), weights("offset"))
-
-
 def test_reference_baseline_subtracts_the_reward_of_the_references_answer(train, spy):
-    total, shaped = spy("total_reward"), spy("shaped_rewards")
+    total, shaped = spy(ppo, "total_reward"), spy(ppo, "shaped_rewards")
     options = dict(batch_size=6, num_generations=2, max_new_tokens=30, reward_constant=0.5)
     train(reference_baseline=True, max_steps=1, **options)
     (_, (greedy, _)), (_, (own, _)) = total
@@ -630,23 +407,14 @@ def test_the_reference_answers_each_prompt_once(train, monkeypatch):
     assert len(greedy) == len(set(greedy)) == len(QUESTIONS)
 
 
-def test_reward_constant_is_added_to_answers_that_end(train, spy):
-    shaped = spy("shaped_rewards")
-    train(max_steps=1, batch_size=6, output_dir="plain")
-    train(max_steps=1, batch_size=6, output_dir="more", reward_constant=3.0)
-    ((plain, *_), _), ((more, *_), _) = shaped
-    assert torch.equal(more, torch.where(plain == -1, plain, plain + 3))
-    assert (plain == -1).any() and (plain != -1).any()
-
-
 def test_critic_warmup_trains_the_value_model_alone(train, talker):
     lines = train(critic_warmup=2, output_dir="warm")
     assert equal(weights("warm"), weights(talker)) and weights("warm", "value")["score.weight"].any()
     for line in lines:  # a policy that has not moved
-        assert line["loss/policy_avg"] == line["grad_norm"] == line["lr"] == line["val/ratio_var"] == 0
+        assert line["grad_norm"] == line["lr"] == line["val/ratio_var"] == 0
         assert line["val/ratio"] == 1 and line["loss/value_avg"] > 0 < line["value_grad_norm"]
     first, second = train(critic_warmup=1)
-    assert first["loss/policy_avg"] == 0 != second["loss/policy_avg"]
+    assert abs(first["loss/policy_avg"]) < 1e-6 < abs(second["loss/policy_avg"])
     assert second["grad_norm"] > 0 and not equal(weights("out"), weights(talker))
 
 
@@ -707,32 +475,7 @@ def test_ptx_adds_the_gradient_of_the_mean_log_likelihood(train, gradients, talk
     assert_same_gradients(found, expected)
 
 
-@pytest.mark.parametrize("size, rows", [(0, 5), (2, 2)])
-def test_each_update_takes_the_next_rows_of_other_text(size, rows, train, spy):
-    """As many as the answers of a minibatch, unless a number is given."""
-    options = dict(ptx_dataset=jsonl(Path("ptx.jsonl"), [dict(text=text) for text in QUESTIONS]), ptx_coef=0.5)
-    picked = spy("batch_rows")
-    train(**options, ptx_batch_size=size, batch_size=5, num_generations=2, num_minibatches=2, epochs=2)
-    taken = [(args[2], len(found)) for args, found in picked if isinstance(found[0], ppo.Row)]
-    lengths = [rows, 1] * 4 if rows == 5 else [rows] * 8  # of six rows
-    assert taken == list(enumerate(lengths))
-
-
-def test_each_reward_is_logged_over_the_answers_that_it_applies_to(train, talker, scorer, other_tokenizer, tmp_path):
-    rubric = dict(question="Is it good?", options=dict(A="yes", B="no"), reward=dict(even=dict(A=1.0, B=1.0)))
-    Path("rubric.json").write_text(json.dumps(rubric))
-    other = make_reward_model(tmp_path / "other", other_tokenizer, seed=5)
-    rewards = (scorer, f"{other}=0.5", "rules.py:vowels=0", f"judge:{talker}=2")
-    (line,) = train(rewards=rewards, rubric="rubric.json", max_steps=1, batch_size=6, missing_eos_score=0.0)
-    found = {name for name in line if name.startswith("rewards/")}
-    assert found == {f"rewards/{name}/mean" for name in ("scorer", "other", "vowels", "judge")}
-    assert line["rewards/judge/mean"] == pytest.approx(1, abs=1e-5)  # both options are worth 1; odd prompts: neither
-
-
 def test_evaluation_is_of_held_out_prompts_with_the_same_randomness_every_time(train, talker):
-    lines = train(eval_fraction=0.5, batch_size=2, eval_every=2, epochs=3, max_steps=0)
-    assert len(lines) == 6 and ["eval_objective/scores" in line for line in lines] == [False, True] * 3
-    assert all(line["eval_objective/kl"] > 0 and 1 <= line["eval_response_length"] <= 8 for line in lines[1::2])
     a, b = train(learning_rate=0.0, eval_fraction=0.5, eval_every=1, epochs=2, output_dir="still")
     assert equal(weights("still"), weights(talker)) and weights("still", "value")["score.weight"].any()
     assert a["eval_objective/scores"] == b["eval_objective/scores"] and abs(a["eval_objective/kl"]) < 1e-5 > abs(
@@ -750,33 +493,19 @@ def test_a_policy_learns_what_is_rewarded(train):
     assert lines[-1]["objective/kl"] > 1
 
 
-def test_the_kl_coefficient_holds_the_policy_back(train):
-    kl, options = {}, dict(batch_size=6, num_generations=4, epochs=6, max_steps=6)
-    for coef in (0.0, 10.0):
-        lines = train(**options, kl_coef=coef, learning_rate=3e-3, value_learning_rate=3e-3, output_dir=f"kl{coef}")
-        kl[coef] = sum(line["objective/kl"] for line in lines[2:])
-    assert kl[10.0] < 0.6 * kl[0.0]
-
-
 def test_bfloat16_runs_and_is_saved_as_the_parent_was(train):
     (line,) = train(dtype="bfloat16", max_steps=1, ppo_epochs=1)
     assert abs(line["objective/kl"]) < 0.4 and line["sampling/logp_difference"] < 0.05
     assert {w.dtype for w in weights("out").values()} == {torch.float32}
 
 
-def test_what_is_saved_loads_everywhere(train, talker):
-    train(save_every=1)
-    parent = AutoTokenizer.from_pretrained(talker)
+def test_the_value_model_is_saved_beside_the_policy(train):
+    train(save_every=1, max_steps=2)
     for folder in ("out", "out/checkpoint-1"):
-        policy, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert policy.generation_config.eos_token_id in (END, [END])
+        assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id in (END, [END])
         value = AutoModelForSequenceClassification.from_pretrained(f"{folder}/value")
         assert value.config.num_labels == 1 and value.score.weight.any()
-        for sub in (folder, f"{folder}/value"):
-            tokenizer = AutoTokenizer.from_pretrained(sub)
-            assert tokenizer.get_vocab() == parent.get_vocab() and tokenizer.chat_template == parent.chat_template
-    assert Path("out/curves.png").stat().st_size > 1000
+        assert AutoTokenizer.from_pretrained(f"{folder}/value").chat_template
 
 
 # --------------------------------------------------------------------------------------------------------------- resume
@@ -786,39 +515,12 @@ class Killed(BaseException):
     pass
 
 
-def kill_at(monkeypatch, name: str, call: int):
-    """The process dies after this call (counted from 1) of a function of ppo.py."""
-    real, calls = getattr(ppo, name), []
-
-    def dying(*args, **kwargs):
-        calls.append(real(*args, **kwargs))
-        if len(calls) == call:
-            raise Killed
-        return calls[-1]
-
-    monkeypatch.setattr(ppo, name, dying)
-
-
-def resumed_is_uninterrupted(train, monkeypatch, name: str, call: int, **options):
-    whole = train(**options, output_dir="whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, name, call)
-        train(**options, output_dir="killed")
-    resumed = train(**options, output_dir="killed", resume=True)
-    assert steady(whole) == steady(resumed)
-    for sub in ("", "value"):
-        assert equal(weights("whole", sub), weights("killed", sub))
-    return whole
-
-
 @pytest.mark.parametrize(
     "options",
     [
         dict(reference_baseline=True, dataset="many.jsonl", batch_size=5),
-        dict(ptx_dataset="ptx.jsonl", ptx_coef=0.5),
-        dict(critic_warmup=5),
-        dict(train_last_layers=1),
-        dict(temperature=0.7, lr_schedule="cosine", weight_decay=0.1),
+        dict(ptx_dataset="ptx.jsonl", ptx_coef=0.5, train_last_layers=1),
+        dict(critic_warmup=5, lr_schedule="cosine"),
     ],
     ids=" ".join,
 )
@@ -826,13 +528,21 @@ def test_a_killed_run_resumed_is_the_uninterrupted_one(options, train, monkeypat
     jsonl(Path("ptx.jsonl"), [dict(text=text) for text in QUESTIONS])
     jsonl(Path("many.jsonl"), [dict(prompt=talk(f"{q} {i} " * 3)) for i in range(2) for q in QUESTIONS])
     long = dict(batch_size=4, epochs=4, max_steps=0, num_minibatches=2, save_every=2, rewards=(scorer,))
-    assert len(resumed_is_uninterrupted(train, monkeypatch, "log_metrics", 5, **(long | options))) >= 8
+    train(**long | options, output_dir="whole")
+    real = ppo.log_metrics
 
+    def log_metrics(args, out, metrics, bar):
+        real(args, out, metrics, bar)
+        if metrics["step"] == 5:
+            raise Killed
 
-def test_stopping_beyond_max_kl_survives_a_kill(train, monkeypatch):
-    options = dict(max_kl=1e-4, learning_rate=1e-2, save_every=1, epochs=4, max_steps=0)
-    lines = resumed_is_uninterrupted(train, monkeypatch, "draw_curves", 1, **options)
-    assert 1 < len(lines) < 8
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ppo, "log_metrics", log_metrics)
+        train(**long | options, output_dir="killed")
+    train(**long | options, output_dir="killed", resume=True)
+    assert steady("whole") == steady("killed") and len(steady("whole")) >= 8
+    for sub in ("", "value"):
+        assert equal(weights("whole", sub), weights("killed", sub))
 
 
 # ---------------------------------------------------------------------------------------------------------------- ranks
@@ -856,9 +566,10 @@ def test_two_ranks_are_one_process(on_two_ranks, monkeypatch):
     ppo.main(ppo.Args(**on_two_ranks | dict(output_dir="one")))
     monkeypatch.setenv("WATCH", "two")
     on_ranks(ppo, 2, **on_two_ranks | dict(output_dir="two"))
-    one, two = lines_of("one"), lines_of("two")
+    one = lines_of("one")
     assert len(one) == 8 and one[3]["episode"] == 32  # batches of 5, 5, 5 and 1 prompts
-    assert_near(one, two, 1e-4)
+    for x, y in zip(steady("one"), steady("two"), strict=True):
+        assert x == pytest.approx(y, rel=1e-4, abs=1e-4), f"step {x['step']}"
     for sub in ("", "value"):
         a, b = weights("one", sub), weights("two", sub)
         assert a.keys() == b.keys()
@@ -873,24 +584,18 @@ def test_two_ranks_are_one_process(on_two_ranks, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 BAD = {  # what is wrong: (options, what the message names)
-    "no reward": (dict(rewards=()), "--rewards"),
     "ptx-coef without data": (dict(ptx_coef=0.5), "--ptx-dataset"),
     "ptx data without a coefficient": (dict(ptx_dataset="prompts.jsonl"), "--ptx-coef"),
-    "ptx data without text": (dict(ptx_dataset="prompts.jsonl", ptx_coef=0.5), "--ptx-dataset"),
     "no room for a prompt": (dict(max_new_tokens=1024), "--max-new-tokens"),
     "no room for any prompt": (dict(max_length=10), "--dataset"),
-    "no prompt column": (dict(dataset="texts.jsonl"), "--dataset"),
-    "temperature 0": (dict(temperature=0.0), "--temperature"),
     "a reference with another tokenizer": (dict(reference="other"), "--reference"),
     "a value model with another tokenizer": (dict(value_model="other_value"), "--value-model"),
-    "a value model that does not exist": (dict(value_model="runs/nowhere"), "runs/nowhere"),
 }
 
 
 @pytest.mark.parametrize("wrong", BAD)
 def test_bad_input_is_refused_in_one_sentence_and_destroys_nothing(wrong, usual, other_tokenizer, capsys):
     options, named = BAD[wrong]
-    jsonl(Path("texts.jsonl"), [dict(text="Right"), dict(text="Up")])
     Path("out").mkdir()
     Path("out/args.json").write_text("{}")
     if "other" in str(options):
@@ -899,25 +604,6 @@ def test_bad_input_is_refused_in_one_sentence_and_destroys_nothing(wrong, usual,
         make_reward_model("other_value", other_tokenizer, vocab_size=400)
     assert named in refused(ppo, capsys, **usual | options | dict(overwrite=True))
     assert os.listdir("out") == ["args.json"]
-
-
-# ----------------------------------------------------------------------------------------------------- on the command line
-
-
-def test_a_run_on_the_command_line(usual, scorer, run_script):
-    words = []
-    for name, value in (usual | dict(rewards=(f"{scorer}=0.5", "rules.py:vowels"), eval_fraction=0.2)).items():
-        words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
-    done = run_script("ppo", *words, "--no-whiten-advantages", cwd=Path.cwd())
-    assert f"value model: from {scorer}; answers end at <|end|>" in done.stdout
-    assert "step 1:" in done.stdout and "held out: objective/scores" in done.stdout
-    assert len(lines_of("out")) == 2 and not json.loads(Path("out/args.json").read_text())["args"]["whiten_advantages"]
-
-
-def test_model_dataset_and_rewards_are_required(run_script, tmp_path):
-    done = run_script("ppo", "--output-dir", "out", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert all(option in done.stderr for option in ("--model", "--dataset", "--rewards"))
 
 
 # ------------------------------------------------------------------------------------------------------------ real data

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import grpo as script
 from grpo import Drop, Row
@@ -191,14 +191,6 @@ class TakesCache(LlamaForCausalLM):
         return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **options)
 
 
-class TakesPastKeyValues(LlamaForCausalLM):
-    """As until transformers 5.23."""
-
-    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
-        options = {CACHE: past_key_values, "use_cache": use_cache}
-        return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **options)
-
-
 class ForgetsItsCache(LlamaForCausalLM):
     def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None, **kwargs):
         mask = attention_mask if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
@@ -213,9 +205,8 @@ def of_class(kind, llama):
     return model
 
 
-@pytest.mark.parametrize("kind", [TakesCache, TakesPastKeyValues])
-def test_the_cache_is_given_under_the_name_that_the_forward_has(kind, llama):
-    model = of_class(kind, llama)
+def test_the_cache_is_given_under_the_name_that_the_forward_has(llama):
+    model = of_class(TakesCache, llama)
     script.check_sampler(model, "this/one")
     answers, logps = script.sample(model, PROMPTS, numbers_of(6), [5, 6])
     expected, values = script.sample(llama, PROMPTS, numbers_of(6), [5, 6])
@@ -239,34 +230,13 @@ def test_randomness_is_a_function_of_seed_step_answer_and_position():
         assert not torch.equal(script.uniform_numbers(seed, step, [answer], 20)[0], numbers[0])
     many = numbers_of(500, 20)
     assert 0 <= many.min() and many.max() < 1 and abs(many.mean() - 0.5) < 0.01
-    assert abs(torch.corrcoef(many.T)[0, 1]) < 0.15 and script.uniform_numbers(0, 0, [], 5).shape == (0, 5)
-
-
-def test_the_growing_cache_is_the_cache_that_concatenates():
-    """Bit for bit, past its first places, with rows repeated and leaving; a layer that a model skips stays empty."""
-    theirs, ours = DynamicCache(), DynamicCache()
-    ours.layer_class_to_replicate = script.GrowingLayer
-    generator, rows = torch.Generator().manual_seed(0), 2
-    for t in range(90):
-        shape = (rows, 3, 7 if t == 0 else 1)
-        keys, values = (torch.randn(*shape, d, generator=generator) for d in (8, 6))
-        for layer in (0, 2):
-            pairs = zip(ours.update(keys, values, layer), theirs.update(keys, values, layer))
-            assert all(torch.equal(a, b) for a, b in pairs)
-        kept = {0: [0, 0, 1, 1, 1], 20: [4, 1, 0], 21: [1, 2], 60: [0]}.get(t)
-        if kept:
-            for cache in (ours, theirs):
-                cache.reorder_cache(torch.tensor(kept))
-            rows = len(kept)
-    assert ours.get_seq_length() == 96 and type(ours.layers[1]) is script.GrowingLayer
 
 
 ENDS = {"never": NONE, "one at a time": [0], "two": [11, 30], "many at once": [*range(0, 60, 3)], "all": [*range(60)]}
-SETTINGS = [(1.0, 1.0), (0.7, 0.9), (1.5, 0.5), (0.0, 1.0)]
 
 
 @pytest.mark.parametrize("ends", ENDS)
-@pytest.mark.parametrize("temperature, top_p", SETTINGS)
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (1.5, 0.5), (0.0, 1.0)])
 def test_answers_are_those_of_a_sampler_without_cache_and_batch(temperature, top_p, ends, llama):
     numbers = numbers_of(12, 10)
     answers, logps = script.sample(llama, PROMPTS, numbers, ENDS[ends], temperature, top_p)
@@ -287,28 +257,6 @@ def test_a_number_of_zero_draws_a_token_of_the_nucleus(llama):
 def test_no_prompts_no_answers(llama):
     assert script.sample(llama, [], torch.zeros(0, 5), [2]) == ([], [])
     assert script.sample_answers(llama, [], torch.zeros(0, 5), [2], ARGS, 1.0) == ([], [])
-
-
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8), (1.5, 1.0)])
-def test_answers_follow_the_models_distribution(temperature, top_p):
-    """Chi-square over all answers of two tokens of a vocabulary of eight."""
-    model = random_model(tf.LlamaConfig(**(common | dict(vocab_size=8)), **width), seed=3)
-    script.check_sampler(model, "small")
-    count, prompt = 10000, [3, 1]
-    found = Counter(map(tuple, script.sample(model, [prompt], numbers_of(count, 2), NONE, temperature, top_p)[0]))
-    chances = lambda ids: distribution(logps_after(model, ids)[-1], temperature, top_p).items()
-    expected = {(a, b): count * p * q for a, p in chances(prompt) for b, q in chances([*prompt, a])}
-    often = {answer: n for answer, n in expected.items() if n >= 5}
-    squares, freedom = sum((found[answer] - n) ** 2 / n for answer, n in often.items()), len(often) - 1
-    assert set(found) <= set(expected) and freedom > 5 and abs(squares - freedom) < 4 * math.sqrt(2 * freedom)
-
-
-@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.8, 0.999])
-def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p):
-    logps = (torch.randn(50, 30, generator=torch.Generator().manual_seed(0)) * 2).log_softmax(-1)
-    for before, after in zip(logps, script.nucleus(logps, top_p)):
-        expected = distribution(before, 1.0, top_p)
-        assert {i: p for i, p in enumerate(after.exp().tolist()) if p} == pytest.approx(expected, rel=1e-4)
 
 
 def shapes_of(model, monkeypatch) -> list:
@@ -342,7 +290,7 @@ def test_neither_company_nor_memory_changes_answers(llama, monkeypatch):
     numbers, stops = numbers_of(12, 10), [0, 5, 10]
     answers, logps = script.sample_answers(llama, PROMPTS, numbers, stops, ARGS, 0.8, 0.95)
     assert llama.training  # as before
-    for limit in (1, 30, 50, 100, 200):
+    for limit in (1, 50, 100):
         args = SimpleNamespace(sample_tokens=limit)
         with monkeypatch.context() as patch:
             shapes = shapes_of(llama, patch)
@@ -372,33 +320,6 @@ def assistant(text):
     return dict(role="assistant", content=text)
 
 
-HH = "\n\nHuman: Up?\n\nAssistant: Yes.\n\nHuman: Why?\n\nAssistant:"
-ASKED = {  # a row of data, and what the policy is asked
-    "text": (dict(prompt="What is"), "<|bos|>What is"),
-    "system": (
-        dict(question="Up?", system="Be kind."),
-        "<|bos|><|system|>Be kind.<|end|><|user|>Up?<|end|><|assistant|>",
-    ),
-    "begun": (dict(prompt=[user("Up?"), assistant("It is")]), "<|bos|><|user|>Up?<|end|><|assistant|>It is"),
-    "HH-RLHF": (dict(chosen=HH + " So.", rejected=HH + " No."), "<|bos|>" + HH),
-    "pair of messages": (
-        dict(chosen=[user("Up?"), assistant("So.")], rejected=[user("Up?"), assistant("No.")]),
-        "<|bos|><|user|>Up?<|end|><|assistant|>",
-    ),
-}
-
-
-@pytest.mark.parametrize("layout", ASKED)
-def test_prompts_of_every_layout(layout, tiny_tokenizer):
-    data, asked = ASKED[layout]
-    data = data | dict(kind=None, answer="12")
-    ((prompt, responses, trained, extra),) = script.prompt_rows(tiny_tokenizer, 100, [], data, Counter())
-    assert tiny_tokenizer.decode(prompt) == asked and (responses, trained) == ([[]], [[]])
-    assert extra["kind"] == "" and extra["answer"] == "12" and set(data) <= set(extra)
-    shown = extra["prompt"] if isinstance(extra["prompt"], str) else extra["prompt"][-1]["content"]
-    assert shown in asked
-
-
 def test_the_policy_is_asked_in_training_as_generate_asks_it(tiny_tokenizer):
     """Some templates open the thinking too, which no finished turn shows; some tokenizers close every text."""
     thinks, closes = copy.deepcopy(tiny_tokenizer), copy.deepcopy(tiny_tokenizer)
@@ -421,6 +342,8 @@ def test_prompts_that_cannot_be_used_are_dropped_and_counted(tiny_tokenizer, tmp
         if extra["prompt"][-1]["content"] == "Refuse me":
             raise Drop("the judge cannot read it")
 
+    with pytest.raises(ValueError, match="neither prompt, question, or instruction, nor chosen"):
+        script.prompt_rows(tiny_tokenizer, 50, [], dict(text="Up?"), Counter())
     texts = ["Up?", "Refuse me", "", "go <|end|> up", "up " * 99, "Refuse me"]
     rows = [dict(prompt=[user(text)] if text else [], number=i) for i, text in enumerate(texts)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -486,28 +409,38 @@ def test_values_of_tokens_are_those_of_each_row_alone(family):
     model = script.prepare_model(model, family, ARGS, CPU, torch.float32, script.token_logps)
     generator = torch.Generator().manual_seed(1)
     draw = lambda n: torch.randint(3, 60, (n,), generator=generator).tolist()
-    rows = [Row(draw(p), [draw(r)], [[True] * r], {}) for p, r in ((4, 9), (12, 1), (4, 9), (2, 20))]
-    rows.append(rows[0]._replace(trained=[[True, False, True] * 3]))
-    values_of = lambda inputs, target: model.token_logps(**inputs, target=target, temperature=0.7)[0]
-    for limit in (1, 30, 1000):
-        found = script.token_values(values_of, model, rows, SimpleNamespace(tokens_per_forward=limit), CPU)
-        for row, values in zip(rows, found):
+    rows = [Row(draw(p), [draw(r)], [[True, False] * (r // 2) + [True] * (r % 2)], {}) for p, r in ((4, 9), (12, 1))]
+    rows += [rows[0]._replace(trained=[[True] * 9], extra={}), Row(draw(2), [draw(20)], [[True] * 20], {})]
+    for limit in (1, 1000):
+        args = SimpleNamespace(tokens_per_forward=limit, temperature=0.7)
+        script.add_values(("logps", "entropy"), model.token_logps, model, rows, args, CPU)
+        for row in rows:
             logits = logps_after(plain, row.prompt + row.responses[0])[len(row.prompt) - 1 : -1]
-            expected = (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(row.responses[0])[:, None])[:, 0]
-            torch.testing.assert_close(values, expected[torch.tensor(row.trained[0])], rtol=0, atol=2e-5)
-    assert model.training and script.token_values(values_of, model, [], ARGS, CPU) == []
+            logps, trained = (logits / 0.7).log_softmax(-1), torch.tensor(row.trained[0])
+            expected = logps.gather(1, torch.tensor(row.responses[0])[:, None])[:, 0], -(logps.exp() * logps).sum(1)
+            for values, own in zip(expected, (row.extra["logps"], row.extra["entropy"])):
+                torch.testing.assert_close(own, values[trained], rtol=0, atol=5e-5)
+    assert model.training
 
 
 def test_samples_are_shown_with_their_rewards_and_where_they_are_cut_off(monkeypatch):
-    shown = []
+    shown, named = [], [script.Reward("judge", 1.0, None), script.Reward("match", 1.0, None)]
     monkeypatch.setattr(script.tqdm, "write", shown.append)
-    rows = [asked_row([user("Up?")], [1]), asked_row("What is", [1]), *[asked_row("c", [1])] * 5]
-    named = dict(judge=torch.tensor([0.5, math.nan, *[0.0] * 5]), match=torch.tensor([-1.0, 2.0, *[0.0] * 5]))
-    script.show_samples(rows, ["It is\n4.", "up " * 200, *["x"] * 5], [True, False, *[False] * 5], named)
-    first, second, third = shown
-    assert first == "  'Up?'\n    -> 'It is\\n4.' (cut off)   judge +0.50, match -1.00"
-    assert "'What is'" in second and "cut off" not in second and "judge" not in second and "match +2.00" in second
-    assert len(second) < 400 and " ... " in second and "'x'" in third
+    answers = []
+    for prompt, text, judge, ended in (
+        ([user("Up?")], "It is\n4.", 0.5, 0.0),
+        ("What is", "up " * 200, math.nan, 1.0),
+        ("c", "x", 0.0, 1.0),
+        ("d", "y", 0.0, 1.0),
+    ):
+        extra = {"prompt_row": asked_row(prompt, [1]), "text": text, "has_ended": ended, "reward": -0.5}
+        answers.append(Row([1], [[2]], [[True]], extra | {"rewards/judge": judge, "rewards/match": -1.0}))
+    script.show_samples("step 1", answers, named, "reward")
+    title, first, second, third = shown
+    assert title == "step 1:" and "'x'" in third
+    assert first == "  'Up?'\n    -> 'It is\\n4.' (cut off)   judge +0.50, match -1.00, reward -0.50"
+    assert "'What is'" in second and "cut off" not in second and "judge" not in second and "match -1.00" in second
+    assert len(second) < 400 and " ... " in second
 
 
 def test_a_note_from_half_of_the_answers_cut_off_on(capsys):
