@@ -620,7 +620,7 @@ def test_metrics_and_report_are_those_of_the_saved_model(finished):
         step=22,
     )
     assert {name: last[name] for name in expected} == pytest.approx(expected, rel=1e-3)
-    assert report["accuracy"] == last["eval_accuracy"] and report["pairs"] == len(pairs)
+    assert report["accuracy"] == pytest.approx(last["eval_accuracy"]) and report["pairs"] == len(pairs)
 
 
 def test_the_shift_is_the_mean_score_over_the_last_tenth_of_the_steps(finished):
