@@ -41,12 +41,11 @@ def logsigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x))
 
 
-def ranked(k: int, ranks=None, soft=False, probability=1.0) -> Row:
+def ranked(k: int, ranks=None, probability=1.0) -> Row:
     """A row of k answers, the best first, with all its pairs."""
     ranks = ranks or list(range(k, 0, -1))
     pairs = [(w, l, probability, float(ranks[w] - ranks[l])) for w in range(k) for l in range(k) if ranks[w] > ranks[l]]
-    extra = dict(pairs=pairs, ranks=[float(rank) for rank in ranks], kind="all", soft=soft)
-    return Row([1], [[2]] * k, [[True]] * k, extra)
+    return Row([1], [[2]] * k, [[True]] * k, dict(pairs=pairs, ranks=[float(rank) for rank in ranks], kind="all"))
 
 
 def loss_of(scores, *rows, **flags):
@@ -117,8 +116,8 @@ def test_barrier_and_score_l2_are_summed_over_the_two_scores_of_a_pair():
 
 @pytest.mark.parametrize("p, loss", [(1, 0.313262), (0.8, 0.513262), (0.6, 0.713262)])
 def test_soft_labels(p, loss):
-    assert rm.soft_pair_loss(f64(1), f64(0), p).item() == pytest.approx(loss, abs=1e-6)
-    assert loss_of(f64(1, 0), ranked(2, soft=True, probability=p)).item() == pytest.approx(loss, abs=1e-6)
+    assert rm.pair_loss(f64(1), f64(0), p=p).item() == pytest.approx(loss, abs=1e-6)
+    assert loss_of(f64(1, 0), ranked(2, probability=p)).item() == pytest.approx(loss, abs=1e-6)
 
 
 PLACKETT_LUCE = [([2, 1, 0], 0.72086765), ([0, 1, 2], 3.72086765), ([3] * 7, math.log(math.factorial(7)))]
@@ -163,7 +162,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_gradient_is_that_of_finite_differences(name):
-    scores, row = f64(2.0, -0.3, 0.9, -1.1), ranked(4, soft=name == "soft", probability=0.7)
+    scores, row = f64(2.0, -0.3, 0.9, -1.1), ranked(4, probability=0.7 if name == "soft" else 1.0)
     assert torch.autograd.gradcheck(lambda s: loss_of(s, row, **LOSSES[name]), scores, atol=1e-6)
 
 
@@ -279,7 +278,7 @@ def test_a_ranking_has_all_pairs_of_unequal_rank(tiny_tokenizer):
     notes, ranking = Counter(), dict(prompt=WAY, completions=["b", "c", " ", "d", "b"], scores=[0.5, 2, 9, 0.5, 1])
     row = read(tiny_tokenizer, ranking, notes=notes)
     assert {pair[:2]: pair[3] for pair in row.extra["pairs"]} == {(1, 0): 1.5, (1, 2): 1.5, (1, 3): 1.0, (3, 2): 0.5}
-    assert row.extra["ranks"] == [0.5, 2, 0.5, 1] and not row.extra["soft"]
+    assert row.extra["ranks"] == [0.5, 2, 0.5, 1]
     assert notes["pairs"] == 4 and notes["answers dropped: empty"] == 1
 
 
@@ -318,12 +317,12 @@ def test_a_condition_stands_before_the_prompts_of_its_kind_only(prompt, expected
 def test_margin_and_probability_are_read(tiny_tokenizer):
     row = dict(prompt="a", chosen=" b", rejected=" c")
     pairs_of = lambda **columns: read(tiny_tokenizer, row | columns).extra["pairs"]
-    assert pairs_of() == [(0, 1, 1.0, 1.0)] and not read(tiny_tokenizer, row).extra["soft"]
+    assert pairs_of() == [(0, 1, 1.0, 1.0)]
     assert pairs_of(margin=0.25, probability=0.8) == [(0, 1, 0.8, 0.25)] and pairs_of(margin=0.0) == [(0, 1, 1.0, 0.0)]
     assert pairs_of(score_chosen=3.5, score_rejected=1.5) == [(0, 1, 1.0, 2.0)]
     assert pairs_of(chosen_reward=3.5, rejected_reward=1.5) == [(0, 1, 1.0, 2.0)]
     swapped = read(tiny_tokenizer, row | dict(probability=0.25))
-    assert texts(tiny_tokenizer, swapped)[1] == [" c<|end|>", " b<|end|>"] and swapped.extra["soft"]
+    assert texts(tiny_tokenizer, swapped)[1] == [" c<|end|>", " b<|end|>"]
     assert swapped.extra["pairs"][0][:3] == (0, 1, 0.75)  # the better one stands first
 
 
@@ -490,7 +489,7 @@ def test_the_report_groups_pairs(tiny_tokenizer, capsys):
     gaps, labels = [3.0, 2.0, 0.5, -1.0, 1.0, 1.0], [6.0, 5.0, 2.0, 1.0, 4.0, 3.0]
     rows, scores = [], [torch.tensor([gap, 0.0]) for gap in gaps]
     for i, label in enumerate(labels):
-        extra = dict(pairs=[(0, 1, 1.0, label)], ranks=[label, 0.0], kind="k" if i < 2 else "all", soft=False)
+        extra = dict(pairs=[(0, 1, 1.0, label)], ranks=[label, 0.0], kind="k" if i < 2 else "all")
         rows.append(Row([1], [[2] * (1 + i % 2), [2]], [], extra))
     report = rm.print_report(rows, scores, tiny_tokenizer)
     assert (report["pairs"], report["accuracy"]) == (6, 5 / 6)
