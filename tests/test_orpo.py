@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_dpo import f64, first_gradient, short_answers, walks  # noqa: F401
+from test_dpo import by_transformers, f64, first_gradient, short_answers, walks  # noqa: F401
 from test_plumbing import jsonl, lines_of, talk, tokenizer_of
 from transformers import AutoModelForCausalLM
 
@@ -214,18 +214,6 @@ def test_the_likelihood_is_of_the_best_answer_that_the_cut_leaves(tiny_tokenizer
 
 
 # ------------------------------------------------------------------------------------- the same by Hugging Face's models
-
-
-def by_transformers(model, row: Row) -> list:
-    """Of each answer alone: log-probabilities, entropies, and whether the likeliest, of its trained tokens."""
-    found = []
-    for response, trained in zip(row.responses, row.trained):
-        trained = torch.tensor(trained)
-        logits = model(torch.tensor([row.prompt + response])).logits[0, len(row.prompt) - 1 : -1][trained].double()
-        logps, target = logits.log_softmax(-1), torch.tensor(response)[trained]
-        entropy = -(logps.exp() * logps).sum(-1)
-        found.append((logps.gather(-1, target[:, None])[:, 0], entropy, logits.argmax(-1) == target))
-    return found
 
 
 def fine_tuning_loss(model, row: Row, scope: str):
