@@ -283,7 +283,7 @@ def content_sums(values, rows: list):
     """`response_sums` without the tokens of the prompt that `train_prompt` has added, if it was called."""
     if "content" in rows[0].extra:
         marks = [mark for row in rows for response in row.extra["content"] for mark in response]
-        values = values * torch.tensor(marks, device=values.device)
+        values = values * torch.tensor(marks).to(values.device, non_blocking=True)
     return response_sums(values, rows)
 
 

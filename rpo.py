@@ -198,9 +198,10 @@ def rpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
     logps, entropy, is_argmax: of every trained token [N], as token_logps returns them. R answers form P pairs."""
     chosen, rejected, share, best = pair_indices(rows, logps.device)
     policy_logps = response_sums(logps, rows)  # log pi(y|x), [R]
-    ref_logps = torch.cat([row.extra["ref_logps"] for row in rows]).to(logps.device)  # log ref(y|x), [R]
-    log_ratios = policy_logps - ref_logps
-    r = torch.tensor([score for row in rows for score in row.extra["scores"]], device=logps.device)  # [R]
+    ref_logps = torch.cat([row.extra["ref_logps"] for row in rows])  # log ref(y|x), [R]
+    log_ratios = policy_logps - ref_logps.to(logps.device, non_blocking=True)
+    r = torch.tensor([score for row in rows for score in row.extra["scores"]])  # [R]
+    r = r.to(logps.device, non_blocking=True)
     h, g = log_ratios[chosen] - log_ratios[rejected], r[chosen] - r[rejected]  # [P]
     losses = rpo_loss(h, g, args.beta, args.eta, args.distance)
     lengths = response_sums(torch.ones_like(logps), rows)
