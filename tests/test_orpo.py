@@ -202,14 +202,10 @@ def test_the_likelihood_is_of_the_best_answer_that_the_cut_leaves(tiny_tokenizer
     best = [dict(role="user", content="up " * 40), dict(role="assistant", content="So.")]
     data = dict(prompt=WAY, completions=["No", best, "Up."], scores=[0, 2, 1])
     row = read(tiny_tokenizer, data, max_length=30)
-    assert row.extra["pairs"] == [(1, 0)]
     n, m = map(len, row.responses)
-    answers = [-1.5] * n, [-0.4] * m
-    logged = batch([row], f64(*answers[0], *answers[1]))
-    assert logged["nll_loss"].item() == pytest.approx(0.4) and logged["loss"].item() == pytest.approx(
-        0.413213, abs=1e-6
-    )
-    with_prompt = f64(*answers[0], *[-0.4] * (len(row.prompt) - 1), *answers[1])
+    logged = batch([row], f64(*[-1.5] * n, *[-0.4] * m))
+    assert numbers({k: logged[k] for k in ("nll_loss", "loss")}) == pytest.approx(dict(nll_loss=0.4, loss=0.413213))
+    with_prompt = f64(*[-1.5] * n, *[-0.4] * (len(row.prompt) - 1 + m))
     assert batch([orpo.train_prompt(row)], with_prompt)["nll_loss"].item() == pytest.approx(0.4)
 
 
@@ -284,13 +280,8 @@ def test_metrics_and_gradient_are_those_of_the_models(
     assert (gradient - expected).abs().max() < 2e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("scope", ["response", "all"])
-def test_one_model_is_loaded_and_whole_prompts_are_shown(scope, short_run, monkeypatch, tmp_path, capsys):
-    """There is no reference beside it. What is shown is answered from the whole prompt, whatever is trained."""
-    loads, real = [], orpo.load_model
-    monkeypatch.setattr(orpo, "load_model", lambda *args, **options: loads.append(args[1]) or real(*args, **options))
-    orpo.main(orpo.Args(**short_run | dict(max_steps=1, nll_scope=scope), output_dir=str(tmp_path / "run")))
-    assert loads == [short_run["model"]]
+def test_whole_prompts_are_shown_though_they_are_trained(short_run, tmp_path, capsys):
+    orpo.main(orpo.Args(**short_run | dict(max_steps=1, nll_scope="all"), output_dir=str(tmp_path / "run")))
     assert capsys.readouterr().out.count("Walk 0!<|end|><|assistant|>'\n    -> ") == 1
 
 
@@ -317,26 +308,3 @@ def test_fine_tuning_raises_the_rejected_answers_too_and_the_odds_ratio_parts_th
     assert parted["eval_logps/rejected"] < plain["eval_logps/rejected"] - 0.5
     assert parted["eval_rewards/accuracies"] == 1.0 and parted["eval_log_odds_ratio"] > -0.2
     assert parted["eval_log_odds_chosen"] > plain["eval_log_odds_chosen"] + 1
-
-
-# ----------------------------------------------------------------------------------------------------------- real data
-
-
-@pytest.mark.parametrize("name", ["hh_rlhf_raw_implicit.jsonl", "pref_polite.jsonl"])
-def test_real_pairs(name, real_data, tmp_path, capsys):
-    """HH-RLHF's strings and short pairs: the first step is what transformers alone finds; then it learns."""
-    folder, rows = real_data / "stories260K-hf", []
-    data = list(orpo.load_rows("--dataset", str(real_data / name), "train").select(range(9)))
-    for row in data:
-        try:
-            rows.append(read(tokenizer_of(folder), row))
-        except orpo.Drop:
-            pass
-    flags = dict(model=str(folder), dataset=jsonl(tmp_path / "rows.jsonl", data), eval_fraction=0, max_length=512)
-    flags |= dict(batch_size=len(rows), epochs=3, learning_rate=2e-3)
-    orpo.main(orpo.Args(**flags, output_dir=str(tmp_path / "run")))
-    assert f"{len(rows)} rows from 9" in capsys.readouterr().out and len(rows) > 3
-    first, *_, last = lines_of(tmp_path / "run")
-    expected = metrics_by_transformers(folder, rows, 0.1, "response")
-    assert logged(first, expected) == pytest.approx(expected, rel=1e-4, abs=1e-3)
-    assert last["nll_loss"] < first["nll_loss"] - 0.05

@@ -372,11 +372,10 @@ def is_near(ours, theirs, tolerance=1e-4) -> bool:
 
 
 def some_rankings() -> list:
-    """Rankings of very different shapes, two of them equal; most are longer than the tiny models' sliding window."""
+    """Rankings of very different shapes; most are longer than the tiny models' sliding window."""
     generator = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(7, 300, (n,), generator=generator).tolist() + [2]
-    shapes = [(4, [3, 17, 1, 9]), (20, [8, 8]), (20, [8, 8]), (11, [5, 30])]
-    rows = [(ids(n), [ids(m) for m in lengths]) for n, lengths in shapes]
+    rows = [(ids(n), [ids(m) for m in lengths]) for n, lengths in [(4, [3, 17, 1, 9]), (20, [8, 8]), (11, [5, 30])]]
     return [Row(prompt, responses, [[True] * len(r) for r in responses], {}) for prompt, responses in rows]
 
 
