@@ -188,8 +188,8 @@ def dpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
     logps, entropy, is_argmax: of every trained token [N], as token_logps returns them."""
     chosen, rejected, share, best = pair_indices(rows, logps.device)
     policy_logps = content_sums(logps, rows)  # log pi(y|x), [R]
-    ref_logps = torch.cat([row.extra["ref_logps"] for row in rows]).to(logps.device)  # log ref(y|x), [R]
-    log_ratios = policy_logps - ref_logps
+    ref_logps = torch.cat([row.extra["ref_logps"] for row in rows])  # log ref(y|x), [R]
+    log_ratios = policy_logps - ref_logps.to(logps.device, non_blocking=True)
     if args.loss == "ipo":  # means over the tokens
         log_ratios = log_ratios / content_sums(torch.ones_like(logps), rows).clamp(min=1)
     h = log_ratios[chosen] - log_ratios[rejected]  # [P]
@@ -325,19 +325,20 @@ def mark_format(tokenizer, rows: list):
     for row in rows:
         row.extra["content"] = []
         for response, trained in zip(row.responses, row.trained):
-            is_content = [token not in stops for token in response]
+            content = [float(token not in stops) for token in response]
             for i, is_trained in enumerate(trained):
                 starts_turn = is_trained and not (i and trained[i - 1])
-                if starts_turn and response[i : i + len(header)] == header[: len(response) - i]:
-                    is_content[i : i + len(header)] = [False] * len(response[i : i + len(header)])
-            row.extra["content"].append([float(c) for c, t in zip(is_content, trained) if t])
+                n = min(len(header), len(response) - i)  # the answer may be cut within it
+                if starts_turn and response[i : i + n] == header[:n]:
+                    content[i : i + n] = [0.0] * n
+            row.extra["content"].append([c for c, is_trained in zip(content, trained) if is_trained])
 
 
 def content_sums(values, rows: list):
     """`response_sums` without the tokens that `mark_format` set to 0, if it was called."""
     if "content" in rows[0].extra:
         marks = [mark for row in rows for response in row.extra["content"] for mark in response]
-        values = values * torch.tensor(marks, device=values.device)
+        values = values * torch.tensor(marks).to(values.device, non_blocking=True)
     return response_sums(values, rows)
 
 
@@ -349,7 +350,7 @@ def learnt_since_base(optimizer, tokenizer, args, device, dtype) -> list:
         model = load_model(AutoModelForCausalLM, name, tokenizer, args, device, dtype)
         weights.append([p.detach() for p in optimizer_parameters(make_optimizer(model, args))])
     shapes = [[p.shape for p in parameters] for parameters in (*weights, optimizer_parameters(optimizer))]
-    if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
+    if shapes != [shapes[0]] * 3:
         fail("--merge-base, --reference and --model must have weights of the same shapes")
     tau = [reference - base for reference, base in zip(*weights)]
     model = weights = None

@@ -186,7 +186,7 @@ def orpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
     # TRL's names: log_odds_chosen is the log odds ratio, log_odds_ratio its log sigmoid, rewards lambda log P
     rewards = args.odds_ratio_coef * mean_logps.detach()
     per_pair = {
-        "odds_ratio_loss": odds_ratio_loss(ratio),
+        "log_odds_ratio": -odds_ratio_loss(ratio),
         "rewards/chosen": rewards[chosen],
         "rewards/rejected": rewards[rejected],
         "rewards/accuracies": (mean_logps[chosen] > mean_logps[rejected]).float(),
@@ -199,10 +199,8 @@ def orpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
     }
     # the pairs of a prompt share its weight of 1
     logged = {name: (values * share).sum() for name, values in per_pair.items()}
-    odds_ratio = logged.pop("odds_ratio_loss")
-    logged["log_odds_ratio"] = -odds_ratio
     logged["nll_loss"] = nll.sum()
-    logged["loss"] = logged["nll_loss"] + args.odds_ratio_coef * odds_ratio
+    logged["loss"] = logged["nll_loss"] - args.odds_ratio_coef * logged["log_odds_ratio"]
     return logged
 
 
@@ -277,19 +275,15 @@ def train_prompt(row):
     for i, marks in enumerate(row.trained):
         trained.append([i == best] * len(prompt) + marks)
         content.append([0.0] * (len(prompt) if i == best else 0) + [1.0] * sum(marks))
-    return Row(
-        first,
-        [prompt + response for response in row.responses],
-        trained,
-        row.extra | dict(content=content, prompt=row.prompt),
-    )
+    responses = [prompt + response for response in row.responses]
+    return Row(first, responses, trained, row.extra | dict(content=content, prompt=row.prompt))
 
 
 def content_sums(values, rows: list):
     """`response_sums` without the tokens of the prompt that `train_prompt` has added, if it was called."""
     if "content" in rows[0].extra:
         marks = [mark for row in rows for response in row.extra["content"] for mark in response]
-        values = values * torch.tensor(marks, device=values.device)
+        values = values * torch.tensor(marks).to(values.device, non_blocking=True)
     return response_sums(values, rows)
 
 

@@ -165,15 +165,13 @@ from transformers.masking_utils import AttentionMaskInterface
 # ------------------------------------------------------------------------------------------------------ the method
 
 
-def pair_loss(better, worse, margin=0.0):
-    """Bradley-Terry, InstructGPT eq. 1 (margin: Llama 2 eq. 2). Scores of the two answers of each pair [P]; returns
-    [P]."""
-    return -F.logsigmoid(better - worse - margin)
+def pair_loss(better, worse, margin=0.0, p=1.0):
+    """Bradley-Terry, InstructGPT eq. 1. Scores of the two answers of each pair [P]; returns [P].
 
-
-def soft_pair_loss(better, worse, p):
-    """Cross-entropy with the probability p of the label (Constitutional AI, section 4). Scores, p [P]; returns [P]."""
-    return -p * F.logsigmoid(better - worse) - (1 - p) * F.logsigmoid(worse - better)
+    margin: Llama 2 eq. 2. p: the probability of the label, whose cross-entropy this is (Constitutional AI, section 4).
+    """
+    gap = better - worse - margin
+    return -p * F.logsigmoid(gap) - (1 - p) * F.logsigmoid(-gap)
 
 
 def focal_pair_loss(better, worse, gamma: float = 2.0):
@@ -204,17 +202,17 @@ def log_barrier(scores, bound: float = 5.0):
 
 def ranking_loss(args, rows: list, scores) -> torch.Tensor:
     """The loss of B prompts, summed. scores [R]: of all answers of all rows, in order."""
+    pairs = torch.tensor([pair for row in rows for pair in row.extra["pairs"]])  # of all rows, [P, 4]
+    pairs = pairs.to(scores.device, non_blocking=True).split([len(row.extra["pairs"]) for row in rows])
     losses = []
-    for row, s in zip(rows, scores.split([len(row.responses) for row in rows])):  # s [K]
-        better, worse, probability, margin = (torch.tensor(x, device=s.device) for x in zip(*row.extra["pairs"]))  # [P]
+    for row, s, own in zip(rows, scores.split([len(row.responses) for row in rows]), pairs):  # s [K], own [P, 4]
+        (better, worse), (probability, margin) = own.T[:2].long(), own.T[2:]
         if args.loss == "plackett-luce":
-            loss = plackett_luce_loss(s, torch.tensor(row.extra["ranks"], device=s.device))
+            loss = plackett_luce_loss(s, torch.tensor(row.extra["ranks"]).to(s.device, non_blocking=True))
         elif args.loss == "focal":
             loss = focal_pair_loss(s[better], s[worse]).mean()
-        elif row.extra["soft"]:
-            loss = soft_pair_loss(s[better], s[worse], probability).mean()
         else:
-            loss = pair_loss(s[better], s[worse], margin if args.use_margin else 0.0).mean()
+            loss = pair_loss(s[better], s[worse], margin if args.use_margin else 0.0, probability).mean()
         # the papers sum both terms over a pair's two scores: over all pairs of a ranking without ties, twice the mean
         losses.append(loss + 2 * args.barrier * log_barrier(s).mean() + 2 * args.score_l2 * s.square().mean())
     return torch.stack(losses).sum()
@@ -235,6 +233,7 @@ def pair_gaps(rows: list, scores):
         better += [first + w for w, *_ in row.extra["pairs"]]
         worse += [first + l for _, l, *_ in row.extra["pairs"]]
         first += len(row.responses)
+    better, worse = torch.tensor([better, worse]).to(scores.device, non_blocking=True)
     return scores[better] - scores[worse]
 
 
@@ -243,15 +242,13 @@ def balance_lengths(differences: list, edges: tuple, seed: int) -> list:
 
     differences: length of the winner less that of the loser, by pair. Returns the indices of the pairs to keep; all of
     equal length are."""
-    bucket = lambda difference: sum(abs(difference) >= edge for edge in edges)
+    bucket = [sum(abs(difference) >= edge for edge in edges) for difference in differences]
     kept = [i for i, difference in enumerate(differences) if difference == 0]
     for b in range(len(edges) + 1):
-        longer, shorter = (
-            [i for i, d in enumerate(differences) if d * sign > 0 and bucket(d) == b] for sign in (1, -1)
-        )
-        n = min(len(longer), len(shorter))
+        longer = [i for i, difference in enumerate(differences) if difference > 0 and bucket[i] == b]
+        shorter = [i for i, difference in enumerate(differences) if difference < 0 and bucket[i] == b]
         for side in (longer, shorter):
-            kept += random.Random(f"{seed}-{b}").sample(side, n)
+            kept += random.Random(f"{seed}-{b}").sample(side, min(len(longer), len(shorter)))
     return sorted(kept)
 
 
@@ -272,7 +269,6 @@ def main(args: Args):
         torch.nn.init.zeros_(model.score.weight)
     encode_row = partial(ranking_rows, args, tokenizer, fit_length(args, source), conditions)
     rows, held_out = prepare_split(args, tokenizer, encode_row)
-    check_soft_labels(args, rows + held_out)
     if args.length_buckets:
         rows = balance_rows(args, rows)
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
@@ -309,10 +305,9 @@ def main(args: Args):
         grad_norm, learning_rate = take_step(model, optimizer, args, step, steps)
         # 6. metrics, evaluation, checkpoint
         sums = sum_over_ranks(sums)
-        metrics = dict(step=step + 1, epoch=(step + 1) / steps_per_epoch, loss=sums["loss"] / prompts)
-        metrics |= dict(
-            accuracy=sums["accuracy"] / pairs, margin=sums["margin"] / pairs, mean_reward=sums["mean_reward"] / answers
-        )
+        counts = dict(loss=prompts, accuracy=pairs, margin=pairs, mean_reward=answers)
+        metrics = dict(step=step + 1, epoch=(step + 1) / steps_per_epoch)
+        metrics |= {name: sums[name] / count for name, count in counts.items()}
         lowest, highest = over_ranks(extremes, dist.ReduceOp.MAX).tolist()
         metrics |= dict(min_reward=-lowest, max_reward=highest)
         if step == 0 and is_new:  # all scores are 0: the loss is ln 2 for plain pairs, ln K! for Plackett-Luce
@@ -352,13 +347,6 @@ def check_options(args):
         fail("--loss plackett-luce ranks whole lists, from which --length-buckets would take pairs; use --loss pairs")
 
 
-def check_soft_labels(args, rows: list):
-    """Fails where soft labels meet a loss that has no use for them."""
-    if (args.loss != "pairs" or args.use_margin) and any(row.extra["soft"] for row in rows):
-        option = "--use-margin" if args.use_margin else f"--loss {args.loss}"
-        fail(f"{option} takes no soft labels, but a data set has a column probability; leave one of them out")
-
-
 def ranking_rows(args, tokenizer, max_length: int, conditions: dict, row: dict, notes: Counter) -> list:
     """One Row: a prompt, its K answers, and the pairs (better, worse, probability, margin) of them."""
     probability, margin = row.get("probability"), row.get("margin")
@@ -369,45 +357,45 @@ def ranking_rows(args, tokenizer, max_length: int, conditions: dict, row: dict, 
             raise ValueError(f"{len(responses)} completions need as many scores, none missing; they are {ranks}")
     else:
         (prompt, responses), ranks = as_pair(row), [1, 0]
-        given = [
-            row.get("score_chosen", row.get("chosen_reward")),
-            row.get("score_rejected", row.get("rejected_reward")),
-        ]
-        margin = given[0] - given[1] if margin is None and None not in given else margin
+        score_chosen = row.get("score_chosen", row.get("chosen_reward"))
+        score_rejected = row.get("score_rejected", row.get("rejected_reward"))
+        if margin is None and None not in (score_chosen, score_rejected):
+            margin = score_chosen - score_rejected
         if args.use_margin and margin is None:
             raise ValueError("--use-margin needs a column margin, or score_chosen and score_rejected")
-        if probability is not None and not 0 <= probability <= 1:
+    if probability is not None:
+        if args.loss != "pairs" or args.use_margin:
+            option = "--use-margin" if args.use_margin else f"--loss {args.loss}"
+            raise ValueError(
+                f"{option} takes no soft labels, which the column probability gives; leave one of them out"
+            )
+        if not 0 <= probability <= 1:
             raise ValueError(f"probability must be between 0 and 1, it is {probability}")
-        if probability is not None and probability < 0.5:  # the better one first
+        if probability < 0.5:  # the better one first
             responses, probability = responses[::-1], 1 - probability
     if not prompt:
         raise Drop("empty prompt")
-    kind = row.get("kind") or ""
     filled = [i for i, response in enumerate(responses) if has_content(response)]
     notes["answers dropped: empty"] += len(responses) - len(filled)
     if len(filled) < 2:
         raise Drop("nothing to compare: fewer than two answers")
-    prompt = with_condition(prompt, conditions.get(kind, ""))
+    kind = row.get("kind") or "all"
+    prompt = with_condition(prompt, conditions.get(row.get("kind"), ""))
     prompt, encoded, trained = encode_scored(tokenizer, prompt, [responses[i] for i in filled], row, notes)
-    fitting = [i for i, response in enumerate(encoded) if len(prompt) + len(response) <= max_length]
-    notes["answers dropped: beyond --max-length"] += len(encoded) - len(fitting)
-    answers, trained, ranks = (
-        [encoded[i] for i in fitting],
-        [trained[i] for i in fitting],
-        [float(ranks[filled[i]]) for i in fitting],
-    )
+    room = max_length - len(prompt)
+    answers = [(r, t, float(ranks[i])) for i, r, t in zip(filled, encoded, trained) if len(r) <= room]
+    notes["answers dropped: beyond --max-length"] += len(encoded) - len(answers)
+    responses, trained, ranks = ([answer[column] for answer in answers] for column in range(3))
     pairs = []
     for w in range(len(answers)):
         for l in range(len(answers)):
-            if ranks[w] > ranks[l] and answers[w] != answers[l]:
+            if ranks[w] > ranks[l] and responses[w] != responses[l]:
                 gap = ranks[w] - ranks[l] if margin is None else float(margin)
                 pairs.append((w, l, 1.0 if probability is None else float(probability), gap))
     if not pairs:
         raise Drop("nothing to compare: fewer than two answers, all tied, or identical")
     notes["pairs"] += len(pairs)
-    return [
-        Row(prompt, answers, trained, dict(pairs=pairs, ranks=ranks, kind=kind or "all", soft=probability is not None))
-    ]
+    return [Row(prompt, responses, trained, dict(pairs=pairs, ranks=ranks, kind=kind))]
 
 
 def balance_rows(args, rows: list) -> list:
@@ -478,43 +466,34 @@ def print_report(rows: list, scores: list, tokenizer) -> dict:
     pairs = []
     for row, s in zip(rows, scores):
         for w, l, *_ in row.extra["pairs"]:
-            length, label = len(row.responses[w]) - len(row.responses[l]), row.extra["ranks"][w] - row.extra["ranks"][l]
-            pairs.append(
-                dict(
-                    gap=float(s[w] - s[l]),
-                    label=label,
-                    length=length,
-                    row=row,
-                    better=row.responses[w],
-                    worse=row.responses[l],
-                )
-            )
+            pair = dict(gap=float(s[w] - s[l]), label=row.extra["ranks"][w] - row.extra["ranks"][l], row=row)
+            pairs.append(pair | dict(better=row.responses[w], worse=row.responses[l]))
     labels, kinds = sorted(pair["label"] for pair in pairs), sorted({row.extra["kind"] for row in rows})
     low, high = labels[len(labels) // 3], labels[2 * len(labels) // 3]
+    longer = lambda pair: len(pair["better"]) - len(pair["worse"])
     groups = {f"kind {kind}": [pair for pair in pairs if pair["row"].extra["kind"] == kind] for kind in kinds}
     if low < high:
         groups[f"labelled gap up to {low:.3g}"] = [pair for pair in pairs if pair["label"] <= low]
         groups[f"labelled gap from {high:.3g}"] = [pair for pair in pairs if pair["label"] >= high]
-    groups["better is longer"] = [pair for pair in pairs if pair["length"] > 0]
-    groups["better is shorter"] = [pair for pair in pairs if pair["length"] < 0]
-    groups["equal length"] = [pair for pair in pairs if pair["length"] == 0]
+    groups["better is longer"] = [pair for pair in pairs if longer(pair) > 0]
+    groups["better is shorter"] = [pair for pair in pairs if longer(pair) < 0]
+    groups["equal length"] = [pair for pair in pairs if longer(pair) == 0]
+
     accuracy = lambda group: sum(pair["gap"] > 0 for pair in group) / len(group)
     error, correlation = calibration_error([pair["gap"] for pair in pairs]), length_correlation(rows, scores)
     report = dict(pairs=len(pairs), accuracy=accuracy(pairs), calibration_error=error, length_correlation=correlation)
+    report |= dict(groups={}, examples=[])
     print(f"held out: {len(pairs)} pairs, accuracy {report['accuracy']:.3f}, calibration error {error:.3f},", end=" ")
     print(f"correlation of score with length {correlation:+.2f}")
-    report["groups"] = {
-        name: dict(pairs=len(group), accuracy=accuracy(group)) for name, group in groups.items() if group
-    }
-    for name, group in report["groups"].items():
-        print(f"  {name:<24} {group['pairs']:>6} pairs   accuracy {group['accuracy']:.3f}")
-    report["examples"], by_gap = [], sorted(pairs, key=lambda pair: pair["gap"])
+    for name, group in groups.items():
+        if group:
+            report["groups"][name] = dict(pairs=len(group), accuracy=accuracy(group))
+            print(f"  {name:<24} {len(group):>6} pairs   accuracy {accuracy(group):.3f}")
+    by_gap = sorted(pairs, key=lambda pair: pair["gap"])
     for pair in (*by_gap[:2], *by_gap[-2:]):
-        better, worse = (tokenizer.decode(pair[side])[:200] for side in ("better", "worse"))
-        report["examples"].append(
-            dict(gap=pair["gap"], prompt=tokenizer.decode(pair["row"].prompt)[-200:], better=better, worse=worse)
-        )
-        print(f"  gap {pair['gap']:+.2f}: better {better[:90]!r} worse {worse[:90]!r}")
+        texts = {side: tokenizer.decode(pair[side])[:200] for side in ("better", "worse")}
+        report["examples"].append(dict(gap=pair["gap"], prompt=tokenizer.decode(pair["row"].prompt)[-200:]) | texts)
+        print(f"  gap {pair['gap']:+.2f}: better {texts['better'][:90]!r} worse {texts['worse'][:90]!r}")
     return report
 
 

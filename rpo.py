@@ -189,9 +189,7 @@ def rpo_loss(h, g, beta: float, eta: float, distance: str = "backward-kl"):
         return bernoulli_kl(eta * g, beta * h)  # gradient with respect to h: beta (s(beta h) - s(eta g))
     if distance == "forward-kl":
         return bernoulli_kl(beta * h, eta * g)
-    if distance == "squared":
-        return (beta * h - eta * g).square()
-    raise ValueError(f"distance must be backward-kl, forward-kl or squared, it is {distance}")
+    return (beta * h - eta * g).square()
 
 
 def rpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
@@ -200,9 +198,10 @@ def rpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
     logps, entropy, is_argmax: of every trained token [N], as token_logps returns them. R answers form P pairs."""
     chosen, rejected, share, best = pair_indices(rows, logps.device)
     policy_logps = response_sums(logps, rows)  # log pi(y|x), [R]
-    ref_logps = torch.cat([row.extra["ref_logps"] for row in rows]).to(logps.device)  # log ref(y|x), [R]
-    log_ratios = policy_logps - ref_logps
-    r = torch.tensor([score for row in rows for score in row.extra["scores"]], device=logps.device)  # [R]
+    ref_logps = torch.cat([row.extra["ref_logps"] for row in rows])  # log ref(y|x), [R]
+    log_ratios = policy_logps - ref_logps.to(logps.device, non_blocking=True)
+    r = torch.tensor([score for row in rows for score in row.extra["scores"]])  # [R]
+    r = r.to(logps.device, non_blocking=True)
     h, g = log_ratios[chosen] - log_ratios[rejected], r[chosen] - r[rejected]  # [P]
     losses = rpo_loss(h, g, args.beta, args.eta, args.distance)
     lengths = response_sums(torch.ones_like(logps), rows)
@@ -235,8 +234,8 @@ def main(args: Args):
     if args.condition and not args.reward_model:
         fail("--condition is for --reward-model; name one, or leave it out")
     device, dtype = setup_distributed(args)
-    inputs = (args.model, args.reference, args.reward_model, args.condition, args.dataset, args.eval_dataset)
-    out, last, signature = open_run(args, *inputs)
+    read = (args.model, args.reference, args.reward_model, args.condition, args.dataset, args.eval_dataset)
+    out, last, signature = open_run(args, *read)
     source, started = str(last or args.model), time.time()
 
     # 1. rows: a prompt, its answers and their rewards r, and all pairs of them
@@ -308,25 +307,22 @@ def rewards_of(row: dict) -> list:
     """The rewards of a row's answers: a reward model's, a ranking's scores, the columns of a pair, or its margin.
     Raises Drop."""
     if MODEL_SCORES in row:
-        rewards = row[MODEL_SCORES]
-        if rewards is None:
+        if row[MODEL_SCORES] is None:
             raise Drop("too long for the reward model, or refused by its chat template")
-        return rewards
+        return row[MODEL_SCORES]
     if row.get("completions") is not None:
-        rewards = row.get("scores") or [None]
-        if len(rewards) > 1 and len(rewards) != len(row["completions"]):
+        rewards = row.get("scores") or [None] * len(row["completions"])
+        if len(rewards) != len(row["completions"]):
             raise ValueError(f"{len(row['completions'])} completions need as many scores; they are {rewards}")
     else:
-        rewards = [
-            row.get("score_chosen", row.get("chosen_reward")),
-            row.get("score_rejected", row.get("rejected_reward")),
-        ]
+        score_chosen = row.get("score_chosen", row.get("chosen_reward"))
+        score_rejected = row.get("score_rejected", row.get("rejected_reward"))
+        rewards = [score_chosen, score_rejected]
         if None in rewards:
             rewards = [row.get("margin"), 0.0]
     if any(reward is None or not math.isfinite(reward) for reward in rewards):
-        raise Drop(
-            "no column says by how much an answer is better; give --reward-model, or score_chosen, score_rejected"
-        )
+        columns = "score_chosen, score_rejected"
+        raise Drop(f"no column says by how much an answer is better; give --reward-model, or {columns}")
     return rewards
 
 

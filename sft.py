@@ -166,15 +166,10 @@ from transformers.masking_utils import AttentionMaskInterface
 # ------------------------------------------------------------------------------------------------------ the method
 
 
-def sft_loss(logps):
-    """The negative log-likelihood, summed. logps [N]: of trained tokens; returns a scalar."""
-    return -logps.sum()
-
-
 def sft_batch(rows: list, logps, entropy, is_argmax) -> dict:
-    """The loss and the metrics beside it, each a sum over the trained tokens; logps, entropy, is_argmax: as token_logps
-    returns them [N]."""
-    return dict(loss=sft_loss(logps), mean_token_accuracy=is_argmax.sum(), entropy=entropy.sum())
+    """The negative log-likelihood and the metrics beside it, each a sum over the trained tokens; logps, entropy,
+    is_argmax: as token_logps returns them [N]."""
+    return dict(loss=-logps.sum(), mean_token_accuracy=is_argmax.sum(), entropy=entropy.sum())
 
 
 def main(args: Args):
@@ -182,24 +177,18 @@ def main(args: Args):
     check_options(args)
     device, dtype = setup_distributed(args)
     out, last, signature = open_run(args, args.model, args.dataset, args.eval_dataset)
-    source, started = str(last or args.model), time.time()
+    source, started = str(last or args.model), time.time()  # the source is empty for a new model
 
     # 1. the tokenizer, and rows: a prompt and its demonstrated answer
-    if last or args.model:
-        tokenizer, max_length = load_tokenizer(source), fit_length(args, source)
-    else:
-        tokenizer, max_length = new_tokenizer(args), args.max_length
-    train_all = args.train_prompts or args.from_scratch
-    encode_row = partial(demonstration_rows, tokenizer, max_length, train_all)
+    tokenizer = load_tokenizer(source) if source else new_tokenizer(args)
+    max_length = fit_length(args, source) if source else args.max_length
+    encode_row = partial(demonstration_rows, tokenizer, max_length, args.train_prompts or args.from_scratch)
     rows, held_out = prepare_split(args, tokenizer, encode_row, by_prompt=False)
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
     steps = min(steps_per_epoch * args.epochs, args.max_steps or sys.maxsize)
 
     # 2. the policy, its optimiser, and the state of an interrupted run
-    if last or args.model:
-        policy = read_model(AutoModelForCausalLM, source, tokenizer)
-    else:
-        policy = new_model(args, tokenizer)
+    policy = read_model(AutoModelForCausalLM, source, tokenizer) if source else new_model(args, tokenizer)
     policy = prepare_model(policy, source, args, device, dtype, token_logps, dropout=True)
     optimizer = make_optimizer(policy, args)
     models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}

@@ -89,7 +89,7 @@ EQUATIONS = [  # paper, equation, what it is, script, function
     ("Sutton & Barto 2018", "13.14", "one-step actor-critic", "gridworld.py", "actor_critic"),
     ("InstructGPT 2203.02155", "1", "reward model on all pairs of K answers", "reward_model.py", "pair_loss"),
     ("Plackett-Luce; Starling-7B", "", "reward model on whole rankings", "reward_model.py", "plackett_luce_loss"),
-    ("Constitutional AI 2212.08073", "section 4", "soft labels", "reward_model.py", "soft_pair_loss"),
+    ("Constitutional AI 2212.08073", "section 4", "soft labels", "reward_model.py", "pair_loss"),
     ("InternLM2 2403.17297", "1", "focal ranking loss", "reward_model.py", "focal_pair_loss"),
     ("InternLM2 2403.17297", "2", "log barrier", "reward_model.py", "log_barrier"),
     ("InstructGPT 2203.02155", "2", "reward per token: score less KL", "ppo.py", "shaped_rewards"),

@@ -5,7 +5,7 @@ Also the blocks `preferences` and `reference`, which other scripts share with it
 
 import copy
 import gc
-import json
+import importlib
 import math
 import os
 import shutil
@@ -16,9 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import FAMILIES, TEMPLATE, tiny_config
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import TEMPLATE
 from test_plumbing import (
     CPU,
     TEMPLATES,
@@ -27,13 +25,12 @@ from test_plumbing import (
     in_child,
     jsonl,
     killed_at_rename,
-    lasting,
     lines_of,
     on_ranks,
     refused,
     same_run,
-    snapshot,
     talk,
+    tokenizer_of,
     weights_of,
 )
 from torch.distributed.fsdp import fully_shard
@@ -56,11 +53,13 @@ def args_of(**flags) -> dpo.Args:
     return dpo.Args(**dict(model="", dataset="") | flags)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def short_answers():
     """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpo.show_answers.__wrapped__, "__defaults__", (3, 3))  # torch.no_grad wraps it
+        for name in ("sft", "dpo", "orpo", "rpo"):
+            show_answers = importlib.import_module(name).show_answers.__wrapped__  # torch.no_grad wraps it
+            patch.setattr(show_answers, "__defaults__", (3, 3))
         yield
 
 
@@ -90,14 +89,6 @@ WORKED = [  # at h = 1.5
 def test_losses_of_worked_examples(loss, value, gradient):
     assert loss(f64(1.5)).item() == pytest.approx(value, abs=1e-8)
     assert slope(loss, 1.5) == pytest.approx(gradient, abs=1e-8)
-
-
-@given(st.floats(-30, 30), st.floats(0.01, 2), st.floats(0, 0.49))
-def test_the_gradient_of_dpo_is_the_error_of_the_implicit_reward_model(h, beta, e):
-    """And that of IPO is twice the distance from 1 / (2 beta)."""
-    assert slope(lambda x: dpo.ipo_loss(x, beta), h) == pytest.approx(2 * h - 1 / beta, abs=1e-9)
-    wrong = beta * (1 / (1 + math.exp(-beta * h)) - (1 - e))
-    assert slope(lambda x: dpo.dpo_loss(x, beta, e), h) == pytest.approx(wrong, abs=1e-9)
 
 
 def bandit_loss(logps, ref_logps, better: int, worse: int, **flags):
@@ -161,20 +152,6 @@ def batch_of(*prompts, logps=None, **flags) -> tuple:
     return dpo.dpo_batch(args_of(**flags), rows_of(*prompts), logps, entropy, is_argmax), logps
 
 
-MASK = [0.0, 1.0, 1.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    "mask, nll_coef, loss", [(None, 0.0, 0.60947043), (MASK, 0.0, 0.63494610), (MASK, 0.2, 0.71744610)]
-)
-def test_format_tokens_count_in_the_likelihood_only(mask, nll_coef, loss):
-    chosen = Answer([-0.1, -1, -0.5, -0.05], [-0.2, -1.2, -0.9, -0.3], mask)
-    rejected = Answer([-0.1, -2, -1.5, -0.4], [-0.2, -1.8, -1.1, -0.1], mask)
-    logged, _ = batch_of([(chosen, 1), (rejected, 0)], nll_coef=nll_coef)
-    assert logged["loss"].item() == pytest.approx(loss, abs=1e-7)
-    assert logged["nll_loss"].item() == pytest.approx(0.4125, abs=1e-7)
-
-
 def rankings(marked=False) -> list:
     """A pair and a ranking of four with a tie, of answers of different lengths."""
     generator, prompts = torch.Generator().manual_seed(0), []
@@ -202,7 +179,12 @@ def by_formula(prompts, loss="sigmoid", beta=0.1, label_smoothing=0.0, nll_coef=
     return total
 
 
-FLAGS = [dict(), dict(beta=0.5, label_smoothing=0.2), dict(loss="ipo"), dict(nll_coef=0.3, loss="ipo", beta=0.7)]
+FLAGS = [
+    dict(),
+    dict(beta=0.5, label_smoothing=0.2, nll_coef=0.2),  # format tokens count in the likelihood only
+    dict(loss="ipo"),  # means over tokens
+    dict(loss="ipo", beta=0.7, nll_coef=0.3),
+]
 
 
 @pytest.mark.parametrize("marked", [False, True])
@@ -237,28 +219,6 @@ def test_metrics_of_a_batch():
     assert {name: value.item() for name, value in logged.items()} == pytest.approx(expected, rel=1e-6)
 
 
-def test_sums_of_content_leave_out_format_tokens():
-    trained = [[True, False, True], [True], [False, True, True, True]]
-    rows = [Row([1], [[2] * 3, [2]], trained[:2], {}), Row([1], [[2] * 4], trained[2:], {})]
-    values = f64(1, 2, 4, 8, 16, 32)
-    assert dpo.content_sums(values, rows).tolist() == [3, 4, 56]
-    for row, content in zip(rows, ([[1.0, 0.0], [0.0]], [[0.0, 1.0, 1.0]])):
-        row.extra["content"] = content
-    sums = dpo.content_sums(values, rows)
-    assert sums.tolist() == [1, 0, 48]
-    assert torch.autograd.grad(sums.sum(), values)[0].tolist() == [1, 0, 0, 0, 1, 1]
-
-
-def test_ipo_averages_over_tokens_and_dpo_does_not():
-    """Twice the tokens of equal log-probabilities: IPO's loss is the same, DPO's h has doubled."""
-    answers = [([-1, -2], [-1.5, -2.5]), ([-3, -1, -2], [-2, -1, -1])]
-    once, twice = ([(Answer(p * n, r * n), 1 - i) for i, (p, r) in enumerate(answers)] for n in (1, 2))
-    loss = lambda prompt, **flags: batch_of(prompt, **flags)[0]["loss"].item()
-    assert loss(once, loss="ipo") == pytest.approx(loss(twice, loss="ipo"), abs=1e-9)
-    assert loss(once) == pytest.approx(-logsigmoid(0.1 * 3), abs=1e-7)
-    assert loss(twice) == pytest.approx(-logsigmoid(0.1 * 6), abs=1e-7)
-
-
 @pytest.mark.parametrize("loss, value", [("sigmoid", -logsigmoid(-0.1)), ("ipo", (-1 - 5) ** 2)])
 def test_an_answer_of_format_tokens_only_leaves_the_loss_finite(loss, value):
     """One that was cut behind its header, for example: nothing of it counts in h."""
@@ -267,19 +227,6 @@ def test_an_answer_of_format_tokens_only_leaves_the_loss_finite(loss, value):
     assert logged["loss"].item() == pytest.approx(value)
     assert all(math.isfinite(x.item()) for x in logged.values())
     assert torch.autograd.grad(logged["loss"], logps)[0][:2].tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("flags", [dict(), dict(beta=0.5), dict(loss="ipo"), dict(loss="ipo", beta=0.01)], ids=str)
-def test_another_first_loss_than_the_known_one_is_refused(flags, capsys):
-    args = args_of(**flags)
-    theory = 1 / (4 * args.beta**2) if args.loss == "ipo" else math.log(2)
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-        scale = max(1, theory, args.beta / 0.1)
-        dpo.check_first_loss(args, theory + 0.5 * tolerance * scale, dtype)
-        for wrong in (theory + 2 * tolerance * scale, math.nan):
-            with pytest.raises(SystemExit):
-                dpo.check_first_loss(args, wrong, dtype)
-    assert f"{theory:.4f}" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- online merging
@@ -296,19 +243,14 @@ def test_the_mask_of_the_largest_entries():
 
 
 def test_ondare_and_onties_by_hand():
-    """Kept entries are not rescaled, and the weights are applied before the larger is chosen."""
+    """Kept entries are not rescaled, and the weights are applied before the larger is chosen where the signs differ."""
     dare = dpo.online_merge(STEP, TAU, torch.tensor([1, 0, 1, 1]), torch.tensor([1, 1, 0, 0]), 0.1, False)
     ties = dpo.online_merge(STEP, TAU, torch.tensor([1, 0, 0, 1]), torch.tensor([1, 1, 0, 0]), 0.1, True)
     assert dare.tolist() == pytest.approx([0.068, 0.04, 0.0045, -0.027], abs=1e-12)
     assert ties.tolist() == pytest.approx([0.068, 0.04, 0, -0.027], abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    "step, tau, change", [(-0.3, 0.5, -0.27), (-0.03, 0.5, 0.05), (0.3, 0.5, 0.32), (0.0, 0.5, 0.05), (0.3, 0.0, 0.27)]
-)
-def test_onties_takes_the_larger_where_signs_differ(step, tau, change):
-    merged = dpo.online_merge(f64(step), f64(tau), torch.ones(1), torch.ones(1), 0.1, True)
-    assert merged.item() == pytest.approx(change, abs=1e-12)
+    step, tau = f64(-0.3, -0.03, 0.3, 0.0, 0.3), f64(0.5, 0.5, 0.5, 0.5, 0.0)
+    merged = dpo.online_merge(step, tau, torch.ones(5), torch.ones(5), 0.1, True)
+    assert merged.tolist() == pytest.approx([-0.27, 0.05, 0.32, 0.05, 0.27], abs=1e-12)
 
 
 def merging(optimizer: str, keep: float, weight: float, tau=1.0, seed=0):
@@ -362,10 +304,6 @@ def test_merging_nothing_is_adamw_to_the_last_bit(optimizer):
 # ------------------------------------------------------------------------------------------------- reading preferences
 
 
-def tokenizer_of(folder):
-    return dpo.load_tokenizer(str(folder))
-
-
 def read(tokenizer, row, notes=None, max_length=512, rewards_of=None) -> Row:
     notes = Counter() if notes is None else notes
     (row,) = dpo.preference_rows(tokenizer, max_length, row, notes, rewards_of)
@@ -392,17 +330,13 @@ MATERIAL = ("<|bos|><|user|>Which\n\nway?<|end|><|assistant|>", CHAT[1])
 SYSTEM = ("<|bos|><|system|>Be short.<|end|>" + CHAT[0].removeprefix("<|bos|>"), CHAT[1])
 LAYOUTS = [
     (dict(prompt="Which way?", chosen=" Up.", rejected=" Right."), TEXT),
-    (dict(prompt=WAY, chosen=GOOD, rejected=BAD), CHAT),
     (dict(prompt="Which way?", chosen=GOOD, rejected=BAD), CHAT),
     (dict(chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),
     (dict(chosen=SHAREGPT + UP, rejected=SHAREGPT + RIGHT), CHAT),
-    (dict(prompt="Which way?", chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),  # the prompt once more in words
-    (dict(prompt=WAY, chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),  # and in messages
-    (dict(question="Which way?", chosen="Up.", rejected="Right."), CHAT),
+    (dict(prompt=WAY, chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),  # the prompt once more
     (dict(instruction="Which", input="way?", chosen="Up.", rejected="Right."), MATERIAL),
     (dict(system="Be short.", prompt="Which way?", chosen="Up.", rejected="Right."), SYSTEM),
     (dict(chosen=f"{HH} Up.", rejected=f"{HH} Right."), (f"<|bos|>{HH}", TEXT[1])),  # HH-RLHF
-    (dict(prompt="Which way?", completions=[" Up.", " Right."], scores=[1, 0]), TEXT),
     (dict(prompt=WAY, completions=[GOOD, BAD], scores=[0.5, 0.1]), CHAT),
 ]
 
@@ -415,15 +349,8 @@ def test_every_layout(row, expected, tiny_tokenizer, tmp_path):
     assert row.extra["pairs"] == [(0, 1)] and row.extra["scores"][0] > row.extra["scores"][1]
 
 
-def test_answers_in_words_need_a_prompt(tiny_tokenizer):
-    with pytest.raises(ValueError, match="need a prompt"):
-        read(tiny_tokenizer, dict(chosen="Which way? Up.", rejected="Which way? Right."))
-    with pytest.raises(dpo.Drop, match="share no prompt"):
-        read(tiny_tokenizer, dict(chosen=f"{HH} Up.", rejected="\n\nHuman: No\n\nAssistant: Right."))
-
-
 def test_a_ranking_has_all_pairs_of_unequal_score(tiny_tokenizer):
-    """Answers 0 and 3 are one text, 0 and 2 are tied, and one answer is empty."""
+    """Answers 0 and 3 are one text, 0 and 2 are tied, and one answer is empty. The best has the highest score."""
     notes, ranking = Counter(), dict(prompt=WAY, completions=["a", "b", " ", "c", "a"], scores=[0.5, 2, 9, 0.5, 1])
     row = read(tiny_tokenizer, ranking, notes)
     assert row.extra == dict(pairs=[(1, 0), (1, 2), (1, 3), (3, 2)], scores=[0.5, 2, 0.5, 1])
@@ -431,12 +358,6 @@ def test_a_ranking_has_all_pairs_of_unequal_score(tiny_tokenizer):
     chosen, rejected, share, best = (values.tolist() for values in dpo.pair_indices([row, row], CPU))
     assert chosen == [1, 1, 1, 3, 5, 5, 5, 7] and rejected == [0, 2, 3, 2, 4, 6, 7, 6]
     assert share == [0.25] * 8 and best == [1, 5]
-
-
-def test_the_best_answer_has_the_highest_score():
-    """Not the one that comes first, nor one that is better than another and has no best of its own."""
-    row = Row([1], [[2], [3], [4]], [[True]] * 3, dict(pairs=[(1, 0), (2, 0), (2, 1)], scores=[0.0, 1.0, 2.0]))
-    assert dpo.pair_indices([row], CPU)[3].tolist() == [2]
 
 
 def test_long_answers_are_cut_and_prompts_never(tiny_tokenizer):
@@ -465,19 +386,12 @@ def test_an_answer_left_without_trained_tokens_by_the_cut_is_dropped(rewards_of,
         read(tiny_tokenizer, dict(prompt=WAY, completions=[best, "Up."], scores=[2, 1]), max_length=30, **options)
 
 
-LONG = "up " * 40
 USELESS = [
-    (dict(prompt=WAY, chosen="Up.", rejected="Up."), "nothing to compare"),
     (dict(chosen=WAY + GOOD, rejected=WAY + GOOD), "nothing to compare"),
-    (dict(prompt=WAY, completions=["b", "c"], scores=[1, 1]), "nothing to compare"),
     (dict(prompt=WAY, completions=["b", "c"]), "nothing to compare"),
-    (dict(prompt=WAY, chosen=" ", rejected="b"), "nothing to compare"),
     (dict(prompt=WAY, chosen=[], rejected=BAD), "nothing to compare"),
-    (dict(prompt=WAY, completions=["b"], scores=[1]), "nothing to compare"),
-    (dict(prompt=WAY, chosen=LONG, rejected=LONG + "right"), "nothing to compare"),  # alike where they are cut
-    (dict(chosen=GOOD, rejected=BAD), "empty prompt"),
+    (dict(prompt=WAY, chosen="up " * 40, rejected="up " * 40 + "right"), "nothing to compare"),  # alike where cut
     (dict(prompt="", chosen=GOOD, rejected=BAD), "empty prompt"),
-    (dict(prompt="a", completions=["b", "<|user|>"], scores=[1, 0]), "special token"),
 ]
 
 
@@ -493,33 +407,10 @@ def test_every_answer_needs_a_score(scores, tiny_tokenizer):
         read(tiny_tokenizer, dict(prompt=WAY, completions=["b", "c"], scores=scores))
 
 
-def test_an_answer_that_only_calls_a_tool_is_an_answer(tiny_tokenizer):
-    call = dict(type="function", function=dict(name="go", arguments=dict(x=1)))
-    tokenizer, notes = copy.deepcopy(tiny_tokenizer), Counter()
-    written = "(message['tool_calls'][0]['function']['name'] if message['tool_calls'] else message['content'])"
-    tokenizer.chat_template = TEMPLATE.replace("message['content']", written)
-    chosen = [dict(role="assistant", content="", tool_calls=[call])]
-    row = read(tokenizer, dict(prompt=WAY, chosen=chosen, rejected=BAD), notes)
-    assert texts(tokenizer, row)[1] == ["go<|end|>", "Right.<|end|>"] and not notes["answers dropped: empty"]
-
-
 def test_of_several_turns_the_assistants_are_trained(tiny_tokenizer):
     kept = read(tiny_tokenizer, dict(prompt=WAY, chosen=GOOD + talk("Why?", "So."), rejected=BAD))
     assert texts(tiny_tokenizer, kept)[1][0] == "Up.<|end|><|user|>Why?<|end|><|assistant|>So.<|end|>"
     assert trained_texts(tiny_tokenizer, kept) == ["Up.<|end|>So.<|end|>", "Right.<|end|>"]
-
-
-def test_an_answer_already_begun_may_not_be_followed_by_turns(tiny_tokenizer):
-    with pytest.raises(dpo.Drop):
-        read(tiny_tokenizer, dict(prompt=talk("Count.", "one,"), chosen=GOOD + talk("Why?", "So."), rejected=BAD))
-
-
-def test_several_turns_under_a_template_that_rewrites_them_are_dropped(dressed):  # noqa: F811
-    tokenizer, turns = dressed("qwen3"), talk("", "</think>Up.", "Why?", "So.")[1:]
-    with pytest.raises(dpo.Drop):
-        read(tokenizer, dict(prompt=WAY, chosen=turns, rejected=BAD))
-    kept = read(tokenizer, dict(prompt=WAY + turns[:2], chosen="So.", rejected=BAD))  # in the prompt they may be
-    assert trained_texts(tokenizer, kept) == ["So.<|im_end|>", "Right.<|im_end|>"]
 
 
 # -------------------------------------------------------------------------------------------------------- format tokens
@@ -569,17 +460,6 @@ def test_what_stands_before_an_answer_is_format(template, header, tiny_tokenizer
     assert marked(tokenizer, begun) == [(" two", "<|end|>"), (" ten", "<|end|>")]
 
 
-def test_a_header_that_merges_with_the_generation_prompt_is_format(tiny_tokenizer):
-    """` ri` in the generation prompt, ` right:` before the answer, one token each: the answer begins with the latter."""
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    header = "(' right:' if message['role'] == 'assistant' else '') + message['content']"
-    tokenizer.chat_template = TEMPLATE.replace("message['content']", header).replace(
-        "'<|assistant|>'", "'<|assistant|> ri'"
-    )
-    marks = marked(tokenizer, dict(prompt=WAY, chosen=GOOD, rejected=BAD))
-    assert marks == [("Up.", " right:<|end|>"), ("Right.", " right:<|end|>")]
-
-
 # ------------------------------------------------------------------------------------------------------------ reference
 
 
@@ -588,30 +468,16 @@ def is_near(ours, theirs, tolerance=1e-5) -> bool:
     return bool((ours.double() - theirs.double()).abs().max() <= tolerance * theirs.abs().max())
 
 
-def some_rows(seed=0) -> list:
-    """Rows of very different shapes, two of them equal, most longer than the sliding window of the tiny models."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = lambda n: torch.randint(7, 300, (n,), generator=generator).tolist()
-    shapes = [(5, [3, 17, 1]), (1, [2]), (20, [8, 8]), (20, [8, 8]), (12, [30])]
-    rows = [Row(ids(n), [ids(m) for m in lengths], [[True] * m for m in lengths], {}) for n, lengths in shapes]
-    rows[4].trained[0][3:9] = [False] * 6  # a user's turn
-    return rows
-
-
-def logps_by_hand(model, row: Row) -> list:
-    """For each answer, the log-probabilities of its trained tokens by Hugging Face's model, an answer at a time."""
+def by_transformers(model, row: Row) -> list:
+    """Of each answer alone: log-probabilities, entropies, and whether the likeliest, of its trained tokens."""
     found = []
     for response, trained in zip(row.responses, row.trained):
-        logits = model(torch.tensor([row.prompt + response])).logits[0, len(row.prompt) - 1 : -1].double()
-        logps = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
-        found.append(logps[torch.tensor(trained)])
+        trained = torch.tensor(trained)
+        logits = model(torch.tensor([row.prompt + response])).logits[0, len(row.prompt) - 1 : -1][trained].double()
+        logps, target = logits.log_softmax(-1), torch.tensor(response)[trained]
+        entropy = -(logps.exp() * logps).sum(-1)
+        found.append((logps.gather(-1, target[:, None])[:, 0], entropy, logits.argmax(-1) == target))
     return found
-
-
-@torch.no_grad()
-def sums_by_hand(folder, rows: list) -> list:
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    return [[logps.sum().item() for logps in logps_by_hand(model, row)] for row in rows]
 
 
 def loaded(folder, **flags):
@@ -620,18 +486,19 @@ def loaded(folder, **flags):
     )
 
 
-@pytest.mark.parametrize("limit", [1, 60, 9999])
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [60, 9999])
 def test_reference_log_probabilities_are_in_the_order_of_the_rows(limit, base_dir, tiny_model_dir):
     """Although forwards take rows by length. The reference is the policy itself, or another model."""
-    folder, rows = tiny_model_dir("llama"), some_rows()
+    folder = tiny_model_dir("llama")
+    rows = [read(tokenizer_of(folder), row) for row in walks(7)]
     for reference in ("", base_dir):
-        args = args_of(tokens_per_forward=limit, reference=reference)
-        inputs = (tokenizer_of(folder), args, CPU, torch.float32)
-        sums = dpo.reference_logps(loaded(folder), rows, dpo.response_sums, *inputs)
-        dpo.set_reference_logps(rows, sums)
-        for row, expected in zip(rows, sums_by_hand(reference or folder, rows), strict=True):
+        inputs = (tokenizer_of(folder), args_of(tokens_per_forward=limit, reference=reference), CPU, torch.float32)
+        dpo.set_reference_logps(rows, dpo.reference_logps(loaded(folder), rows, dpo.response_sums, *inputs))
+        model = AutoModelForCausalLM.from_pretrained(reference or folder, attn_implementation="eager").eval()
+        for row in rows:
+            expected = [logps.sum().item() for logps, *_ in by_transformers(model, row)]
             assert row.extra["ref_logps"].tolist() == pytest.approx(expected, rel=1e-4)
-            assert not row.extra["ref_logps"].requires_grad
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
@@ -660,16 +527,6 @@ def another(folder, out, noise=0.02, seed=1) -> str:
     return str(out)
 
 
-def made(family, tokenizer, folder, **change) -> str:
-    """A new checkpoint with a changed configuration."""
-    config = tiny_config(family, tokenizer)
-    for name, value in change.items():
-        setattr(config, name, value)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def short_run(tiny_model_dir, tmp_path_factory):
     """Flags of a run on 21 prompts, 5 a step, so that the last step of an epoch has one."""
@@ -684,50 +541,11 @@ def base_dir(tiny_model_dir, tmp_path_factory):
     return another(tiny_model_dir("llama"), tmp_path_factory.mktemp("base") / "base")
 
 
-VARIANTS = {
-    "adamw": dict(),
-    "reference": dict(reference="base", mask_format_tokens=True, nll_coef=0.2),
-    "ondare": dict(optimizer="ondare", merge_base="base", merge_weight=0.1),
-    "onties": dict(optimizer="onties", merge_base="base", merge_weight=0.1),
-}
-
-
-def variant(name, base_dir) -> dict:
-    return {k: base_dir if v == "base" else v for k, v in VARIANTS[name].items()}
-
-
-def variants(*fast):
-    """Parametrises over VARIANTS; those that are not named are slow."""
-    return pytest.mark.parametrize(
-        "name", [name if name in fast else pytest.param(name, marks=slow) for name in VARIANTS]
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(short_run, base_dir, tmp_path_factory):
-    """whole(name) -> the output directory of short_run with the options of VARIANTS[name], never interrupted. Read only."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("runs") / name
-            dpo.main(dpo.Args(**short_run | variant(name, base_dir), output_dir=str(made[name])))
-        return made[name]
-
-    return make
-
-
-def pair_mean(rows, of) -> float:
-    """The mean over rows of the mean over a row's pairs of of(row number, better, worse)."""
-    means = [sum(of(n, i, j) for i, j in row.extra["pairs"]) / len(row.extra["pairs"]) for n, row in enumerate(rows)]
-    return sum(means) / len(means)
-
-
 FIRST = [  # gpt2 has dropout in its configuration
     ("gpt2", dict(label_smoothing=0.1, beta=0.5)),
     ("llama", dict(loss="ipo", beta=0.01)),
-    ("gpt2", dict(mask_format_tokens=True, nll_coef=100.0)),
-    *[(f, dict()) if f in ("gemma2", "qwen2_moe") else pytest.param(f, dict(), marks=slow) for f in FAMILIES],
+    ("gemma2", dict(mask_format_tokens=True, nll_coef=100.0)),
+    ("qwen2_moe", dict()),
 ]
 
 
@@ -741,36 +559,20 @@ def test_the_first_loss_is_known(family, flags, short_run, tiny_model_dir, tmp_p
     assert line["preference_loss"] == pytest.approx(expected, rel=1e-5)
     assert line["loss"] == pytest.approx(expected + flags.get("nll_coef", 0) * line["nll_loss"], rel=1e-5)
     assert abs(second["preference_loss"] / expected - 1) > 1e-4
-    rewards = [line[f"rewards/{name}"] for name in ("chosen", "rejected", "margins")]
-    assert rewards == pytest.approx([0] * 3, abs=1e-4) and 0 <= line["rewards/accuracies"] <= 1
-    rows = [read(tokenizer_of(run["model"]), row) for row in walks(21)]
-    batch = dpo.batch_rows(rows, args_of(batch_size=5), 0)
-    if not flags:  # log-probabilities are logged as Hugging Face's model computes them
-        logps = sums_by_hand(run["model"], batch)
-        assert line["logps/chosen"] == pytest.approx(pair_mean(batch, lambda n, i, j: logps[n][i]), rel=1e-4)
-        assert line["logps/rejected"] == pytest.approx(pair_mean(batch, lambda n, i, j: logps[n][j]), rel=1e-4)
+    assert [line[f"rewards/{name}"] for name in ("chosen", "rejected", "margins")] == pytest.approx([0] * 3, abs=1e-4)
 
 
-@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("script", [dpo, rpo])
 def test_a_reference_that_computes_something_else_is_refused(
-    reference, short_run, base_dir, monkeypatch, tmp_path, capsys
+    script, pairs_run, base_dir, monkeypatch, tmp_path, capsys
 ):
     """Unless another model is named: then the first loss is not known."""
-    real = dpo.set_reference_logps
-
-    def shifted(rows, ref_logps):
-        real(rows, ref_logps)
-        for row in rows:
-            row.extra["ref_logps"] += torch.arange(len(row.responses)) / 10
-
-    monkeypatch.setattr(dpo, "set_reference_logps", shifted)
-    flags = short_run | dict(max_steps=1, eval_dataset="", output_dir=str(tmp_path / "run"))
-    if reference:
-        dpo.main(dpo.Args(**flags, reference=base_dir))
-    else:
-        said = refused(dpo, capsys, **flags)
-        assert "before the first update" in said and "0.6931" in said
-        assert not json.loads((tmp_path / "run" / "args.json").read_text())["finished"]
+    real = script.set_reference_logps
+    shifted = lambda rows, ref_logps: real(rows, ref_logps + 9 * torch.arange(len(ref_logps)) % 5)
+    monkeypatch.setattr(script, "set_reference_logps", shifted)
+    flags = pairs_run | dict(output_dir=str(tmp_path / "run"))
+    assert "the preference loss is" in (said := refused(script, capsys, **flags)) and "before the first update" in said
+    script.main(script.Args(**flags, reference=base_dir, overwrite=True))
 
 
 def first_gradient(script, monkeypatch, **flags) -> torch.Tensor:
@@ -787,90 +589,43 @@ def first_gradient(script, monkeypatch, **flags) -> torch.Tensor:
     return seen[0]
 
 
-def test_the_split_into_forwards_changes_no_gradient(short_run, base_dir, monkeypatch, tmp_path):
-    """Nor does gradient checkpointing. It is the gradient of the mean over the step's prompts, by Hugging Face's model."""
-    flags = short_run | dict(batch_size=21, reference=base_dir, beta=0.5, eval_dataset="")
+@pytest.mark.parametrize("named", [False, True])
+def test_metrics_and_gradient_are_those_of_policy_and_reference(named, short_run, base_dir, monkeypatch, tmp_path):
+    """Of the step's prompts before it, and of the saved weights after it, by Hugging Face's models. The reference is
+    --model before the first step, or another model, here without the answers' format tokens, their ends."""
+    flags = short_run | dict(batch_size=21, epochs=1, beta=0.5)
+    flags |= dict(reference=base_dir, mask_format_tokens=True) if named else {}
+    gradient = first_gradient(dpo, monkeypatch, **flags, output_dir=str(tmp_path / "run"))
+    (line,) = lines_of(tmp_path / "run")
     rows = [read(tokenizer_of(flags["model"]), row) for row in walks(21)]
-    reference, model, total = sums_by_hand(base_dir, rows), AutoModelForCausalLM.from_pretrained(flags["model"]), 0
-    for row, ref in zip(rows, reference):
-        sums = [logps.sum() for logps in logps_by_hand(model, row)]
-        gaps = [0.5 * ((sums[i] - ref[i]) - (sums[j] - ref[j])) for i, j in row.extra["pairs"]]
-        total += sum(torch.nn.functional.softplus(-gap) for gap in gaps) / len(gaps) / len(rows)
-    total.backward()
-    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
-    for i, change in enumerate((dict(), dict(tokens_per_forward=1), dict(gradient_checkpointing=True))):
-        gradient = first_gradient(dpo, monkeypatch, **flags | change, output_dir=str(tmp_path / str(i)))
-        assert is_near(gradient, expected, 1e-4), change
-        assert lines_of(tmp_path / str(i))[0]["loss"] == pytest.approx(total.item(), rel=1e-4)
+    folders = (flags["model"], tmp_path / "run", base_dir if named else flags["model"])
+    models = [AutoModelForCausalLM.from_pretrained(f, attn_implementation="eager").eval() for f in folders]
+    before, after, reference = ([by_transformers(model, row) for row in rows] for model in models)
+    for prefix, policy in (("eval_", after), ("", before)):
+        margin = loss = chosen = 0
+        for row, ours, theirs in zip(rows, policy, reference):
+            end = -1 if named else None
+            r = [0.5 * (a[0][:end].sum() - b[0][:end].sum().detach()) for a, b in zip(ours, theirs)]
+            share = 1 / len(row.extra["pairs"]) / len(rows)
+            margin += share * sum(r[i] - r[j] for i, j in row.extra["pairs"])
+            loss += share * sum(torch.nn.functional.softplus(r[j] - r[i]) for i, j in row.extra["pairs"])
+            chosen += share * sum(ours[i][0][:end].sum() for i, j in row.extra["pairs"])
+        expected = {"rewards/margins": margin, "preference_loss": loss, "logps/chosen": chosen}
+        expected = {prefix + name: value.item() for name, value in expected.items()}
+        assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in models[0].parameters()])
+    assert is_near(gradient, expected, 1e-4) and abs(line["eval_rewards/margins"]) > 0.01
 
 
-def near(ours: list, theirs: list, tolerance=1e-3):
-    """Two curves are alike, but for the accuracies: ties of the first step fall to either side."""
-    for a, b in zip(ours, theirs, strict=True):
-        same = b | {k: a[k] for k in a if "rewards/accuracies" in k}
-        assert a == pytest.approx(same, rel=tolerance, abs=tolerance)
-
-
-def test_the_reference_is_the_model_before_its_first_step(short_run, whole, tmp_path):
-    """Named or not, the curve is the same, and the files of --model stay as they are."""
-    before = snapshot(short_run["model"])
-    dpo.main(dpo.Args(**short_run, reference=short_run["model"], output_dir=str(tmp_path / "run")))
-    near(lasting(tmp_path / "run"), lasting(whole("adamw")), 1e-5)
-    assert snapshot(short_run["model"]) == before
-
-
-@pytest.mark.parametrize("name", ["adamw", "reference"])
-def test_rewards_are_relative_to_the_reference(name, short_run, base_dir, whole):
-    """At the last evaluation, those of the saved weights and the reference's, by Hugging Face's model."""
-    rows = [read(tokenizer_of(short_run["model"]), row) for row in walks(21)]
-    last, masked = lines_of(whole(name))[-1], name == "reference"
-    tokens = sum(len(row.prompt) + sum(map(len, row.responses)) for row in rows)
-    for row in rows if masked else []:  # every answer without its end of turn
-        row.responses[:], row.trained[:] = [r[:-1] for r in row.responses], [t[:-1] for t in row.trained]
-    after, before = sums_by_hand(whole(name), rows), sums_by_hand(base_dir if masked else short_run["model"], rows)
-    reward = lambda n, i: 0.1 * (after[n][i] - before[n][i])
-    expected = {
-        "rewards/margins": lambda n, i, j: reward(n, i) - reward(n, j),
-        "rewards/accuracies": lambda n, i, j: reward(n, i) > reward(n, j),
-        "logps/chosen": lambda n, i, j: after[n][i],
-        "preference_loss": lambda n, i, j: -logsigmoid(reward(n, i) - reward(n, j)),
-    }
-    expected = {f"eval_{k}": pair_mean(rows, of) for k, of in expected.items()}
-    assert {k: last[k] for k in expected} == pytest.approx(expected, rel=1e-4, abs=1e-3)
-    nll = 0.2 * last["eval_nll_loss"] if masked else 0
-    assert last["eval_loss"] == pytest.approx(last["eval_preference_loss"] + nll, rel=1e-5)
-    assert abs(last["eval_rewards/margins"]) > 0.01 and last["num_tokens"] == 2 * tokens
-
-
-@variants("ondare")
-def test_killed_and_resumed(name, short_run, base_dir, whole, tmp_path):
+def test_a_run_with_a_merging_optimizer_is_killed_and_resumed(short_run, base_dir, tmp_path):
     """Killed just before the third rename: args.json, checkpoint-3, checkpoint-6."""
-    args = dpo.Args(**short_run | variant(name, base_dir), output_dir=str(tmp_path / "run"), resume=True)
+    flags = short_run | dict(optimizer="ondare", merge_base=base_dir, merge_weight=0.1)
+    dpo.main(dpo.Args(**flags, output_dir=str(tmp_path / "whole")))
+    args = dpo.Args(**flags, output_dir=str(tmp_path / "run"), resume=True)
     assert in_child(killed_at_rename, dpo, args, 3) == -9
     assert in_child(dpo.main, args) == 0
-    same_run(tmp_path / "run", whole(name))
-
-
-@variants("ondare")
-def test_ranks_change_nothing(name, short_run, base_dir, whole, tmp_path):
-    """The last step has one row, so that a rank has none."""
-    on_ranks(dpo, 2, **short_run | variant(name, base_dir), output_dir=str(tmp_path / "two"))
-    # AdamW's first steps are nearly all of one size: which of them are the largest is a matter of their last bits
-    ties = name == "onties"
-    near(lasting(tmp_path / "two"), lasting(whole(name)), 0.02 if ties else 1e-3)
-    ours, theirs = weights_of(tmp_path / "two"), weights_of(whole(name))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(ours[k], theirs[k], atol=5e-3 if ties else 2e-4) for k in ours)
-    assert snapshot(tmp_path / "two").keys() == snapshot(whole(name)).keys()
-
-
-@variants("ondare")
-def test_bfloat16(name, short_run, base_dir, whole, tmp_path):
-    """The weights are sharded then, though there is one rank. The curve is near that of float32."""
-    flags = short_run | variant(name, base_dir) | dict(max_steps=4, dtype="bfloat16")
-    assert in_child(dpo.main, dpo.Args(**flags, output_dir=str(tmp_path / "run"))) == 0
-    ours, theirs = ([line["loss"] for line in lines_of(folder)[:4]] for folder in (tmp_path / "run", whole(name)))
-    assert ours == pytest.approx(theirs, abs=0.1)
+    same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def merge_on_ranks(flags: dict):
@@ -900,30 +655,23 @@ def merge_on_ranks(flags: dict):
         torch.save(weights, flags["out"])
 
 
-@pytest.mark.parametrize("world", [pytest.param(2, marks=slow), 3])
 @pytest.mark.parametrize("optimizer", ["ondare", "onties"])
-def test_merging_on_ranks_keeps_the_entries_of_whole_weights(optimizer, world, tmp_path):
+def test_merging_on_ranks_keeps_the_entries_of_whole_weights(optimizer, tmp_path):
     script = SimpleNamespace(Args=dict, main=merge_on_ranks)
-    on_ranks(script, world, optimizer=optimizer, out=str(tmp_path / "many"))
+    on_ranks(script, 3, optimizer=optimizer, out=str(tmp_path / "many"))
     assert in_child(merge_on_ranks, dict(optimizer=optimizer, out=str(tmp_path / "one"))) == 0
     ours, theirs = (torch.load(tmp_path / name) for name in ("many", "one"))
     assert len(ours) == 4 and all(is_near(a, b, 1e-6) for a, b in zip(ours, theirs, strict=True))
 
 
-MERGED = [
-    ("onties", "llama", False),
-    ("ondare", "gpt2", False),
-    ("ondare", "mixtral", False),
-    ("ondare", "llama", True),
-]
-
-
-@pytest.mark.parametrize("optimizer, family, other", MERGED)
+@pytest.mark.parametrize(
+    "optimizer, family, other", [("onties", "gpt2", False), ("ondare", "mixtral", False), ("ondare", "llama", True)]
+)
 def test_merging_with_weight_1_adds_what_the_reference_has_learnt(
     optimizer, family, other, short_run, tiny_model_dir, tmp_path
 ):
-    """At every step, and nothing else. Also where embeddings are tied, where an expert had no token, and where the
-    policy is another model than the reference."""
+    """At every step, and nothing else. Also where embeddings are tied (GPT-2), where an expert had no token (Mixtral),
+    and where the policy is another model than the reference."""
     source, base = str(tiny_model_dir(family)), another(tiny_model_dir(family), tmp_path / "base")
     reference = another(source, tmp_path / "reference", seed=5) if other else source
     flags = short_run | dict(model=source, reference=reference, eval_dataset="", max_steps=3, save_every=0)
@@ -933,12 +681,7 @@ def test_merging_with_weight_1_adds_what_the_reference_has_learnt(
     assert all(torch.allclose(end[k], start[k] + 3 * (tuned[k] - base[k]), atol=1e-5) for k in start)
 
 
-LEARNING = [
-    dict(),
-    pytest.param(dict(loss="ipo"), marks=slow),
-    dict(optimizer="onties", merge_weight=1e-4),
-    pytest.param(dict(mask_format_tokens=True, nll_coef=0.2), marks=slow),
-]
+LEARNING = [dict(), dict(optimizer="onties", merge_weight=1e-4)]
 
 
 @pytest.mark.parametrize("flags", LEARNING, ids=str)
@@ -953,21 +696,6 @@ def test_a_simple_preference_is_learnt(flags, base_dir, tiny_model_dir, tmp_path
     assert last["eval_rewards/accuracies"] > 0.9 and last["eval_loss"] < first["eval_loss"]
     gap = lambda line: line["eval_logps/chosen"] - line["eval_logps/rejected"]
     assert gap(last) > gap(first) + 1 and last["eval_rewards/margins"] > first["eval_rewards/margins"]
-
-
-def test_likely_answers_are_printed_at_each_evaluation(short_run, tmp_path, capsys):
-    dpo.main(dpo.Args(**short_run | dict(max_steps=4, eval_every=2), output_dir=str(tmp_path / "run")))
-    said = capsys.readouterr().out
-    assert said.count("    -> ") == 2 * 3 and "<|user|>Walk 0!" in said
-    assert [line["step"] for line in lines_of(tmp_path / "run") if "eval_loss" in line] == [2, 4]
-
-
-def test_a_finished_run_is_the_model_and_reference_of_another(short_run, whole, tmp_path):
-    flags = short_run | dict(model=str(whole("adamw")), batch_size=21, max_steps=1, eval_dataset="")
-    dpo.main(dpo.Args(**flags, output_dir=str(tmp_path / "run")))
-    (line,), before = lines_of(tmp_path / "run"), lines_of(whole("adamw"))[-1]
-    assert line["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert line["logps/chosen"] == pytest.approx(before["eval_logps/chosen"], rel=1e-4)
 
 
 # ---------------------------------------------------------------------- what all scripts that read preferences must do
@@ -1024,16 +752,12 @@ def test_one_model_is_in_memory_while_training(script, others, pairs_run, base_d
 BAD_ARGUMENTS = [
     dict(loss="ipo", label_smoothing=0.1),
     dict(label_smoothing=0.5),
-    dict(label_smoothing=-0.1),
     dict(optimizer="ondare"),
     dict(merge_base="."),
     dict(beta=0.0),
     dict(merge_keep=0.0),
     dict(merge_keep=1.5),
-    dict(merge_weight=-1.0),
     dict(merge_weight=1.5),
-    dict(nll_coef=-1.0),
-    dict(model="no/such/model"),
 ]
 
 
@@ -1041,90 +765,35 @@ BAD_ARGUMENTS = [
 def test_bad_arguments_are_refused(flags, short_run, tmp_path, capsys):
     said = refused(dpo, capsys, **short_run | flags, output_dir=str(tmp_path / "run"))
     *_, name = flags
-    assert f"--{name.replace('_', '-')}" in said or "no/such/model" in said
+    assert f"--{name.replace('_', '-')}" in said
 
 
-def test_a_reference_of_another_shape_is_refused_for_merging_only(short_run, tiny_tokenizer, tmp_path, capsys):
-    """Alone it may be of any size. What it has learnt cannot be added to other weights."""
-    other = made("llama", tiny_tokenizer, tmp_path / "other", num_hidden_layers=3)
-    flags = short_run | dict(max_steps=1, eval_dataset="", reference=other)
-    dpo.main(dpo.Args(**flags, output_dir=str(tmp_path / "fine")))
-    flags |= dict(optimizer="ondare", merge_base=other)
-    assert "--reference" in refused(dpo, capsys, **flags, output_dir=str(tmp_path / "run"))
-
-
-BAD_MODELS = [  # option, and how the model differs (None: there is none)
-    ("reference", None),
-    ("reference", "vocabulary"),
-    ("merge_base", None),
-    ("merge_base", dict(intermediate_size=48)),
-    ("merge_base", dict(num_hidden_layers=1)),
-    ("merge_base", dict(num_hidden_layers=3)),
-]
-
-
-@pytest.mark.parametrize("option, change", BAD_MODELS, ids=str)
-def test_a_bad_second_model_does_not_touch_the_directory(option, change, short_run, tiny_tokenizer, tmp_path, capsys):
-    """Neither one that is to be overwritten, nor a new one, for which the corrected command then works."""
-    bad, tokenizer = "no/such/model", copy.deepcopy(tiny_tokenizer)
-    if change == "vocabulary":
-        tokenizer.add_tokens(["<new>"])
-    if change:
-        bad = made("llama", tokenizer, tmp_path / "other", **{} if change == "vocabulary" else change)
-    flags = short_run | dict(max_steps=1, eval_dataset="")
-    flags |= dict(optimizer="ondare") if option == "merge_base" else {}
-    out = tmp_path / "run"
-    (out / "checkpoint-3").mkdir(parents=True)
-    (out / "metrics.jsonl").write_text('{"step": 1}\n')
-    (out / "checkpoint-3" / "state.pt").write_text("of an earlier run")
-    before = snapshot(out)
-    said = refused(dpo, capsys, **flags | {option: bad}, output_dir=str(out), overwrite=True)
-    assert f"--{option.replace('_', '-')}" in said if change else bad in said
-    assert snapshot(out) == before
-    refused(dpo, capsys, **flags | {option: bad}, output_dir=str(tmp_path / "new"))
-    dpo.main(dpo.Args(**flags | {option: short_run["model"]}, output_dir=str(tmp_path / "new")))
-
-
-OK = dict(prompt="a", completions=["b", "c"], scores=[1.0, 0.0])
-BAD_ROWS = {  # rows -> what the message must say
-    "a score that is missing": ([OK, OK, OK | dict(scores=[1.0, None])], "row 2"),
-    "other columns": ([dict(text="a")], "chosen"),
-    "no rejected": ([dict(prompt="a", chosen="b")], "rejected"),
-    "nothing usable": ([OK | dict(scores=[1.0, 1.0])], "nothing to compare"),
-}
-
-
-@pytest.mark.parametrize("rows, says", BAD_ROWS.values(), ids=BAD_ROWS)
-@pytest.mark.parametrize("option", ["dataset", "eval_dataset"])
-def test_bad_rows_are_refused(option, rows, says, short_run, tmp_path, capsys):
-    flags = short_run | {option: jsonl(tmp_path / "rows.jsonl", rows)}
-    said = refused(dpo, capsys, **flags, output_dir=str(tmp_path / "run"))
-    assert f"--{option.replace('_', '-')}" in said and says in said and not (tmp_path / "run").exists()
-
-
-def test_another_reference_is_another_run(short_run, base_dir, whole, capsys):
-    before = snapshot(whole("adamw"))
-    said = refused(dpo, capsys, **short_run, reference=base_dir, output_dir=str(whole("adamw")), resume=True)
-    assert "reference was" in said and snapshot(whole("adamw")) == before
+def test_a_merge_base_of_another_shape_is_refused(short_run, tiny_model_dir, tmp_path, capsys):
+    """What the reference has learnt cannot be added to other weights."""
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"))
+    del other.model.layers[1:]
+    other.config.num_hidden_layers = 1
+    other.save_pretrained(tmp_path / "other")
+    tokenizer_of(tiny_model_dir("llama")).save_pretrained(tmp_path / "other")
+    flags = short_run | dict(optimizer="ondare", merge_base=str(tmp_path / "other"), output_dir=str(tmp_path / "run"))
+    assert "--merge-base" in refused(dpo, capsys, **flags) and not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ real data
 
 
-@pytest.mark.parametrize("name", ["hh_rlhf.jsonl.gz", "hh_rlhf_raw_implicit.jsonl", "kwise_xstest.jsonl"])
+@pytest.mark.parametrize("name", ["hh_rlhf.jsonl.gz", "kwise_xstest.jsonl"])
 def test_real_preferences(name, real_data, tmp_path, capsys):
-    """Messages, HH-RLHF's strings, and rankings with ties: read, cut and counted; the first loss is ln 2."""
+    """Messages, and rankings with ties: read, cut and counted; the first loss is ln 2."""
     data = dpo.load_rows("--dataset", str(real_data / name), "train").select(range(20))
     data.to_json(tmp_path / "rows.jsonl")
     model, limit, rows, notes = str(real_data / "stories260K-hf"), 300, [], Counter()
-    tokenizer = tokenizer_of(model)
     for row in data:
         try:
-            rows += dpo.preference_rows(tokenizer, limit, row, notes)
-        except dpo.Drop as drop:
-            notes[str(drop)] += 1
+            rows += dpo.preference_rows(tokenizer_of(model), limit, row, notes)
+        except dpo.Drop:
+            pass
     assert 5 < len(rows) < 20 and notes["answers cut at --max-length"] > 0
-    assert (notes["prompt beyond --max-length"] > 0) == name.startswith("hh")
     assert all(len(row.prompt + response) <= limit for row in rows for response in row.responses)
     flags = dict(model=model, dataset=str(tmp_path / "rows.jsonl"), max_length=limit, max_steps=2, batch_size=4)
     dpo.main(dpo.Args(**flags, eval_fraction=0.2, mask_format_tokens=True, output_dir=str(tmp_path / "run")))

@@ -1,6 +1,5 @@
 """reward_model.py: its losses against closed forms, how it reads rankings, its scores and metrics, and whole runs."""
 
-import copy
 import itertools
 import json
 import math
@@ -13,29 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
-from test_plumbing import (
-    CPU,
-    dressed,  # noqa: F401
-    in_child,
-    jsonl,
-    lasting,
-    lines_of,
-    on_ranks,
-    refused,
-    same_run,
-    snapshot,
-    talk,
-    weights_of,
-)
+from test_plumbing import CPU, in_child, jsonl, killed_at_rename, lines_of, refused, same_run, talk
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import reward_model as rm
 from reward_model import Row
-
-slow = pytest.mark.slow
 
 
 def f64(*values):
@@ -58,12 +41,11 @@ def logsigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x))
 
 
-def ranked(k: int, ranks=None, soft=False, probability=1.0) -> Row:
+def ranked(k: int, ranks=None, probability=1.0) -> Row:
     """A row of k answers, the best first, with all its pairs."""
     ranks = ranks or list(range(k, 0, -1))
     pairs = [(w, l, probability, float(ranks[w] - ranks[l])) for w in range(k) for l in range(k) if ranks[w] > ranks[l]]
-    extra = dict(pairs=pairs, ranks=[float(rank) for rank in ranks], kind="all", soft=soft)
-    return Row([1], [[2]] * k, [[True]] * k, extra)
+    return Row([1], [[2]] * k, [[True]] * k, dict(pairs=pairs, ranks=[float(rank) for rank in ranks], kind="all"))
 
 
 def loss_of(scores, *rows, **flags):
@@ -87,21 +69,16 @@ def test_a_ranking_is_the_mean_over_its_pairs():
     loss = loss_of(scores)
     loss.backward()
     assert loss.item() == pytest.approx(0.227613, abs=1e-6)
-    assert loss.item() == pytest.approx(mean_over_pairs(scores), abs=1e-9)
     assert scores.grad.tolist() == pytest.approx([-0.083132, -0.037967, 0.062923, 0.058176], abs=1e-6)
-    assert loss_of(scores + 7).item() == pytest.approx(loss.item(), abs=1e-9)
 
 
 def test_a_batch_is_the_sum_over_its_rankings():
-    """Whatever their sizes: a prompt with six pairs counts as much as one with a single pair."""
-    scores, rows = (f64(2, 1, 0.5, -1), f64(0.3, 0.9), f64(1, 1, 0)), (ranked(4), ranked(2), ranked(3, [1, 2, 1]))
-    each = [loss_of(s, row).item() for s, row in zip(scores, rows)]
-    assert loss_of(torch.cat(scores), *rows).item() == pytest.approx(sum(each), abs=1e-9)
-
-
-def test_a_tie_is_no_pair():
-    loss = loss_of(f64(3, 1, 2), ranked(3, [1, 0, 1]))
-    assert loss.item() == pytest.approx(-(logsigmoid(2) + logsigmoid(1)) / 2, abs=1e-9)
+    """A prompt with six pairs counts as much as one with a single pair; a tie is no pair. Margins count if asked for."""
+    scores, rows = f64(2, 1, 0.5, -1, 0.3, 0.9, 1, 1, 0), [ranked(4), ranked(2), ranked(3, [2, 0, 2])]
+    each = [0.227613, -logsigmoid(-0.6), -(logsigmoid(0) + logsigmoid(-1)) / 2]
+    assert loss_of(scores, *rows).item() == pytest.approx(sum(each), abs=1e-6)
+    wide = loss_of(f64(1, 0, 2), ranked(3, [5, 2, 1]), use_margin=True).item()
+    assert wide == pytest.approx(-(logsigmoid(1 - 3) + logsigmoid(-1 - 4) + logsigmoid(-2 - 1)) / 3, abs=1e-6)
 
 
 FOCAL = [(2, 0.056837, 0.007214), (1, 0.289318, 0.090632), (0, 1, 0.693147), (-1, 1, 1.313262)]
@@ -114,22 +91,18 @@ def test_focal_loss(gap, factor, loss):
     assert loss_of(f64(gap, 0), loss="focal").item() == pytest.approx(loss, abs=1e-6)
 
 
-BARRIER = [(0, -3.218876, 0), (2, -3.044522, 0.190476), (4, -2.197225, 0.888889), (4.9, 0.010050, None)]
+EDGE = -math.log(0.001) - math.log(9.999)  # scores outside are clamped just inside
+BARRIER = [(0, -3.218876, 0), (2, -3.044522, 0.190476), (4, -2.197225, 0.888889), (5, EDGE, 0), (100, EDGE, 0)]
 
 
-@pytest.mark.parametrize("x, barrier, slope", [*BARRIER, (-4.5, -1.558145, None)])
+@pytest.mark.parametrize("x, barrier, slope", BARRIER)
 def test_log_barrier(x, barrier, slope):
     """It is symmetric, with its minimum at 0."""
     scores = f64(x, -x)
     values = rm.log_barrier(scores)
     (gradient,) = torch.autograd.grad(values[0], scores)
     assert values.tolist() == pytest.approx([barrier, barrier], abs=1e-6)
-    assert slope is None or gradient[0].item() == pytest.approx(slope, abs=1e-6)
-
-
-def test_log_barrier_beyond_its_bounds_is_finite():
-    values = rm.log_barrier(f64(5, -7, 100))
-    assert values.tolist() == pytest.approx([-math.log(0.001) - math.log(9.999)] * 3, abs=1e-6)
+    assert gradient[0].item() == pytest.approx(slope, abs=1e-6)
 
 
 def test_barrier_and_score_l2_are_summed_over_the_two_scores_of_a_pair():
@@ -143,33 +116,11 @@ def test_barrier_and_score_l2_are_summed_over_the_two_scores_of_a_pair():
 
 @pytest.mark.parametrize("p, loss", [(1, 0.313262), (0.8, 0.513262), (0.6, 0.713262)])
 def test_soft_labels(p, loss):
-    assert rm.soft_pair_loss(f64(1), f64(0), p).item() == pytest.approx(loss, abs=1e-6)
-    assert loss_of(f64(1, 0), ranked(2, soft=True, probability=p)).item() == pytest.approx(loss, abs=1e-6)
+    assert rm.pair_loss(f64(1), f64(0), p=p).item() == pytest.approx(loss, abs=1e-6)
+    assert loss_of(f64(1, 0), ranked(2, probability=p)).item() == pytest.approx(loss, abs=1e-6)
 
 
-def test_soft_labels_have_their_minimum_at_the_log_odds():
-    """The loss there is the entropy of the label."""
-    gap = f64(math.log(0.6 / 0.4))
-    loss = rm.soft_pair_loss(gap, f64(0), 0.6)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.673012, abs=1e-6) and abs(gap.grad.item()) < 1e-9
-
-
-def test_margins_are_subtracted_if_asked_for():
-    row = ranked(3, [5, 2, 1])
-    plain, wide = loss_of(f64(1, 0, 2), row).item(), loss_of(f64(1, 0, 2), row, use_margin=True).item()
-    assert plain == pytest.approx(-(logsigmoid(1) + logsigmoid(-1) + logsigmoid(-2)) / 3, abs=1e-6)
-    assert wide == pytest.approx(-(logsigmoid(1 - 3) + logsigmoid(-1 - 4) + logsigmoid(-2 - 1)) / 3, abs=1e-6)
-
-
-PLACKETT_LUCE = [
-    ([2, 1, 0], 0.72086765),
-    ([0, 1, 2], 3.72086765),
-    ([0, 0, 0], math.log(6)),
-    ([3] * 7, math.log(math.factorial(7))),
-    ([7, 6, 5, 4, 3, 2, 1], 2.52692791),
-    ([1, 0], 0.31326169),
-]
+PLACKETT_LUCE = [([2, 1, 0], 0.72086765), ([0, 1, 2], 3.72086765), ([3] * 7, math.log(math.factorial(7)))]
 
 
 @pytest.mark.parametrize("scores, loss", PLACKETT_LUCE)
@@ -211,15 +162,8 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_gradient_is_that_of_finite_differences(name):
-    scores, row = f64(2.0, -0.3, 0.9, -1.1), ranked(4, soft=name == "soft", probability=0.7)
+    scores, row = f64(2.0, -0.3, 0.9, -1.1), ranked(4, probability=0.7 if name == "soft" else 1.0)
     assert torch.autograd.gradcheck(lambda s: loss_of(s, row, **LOSSES[name]), scores, atol=1e-6)
-
-
-def test_length_balancing_by_hand():
-    """Lengths of winner and loser, in buckets with edges at 4 and 10."""
-    pairs = [(12, 10), (10, 12), (15, 10), (16, 10), (10, 16), (40, 10)]
-    kept = rm.balance_lengths([w - l for w, l in pairs], (4, 10), 0)
-    assert kept in ([0, 1, 2, 4], [0, 1, 3, 4])  # one of the two longer winners in the middle, none of the last bucket
 
 
 @given(st.lists(st.integers(-20, 20), max_size=40), st.sampled_from([(), (4,), (4, 10)]), st.integers(0, 3))
@@ -253,18 +197,13 @@ CHAT = ("<|bos|><|user|>Which way?<|end|><|assistant|>", ["Up.<|end|>", "Right.<
 TEXT = ("<|bos|>Which way?", [" Up.<|end|>", " Right.<|end|>"])
 LAYOUTS = {
     "prompt apart, text": (dict(prompt="Which way?", chosen=" Up.", rejected=" Right."), TEXT),
-    "prompt apart, messages": (dict(prompt=WAY, chosen=GOOD, rejected=BAD), CHAT),
     "prompt inside": (dict(chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),
     "HH-RLHF": (
         dict(chosen=f"{HH} Up, I think.", rejected=f"{HH} Up."),
         (f"<|bos|>{HH}", [" Up, I think.<|end|>", " Up.<|end|>"]),
     ),
-    "ranking, text": (dict(prompt="Which way?", completions=[" Up.", " Right."], scores=[1, 0]), TEXT),
     "ranking, messages": (dict(prompt=WAY, completions=[GOOD, BAD], scores=[0.5, 0.1]), CHAT),
-    "ranking of answers to a question": (
-        dict(question="Which way?", completions=["Up.", "Right."], scores=[1, 0]),
-        CHAT,
-    ),
+    "question": (dict(question="Which way?", completions=["Up.", "Right."], scores=[1, 0]), CHAT),
     "several turns": (
         dict(prompt=WAY, chosen=GOOD + talk("Why?", "So."), rejected=BAD),
         (CHAT[0], ["Up.<|end|><|user|>Why?<|end|><|assistant|>So.<|end|>", "Right.<|end|>"]),
@@ -292,18 +231,6 @@ def test_a_prompt_inside_two_texts_ends_with_their_last_shared_turn(start, chose
     assert "\n\nAssistant:" not in os.path.commonprefix(answers)
 
 
-turn = st.sampled_from(["a", "b", "c"])
-
-
-@given(st.lists(turn, max_size=2), st.lists(turn, min_size=1, max_size=3), st.lists(turn, min_size=1, max_size=3))
-def test_a_prompt_inside_two_conversations_leaves_an_answer_to_both(start, chosen, rejected):
-    """Even where one conversation begins with the other, or both are the same."""
-    chosen, rejected = talk("q", *start, *chosen), talk("q", *start, *rejected)
-    prompt, answers = rm.as_pair(dict(chosen=chosen, rejected=rejected))
-    assert [prompt + answer for answer in answers] == [chosen, rejected] and all(answers) and prompt
-    assert prompt[-1]["role"] == "user" and [answer[0]["role"] for answer in answers] == ["assistant"] * 2
-
-
 PARTING = [  # what two conversations share, how each continues, and how many messages are the prompt
     (talk("q"), talk("", "a")[1:], talk("", "b")[1:], 1),
     (talk("q", "a"), talk("r", "c"), talk("s", "c"), 1),  # they part at a user's turn
@@ -314,39 +241,28 @@ PARTING = [  # what two conversations share, how each continues, and how many me
 
 
 @pytest.mark.parametrize("start, chosen, rejected, n", PARTING)
-@pytest.mark.parametrize("given_twice", [False, True])
-def test_where_two_conversations_part(start, chosen, rejected, n, given_twice):
+def test_where_two_conversations_part(start, chosen, rejected, n):
     """Answers begin with an assistant's turn. A prompt that is given apart as well is no part of them."""
     wholes = [start + chosen, start + rejected]
-    prompt = wholes[0][:n] if given_twice else None
-    found = rm.as_pair(dict(prompt=prompt, chosen=wholes[0], rejected=wholes[1]))
-    assert found == (wholes[0][:n], [whole[n:] for whole in wholes])
-
-
-def test_a_prompt_that_one_answer_only_repeats_is_kept():
-    for chosen, rejected in ((WAY + GOOD, BAD), (WAY, WAY + GOOD)):
-        pair = rm.as_pair(dict(prompt=WAY, chosen=chosen, rejected=rejected))
-        assert pair == (WAY, [chosen, rejected])
+    for prompt in (None, wholes[0][:n]):
+        found = rm.as_pair(dict(prompt=prompt, chosen=wholes[0], rejected=wholes[1]))
+        assert found == (wholes[0][:n], [whole[n:] for whole in wholes])
 
 
 USELESS = {  # why a row is dropped -> such rows
     "nothing to compare": [
         dict(prompt="Which way?", chosen=" Up.", rejected=" Up."),
-        dict(chosen=f"{HH} Up.", rejected=f"{HH} Up."),
-        dict(chosen=WAY + GOOD, rejected=WAY + GOOD),
         dict(prompt=WAY, chosen=[], rejected=GOOD),
-        dict(prompt="a", chosen=" ", rejected="b"),
         dict(prompt="up " * 40, chosen="a", rejected="b"),  # too long
         dict(prompt="a", completions=["b", "c"], scores=[1, 1]),
         dict(prompt="a", completions=["b", " "], scores=[0, 1]),
-        dict(prompt="a", completions=["b"], scores=[1]),
         dict(prompt="a", completions=[], scores=[]),
     ],
-    "empty prompt": [dict(chosen=GOOD, rejected=BAD), dict(prompt="", completions=["b", "c"], scores=[1, 0])],
-    "special token": [
-        dict(prompt=talk("a<|end|>b"), chosen="c", rejected="d"),
-        dict(prompt="a", completions=["b", "<|user|>"], scores=[1, 0]),
+    "empty prompt": [  # a condition is none
+        dict(chosen=GOOD, rejected=BAD, kind="harmless"),
+        dict(prompt="", completions=["b", "c"], scores=[1, 0]),
     ],
+    "special token": [dict(prompt="a", completions=["b", "<|user|>"], scores=[1, 0])],
 }
 
 
@@ -354,16 +270,7 @@ USELESS = {  # why a row is dropped -> such rows
 def test_rows_that_are_dropped(why, tiny_tokenizer):
     for row in USELESS[why]:
         with pytest.raises(rm.Drop, match=why):
-            read(tiny_tokenizer, row, max_length=30)
-
-
-def test_an_answer_that_swallows_the_prompt_is_dropped(dressed):  # noqa: F811
-    """Without a BOS token, `u` and `p` are one token: nothing is left that both answers follow."""
-    tokenizer = copy.deepcopy(dressed("chatml"))
-    tokenizer.backend_tokenizer.post_processor = None
-    assert len(tokenizer("u").input_ids) == len(tokenizer("up").input_ids) == 1
-    with pytest.raises(rm.Drop, match="boundary"):
-        read(tokenizer, dict(prompt="u", chosen="p", rejected=" x"))
+            read(tiny_tokenizer, row, dict(harmless="Be safe."), max_length=30)
 
 
 def test_a_ranking_has_all_pairs_of_unequal_rank(tiny_tokenizer):
@@ -371,7 +278,7 @@ def test_a_ranking_has_all_pairs_of_unequal_rank(tiny_tokenizer):
     notes, ranking = Counter(), dict(prompt=WAY, completions=["b", "c", " ", "d", "b"], scores=[0.5, 2, 9, 0.5, 1])
     row = read(tiny_tokenizer, ranking, notes=notes)
     assert {pair[:2]: pair[3] for pair in row.extra["pairs"]} == {(1, 0): 1.5, (1, 2): 1.5, (1, 3): 1.0, (3, 2): 0.5}
-    assert row.extra["ranks"] == [0.5, 2, 0.5, 1] and not row.extra["soft"]
+    assert row.extra["ranks"] == [0.5, 2, 0.5, 1]
     assert notes["pairs"] == 4 and notes["answers dropped: empty"] == 1
 
 
@@ -389,12 +296,10 @@ def test_an_answer_too_long_is_dropped_and_never_cut(tiny_tokenizer):
 
 
 SAFE = "<|bos|><|system|>Be safe."
+BRIEF = [dict(role="system", content="Be brief."), *talk("a")]
 CONDITIONED = [
     (talk("a"), f"{SAFE}<|end|><|user|>a<|end|><|assistant|>"),
-    (
-        [dict(role="system", content="Be brief."), *talk("a")],
-        f"{SAFE}\n\nBe brief.<|end|><|user|>a<|end|><|assistant|>",
-    ),
+    (BRIEF, f"{SAFE}\n\nBe brief.<|end|><|user|>a<|end|><|assistant|>"),
     ("a", "<|bos|>Be safe.\n\na"),
 ]
 
@@ -409,21 +314,15 @@ def test_a_condition_stands_before_the_prompts_of_its_kind_only(prompt, expected
         assert read(tiny_tokenizer, row | dict(kind=kind), conditions).prompt == plain.prompt
 
 
-@pytest.mark.parametrize("row", [*USELESS["empty prompt"], dict(completions=["b", "c"], scores=[1, 0])], ids=str)
-def test_a_condition_is_no_prompt(row, tiny_tokenizer):
-    with pytest.raises(rm.Drop, match="empty prompt"):
-        read(tiny_tokenizer, row | dict(kind="harmless"), dict(harmless="Be safe."))
-
-
 def test_margin_and_probability_are_read(tiny_tokenizer):
     row = dict(prompt="a", chosen=" b", rejected=" c")
     pairs_of = lambda **columns: read(tiny_tokenizer, row | columns).extra["pairs"]
-    assert pairs_of() == [(0, 1, 1.0, 1.0)] and not read(tiny_tokenizer, row).extra["soft"]
+    assert pairs_of() == [(0, 1, 1.0, 1.0)]
     assert pairs_of(margin=0.25, probability=0.8) == [(0, 1, 0.8, 0.25)] and pairs_of(margin=0.0) == [(0, 1, 1.0, 0.0)]
     assert pairs_of(score_chosen=3.5, score_rejected=1.5) == [(0, 1, 1.0, 2.0)]
     assert pairs_of(chosen_reward=3.5, rejected_reward=1.5) == [(0, 1, 1.0, 2.0)]
     swapped = read(tiny_tokenizer, row | dict(probability=0.25))
-    assert texts(tiny_tokenizer, swapped)[1] == [" c<|end|>", " b<|end|>"] and swapped.extra["soft"]
+    assert texts(tiny_tokenizer, swapped)[1] == [" c<|end|>", " b<|end|>"]
     assert swapped.extra["pairs"][0][:3] == (0, 1, 0.75)  # the better one stands first
 
 
@@ -472,27 +371,23 @@ def is_near(ours, theirs, tolerance=1e-4) -> bool:
     return bool((ours.double() - theirs.double()).abs().max() <= tolerance * theirs.abs().max())
 
 
-def some_rankings(seed=0) -> list:
-    """Rankings of very different shapes, two of them equal; most are longer than the tiny models' sliding window."""
-    generator = torch.Generator().manual_seed(seed)
+def some_rankings() -> list:
+    """Rankings of very different shapes; most are longer than the tiny models' sliding window."""
+    generator = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(7, 300, (n,), generator=generator).tolist() + [2]
-    shapes = [(4, [3, 17, 1, 9]), (20, [8, 8]), (20, [8, 8]), (11, [5, 30])]
-    rows = [(ids(n), [ids(m) for m in lengths]) for n, lengths in shapes]
+    rows = [(ids(n), [ids(m) for m in lengths]) for n, lengths in [(4, [3, 17, 1, 9]), (20, [8, 8]), (11, [5, 30])]]
     return [Row(prompt, responses, [[True] * len(r) for r in responses], {}) for prompt, responses in rows]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "nemotron"])
 @torch.no_grad()
 def test_scores_are_those_of_each_answer_alone(family, scoring_dir):
-    """Packed, where the model can follow packed rows, and padded."""
+    """Packed, or padded where the model cannot follow packed rows (Nemotron)."""
     rows, model = some_rankings(), loaded(scoring_dir(family))
     expected = torch.cat(by_hand(scoring_dir(family), rows))
-    assert expected.std() > 0.1 and (model.packs or family == "nemotron")
-    for layout, attention in ((rm.pack, "packed_rows"), (rm.pad, "eager")):
-        if layout is rm.pad or model.packs:
-            model.set_attn_implementation(attention)
-            inputs, _ = layout(rows, CPU)
-            assert is_near(model.response_scores(**inputs), expected), layout.__name__
+    assert expected.std() > 0.1 and model.packs == (family != "nemotron")
+    inputs, _ = (rm.pack if model.packs else rm.pad)(rows, CPU)
+    assert is_near(model.response_scores(**inputs), expected)
 
 
 def test_the_head_multiplies_in_float32():
@@ -520,8 +415,7 @@ def with_padding(source, folder, padding, unknown) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("padding", ["<|end|>", None])
-@pytest.mark.parametrize("unknown", ["<|endoftext|>", None])
+@pytest.mark.parametrize("padding, unknown", [("<|end|>", "<|endoftext|>"), (None, None)])
 def test_the_padding_token_ends_no_answer(padding, unknown, tiny_model_dir, tmp_path):
     """Hugging Face reads the score before the padding: were that the end of turn, it would read it elsewhere.
 
@@ -550,26 +444,13 @@ def test_a_resumed_run_reads_the_same_rows_where_a_padding_token_is_added(tiny_m
     rows = [dict(prompt=talk(f"Walk {i}!"), chosen=("up", "<|pad|>")[i % 2], rejected="no") for i in range(4)]
     base = with_padding(tiny_model_dir("llama"), tmp_path / "base", None, None)
     flags = dict(model=base, dataset=jsonl(tmp_path / "rows.jsonl", rows), eval_fraction=0, batch_size=1, save_every=1)
-    args = rm.Args(**flags, max_steps=2, output_dir=str(tmp_path / "run"), resume=True)
+    args = rm.Args(**flags, output_dir=str(tmp_path / "run"), resume=True)
+    assert in_child(killed_at_rename, rm, args, 3) == -9  # args.json and checkpoint-1 are there
     rm.main(args)
-    rm.write_json(
-        tmp_path / "run" / "args.json", json.loads((tmp_path / "run" / "args.json").read_text()) | dict(finished=False)
-    )
-    rm.main(args)
-    first, second = [line for line in capsys.readouterr().out.splitlines() if "rows from 4" in line]
-    assert first == second
+    assert "2 rows from 4" in capsys.readouterr().out and len(lines_of(tmp_path / "run")) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
-
-
-def scored_pairs(gaps, labels=None):
-    """Rows of two answers whose scores differ by the gaps and whose labels by the labels; the better is the longer."""
-    rows = []
-    for gap, label in zip(gaps, labels or [1.0] * len(gaps)):
-        extra = dict(pairs=[(0, 1, 1.0, label)], ranks=[label, 0.0], kind="k" if gap > 1 else "all", soft=False)
-        rows.append(Row([1], [[2, 2, 2], [2]], [[True] * 3, [True]], extra))
-    return rows, [torch.tensor([gap, 0.0]) for gap in gaps]
 
 
 def test_metrics_of_a_batch():
@@ -603,23 +484,23 @@ def test_length_correlation_is_within_prompts():
 
 
 def test_the_report_groups_pairs(tiny_tokenizer, capsys):
-    rows, scores = scored_pairs([3.0, 2.0, 0.5, -1.0])
+    """By kind, by the labelled gap (the lowest third, the highest third) and by length."""
+    gaps, labels = [3.0, 2.0, 0.5, -1.0, 1.0, 1.0], [6.0, 5.0, 2.0, 1.0, 4.0, 3.0]
+    rows, scores = [], [torch.tensor([gap, 0.0]) for gap in gaps]
+    for i, label in enumerate(labels):
+        extra = dict(pairs=[(0, 1, 1.0, label)], ranks=[label, 0.0], kind="k" if i < 2 else "all")
+        rows.append(Row([1], [[2] * (1 + i % 2), [2]], [], extra))
     report = rm.print_report(rows, scores, tiny_tokenizer)
-    assert (report["pairs"], report["accuracy"]) == (4, 0.75)
-    assert report["calibration_error"] == pytest.approx(rm.calibration_error([3.0, 2.0, 0.5, -1.0]))
+    assert (report["pairs"], report["accuracy"]) == (6, 5 / 6)
+    assert report["calibration_error"] == pytest.approx(rm.calibration_error(gaps))
     assert report["length_correlation"] == pytest.approx(rm.length_correlation(rows, scores))
     groups = {name: (group["pairs"], group["accuracy"]) for name, group in report["groups"].items()}
-    assert groups == {"kind all": (2, 0.5), "kind k": (2, 1.0), "better is longer": (4, 0.75)}
+    by_gap = {"labelled gap up to 3": (3, 2 / 3), "labelled gap from 5": (2, 1.0)}
+    by_length = {"better is longer": (3, 2 / 3), "equal length": (3, 1.0)}
+    assert groups == {"kind all": (4, 0.75), "kind k": (2, 1.0)} | by_gap | by_length
     worst, *_, best = report["examples"]
     assert (worst["gap"], best["gap"]) == (-1.0, 3.0) and {"prompt", "better", "worse"} <= worst.keys()
-    assert "4 pairs, accuracy 0.750" in capsys.readouterr().out
-
-
-def test_the_report_tells_close_calls_from_clear_ones(tiny_tokenizer):
-    rows, scores = scored_pairs([-1.0, -2.0, 1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    groups = rm.print_report(rows, scores, tiny_tokenizer)["groups"]
-    close, clear = (group for name, group in groups.items() if name.startswith("labelled gap"))
-    assert close == dict(pairs=3, accuracy=pytest.approx(1 / 3)) and clear == dict(pairs=2, accuracy=1.0)
+    assert "6 pairs, accuracy 0.833" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
@@ -665,12 +546,10 @@ def shift_of(folder) -> float:
 
 LN2 = math.log(2)
 FIRST = [
-    (dict(), 2, LN2),
     (dict(), 4, LN2),
     (dict(loss="focal"), 4, LN2),
     (dict(loss="plackett-luce"), 4, math.log(24)),
     (dict(barrier=0.02), 2, LN2 - 2 * 0.02 * math.log(25)),
-    (dict(score_l2=0.1), 3, LN2),
 ]
 
 
@@ -690,25 +569,56 @@ def test_another_first_loss_than_the_known_one_is_refused(short_run, monkeypatch
     assert "before the first update, not 0.6931" in said
 
 
-def test_metrics_and_report_are_those_of_the_saved_model(short_run, finished):
+def killed_at_the_report(args):
+    """In a child process."""
+    rm.print_report = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    rm.main(args)
+
+
+def test_killed_between_the_steps_that_make_the_shift_and_resumed(short_run, finished, tmp_path):
+    """It goes on from checkpoint-21 of 22 steps."""
+    args = rm.Args(**short_run, output_dir=str(tmp_path / "run"), resume=True)
+    assert in_child(killed_at_the_report, args) == -signal.SIGKILL
+    assert in_child(rm.main, args) == 0
+    same_run(tmp_path / "run", finished)
+    assert shift_of(tmp_path / "run") == shift_of(finished) != 0.0
+
+
+def test_the_gradient_is_that_of_the_mean_over_rankings(short_run, scoring_dir, monkeypatch, tmp_path):
+    """By Hugging Face's model, an answer at a time."""
+    flags = short_run | dict(model=str(scoring_dir("llama")), batch_size=21, max_steps=1, eval_dataset="")
+    model, total, seen = AutoModelForSequenceClassification.from_pretrained(flags["model"]), 0, []
+    for row in (rows := short_rows(flags["model"])):
+        scores = torch.stack([model(torch.tensor([row.prompt + r])).logits[0, 0] for r in row.responses])
+        losses = [torch.nn.functional.softplus(scores[l] - scores[w]) for w, l, *_ in row.extra["pairs"]]
+        total += sum(losses) / len(losses) / len(rows)
+    total.backward()
+    gradient, step = lambda model: torch.cat([p.grad.flatten() for p in model.parameters()]), rm.take_step
+    monkeypatch.setattr(rm, "take_step", lambda model, *rest: seen.append(gradient(model)) or step(model, *rest))
+    rm.main(rm.Args(**flags, output_dir=str(tmp_path / "run")))
+    assert is_near(seen[0], gradient(model))
+    assert lines_of(tmp_path / "run")[0]["loss"] == pytest.approx(total.item(), rel=1e-4)
+
+
+def test_metrics_and_report_are_those_of_the_saved_model(finished):
     rows = short_rows(finished)
     scores = by_hand(finished, rows)
     gaps = [[float(s[w] - s[l]) for w, l, *_ in row.extra["pairs"]] for row, s in zip(rows, scores)]
-    everything = [gap for own in gaps for gap in own]
-    assert min(map(abs, everything)) > 1e-4  # otherwise an accuracy might depend on rounding
+    pairs = [gap for own in gaps for gap in own]
+    assert min(map(abs, pairs)) > 1e-4  # otherwise an accuracy might depend on rounding
     last, report = lines_of(finished)[-1], json.loads((finished / "report.json").read_text())
-    accuracy = lambda gaps: pytest.approx(sum(gap > 0 for gap in gaps) / len(gaps))
-    assert last["eval_accuracy"] == accuracy(everything) == report["accuracy"] and report["pairs"] == len(everything)
-    assert last["eval_margin"] == pytest.approx(sum(everything) / len(everything), rel=1e-3)
-    loss = [sum(-logsigmoid(gap) for gap in own) / len(own) for own in gaps]
-    assert last["eval_loss"] == pytest.approx(sum(loss) / len(loss), rel=1e-4)
-    assert last["eval_calibration_error"] == pytest.approx(rm.calibration_error(everything), rel=1e-3)
-    assert last["eval_length_correlation"] == pytest.approx(rm.length_correlation(rows, scores), rel=1e-3)
-    for kind in ("helpful", "harmless"):
-        own = [gap for row, gaps in zip(rows, gaps) if row.extra["kind"] == kind for gap in gaps]
-        assert report["groups"][f"kind {kind}"] == dict(pairs=len(own), accuracy=accuracy(own))
-    tokens = sum(len(row.prompt) + sum(map(len, row.responses)) for row in rows)
-    assert last["num_tokens"] == 2 * tokens and last["epoch"] == 2.0 and last["step"] == 22
+    expected = dict(
+        eval_accuracy=sum(gap > 0 for gap in pairs) / len(pairs),
+        eval_margin=sum(pairs) / len(pairs),
+        eval_loss=sum(sum(-logsigmoid(gap) for gap in own) / len(own) for own in gaps) / len(gaps),
+        eval_calibration_error=rm.calibration_error(pairs),
+        eval_length_correlation=rm.length_correlation(rows, scores),
+        num_tokens=2 * sum(len(row.prompt) + sum(map(len, row.responses)) for row in rows),
+        epoch=2.0,
+        step=22,
+    )
+    assert {name: last[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert report["accuracy"] == pytest.approx(last["eval_accuracy"]) and report["pairs"] == len(pairs)
 
 
 def test_the_shift_is_the_mean_score_over_the_last_tenth_of_the_steps(finished):
@@ -723,129 +633,6 @@ def test_the_shift_is_the_mean_score_over_the_last_tenth_of_the_steps(finished):
     assert counts == [6, 3] and shift_of(finished) == pytest.approx(total / 9, rel=1e-5)
     assert len({round(line["mean_reward"], 3) for line in lines[-3:]}) == 3  # other steps have other means
     assert shift_of(finished / "checkpoint-21") == 0.0
-
-
-def test_the_shift_is_taken_from_one_step_at_least(short_run, scoring_dir, tmp_path):
-    flags = short_run | dict(model=str(scoring_dir("llama")), max_steps=3, eval_dataset="")
-    rm.main(rm.Args(**flags, output_dir=str(tmp_path / "run")))
-    *_, before, last = (line["mean_reward"] for line in lines_of(tmp_path / "run"))
-    assert shift_of(tmp_path / "run") == pytest.approx(last, rel=1e-5) and abs(last - before) > 0.01 * abs(last)
-
-
-def killed_before(args, name: str):
-    """A run that is killed just before it gives a file or a directory its final name."""
-    rename = os.replace
-
-    def replace(source, target):
-        if Path(target).name == name:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(source, target)
-
-    os.replace = replace  # in a child process: nobody else sees it
-    rm.main(args)
-
-
-@pytest.mark.parametrize(
-    "name, stands", [("checkpoint-14", 7), ("report.json", 21), pytest.param("checkpoint-7", 0, marks=slow)]
-)
-def test_killed_and_resumed(name, stands, short_run, finished, tmp_path):
-    """Also between the two steps whose scores make the shift, as after checkpoint-21."""
-    out = tmp_path / "run"
-    args = rm.Args(**short_run, output_dir=str(out), resume=True)
-    assert in_child(killed_before, args, name) == -signal.SIGKILL
-    assert max([0, *(int(path.name[11:]) for path in out.glob("checkpoint-*"))]) == stands
-    assert in_child(rm.main, args) == 0
-    same_run(out, finished)
-    assert (out / "report.json").read_text() == (finished / "report.json").read_text()
-    assert shift_of(out) == shift_of(finished) != 0.0
-
-
-def first_gradient(monkeypatch, **flags) -> torch.Tensor:
-    """The gradient of a run's first step, as the optimiser gets it."""
-    seen, real = [], rm.take_step
-
-    def spy(model, *rest):
-        seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        return real(model, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rm, "take_step", spy)
-        rm.main(rm.Args(**flags, max_steps=1))
-    return seen[0]
-
-
-def test_the_split_into_forwards_changes_no_gradient(short_run, scoring_dir, monkeypatch, tmp_path):
-    """Nor does gradient checkpointing. It is that of the mean over the step's rankings, by Hugging Face's model."""
-    flags = short_run | dict(model=str(scoring_dir("llama")), batch_size=21, eval_dataset="")
-    model, rows, total = (
-        AutoModelForSequenceClassification.from_pretrained(flags["model"]),
-        short_rows(flags["model"]),
-        0,
-    )
-    for row in rows:
-        scores = torch.stack([model(torch.tensor([row.prompt + r])).logits[0, 0] for r in row.responses])
-        losses = [torch.nn.functional.softplus(scores[l] - scores[w]) for w, l, *_ in row.extra["pairs"]]
-        total += sum(losses) / len(losses) / len(rows)
-    total.backward()
-    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
-    for i, change in enumerate((dict(), dict(tokens_per_forward=1), dict(gradient_checkpointing=True))):
-        gradient = first_gradient(monkeypatch, **flags | change, output_dir=str(tmp_path / str(i)))
-        assert is_near(gradient, expected), change
-        assert lines_of(tmp_path / str(i))[0]["loss"] == pytest.approx(total.item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("family, world", [("llama", 2), ("nemotron", 2), pytest.param("llama", 4, marks=slow)])
-def test_ranks_change_nothing(family, world, short_run, scoring_dir, tiny_model_dir, tmp_path):
-    """From a random head, and from a new one. The last step has one prompt, so that a rank has none."""
-    model = tiny_model_dir(family) if family == "nemotron" else scoring_dir(family)
-    flags = short_run | dict(model=str(model), batch_size=5, max_steps=5, eval_every=2, save_every=2)
-    on_ranks(rm, world, **flags, output_dir=str(tmp_path / "many"))
-    rm.main(rm.Args(**flags, output_dir=str(tmp_path / "one")))
-    for ours, theirs in zip(lasting(tmp_path / "many"), lasting(tmp_path / "one"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
-    ours, theirs = weights_of(tmp_path / "many"), weights_of(tmp_path / "one")
-    assert ours.keys() == theirs.keys() and all(torch.allclose(ours[k], theirs[k], atol=2e-4) for k in ours)
-    assert snapshot(tmp_path / "many").keys() == snapshot(tmp_path / "one").keys()
-    last = lines_of(tmp_path / "one")[-1]
-    tolerance = 1e-3 * max(-last["min_reward"], last["max_reward"])
-    assert shift_of(tmp_path / "one") == pytest.approx(last["mean_reward"], rel=1e-5)
-    assert shift_of(tmp_path / "many") == pytest.approx(last["mean_reward"], abs=tolerance)
-    assert abs(last["mean_reward"]) > 10 * tolerance
-
-
-def test_bfloat16(short_run, tmp_path):
-    """The weights are sharded then, though there is one rank. The curve is near that of float32."""
-    for dtype in ("bfloat16", "float32"):
-        flags = short_run | dict(max_steps=3, dtype=dtype, output_dir=str(tmp_path / dtype))
-        assert in_child(rm.main, rm.Args(**flags)) == 0
-    for ours, theirs in zip(lines_of(tmp_path / "bfloat16"), lines_of(tmp_path / "float32"), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.03)
-        assert ours["max_reward"] == pytest.approx(theirs["max_reward"], abs=0.05)
-
-
-def test_other_conditions_are_other_data(short_run, tmp_path, capsys):
-    file = tmp_path / "conditions.json"
-    file.write_text('{"helpful": "Be nice."}')
-    flags = short_run | dict(condition=str(file), max_steps=1, eval_dataset="", output_dir=str(tmp_path / "run"))
-    rm.main(rm.Args(**flags))
-    file.write_text('{"helpful": "Be rude."}')
-    assert f"content of {file} was" in refused(rm, capsys, **flags, resume=True)
-
-
-@torch.no_grad()
-def test_a_finished_run_is_a_classifier_of_one_label(finished):
-    model, tokenizer = (
-        AutoModelForSequenceClassification.from_pretrained(finished),
-        AutoTokenizer.from_pretrained(finished),
-    )
-    config = json.loads((finished / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForSequenceClassification"] and "attn_implementation" not in str(config)
-    assert model.config.num_labels == 1 and model.score.weight.abs().max() > 0
-    assert tokenizer.chat_template == tokenizer_of(finished).chat_template
-    rows = [read(tokenizer, row) for row in walks(4, 3, seed=5)]
-    ours, expected = loaded(finished), torch.cat(by_hand(finished, rows))
-    assert rm.is_reward_model(str(finished))
-    assert is_near(ours.response_scores(**rm.pack(rows, CPU)[0]), expected)
 
 
 def test_a_reward_model_is_trained_further(short_run, finished, tmp_path):
@@ -872,7 +659,7 @@ def test_length_balancing_in_a_run(tiny_model_dir, tmp_path, capsys):
     assert "4 of 6 pairs kept" in capsys.readouterr().out and len(lines_of(tmp_path / "run")) == 4
 
 
-@pytest.mark.parametrize("flags", [dict(), dict(loss="plackett-luce"), dict(loss="focal", barrier=0.02)], ids=str)
+@pytest.mark.parametrize("flags", [dict(loss="plackett-luce"), dict(loss="focal", barrier=0.02)], ids=str)
 def test_a_simple_preference_is_learnt(flags, tiny_model_dir, tmp_path):
     """On held-out rankings by how often an answer says `up`, whatever its length."""
     data, test = jsonl(tmp_path / "rows.jsonl", walks(160, 3)), jsonl(tmp_path / "test.jsonl", walks(40, 3, seed=1))
@@ -883,22 +670,6 @@ def test_a_simple_preference_is_learnt(flags, tiny_model_dir, tmp_path):
     assert "barrier" not in flags or -5 < last["min_reward"] < last["max_reward"] < 5
 
 
-def test_a_condition_decides_between_two_preferences(tiny_model_dir, tmp_path):
-    """One kind wants `up`, the other `right`: with the condition both are learnt, without it neither can be."""
-    kinds = [("helpful", [0, 1]), ("harmless", [1, 0])] * 32
-    rows = [
-        dict(prompt=talk(f"Walk {i % 9}!"), completions=["up", "right"], scores=scores, kind=kind)
-        for i, (kind, scores) in enumerate(kinds)
-    ]
-    (tmp_path / "conditions.json").write_text('{"helpful": "Go right.", "harmless": "Go up."}')
-    flags = dict(model=str(tiny_model_dir("llama")), dataset=jsonl(tmp_path / "rows.jsonl", rows), eval_fraction=0.25)
-    flags |= dict(epochs=8, batch_size=16, learning_rate=5e-3)
-    for name, condition in (("with", str(tmp_path / "conditions.json")), ("without", "")):
-        rm.main(rm.Args(**flags, condition=condition, output_dir=str(tmp_path / name)))
-    accuracy = {name: lines_of(tmp_path / name)[-1]["eval_accuracy"] for name in ("with", "without")}
-    assert accuracy["with"] > 0.9 and accuracy["without"] < 0.8
-
-
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 OK, PAIR = dict(prompt="a", completions=["b", "c"], scores=[1.0, 0.0]), dict(prompt="a", chosen="b", rejected="c")
@@ -907,106 +678,58 @@ BAD_ROWS = {  # rows, flags, what the message must say
     "a score that is no number": ([OK, OK | dict(scores=[1.0, math.nan])], {}, "row 1"),
     "a score too few": ([OK, OK | dict(scores=[1.0])], {}, "row 1"),
     "no scores": ([dict(prompt="a", completions=["b", "c"])], {}, "as many scores"),
-    "other columns": ([dict(text="a")], {}, "chosen"),
-    "no rejected": ([dict(prompt="a", chosen="b")], {}, "rejected"),
-    "nothing usable": ([OK | dict(scores=[1.0, 1.0])], {}, "nothing to compare"),
     "a probability beyond 1": ([PAIR | dict(probability=1.7)], {}, "row 0"),
     "no margin": ([PAIR | dict(margin=1.0), PAIR | dict(margin=None)], dict(use_margin=True), "--use-margin"),
+    "no pair in a bucket": ([PAIR | dict(chosen="b c d")] * 4, dict(length_buckets=(2,)), "--length-buckets"),
+    "margins for focal": ([OK], dict(use_margin=True, loss="focal"), "--use-margin"),
+    "pairs taken from lists": ([OK], dict(length_buckets=(3,), loss="plackett-luce"), "--length-buckets"),
 }
 
 
 @pytest.mark.parametrize("rows, flags, says", BAD_ROWS.values(), ids=BAD_ROWS)
-def test_bad_rows_are_refused(rows, flags, says, tiny_model_dir, tmp_path, capsys):
+def test_bad_rows_and_contradictions_are_refused(rows, flags, says, tiny_model_dir, tmp_path, capsys):
     rm.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     flags = flags | dict(model=str(tiny_model_dir("llama")), dataset=str(tmp_path / "rows.parquet"))
     said = refused(rm, capsys, **flags, output_dir=str(tmp_path / "run"))
-    assert "--dataset" in said and says in said and not (tmp_path / "run").exists()
-
-
-BAD_ARGUMENTS = [
-    dict(score_l2=-1.0),
-    dict(condition="nowhere.json"),
-    dict(model="no/such/model"),
-    dict(dataset="nowhere.jsonl"),
-    dict(use_margin=True, loss="focal"),
-    dict(length_buckets=(3,), loss="plackett-luce"),
-]
-
-
-@pytest.mark.parametrize("flags", BAD_ARGUMENTS, ids=str)
-def test_bad_arguments_are_refused(flags, short_run, tmp_path, capsys):
-    said, (name, *_) = refused(rm, capsys, **short_run | flags, output_dir=str(tmp_path / "run")), flags
-    assert flags[name] in said if name == "model" else f"--{name.replace('_', '-')}" in said
+    assert says in said and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     "flags, named", [(dict(loss="focal"), "--loss focal"), (dict(use_margin=True), "--use-margin")]
 )
-@pytest.mark.parametrize("option", ["dataset", "eval_dataset"])
-def test_soft_labels_with_a_loss_that_takes_none_are_refused(option, flags, named, short_run, tmp_path, capsys):
+def test_soft_labels_with_a_loss_that_takes_none_are_refused(flags, named, short_run, tmp_path, capsys):
     row = dict(prompt="a", chosen=" b", rejected=" c", probability=0.8, margin=1.0)
-    flags = short_run | flags | {option: jsonl(tmp_path / "soft.jsonl", [row] * 4)}
-    said = refused(rm, capsys, **flags, output_dir=str(tmp_path / "run"))
-    assert f"{named} takes no soft labels" in said
-
-
-@pytest.mark.parametrize("content", ["[1]", '{"helpful": 3}', "{"])
-def test_bad_conditions_are_refused(content, short_run, tmp_path, capsys):
-    (tmp_path / "conditions.json").write_text(content)
-    flags = short_run | dict(condition=str(tmp_path / "conditions.json"))
-    assert f"--condition {tmp_path}" in refused(rm, capsys, **flags, output_dir=str(tmp_path / "run"))
-
-
-def test_length_buckets_that_leave_nothing_are_refused(tiny_model_dir, tmp_path, capsys):
-    data = jsonl(tmp_path / "rows.jsonl", [dict(prompt="a", chosen=" b c d", rejected=" e")] * 4)
-    flags = dict(model=str(tiny_model_dir("llama")), dataset=data, length_buckets=(4,))
-    assert "--length-buckets" in refused(rm, capsys, **flags, output_dir=str(tmp_path / "run"))
+    for option in ("dataset", "eval_dataset"):
+        data = jsonl(tmp_path / "soft.jsonl", [row] * 4)
+        pairs = jsonl(tmp_path / "rows.jsonl", [{k: v for k, v in row.items() if k != "probability"}] * 4)
+        given = short_run | flags | dict(dataset=pairs) | {option: data, "output_dir": str(tmp_path / "run")}
+        assert f"{named} takes no soft labels" in refused(rm, capsys, **given)
 
 
 def test_a_classifier_of_three_labels_is_refused(short_run, tiny_model_dir, tmp_path, capsys):
-    other = tmp_path / "three"
-    AutoModelForSequenceClassification.from_pretrained(tiny_model_dir("llama"), num_labels=3).save_pretrained(other)
-    tokenizer_of(tiny_model_dir("llama")).save_pretrained(other)
-    flags = short_run | dict(model=str(other))
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir("llama"), num_labels=3)
+    model.save_pretrained(tmp_path / "three")
+    tokenizer_of(tiny_model_dir("llama")).save_pretrained(tmp_path / "three")
+    flags = short_run | dict(model=str(tmp_path / "three"))
     assert "label" in refused(rm, capsys, **flags, output_dir=str(tmp_path / "run"))
 
 
 # ----------------------------------------------------------------------------------------------------------- real data
 
 
-def real_run(real_data, data, folder, capsys) -> str:
-    """What a run of two steps on real rankings prints."""
-    data.to_json(folder / "rows.jsonl")
-    model, rows = str(real_data / "stories260K-hf"), str(folder / "rows.jsonl")
-    rm.main(rm.Args(model, rows, str(folder / "run"), max_steps=2, batch_size=4))
-    return capsys.readouterr().out
-
-
-def test_real_pairs(real_data, tmp_path, capsys):
-    """HH-RLHF's strings: the tokenizer alone counts the rows that can be used."""
-    data = rm.load_rows("--dataset", str(real_data / "hh_rlhf_raw_implicit.jsonl"), "train").select(range(100))
-    tokenizer, kept = tokenizer_of(real_data / "stories260K-hf"), 0
-    for row in data:
-        prompt, answers = rm.as_pair(row)
-        assert prompt.startswith("\n\nHuman:") and prompt.endswith("\n\nAssistant:")
-        assert [prompt + answer for answer in answers] == [row["chosen"], row["rejected"]]
-        longest = max(len(tokenizer(prompt + answer).input_ids) + 1 for answer in answers)
-        kept += all(map(str.strip, answers)) and longest <= 512 and answers[0] != answers[1]
-    said = real_run(real_data, data, tmp_path, capsys)
-    assert f"{kept} rows from 100" in said and 20 < kept < 100
-    assert lines_of(tmp_path / "run")[0]["loss"] == pytest.approx(LN2, abs=1e-6)
-
-
 def test_real_rankings(real_data, tmp_path, capsys):
     """XSTest's five answers with many ties: a row needs two answers of different score that fit."""
     data = rm.load_rows("--dataset", str(real_data / "kwise_xstest.jsonl"), "train").select(range(80))
-    tokenizer, rows, pairs = tokenizer_of(real_data / "stories260K-hf"), 0, 0
+    model, rows, pairs = str(real_data / "stories260K-hf"), 0, 0
+    tokenizer = tokenizer_of(model)
     for row in data:
         head = f"<s>user: {row['prompt'][0]['content']}</s>\nassistant: "
         size = lambda text, head=head: len(tokenizer(f"{head}{text}</s>\n", add_special_tokens=False).input_ids)
         fit = [score for text, score in zip(row["completions"], row["scores"]) if text.strip() and size(text) <= 512]
         own = sum(a != b for a, b in itertools.combinations(fit, 2))
         rows, pairs = rows + (own > 0), pairs + own
-    said = real_run(real_data, data, tmp_path, capsys)
+    data.to_json(tmp_path / "rows.jsonl")
+    rm.main(rm.Args(model, str(tmp_path / "rows.jsonl"), str(tmp_path / "run"), max_steps=2, batch_size=4))
+    said = capsys.readouterr().out
     assert f"{rows} rows from {len(data)}" in said and f"{pairs} pairs" in said and 5 < rows < 80
     assert json.loads((tmp_path / "run" / "report.json").read_text())["groups"]["kind all"]["pairs"] > 0
