@@ -189,7 +189,7 @@ def dpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
     chosen, rejected, share, best = pair_indices(rows, logps.device)
     policy_logps = content_sums(logps, rows)  # log pi(y|x), [R]
     ref_logps = torch.cat([row.extra["ref_logps"] for row in rows])  # log ref(y|x), [R]
-    log_ratios = policy_logps - ref_logps.to(logps.device, non_blocking=True)
+    log_ratios = policy_logps - to_device(ref_logps, logps.device)
     if args.loss == "ipo":  # means over the tokens
         log_ratios = log_ratios / content_sums(torch.ones_like(logps), rows).clamp(min=1)
     h = log_ratios[chosen] - log_ratios[rejected]  # [P]
@@ -338,7 +338,7 @@ def content_sums(values, rows: list):
     """`response_sums` without the tokens that `mark_format` set to 0, if it was called."""
     if "content" in rows[0].extra:
         marks = [mark for row in rows for response in row.extra["content"] for mark in response]
-        values = values * torch.tensor(marks).to(values.device, non_blocking=True)
+        values = values * to_device(marks, values.device)
     return response_sums(values, rows)
 
 
@@ -454,7 +454,7 @@ def pair_indices(rows: list, device) -> tuple:
         share += [1 / len(pairs)] * len(pairs)
         best.append(first + scores.index(max(scores)))
         first += len(row.responses)
-    return tuple(torch.tensor(column, device=device) for column in (chosen, rejected, share, best))
+    return tuple(to_device(column, device) for column in (chosen, rejected, share, best))
 
 
 # ---- reference: the frozen model that log-probabilities are compared with

@@ -802,7 +802,7 @@ def judge_scores(model, tokenizer, rubric: dict, args, device, rows: list, texts
         return expected_score(probabilities)
     tables = [rubric["reward"].get(row.extra["kind"], {}) for row in rows]
     values = [[table.get(letter, math.nan) for letter in rubric["options"]] for table in tables]
-    return (probabilities * torch.tensor(values, device=device).view_as(probabilities)).sum(-1)
+    return (probabilities * to_device(values, device).view_as(probabilities)).sum(-1)
 
 
 def load_rubric(name: str) -> dict:
@@ -855,7 +855,7 @@ def function_scores(source: str, function, device, rows: list, texts: list, ids:
         if not is_number:
             what = f"returned {reward!r} for {text[-200:]!r}"
             fail(f"--rewards {source}: {what}; it must be a finite number, or None where the rule does not apply")
-    return torch.tensor([math.nan if reward is None else float(reward) for reward in rewards], device=device)
+    return to_device([math.nan if reward is None else float(reward) for reward in rewards], device)
 
 
 def format_scores(device, rows: list, texts: list, ids: list):
@@ -864,7 +864,7 @@ def format_scores(device, rows: list, texts: list, ids: list):
     for text in texts:
         has_one = text.count("<think>") == text.count("</think>") == 1
         scores.append(float(has_one and bool(re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL))))
-    return torch.tensor(scores, device=device)
+    return to_device(scores, device)
 
 
 def match_scores(how: str, device, rows: list, texts: list, ids: list):
@@ -873,7 +873,7 @@ def match_scores(how: str, device, rows: list, texts: list, ids: list):
     for row, text in zip(rows, texts):
         right = true_answers(row.extra.get("answer"))
         scores.append(float(canonical(found_answer(text, how)) in right) if right else math.nan)
-    return torch.tensor(scores, device=device)
+    return to_device(scores, device)
 
 
 def check_true_answer(how: str, extra: dict):
@@ -967,7 +967,7 @@ def rollout(
         extra["thinking_length"] = thinking_length(tokenizer, texts[i], len(ids[i]))
         extra["has_ended"] = float(ids[i][-1] in stops)
         answers.append(Row(rows[i].prompt, [ids[i]], [[True] * len(ids[i])], extra))
-    of_tokens = lambda values, dtype: torch.tensor([x for own in values for x in own], dtype=dtype, device=device)
+    of_tokens = lambda values, dtype: to_device(torch.tensor([x for own in values for x in own], dtype=dtype), device)
     set_token_values(answers, "sampled_logps", of_tokens(logps, torch.float32))
     set_token_values(answers, "slots", of_tokens([[slot] * len(own) for slot, own in zip(slots, ids)], torch.long))
     return answers

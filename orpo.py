@@ -283,7 +283,7 @@ def content_sums(values, rows: list):
     """`response_sums` without the tokens of the prompt that `train_prompt` has added, if it was called."""
     if "content" in rows[0].extra:
         marks = [mark for row in rows for response in row.extra["content"] for mark in response]
-        values = values * torch.tensor(marks).to(values.device, non_blocking=True)
+        values = values * to_device(marks, values.device)
     return response_sums(values, rows)
 
 
@@ -339,7 +339,7 @@ def pair_indices(rows: list, device) -> tuple:
         share += [1 / len(pairs)] * len(pairs)
         best.append(first + scores.index(max(scores)))
         first += len(row.responses)
-    return tuple(torch.tensor(column, device=device) for column in (chosen, rejected, share, best))
+    return tuple(to_device(column, device) for column in (chosen, rejected, share, best))
 
 
 # ---- log-probabilities: of the answers' tokens, without the logits of a whole batch in memory

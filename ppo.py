@@ -283,8 +283,8 @@ def value_loss(values, old_values, returns, clip: float):
 
 def add_advantages(args, answers: list, device):
     """Gives each of this rank's answers advantages and returns [T]."""
-    scores = torch.tensor([row.extra["score"] for row in answers], device=device)  # [B]
-    lengths = torch.tensor([len(row.responses[0]) for row in answers], dtype=torch.long, device=device)
+    scores = to_device([row.extra["score"] for row in answers], device)  # [B]
+    lengths = to_device([len(row.responses[0]) for row in answers], device)
     width = max((len(row.responses[0]) for row in answers), default=1)
     mask = torch.arange(width, device=device) < lengths[:, None]  # [B, T], as all of these
     empty = torch.zeros(mask.shape, device=device)
@@ -405,7 +405,7 @@ def main(args: Args):
         for slots in minibatches(num_answers, args.ppo_epochs, args.num_minibatches, step, args.seed):
             mine = [row for row in answers if row.extra["slot"] in slots]  # this rank's part of the minibatch
             # tokens of the minibatch, over all ranks
-            total = over_ranks(torch.tensor(sum(len(row.responses[0]) for row in mine), device=device))
+            total = over_ranks(to_device(sum(len(row.responses[0]) for row in mine), device))
             for group, weight, inputs, target in forwards(mine, args, policy, device, spare):
                 # a weight of 0 only keeps ranks in step; FSDP averages their gradients
                 scale = weight * WORLD / total
@@ -776,7 +776,7 @@ def judge_scores(model, tokenizer, rubric: dict, args, device, rows: list, texts
         return expected_score(probabilities)
     tables = [rubric["reward"].get(row.extra["kind"], {}) for row in rows]
     values = [[table.get(letter, math.nan) for letter in rubric["options"]] for table in tables]
-    return (probabilities * torch.tensor(values, device=device).view_as(probabilities)).sum(-1)
+    return (probabilities * to_device(values, device).view_as(probabilities)).sum(-1)
 
 
 def load_rubric(name: str) -> dict:
@@ -829,7 +829,7 @@ def function_scores(source: str, function, device, rows: list, texts: list, ids:
         if not is_number:
             what = f"returned {reward!r} for {text[-200:]!r}"
             fail(f"--rewards {source}: {what}; it must be a finite number, or None where the rule does not apply")
-    return torch.tensor([math.nan if reward is None else float(reward) for reward in rewards], device=device)
+    return to_device([math.nan if reward is None else float(reward) for reward in rewards], device)
 
 
 def format_scores(device, rows: list, texts: list, ids: list):
@@ -838,7 +838,7 @@ def format_scores(device, rows: list, texts: list, ids: list):
     for text in texts:
         has_one = text.count("<think>") == text.count("</think>") == 1
         scores.append(float(has_one and bool(re.fullmatch(r"\s*<think>\s*\S.*</think>.*\S.*", text, re.DOTALL))))
-    return torch.tensor(scores, device=device)
+    return to_device(scores, device)
 
 
 def match_scores(how: str, device, rows: list, texts: list, ids: list):
@@ -847,7 +847,7 @@ def match_scores(how: str, device, rows: list, texts: list, ids: list):
     for row, text in zip(rows, texts):
         right = true_answers(row.extra.get("answer"))
         scores.append(float(canonical(found_answer(text, how)) in right) if right else math.nan)
-    return torch.tensor(scores, device=device)
+    return to_device(scores, device)
 
 
 def check_true_answer(how: str, extra: dict):
@@ -941,7 +941,7 @@ def rollout(
         extra["thinking_length"] = thinking_length(tokenizer, texts[i], len(ids[i]))
         extra["has_ended"] = float(ids[i][-1] in stops)
         answers.append(Row(rows[i].prompt, [ids[i]], [[True] * len(ids[i])], extra))
-    of_tokens = lambda values, dtype: torch.tensor([x for own in values for x in own], dtype=dtype, device=device)
+    of_tokens = lambda values, dtype: to_device(torch.tensor([x for own in values for x in own], dtype=dtype), device)
     set_token_values(answers, "sampled_logps", of_tokens(logps, torch.float32))
     set_token_values(answers, "slots", of_tokens([[slot] * len(own) for slot, own in zip(slots, ids)], torch.long))
     return answers

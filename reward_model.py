@@ -202,13 +202,13 @@ def log_barrier(scores, bound: float = 5.0):
 
 def ranking_loss(args, rows: list, scores) -> torch.Tensor:
     """The loss of B prompts, summed. scores [R]: of all answers of all rows, in order."""
-    pairs = torch.tensor([pair for row in rows for pair in row.extra["pairs"]])  # of all rows, [P, 4]
-    pairs = pairs.to(scores.device, non_blocking=True).split([len(row.extra["pairs"]) for row in rows])
+    pairs = to_device([pair for row in rows for pair in row.extra["pairs"]], scores.device)  # of all rows, [P, 4]
+    pairs = pairs.split([len(row.extra["pairs"]) for row in rows])
     losses = []
     for row, s, own in zip(rows, scores.split([len(row.responses) for row in rows]), pairs):  # s [K], own [P, 4]
         (better, worse), (probability, margin) = own.T[:2].long(), own.T[2:]
         if args.loss == "plackett-luce":
-            loss = plackett_luce_loss(s, torch.tensor(row.extra["ranks"]).to(s.device, non_blocking=True))
+            loss = plackett_luce_loss(s, to_device(row.extra["ranks"], s.device))
         elif args.loss == "focal":
             loss = focal_pair_loss(s[better], s[worse]).mean()
         else:
@@ -233,7 +233,7 @@ def pair_gaps(rows: list, scores):
         better += [first + w for w, *_ in row.extra["pairs"]]
         worse += [first + l for _, l, *_ in row.extra["pairs"]]
         first += len(row.responses)
-    better, worse = torch.tensor([better, worse]).to(scores.device, non_blocking=True)
+    better, worse = to_device([better, worse], scores.device)
     return scores[better] - scores[worse]
 
 

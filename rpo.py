@@ -199,9 +199,9 @@ def rpo_batch(args, rows: list, logps, entropy, is_argmax) -> dict:
     chosen, rejected, share, best = pair_indices(rows, logps.device)
     policy_logps = response_sums(logps, rows)  # log pi(y|x), [R]
     ref_logps = torch.cat([row.extra["ref_logps"] for row in rows])  # log ref(y|x), [R]
-    log_ratios = policy_logps - ref_logps.to(logps.device, non_blocking=True)
+    log_ratios = policy_logps - to_device(ref_logps, logps.device)
     r = torch.tensor([score for row in rows for score in row.extra["scores"]])  # [R]
-    r = r.to(logps.device, non_blocking=True)
+    r = to_device(r, logps.device)
     h, g = log_ratios[chosen] - log_ratios[rejected], r[chosen] - r[rejected]  # [P]
     losses = rpo_loss(h, g, args.beta, args.eta, args.distance)
     lengths = response_sums(torch.ones_like(logps), rows)
@@ -407,7 +407,7 @@ def pair_indices(rows: list, device) -> tuple:
         share += [1 / len(pairs)] * len(pairs)
         best.append(first + scores.index(max(scores)))
         first += len(row.responses)
-    return tuple(torch.tensor(column, device=device) for column in (chosen, rejected, share, best))
+    return tuple(to_device(column, device) for column in (chosen, rejected, share, best))
 
 
 # ---- reference: the frozen model that log-probabilities are compared with
