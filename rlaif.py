@@ -362,21 +362,24 @@ def main(args: Args):
     done = load_records(args, out, signature)  # {row number: record}, of an interrupted run
 
     # 2. for each batch of rows: answers, judgements, and what they give, on disk before the next batch begins
-    work, report_on = {
-        LabelArgs: (label, judge_report),
-        ReviseArgs: (revise, None),
-        BestOfNArgs: (best_of_n, scores_report),
-        SynthesiseArgs: (synthesise, filter_conversations),
-        CompareArgs: (compare, win_rate_report),
-        AuditArgs: (audit, judge_report),
+    work, report_on, names = {
+        LabelArgs: (label, judge_report, ["rankings.jsonl" if run.most > 2 else "pairs.jsonl"]),
+        ReviseArgs: (revise, None, ["sft.jsonl"]),
+        BestOfNArgs: (best_of_n, scores_report, ["sft.jsonl", "pairs.jsonl", "rankings.jsonl", "prompts.jsonl"]),
+        SynthesiseArgs: (synthesise, filter_conversations, ["sft.jsonl", "prompts.jsonl", "raw.jsonl"]),
+        CompareArgs: (compare, win_rate_report, ["comparisons.jsonl"]),
+        AuditArgs: (compare_answers, judge_report, []),
     }[type(args)]
     for batch in batches(args, items, done):
-        save_records(out, from_all_ranks(work(run, batch[RANK::WORLD])), done)
+        work(run, batch[RANK::WORLD])
+        save_records(out, from_all_ranks([item.record() for item in batch[RANK::WORLD]]), done)
 
     # 3. the data sets, and a report
-    records = [done[item.number] for item in items]
+    records, counts = [done[item.number] for item in items], Counter()
     summary = report_on(run, records) if report_on else {}
-    files, counts = data_sets(records)
+    for record in records:
+        counts.update(record["counts"])
+    files = {name: [row for record in records for row in record["rows"].get(name, [])] for name in names}
     finish(out, files, dict(rows=len(records), **counts) | summary)
 
 
@@ -407,101 +410,86 @@ SCORES = [str(score) for score in range(1, 11)]  # what a judge replies that is 
 DATA_FILES = ("pairs.jsonl", "rankings.jsonl", "sft.jsonl", "prompts.jsonl", "raw.jsonl", "comparisons.jsonl")
 
 
-class Item(NamedTuple):
-    """A row of --dataset.
+@dataclass
+class Item:
+    """A row of --dataset, and what comes of it.
 
     prompt: text or messages; responses: texts or lists of messages; scores: of the responses, or None; gap: by how much
-    chosen leads rejected, or None; columns: what else the row holds; asked: the prompt's Row for each policy."""
+    chosen leads rejected, or None; columns: what else the row holds; asked: the prompt's Row for each policy; pairs:
+    the indices of responses to compare (None: every two)."""
 
     number: int
     prompt: str | list = ""
     responses: list = ()
     scores: list | None = None
     gap: float | None = None
-    columns: dict = {}
+    columns: dict | None = None
     kind: str = ""
     asked: list = ()
+    pairs: list | None = None
 
+    def __post_init__(self):
+        # rows by file; what the report counts; one dict for each pair; the worst, the mean and the best score
+        self.rows, self.counts, self.comparisons, self.spread = {}, Counter(), [], []
 
-def new_records(batch: list, *files, **counts) -> list:
-    """A record of each row: the rows that it gives to each file, and what the report counts."""
-    return [dict(number=item.number, rows={name: [] for name in files}, counts=Counter(counts)) for item in batch]
-
-
-def data_sets(records: list) -> tuple:
-    """The rows of all records by file, and what they count."""
-    files, counts = {name: [] for name in records[0]["rows"]}, Counter()
-    for record in records:
-        for name, rows in record["rows"].items():
-            files[name] += rows
-        counts.update(record["counts"])
-    return files, dict(counts)
+    def record(self) -> dict:
+        """What is kept of it on disk."""
+        return {name: getattr(self, name) for name in ("number", "rows", "counts", "comparisons", "spread")}
 
 
 # label: soft preferences, or rankings
-
-
-def label(run, batch: list) -> list:
+def label(run, batch: list):
     """pairs.jsonl or rankings.jsonl. What cannot be told apart is counted, not guessed."""
     # 1. the answers: those of the data set, or of the policy, no two alike and none cut off
-    args, name = run.args, "rankings.jsonl" if run.most > 2 else "pairs.jsonl"
-    records = new_records(batch, name, labelled=0, nothing_to_compare=0, cut_off=0, empty=0, repeated=0)
-    responses = [item.responses for item in batch]
-    if run.policies:
-        for i, answers in enumerate(policy_answers(run, 0, batch, args.k)):
-            ended, usable = sum(has_ended for _, has_ended in answers), usable_answers(answers)
-            texts = dict.fromkeys(usable)
-            responses[i] = [as_response(batch[i].prompt, text) for text in texts]
-            unused = dict(cut_off=args.k - ended, empty=ended - len(usable), repeated=len(usable) - len(texts))
-            records[i]["counts"].update(unused)
+    args = run.args
+    for item in batch:
+        item.counts.update(labelled=0, nothing_to_compare=0, cut_off=0, empty=0, repeated=0)
+    for item, answers in zip(batch, policy_answers(run, 0, batch, args.k) if run.policies else ()):
+        ended, usable = sum(has_ended for _, has_ended in answers), usable_answers(answers)
+        texts = dict.fromkeys(usable)
+        item.responses, item.scores = [as_response(item.prompt, text) for text in texts], None
+        item.counts.update(cut_off=args.k - ended, empty=ended - len(usable), repeated=len(usable) - len(texts))
     # 2. every two of them, compared
-    pairs = [[*combinations(range(len(answers)), 2)] for answers in responses]
+    compare_answers(run, batch)
     low = args.clamp if args.reasoning else 0.0
-    for item, record, answers, comparisons in zip(batch, records, responses, compare_all(run, batch, responses, pairs)):
-        record["comparisons"] = comparisons
-        wins = [[math.nan] * len(answers) for _ in answers]
-        for c in comparisons:
+    for item in batch:
+        wins = [[math.nan] * len(item.responses) for _ in item.responses]
+        for c in item.comparisons:
             p = min(max(c["p"], low), 1 - low) if c["verdict"] != "abstain" else math.nan
             wins[c["i"]][c["j"]], wins[c["j"]][c["i"]] = p, 1 - p
         # 3. the pair, or the ranking
-        rows, row = record["rows"][name], dict(item.columns, prompt=item.prompt, judge=run.judge.name)
+        row = dict(item.columns, prompt=item.prompt, judge=run.judge.name)
         row |= dict(policy=args.model) if args.model else {}
-        if not comparisons:
-            record["counts"]["nothing_to_compare"] += 1
+        if not item.comparisons:
+            item.counts["nothing_to_compare"] += 1
         elif run.most == 2:
-            (c,) = comparisons
+            (c,) = item.comparisons
             if c["verdict"] in ("a", "b"):
                 best, worst = (0, 1) if c["verdict"] == "a" else (1, 0)
-                row |= dict(chosen=answers[best], rejected=answers[worst], probability=wins[best][worst])
-                rows.append(row | dict(principles=c["principles"]))
+                row |= dict(chosen=item.responses[best], rejected=item.responses[worst], probability=wins[best][worst])
+                item.rows["pairs.jsonl"] = [row | dict(principles=c["principles"])]
         else:
             scores = ranking_scores(wins)
             kept = [i for i, score in enumerate(scores) if not math.isnan(score)]
-            if len({scores[i] for i in kept}) > 1:
-                rows.append(dict(row, completions=[answers[i] for i in kept], scores=[scores[i] for i in kept]))
+            row |= dict(completions=[item.responses[i] for i in kept], scores=[scores[i] for i in kept])
+            if len({*row["scores"]}) > 1:
+                item.rows["rankings.jsonl"] = [row]
             else:
-                record["counts"]["all scores equal" if kept else "all pairs abstained"] += 1
-        record["counts"]["labelled"] += len(rows)
-    return records
+                item.counts["all scores equal" if kept else "all pairs abstained"] += 1
+        item.counts["labelled"] += len(item.rows)
 
 
 # compare: the win rate of one policy over another
-
-
-def compare(run, batch: list) -> list:
+def compare(run, batch: list):
     """comparisons.jsonl: an answer of each policy, and P that the first is better."""
-    records, answers = new_records(batch, "comparisons.jsonl"), []
-    for (of_a,), (of_b,) in zip(*(policy_answers(run, which, batch, 1) for which in (0, 1))):
-        answers.append((of_a, of_b))
-    responses = [[a, b] for (a, _), (b, _) in answers]
-    compared = compare_all(run, batch, responses, [[(0, 1)]] * len(batch))
-    for item, record, ((a, a_ended), (b, b_ended)), [c] in zip(batch, records, answers, compared):
-        record["comparisons"] = [c]
-        record["counts"].update(identical=int(a == b), a_cut_off=int(not a_ended), b_cut_off=int(not b_ended))
+    for item, (a,), (b,) in zip(batch, *(policy_answers(run, which, batch, 1) for which in (0, 1))):
+        item.responses, item.scores = [a[0], b[0]], None
+        item.counts.update(identical=int(a[0] == b[0]), a_cut_off=int(not a[1]), b_cut_off=int(not b[1]))
+    compare_answers(run, batch)
+    for item in batch:
+        (a, b), (c,) = item.responses, item.comparisons
         row = dict(item.columns, prompt=item.prompt, a=a, b=b, verdict=c["verdict"], judge=run.judge.name)
-        row["probability"] = None if math.isnan(c["p"]) else c["p"]
-        record["rows"]["comparisons.jsonl"].append(row)
-    return records
+        item.rows["comparisons.jsonl"] = [row | dict(probability=None if math.isnan(c["p"]) else c["p"])]
 
 
 def win_rate_report(run, records: list) -> dict:
@@ -526,61 +514,33 @@ def win_rate_report(run, records: list) -> dict:
     return report | judge_report(run, records)
 
 
-# audit: the judge's choices against given labels
-
-
-def audit(run, batch: list) -> list:
-    """No data set: P of every two responses of which one is known to be better."""
-    records, pairs = new_records(batch), []
-    for item, record in zip(batch, records):
-        pairs.append(labelled_pairs(item, run.args.min_gap, record["counts"]))
-    for record, comparisons in zip(records, compare_all(run, batch, [item.responses for item in batch], pairs)):
-        record["comparisons"] = comparisons
-    return records
-
-
-def labelled_pairs(item: Item, min_gap: float, left_out: Counter) -> list:
-    """The indices (i, j) of every two responses of which one is known to be better; others are counted in left_out."""
-    pairs = []
-    for i, j in combinations(range(len(item.responses)) if item.scores else (), 2):
-        lead = item.scores[i] - item.scores[j]
-        gap = abs(lead)
-        if item.gap is not None:  # of chosen and rejected, if the data set has their scores
-            gap = item.gap if lead > 0 else -item.gap
-        if not lead or gap < min_gap:
-            left_out["equal scores" if not lead else "contradicting scores" if gap < 0 else "below --min-gap"] += 1
-        else:
-            pairs.append((i, j))
-    return pairs
-
-
-# comparisons: what label, compare and audit share
-
-
-def compare_all(run, batch: list, responses: list, pairs: list) -> list:
-    """The judge's comparisons of two responses (i, j) for each in pairs, a list for each row.
+# comparisons: all of audit, and what label and compare do with their answers
+def compare_answers(run, batch: list):
+    """Has every two responses of an item judged, or its pairs: item.comparisons.
 
     Each is one of `compare_pairs` (a: response i, b: response j) with its verdict and what `judge_report` counts.
     given, sign, longer: 1 if a is known to be the better answer, is judged so, is longer; -1 if b; 0 if neither."""
-    args, texts = run.args, [[text_of(response) for response in answers] for answers in responses]
-    places, asked = [], []
-    for n, item in enumerate(batch):
-        for i, j in pairs[n]:
-            if texts[n][i] != texts[n][j]:
-                places.append((n, i, j))
-                asked.append((f"{item.number}-{i}-{j}", item.prompt, texts[n][i], texts[n][j]))
+    args, differing, asked = run.args, [], []
+    for item in batch:
+        texts = [text_of(response) for response in item.responses]
+        for i, j in combinations(range(len(texts)), 2) if item.pairs is None else item.pairs:
+            c = dict(i=i, j=j, first=0.5, second=0.5, votes=[0.5], principles=[], abstained=[], kind=item.kind)
+            c["lengths"] = [len(texts[i]), len(texts[j])]
+            c["longer"] = sign(len(texts[i]) - len(texts[j]))
+            c["given"] = sign(item.scores[i] - item.scores[j]) if item.scores else 0
+            item.comparisons.append(c)
+            if texts[i] != texts[j]:  # else a tie
+                differing.append(c)
+                asked.append((f"{item.number}-{i}-{j}", item.prompt, texts[i], texts[j]))
     by_scores = isinstance(args, AuditArgs) and args.by == "scores"
-    heard = dict(zip(places, (compare_scores if by_scores else compare_pairs)(run, asked)))
-    alike, found = dict(first=0.5, second=0.5, votes=[0.5], principles=[], abstained=[]), [[] for _ in batch]
-    for n, item in enumerate(batch):
-        for i, j in pairs[n]:
-            c = dict(heard.get((n, i, j), alike), i=i, j=j, kind=item.kind)
-            c["p"], c["lengths"] = (c["first"] + c["second"]) / 2, [len(texts[n][i]), len(texts[n][j])]
-            c["verdict"] = verdict(c["first"], c["second"], args.orders, args.tie_margin)
-            c["given"] = sign(item.scores[i] - item.scores[j]) if item.scores and not run.policies else 0
-            c["sign"], c["longer"] = dict(a=1, b=-1).get(c["verdict"], 0), sign(c["lengths"][0] - c["lengths"][1])
-            found[n].append(c)
-    return found
+    for c, heard in zip(differing, (compare_scores if by_scores else compare_pairs)(run, asked)):
+        c.update(heard)
+    for c in (c for item in batch for c in item.comparisons):
+        c["p"], c["verdict"] = (
+            (c["first"] + c["second"]) / 2,
+            verdict(c["first"], c["second"], args.orders, args.tie_margin),
+        )
+        c["sign"] = dict(a=1, b=-1).get(c["verdict"], 0)
 
 
 def compare_pairs(run, pairs: list) -> list:
@@ -679,122 +639,111 @@ def mean_of(values: list) -> float | None:
 
 
 # revise: critique and revision
-
-
-def revise(run, batch: list) -> list:
+def revise(run, batch: list):
     """sft.jsonl: every revision of an answer, or the last."""
     # 1. the first answers: the policy's, unless the data set has one; what was cut off, or is empty, is not revised
-    args, records = run.args, new_records(batch, "sft.jsonl", cut_off_or_empty=0, revisions=0)
+    args, answers = run.args, {}  # by the row's number, as they read now
     unanswered = [item for item in batch if len(item.responses) != 1]
     drawn = dict(zip((item.number for item in unanswered), policy_answers(run, 0, unanswered, 1)))
-    answers = {}  # by the row's number, as they read now
-    for item, record in zip(batch, records):
+    for item in batch:
         (answer,) = drawn.get(item.number) or [(item.responses[0], True)]
         if usable_answers([answer]):
             answers[item.number] = text_of(answer[0])
-        else:
-            record["counts"]["cut_off_or_empty"] += 1
-    originals = dict(answers)
-    revised = [(item, record) for item, record in zip(batch, records) if item.number in answers]
+        item.counts.update(cut_off_or_empty=int(item.number not in answers), revisions=0)
+    originals, batch = dict(answers), [item for item in batch if item.number in answers]
     for i in range(args.rounds):
         # 2. a critique by a principle that is drawn anew
         critique_talks, principles = [], []
-        for item, _ in revised:
+        for item in batch:
             principles.append(random.Random(f"{args.seed}-{item.number}-{i}").choice(run.principles))
             parts = about(item.prompt, after_space(item.prompt, answers[item.number]))
             critique_talks.append(fill(run.requests["critique"], principle=principles[-1], **parts))
-        keys = [f"critique-{item.number}-{i}" for item, _ in revised]
+        keys = [f"critique-{item.number}-{i}" for item in batch]
         critiques = [text_of(text) for text, _ in run.judge.write(critique_talks, keys, args.judge_temperature)]
         # 3. a revision, which takes the answer's place
         talks = []
         for talk, critique, principle in zip(critique_talks, critiques, principles):
             request = fill(run.requests["revise"], principle=principle)
             talks.append([*as_messages(talk, "user"), *as_messages(critique), *as_messages(request, "user")])
-        keys = [f"revision-{item.number}-{i}" for item, _ in revised]
-        revisions = run.judge.write(talks, keys, args.judge_temperature)
-        for (item, record), principle, critique, (text, has_ended) in zip(revised, principles, critiques, revisions):
+        revisions = run.judge.write(talks, [f"revision-{item.number}-{i}" for item in batch], args.judge_temperature)
+        for item, principle, critique, (text, has_ended) in zip(batch, principles, critiques, revisions):
             text = text_of(text)  # its thinking is about a critique that the data does not show
-            record["counts"]["revisions"] += 1
+            item.counts["revisions"] += 1
             if not (has_ended and text):
-                record["counts"]["unusable"] += 1
+                item.counts["unusable"] += 1
                 continue
-            record["counts"]["unchanged" if text == answers[item.number] else "changed"] += 1
+            item.counts["unchanged" if text == answers[item.number] else "changed"] += 1
             answers[item.number] = text
             completion = as_response(item.prompt, after_space(item.prompt, text))
             row = dict(item.columns, prompt=item.prompt, completion=completion, principle=principle, critique=critique)
             row |= dict(round=i + 1, original=originals[item.number], judge=run.judge.name)
-            earlier = record["rows"]["sft.jsonl"] if args.keep == "all" else []
-            record["rows"]["sft.jsonl"] = [*earlier, row]
-    return records
+            earlier = item.rows.get("sft.jsonl", []) if args.keep == "all" else []
+            item.rows["sft.jsonl"] = [*earlier, row]
 
 
 # best-of-n: the best and the worst of N answers
-
-
-def best_of_n(run, batch: list) -> list:
+def best_of_n(run, batch: list):
     """The best answers, the best with the worst, all of them, and the prompts that tell answers apart."""
     # 1. N answers to each prompt, those that came to an end
-    args, names = run.args, ("sft.jsonl", "pairs.jsonl", "rankings.jsonl", "prompts.jsonl")
-    records = new_records(batch, *names, kept=0, pairs=0, cut_off_or_empty=0, unscored=0, repeated=0)
+    args, asked, scored = run.args, [], {item.number: [] for item in batch}
     if run.policies:
         answers = policy_answers(run, 0, batch, args.n)
     else:
         answers = [[(as_messages(r)[0]["content"], True) for r in item.responses] for item in batch]
-    asked, scored = [], [[] for _ in batch]
-    for n, (record, drawn) in enumerate(zip(records, answers)):
-        usable = usable_answers(drawn)
-        record["counts"]["cut_off_or_empty"] += len(drawn) - len(usable)
-        asked += [(n, k, text) for k, text in enumerate(usable)]
+    for item, drawn in zip(batch, answers):
+        asked += [(item, k, text) for k, text in enumerate(usable_answers(drawn))]
+        cut_off_or_empty = len(drawn) - len(usable_answers(drawn))
+        item.counts.update(kept=0, pairs=0, cut_off_or_empty=cut_off_or_empty, unscored=0, repeated=0)
     # 2. their scores, by reward models or by the judge
-    read = [(batch[n], final_answer(batch[n].prompt, text)) for n, _, text in asked]
+    read = [(item, final_answer(item.prompt, text)) for item, _, text in asked]
     if run.reward_models:
         found = reward_scores(run, read)
     elif args.scale == "ten":
         found = judge_scores(run, "score", [about(item.prompt, text) for item, text in read])
     else:
-        keys = [f"points-{batch[n].number}-{k}" for n, k, _ in asked]
+        keys = [f"points-{item.number}-{k}" for item, k, _ in asked]
         found = point_scores(run, keys, [about(item.prompt, text) for item, text in read])
-    for (n, _, text), score, reason in zip(asked, *found):
+    for (item, _, text), score, reason in zip(asked, *found):
         if reason:
-            records[n]["counts"].update(["unscored", f"unscored: {reason}"])
+            item.counts.update(["unscored", f"unscored: {reason}"])
         else:
-            scored[n].append((text, score))
+            scored[item.number].append((text, score))
     # 3. what they give
     scored_by = run.judge.name if run.judge else ", ".join(args.reward_model)
-    for item, record, of_item in zip(batch, records, scored):
-        counts, rows, scores = record["counts"], record["rows"], {}
-        if not of_item:
-            counts["without answers"] += 1
-            continue
-        for text, score in of_item:  # of answers that are alike, the first
+    for item in batch:
+        scores = {}
+        for text, score in scored[item.number]:  # of answers that are alike, the first
             scores.setdefault(text, score)
-        counts["repeated"] += len(of_item) - len(scores)
+        if not scores:
+            item.counts["without answers"] += 1
+            continue
+        item.counts["repeated"] += len(scored[item.number]) - len(scores)
         best, worst = max(scores, key=scores.get), min(scores, key=scores.get)
         low, high = scores[worst], scores[best]
-        record["scores"] = low, sum(score for _, score in of_item) / len(of_item), high
+        item.spread = [low, mean_of([score for _, score in scored[item.number]]), high]
         if high - low < args.min_spread:
-            counts["below --min-spread"] += 1
+            item.counts["below --min-spread"] += 1
             continue
+        item.counts["kept"] += 1
         base = dict(item.columns, prompt=item.prompt, policy=args.model or "given", scored_by=scored_by)
         responses = {text: as_response(item.prompt, text) for text in scores}
-        rows["sft.jsonl"].append(dict(base, completion=responses[best], score=high))
-        rows["prompts.jsonl"].append(dict(item.columns, prompt=item.prompt, spread=high - low))
-        counts["kept"] += 1
+        item.rows["sft.jsonl"] = [dict(base, completion=responses[best], score=high)]
+        item.rows["prompts.jsonl"] = [dict(item.columns, prompt=item.prompt, spread=high - low)]
         if high == low:
-            counts["all alike"] += 1
+            item.counts["all alike"] += 1
             continue
+        item.counts["pairs"] += 1
         pair = dict(chosen=responses[best], rejected=responses[worst], score_chosen=high, score_rejected=low)
-        rows["pairs.jsonl"].append(base | pair)
-        rows["rankings.jsonl"].append(dict(base, completions=[*responses.values()], scores=[*scores.values()]))
-        counts["pairs"] += 1
-    return records
+        item.rows["pairs.jsonl"] = [base | pair]
+        ranking = dict(completions=[*responses.values()], scores=[*scores.values()])
+        item.rows["rankings.jsonl"] = [base | ranking]
 
 
 def scores_report(run, records: list) -> dict:
     """The scores of the worst, the mean and the best answers."""
-    report = {}
-    for i, name in enumerate(("score_worst", "score_mean", "score_best")):
-        report[name] = mean_of([record["scores"][i] for record in records if "scores" in record])
+    spreads = [record["spread"] for record in records if record["spread"]]
+    names = ("score_worst", "score_mean", "score_best")
+    report = {name: mean_of([spread[i] for spread in spreads]) for i, name in enumerate(names)}
     if run.policies:  # nats between the best of n and the policy
         report["kl_bound"] = math.log(run.args.n) - (run.args.n - 1) / run.args.n
     return report
@@ -820,7 +769,7 @@ def reward_row(run, model, tokenizer, answer: tuple):
     """The Row that a reward model reads of an answer, (Item, text). Raises Drop."""
     item, text = answer
     prompt = with_condition(item.prompt, run.conditions.get(item.kind, ""))
-    return scored_row(tokenizer, prompt, without_special(tokenizer, text), item.columns, positions(model))
+    return scored_row(tokenizer, prompt, without_special(tokenizer, text), item.columns or {}, positions(model))
 
 
 def read_all(read, values: list) -> tuple:
@@ -863,19 +812,16 @@ def points(text: str) -> float:
 
 
 # synthesise: conversations that a model invents
-
-
-def synthesise(run, batch: list) -> list:
+def synthesise(run, batch: list):
     """raw.jsonl: conversations, with their ratings."""
     args, (model, tokenizer) = run.args, run.policies[0]
     system = as_messages(args.system, "system") if args.system else []
     before, after = around_user(tokenizer, system)
     ends = sorted({*stop_ids(model, tokenizer), *special_tokens(tokenizer)})  # a user's turn ends at any of them
     missing = dict(first="", whole=True, dropped="", quality=None, difficulty=None, reward=None)
-    records = new_records(batch, "sft.jsonl", "prompts.jsonl", "raw.jsonl", written=1)
     talks = [dict(missing, number=item.number, messages=system) for item in batch]
-    for record, talk in zip(records, talks):
-        record["rows"]["raw.jsonl"].append(talk)
+    for item, talk in zip(batch, talks):
+        item.rows["raw.jsonl"], item.counts["written"] = [talk], 1
 
     def user_row(talk: dict) -> Row:  # a space before the user's words belongs to the first of them
         opening = around_user(tokenizer, talk["messages"])[0].rstrip(" ")
@@ -913,7 +859,6 @@ def synthesise(run, batch: list) -> list:
         read = [(Item(r["number"], r["messages"][:-1]), text_of(r["messages"][-1:])) for r in talks]
         for talk, reward in zip(talks, reward_scores(run, read)[0]):
             talk["reward"] = None if math.isnan(reward) else reward
-    return records
 
 
 def around_user(tokenizer, messages: list) -> tuple:
@@ -1014,8 +959,6 @@ def keep_distant(vectors, min_distance: float) -> list:
 
 
 # answers
-
-
 def write_texts(writer, rows: list, keys: list, args, length: int, temperature: float, top_p=1.0, stops=None) -> list:
     """Answers of a writer (model, tokenizer) to the prompts of rows, len(keys) / len(rows) to each: pairs (text,
     whether it came to an end). Each is a function of --seed and its key."""
@@ -1074,8 +1017,6 @@ def positions(model) -> int:
 
 
 # requests: what the judge reads
-
-
 def fill(request: str, **parts) -> str:
     """A request with its {parts} filled in, all at once, so that braces in a part stay what they are."""
     return re.sub(r"\{(\w+)\}", lambda match: parts.get(match[1], match[0]), request)
@@ -1390,8 +1331,6 @@ def named_logps(choice, options: list) -> list:
 
 
 # what a run reads and writes
-
-
 def check_options(args):
     """Fails on options that contradict each other, and on numbers that are out of range."""
     counts = ("sample_tokens", "max_new_tokens", "judge_parallel", "judge_max_tokens", "judgements", "rounds", "turns")
@@ -1433,7 +1372,7 @@ def input_names(args) -> list:
 def load_run(args, device, dtype):
     """What a subcommand works with: args, device, the requests, principles and conditions, and the models, frozen, each
     loaded once: policies and reward_models as pairs (model, tokenizer), and the judge."""
-    run = types.SimpleNamespace(args=args, device=device, requests=load_requests(args), judge=None)
+    run = types.SimpleNamespace(args=args, device=device, requests=load_requests(args), most=2)
     run.principles = (
         load_principles(args.principles) if getattr(args, "principles", "") else [run.requests["principle"]]
     )
@@ -1499,7 +1438,9 @@ def load_items(run) -> list:
         fail(f"--dataset {args.dataset}: none of its {len(numbers)} rows can be used ({counts}); {its}")
     print0(f"--dataset {args.dataset}: {len(items)} rows from {len(data)}; {counts}")
     run.most = args.k if run.policies and isinstance(args, LabelArgs) else max(len(item.responses) for item in items)
-    if isinstance(args, AuditArgs) and not any(labelled_pairs(item, args.min_gap, Counter()) for item in items):
+    for item in items if isinstance(args, AuditArgs) else ():
+        item.pairs = labelled_pairs(item, args.min_gap)
+    if isinstance(args, AuditArgs) and not any(item.pairs for item in items):
         fail(f"--dataset {args.dataset}: has no pair whose better answer is known (chosen and rejected, or scores)")
     if isinstance(args, (LabelArgs, BestOfNArgs)) and not run.policies and run.most < 2:
         fail(f"--dataset {args.dataset}: has no prompt with two answers; pass --model to sample them")
@@ -1532,6 +1473,21 @@ def read_item(run, number: int, row: dict, notes: Counter) -> Item:
             talk += [*as_messages("a"), *as_messages("b", "user")]
         run.judge.check(talk)
     return item
+
+
+def labelled_pairs(item: Item, min_gap: float) -> list:
+    """The indices (i, j) of every two responses of which one is known to be better; the others are counted."""
+    pairs = []
+    for i, j in combinations(range(len(item.responses)) if item.scores else (), 2):
+        lead = item.scores[i] - item.scores[j]
+        gap = abs(lead)
+        if item.gap is not None:  # of chosen and rejected, if the data set has their scores
+            gap = item.gap if lead > 0 else -item.gap
+        if lead and gap >= min_gap:
+            pairs.append((i, j))
+        else:
+            item.counts["equal scores" if not lead else "contradicting scores" if gap < 0 else "below --min-gap"] += 1
+    return pairs
 
 
 # of a row; all others are copied to the data sets
