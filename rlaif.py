@@ -135,8 +135,10 @@ class RunArgs:
     """continue from the rows that are in --output-dir; a finished run is left as it is"""
     overwrite: bool = False
     """replace what a run wrote in --output-dir"""
-    # options of the training scripts that the blocks below ask for
-    track = gradient_checkpointing = False
+    # options of the training scripts that the blocks below ask for, and options that other subcommands have
+    track = gradient_checkpointing = reasoning = False
+    by = scale = principles = condition = ""
+    reward_model = ()
 
 
 @dataclass(kw_only=True)
@@ -363,7 +365,7 @@ def main(args: Args):
 
     # 2. for each batch of rows: answers, judgements, and what they give, on disk before the next batch begins
     work, report_on, names = {
-        LabelArgs: (label, judge_report, ["rankings.jsonl" if run.most > 2 else "pairs.jsonl"]),
+        LabelArgs: (label, judge_report, ["rankings.jsonl" if run.ranks else "pairs.jsonl"]),
         ReviseArgs: (revise, None, ["sft.jsonl"]),
         BestOfNArgs: (best_of_n, scores_report, ["sft.jsonl", "pairs.jsonl", "rankings.jsonl", "prompts.jsonl"]),
         SynthesiseArgs: (synthesise, filter_conversations, ["sft.jsonl", "prompts.jsonl", "raw.jsonl"]),
@@ -462,7 +464,7 @@ def label(run, batch: list):
         row |= dict(policy=args.model) if args.model else {}
         if not item.comparisons:
             item.counts["nothing_to_compare"] += 1
-        elif run.most == 2:
+        elif not run.ranks:
             (c,) = item.comparisons
             if c["verdict"] in ("a", "b"):
                 best, worst = (0, 1) if c["verdict"] == "a" else (1, 0)
@@ -494,22 +496,19 @@ def compare(run, batch: list):
 
 def win_rate_report(run, records: list) -> dict:
     """The win rate, a tie being half a win, with its interval; and what the judge is worth."""
-    comparisons = [c for record in records for c in record["comparisons"]]
-    outcomes = [
-        (c["kind"], dict(a=1.0, b=0.0, tie=0.5)[c["verdict"]]) for c in comparisons if c["verdict"] != "abstain"
-    ]
-    every = [outcome for _, outcome in outcomes]
+    comparisons, kinds = [c for record in records for c in record["comparisons"]], {}
+    for c in comparisons:
+        if c["verdict"] != "abstain":
+            kinds.setdefault(c["kind"], []).append(dict(a=1.0, b=0.0, tie=0.5)[c["verdict"]])
+    every = [outcome for outcomes in kinds.values() for outcome in outcomes]
     win_rate, low, high = interval(every)
     report = dict(win_rate=win_rate, low=low, high=high, wins=every.count(1.0), losses=every.count(0.0))
     for i, name in enumerate("ab"):
         report[f"{name}_characters"] = mean_of([c["lengths"][i] for c in comparisons])
-    report["kinds"] = {}
-    for kind in sorted({kind for kind, _ in outcomes}):
-        ends = interval([outcome for k, outcome in outcomes if k == kind])
-        report["kinds"][kind] = dict(zip(("win_rate", "low", "high"), ends))
-    what = f"none of the {len(records)} pairs could be judged; see the abstentions"
-    if every:
-        what = f"wins {win_rate:.3f} ({low:.3f} to {high:.3f}) of {len(every)}, ties half"
+    ends = ("win_rate", "low", "high")
+    report["kinds"] = {kind: dict(zip(ends, interval(kinds[kind]))) for kind in sorted(kinds)}
+    what = f"wins {win_rate:.3f} ({low:.3f} to {high:.3f}) of {len(every)}, ties half" if every else ""
+    what = what or f"none of the {len(records)} pairs could be judged; see the abstentions"
     print0(f"{run.args.model} against {run.args.against}: {what}")
     return report | judge_report(run, records)
 
@@ -532,14 +531,11 @@ def compare_answers(run, batch: list):
             if texts[i] != texts[j]:  # else a tie
                 differing.append(c)
                 asked.append((f"{item.number}-{i}-{j}", item.prompt, texts[i], texts[j]))
-    by_scores = isinstance(args, AuditArgs) and args.by == "scores"
-    for c, heard in zip(differing, (compare_scores if by_scores else compare_pairs)(run, asked)):
+    for c, heard in zip(differing, (compare_scores if args.by == "scores" else compare_pairs)(run, asked)):
         c.update(heard)
     for c in (c for item in batch for c in item.comparisons):
-        c["p"], c["verdict"] = (
-            (c["first"] + c["second"]) / 2,
-            verdict(c["first"], c["second"], args.orders, args.tie_margin),
-        )
+        c["p"] = (c["first"] + c["second"]) / 2
+        c["verdict"] = verdict(c["first"], c["second"], args.orders, args.tie_margin)
         c["sign"] = dict(a=1, b=-1).get(c["verdict"], 0)
 
 
@@ -1356,27 +1352,17 @@ def check_options(args):
 
 def input_names(args) -> list:
     """The models, data sets and files that a run reads."""
-    names = [
-        "model",
-        "against",
-        *([] if args.judge_url else ["judge"]),
-        "dataset",
-        "requests",
-        "principles",
-        "condition",
-    ]
+    names = "model against dataset requests principles condition".split() + ([] if args.judge_url else ["judge"])
     given = [getattr(args, name, "") for name in names]
-    return [*dict.fromkeys([*given, *getattr(args, "reward_model", ())])]
+    return [*dict.fromkeys([*given, *args.reward_model])]
 
 
 def load_run(args, device, dtype):
     """What a subcommand works with: args, device, the requests, principles and conditions, and the models, frozen, each
     loaded once: policies and reward_models as pairs (model, tokenizer), and the judge."""
-    run = types.SimpleNamespace(args=args, device=device, requests=load_requests(args), most=2)
-    run.principles = (
-        load_principles(args.principles) if getattr(args, "principles", "") else [run.requests["principle"]]
-    )
-    run.conditions = load_conditions(getattr(args, "condition", ""))
+    run = types.SimpleNamespace(args=args, device=device, requests=load_requests(args), reward_models=[], ranks=False)
+    run.principles = load_principles(args.principles) if args.principles else [run.requests["principle"]]
+    run.conditions, run.judge = load_conditions(args.condition), ServerJudge(args) if args.judge_url else None
     loaded = {}
 
     def language_model(name: str) -> tuple:
@@ -1389,7 +1375,6 @@ def load_run(args, device, dtype):
             loaded[name] = model, tokenizer
         return loaded[name]
 
-    run.judge = ServerJudge(args) if args.judge_url else None
     run.policies = [language_model(name) for name in (getattr(args, "model", ""), getattr(args, "against", "")) if name]
     judge_name = args.judge or (args.model if isinstance(args, ReviseArgs) else "")
     if judge_name and not run.judge:
@@ -1397,17 +1382,14 @@ def load_run(args, device, dtype):
             print0(f"note: {judge_name} judges its own answers")
         run.judge = LocalJudge(judge_name, *language_model(judge_name), args, device)
     writers = [(model, "max_new_tokens") for model, _ in run.policies]
-    is_asked_in_words = isinstance(args, ReviseArgs) or getattr(
-        args, "reasoning", getattr(args, "scale", "") == "points"
-    )
-    if isinstance(run.judge, LocalJudge) and is_asked_in_words:
+    if isinstance(run.judge, LocalJudge) and (isinstance(args, ReviseArgs) or args.reasoning or args.scale == "points"):
         writers.append((run.judge.model, "judge_max_tokens"))
     for model, option in writers:
         if positions(model) <= getattr(args, option):
             value = f"--{option.replace('_', '-')} {getattr(args, option)}"
             fail(f"{value}: the model has {positions(model)} positions; lower it")
-    names = getattr(args, "reward_model", ())
-    run.reward_models = [load_reward_model("--reward-model", name, args, device, dtype) for name in names]
+    for name in args.reward_model:
+        run.reward_models.append(load_reward_model("--reward-model", name, args, device, dtype))
     return run
 
 
@@ -1437,13 +1419,14 @@ def load_items(run) -> list:
     if not items:
         fail(f"--dataset {args.dataset}: none of its {len(numbers)} rows can be used ({counts}); {its}")
     print0(f"--dataset {args.dataset}: {len(items)} rows from {len(data)}; {counts}")
-    run.most = args.k if run.policies and isinstance(args, LabelArgs) else max(len(item.responses) for item in items)
+    most = max(len(item.responses) for item in items)
     for item in items if isinstance(args, AuditArgs) else ():
         item.pairs = labelled_pairs(item, args.min_gap)
     if isinstance(args, AuditArgs) and not any(item.pairs for item in items):
         fail(f"--dataset {args.dataset}: has no pair whose better answer is known (chosen and rejected, or scores)")
-    if isinstance(args, (LabelArgs, BestOfNArgs)) and not run.policies and run.most < 2:
+    if isinstance(args, (LabelArgs, BestOfNArgs)) and not run.policies and most < 2:
         fail(f"--dataset {args.dataset}: has no prompt with two answers; pass --model to sample them")
+    run.ranks = isinstance(args, LabelArgs) and (args.k if run.policies else most) > 2
     return items
 
 
@@ -1469,7 +1452,7 @@ def read_item(run, number: int, row: dict, notes: Counter) -> Item:
         reward_row(run, model, tokenizer, (item, "a"))
     if run.judge:
         talk = as_messages(talk_of(prompt), "user")
-        if isinstance(run.args, ReviseArgs) or getattr(run.args, "reasoning", False):
+        if isinstance(run.args, ReviseArgs) or run.args.reasoning:
             talk += [*as_messages("a"), *as_messages("b", "user")]
         run.judge.check(talk)
     return item
