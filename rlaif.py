@@ -1376,14 +1376,15 @@ def load_run(args, device, dtype):
         return loaded[name]
 
     run.policies = [language_model(name) for name in (getattr(args, "model", ""), getattr(args, "against", "")) if name]
+    writers = [(model, "max_new_tokens") for model, _ in run.policies]
     judge_name = args.judge or (args.model if isinstance(args, ReviseArgs) else "")
     if judge_name and not run.judge:
         if judge_name in loaded:
             print0(f"note: {judge_name} judges its own answers")
-        run.judge = LocalJudge(judge_name, *language_model(judge_name), args, device)
-    writers = [(model, "max_new_tokens") for model, _ in run.policies]
-    if isinstance(run.judge, LocalJudge) and (isinstance(args, ReviseArgs) or args.reasoning or args.scale == "points"):
-        writers.append((run.judge.model, "judge_max_tokens"))
+        model, tokenizer = language_model(judge_name)
+        run.judge = LocalJudge(judge_name, model, tokenizer, args, device)
+        if isinstance(args, ReviseArgs) or args.reasoning or args.scale == "points":
+            writers.append((model, "judge_max_tokens"))
     for model, option in writers:
         if positions(model) <= getattr(args, option):
             value = f"--{option.replace('_', '-')} {getattr(args, option)}"
