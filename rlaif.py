@@ -22,7 +22,8 @@ in both orders, so that a preference for a position cancels.
 
 Departures from the papers
   1. A pair whose orders contradict each other, or nearer to 1/2 than --tie-margin, is a tie and left out; --orders
-     average --tie-margin 0 keeps it, as Lee et al. do. A ranking uses every P. Starling's judge ranks in one reply.
+     average --tie-margin 0 keeps it, as Lee et al. do. A ranking uses every P, of answers that were all compared with
+     each other. Starling's judge ranks in one reply.
   2. Answers that were cut off are not used: a model trained on them would learn to stop in the middle.
   3. Magpie: near repeats are found by the policy's mean hidden states, not by an embedding model; the reward of the
      base model is not subtracted. ChatGLM drops prompts by the variance of their scores, best-of-n by the range.
@@ -585,14 +586,13 @@ def compare_scores(run, pairs: list) -> list:
     found = []
     for i in range(0, len(scores), 2):
         a, b = scores[i : i + 2]
-        p = math.nan if math.isnan(a + b) else (a > b) + 0.5 * (a == b)
-        abstained = sorted({*reasons[i : i + 2]} - {""})
-        found.append(dict(first=p, second=p, votes=[p], principles=[], abstained=abstained))
+        p = math.nan if math.isnan(a + b) else (1 + sign(a - b)) / 2
+        found.append(dict(first=p, second=p, votes=[p], abstained=sorted({*reasons[i : i + 2]} - {""})))
     return found
 
 
 def judge_report(run, records: list) -> dict:
-    """What the comparisons of `compare_all` are worth."""
+    """What the comparisons of `compare_answers` are worth."""
     comparisons = [c for record in records for c in record["comparisons"]]
     heard = [c for c in comparisons if c["verdict"] != "abstain"]
     decided = [c for c in heard if c["verdict"] != "tie"]

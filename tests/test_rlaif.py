@@ -459,16 +459,6 @@ def by_hand(folder, messages, option) -> float:
     return logps[len(head) - 1 :].sum().item()
 
 
-def test_both_orders_of_a_pair_are_asked_by_hand(talker):
-    run = run_with(judge_of(talker), ["is shorter"])
-    run.requests = rlaif.REQUESTS
-    (found,) = rlaif.compare_pairs(run, [("7", talk(QUESTIONS[0]), "up", "right")])
-    filled = lambda a, b: rlaif.REQUESTS["compare"].format(talk=QUESTIONS[0], principle="is shorter", a=a, b=b)
-    letters = lambda a, b: f64(*(by_hand(talker, talk(filled(a, b)), letter) for letter in "AB")).softmax(-1)
-    first, second = letters("up", "right")[0].item(), letters("right", "up")[1].item()
-    near([found["first"], found["second"], *found["votes"]], [first, second, (first + second) / 2], 1e-5)
-
-
 def test_a_judge_abstains_below_the_least_mass_and_says_what_it_would_reply(talker, capsys):
     mass = judge_of(talker).ask(QUESTIONS, ["A", "B"])[0].exp().sum(1)
     near(mass[0], sum(math.exp(by_hand(talker, talk(QUESTIONS[0]), letter)) for letter in "AB"), 1e-5)
@@ -1396,7 +1386,7 @@ REFUSALS = {  # a server's reply to everything -> what the sentence says
     "no access, in its reason": ((404, {"Reason": "no ab/right-key"}, b""), "[key]"),
     "a key where the message is cut": ((401, {}, b"x" * 265 + b"ab/right-key"), "401"),
     "half a body": ((401, {"Content-Length": "999"}, b"no ab/right-key"), "401"),
-    "a redirection": ((307, {"Location": "http://localhost:THIEF/v1/chat/completions"}, b""), "307"),
+    "a redirection": ((302, {"Location": "http://localhost:THIEF/v1/chat/completions"}, b""), "302"),
 }
 
 
