@@ -151,6 +151,7 @@ class LabelArgs(RunArgs, PolicyArgs, PairArgs, DataArgs):
     clamp: float = 0.4
     """with --reasoning, P stays between this and 1 less this (Constitutional AI: 0.4; 0: no clamp)"""
     output_dir: str = "data/label"
+    """where pairs.jsonl or rankings.jsonl, and report.json, go"""
 
 
 @dataclass(kw_only=True)
@@ -168,6 +169,7 @@ class ReviseArgs(RunArgs, JudgeArgs, PolicyArgs, DataArgs):
     keep: Literal["all", "last"] = "all"
     """which revisions become rows of sft.jsonl"""
     output_dir: str = "data/revise"
+    """where sft.jsonl and report.json go"""
 
 
 @dataclass(kw_only=True)
@@ -191,6 +193,7 @@ class BestOfNArgs(RunArgs, OptionArgs, PolicyArgs, DataArgs):
     min_spread: float = 0.0
     """prompts whose best and worst scores differ by less are left out of every file"""
     output_dir: str = "data/best_of_n"
+    """where sft.jsonl, pairs.jsonl, rankings.jsonl, prompts.jsonl and report.json go"""
 
 
 @dataclass(kw_only=True)
@@ -219,6 +222,7 @@ class SynthesiseArgs(RunArgs, OptionArgs, PolicyArgs):
     """filter: squared distance of the first turn's mean hidden state, of length 1, to those of all kept before (0: only
     repeats go); compare median_distance in report.json"""
     output_dir: str = "data/magpie"
+    """where raw.jsonl, sft.jsonl, prompts.jsonl and report.json go"""
 
 
 @dataclass(kw_only=True)
@@ -228,6 +232,7 @@ class CompareArgs(RunArgs, PolicyArgs, PairArgs, DataArgs):
     against: tyro.conf.Positional[str]
     """policy B: hub id or directory"""
     output_dir: str = "runs/compare"
+    """where comparisons.jsonl and report.json go"""
 
 
 @dataclass(kw_only=True)
@@ -238,6 +243,7 @@ class AuditArgs(RunArgs, PairArgs, DataArgs):
     min_gap: float = 0.0
     """only pairs whose better answer's score leads by so much (0: all whose scores do not contradict the label)"""
     output_dir: str = "runs/audit"
+    """where report.json goes"""
 
 
 Args = (
@@ -497,7 +503,7 @@ def compare(run, batch: list):
 
 def win_rate_report(run, records: list) -> dict:
     """The win rate, a tie being half a win, with its interval; and what the judge is worth."""
-    comparisons, kinds = [c for record in records for c in record["comparisons"]], {}
+    args, comparisons, kinds = run.args, [c for record in records for c in record["comparisons"]], {}
     for c in comparisons:
         if c["verdict"] != "abstain":
             kinds.setdefault(c["kind"], []).append(dict(a=1.0, b=0.0, tie=0.5)[c["verdict"]])
@@ -510,7 +516,7 @@ def win_rate_report(run, records: list) -> dict:
     report["kinds"] = {kind: dict(zip(ends, interval(kinds[kind]))) for kind in sorted(kinds)}
     what = f"wins {win_rate:.3f} ({low:.3f} to {high:.3f}) of {len(every)}, ties half" if every else ""
     what = what or f"none of the {len(records)} pairs could be judged; see the abstentions"
-    print0(f"{run.args.model} against {run.args.against}: {what}")
+    print0(f"{args.model} against {args.against}: {what}")
     return report | judge_report(run, records)
 
 
@@ -1074,10 +1080,10 @@ class Judge:
 
     def ask(self, talks: list, options: list) -> tuple:
         """The log-probabilities of replying with each option [B, K], NaN for an abstention, and its reason [B]."""
-        logps, reasons = self.option_logps(talks, options)
+        args, (logps, reasons) = self.args, self.option_logps(talks, options)
         masses, mute = logps.exp().sum(1).tolist(), []
         for i, mass in enumerate(masses):
-            if not reasons[i] and not mass >= max(self.args.min_mass, 1e-30):
+            if not reasons[i] and not mass >= max(args.min_mass, 1e-30):
                 is_named = not math.isnan(mass)
                 reasons[i] = "none of the options is likely (--min-mass)" if is_named else "the reply names no option"
                 mute.append(i)
@@ -1097,7 +1103,8 @@ class Judge:
 
     def write(self, talks: list, keys: list, temperature: float) -> list:
         """Pairs (text, whether it came to an end), each a function of --seed and its key."""
-        wrote = self.texts(talks, keys, temperature, self.args.judge_max_tokens)
+        args = self.args
+        wrote = self.texts(talks, keys, temperature, args.judge_max_tokens)
         self.show(talks, wrote[0][0] if wrote else "")
         return wrote
 
@@ -1257,13 +1264,14 @@ class ServerJudge(Judge):
 
     def for_each(self, talks: list, wants_logprobs: bool, options: list) -> list:
         """`chat` for each talk with its options, --judge-parallel at a time."""
-        with ThreadPoolExecutor(self.args.judge_parallel) as pool:
+        args = self.args
+        with ThreadPoolExecutor(args.judge_parallel) as pool:
             tasks = [pool.submit(self.chat, talk, wants_logprobs, own) for talk, own in zip(talks, options)]
             try:
                 return [task.result() for task in tasks]
             except ConnectionError as e:
                 pool.shutdown(cancel_futures=True)
-                fail(f"--judge-url {self.args.judge_url}: {e}; continue with --resume")
+                fail(f"--judge-url {args.judge_url}: {e}; continue with --resume")
 
     def option_logps(self, talks: list, options: list) -> tuple:
         found = self.for_each(talks, True, [dict(max_tokens=16, temperature=0)] * len(talks))
