@@ -452,7 +452,7 @@ def label(run, batch: list):
     # 1. the answers: those of the data set, or of the policy, no two alike and none cut off
     args = run.args
     for item in batch:
-        item.counts.update(labelled=0, nothing_to_compare=0, cut_off=0, empty=0, repeated=0)
+        item.counts.update(labelled=0, nothing_to_compare=0)
     for item, answers in zip(batch, policy_answers(run, 0, batch, args.k) if run.policies else ()):
         ended, usable = sum(has_ended for _, has_ended in answers), usable_answers(answers)
         texts = dict.fromkeys(usable)
