@@ -22,7 +22,8 @@ in both orders, so that a preference for a position cancels.
 
 Departures from the papers
   1. A pair whose orders contradict each other, or nearer to 1/2 than --tie-margin, is a tie and left out; --orders
-     average --tie-margin 0 keeps it, as Lee et al. do. A ranking uses every P. Starling's judge ranks in one reply.
+     average --tie-margin 0 keeps it, as Lee et al. do. A ranking uses every P, of answers that were all compared with
+     each other. Starling's judge ranks in one reply.
   2. Answers that were cut off are not used: a model trained on them would learn to stop in the middle.
   3. Magpie: near repeats are found by the policy's mean hidden states, not by an embedding model; the reward of the
      base model is not subtracted. ChatGLM drops prompts by the variance of their scores, best-of-n by the range.
@@ -69,9 +70,9 @@ class PolicyArgs:
     model: str
     """policy that answers: hub id or directory"""
     temperature: float = 1.0
-    """of its sampling"""
+    """of its sampling (Magpie: 1 to 1.25)"""
     top_p: float = 1.0
-    """nucleus of its sampling"""
+    """nucleus of its sampling (Magpie: 0.99 to 1)"""
     max_new_tokens: int = 1024
     """tokens of an answer"""
 
@@ -135,8 +136,10 @@ class RunArgs:
     """continue from the rows that are in --output-dir; a finished run is left as it is"""
     overwrite: bool = False
     """replace what a run wrote in --output-dir"""
-    # options of the training scripts that the blocks below ask for
-    track = gradient_checkpointing = False
+    # options of the training scripts that the blocks below ask for, and options that other subcommands have
+    track = gradient_checkpointing = reasoning = False
+    by = scale = principles = condition = ""
+    reward_model = ()
 
 
 @dataclass(kw_only=True)
@@ -195,14 +198,8 @@ class BestOfNArgs(RunArgs, OptionArgs, PolicyArgs, DataArgs):
 
 @dataclass(kw_only=True)
 class SynthesiseArgs(RunArgs, OptionArgs, PolicyArgs):
-    temperature: float = 1.0
-    """of the user's turns (Magpie: 1 to 1.25)"""
-    top_p: float = 1.0
-    """nucleus of the user's turns (Magpie: 0.99 to 1)"""
     answer_temperature: float = 0.0
-    """of the answers (Magpie: 0)"""
-    max_new_tokens: int = 1024
-    """tokens of a turn"""
+    """of the answers (Magpie: 0); --temperature and --top-p are those of the user's turns"""
     rows: int = 1000
     """conversations to write"""
     turns: int = 1
@@ -262,8 +259,9 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)  # before the heavy imports, so that --help answers at once
 
     def interrupted(*_):
-        """Ends the program on Ctrl-C, until training begins; libraries catch what an exception would say."""
-        print("\ninterrupted before training", file=sys.stderr, flush=True)
+        """Ends the program on Ctrl-C at once, as finished batches are on disk; libraries catch what an exception would
+        say."""
+        print("\nstopped; the same command with --resume continues", file=sys.stderr, flush=True)
         os._exit(130)
 
     signal.signal(signal.SIGINT, interrupted)
@@ -333,41 +331,21 @@ def verdict(first: float, second: float, orders: str = "agree", margin: float = 
 
 
 def ranking_scores(wins: list) -> list:
-    """Each answer's mean P against the others (Starling). wins [K][K]: P(i > j), NaN where unknown and on the
-    diagonal."""
-    known = [[p for p in row if not math.isnan(p)] for row in wins]
-    return [sum(row) / len(row) if row else math.nan for row in known]
+    """Each answer's mean P against the others (Starling). wins [K][K]: P(i > j), NaN where unknown and on the diagonal.
 
+    Means over different rivals cannot be compared: the answers of which most is unknown are left out (NaN), until every
+    P among the rest is known."""
+    kept = [*range(len(wins))]
 
-def points(text: str) -> float:
-    """The sum, 0 to 5, with which an additive judgement ends (self-rewarding); NaN if there is none."""
-    # "Score (out of 5): 4" is 4; "Score: 1 + 1 + 0 = 2" is 2, and a sum without its result is none
-    text = re.sub(r"(?i)(score)[^\w(]{0,4}\((?=\D|\d+ ?(?:-|–|to))[^)\n]*\)", r"\1", after_thinking(text))
-    sum_of = r"(?:[\d.+ ]+=[^\w-]{0,12})?"
-    found = re.findall(rf"(?i)score[^\w-]{{0,12}}{sum_of}(-?\d+(?:\.\d+)?)(?![\d.]* *(?:\([^)\n]*\))? *\+)", text)
-    return float(found[-1]) if found and 0 <= float(found[-1]) <= 5 else math.nan
+    def unknown(i: int) -> int:
+        return sum(math.isnan(wins[i][j]) for j in kept if j != i)
 
-
-def nearest(vectors) -> torch.Tensor:
-    """Squared distance of each vector to its nearest neighbour (Magpie), infinity if it has none. [N, d]; returns
-    [N]."""
-    found = []
-    for i in range(0, len(vectors), 256):  # never all N x N at once
-        distance = torch.cdist(vectors[i : i + 256], vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
-        distance[:, i : i + 256].fill_diagonal_(math.inf)
-        found.append(distance.amin(1))
-    return torch.cat(found)
-
-
-def keep_distant(vectors, min_distance: float) -> list:
-    """The indices of vectors [N, d] further than a squared distance from all kept before them: of a cluster, the
-    earliest. Takes N x N time."""
-    indices, kept = [], torch.empty_like(vectors)
-    for i, vector in enumerate(vectors):
-        if not indices or (kept[: len(indices)] - vector).square().sum(1).min() > min_distance:
-            kept[len(indices)] = vector
-            indices.append(i)
-    return indices
+    while any(map(unknown, kept)):
+        kept.remove(max(kept, key=unknown))
+    scores = [math.nan] * len(wins)
+    for i in kept if len(kept) > 1 else ():
+        scores[i] = sum(wins[i][j] for j in kept if j != i) / (len(kept) - 1)
+    return scores
 
 
 def interval(outcomes: list) -> tuple:
@@ -392,52 +370,34 @@ def main(args: Args):
     items = load_items(run)
     done = load_records(args, out, signature)  # {row number: record}, of an interrupted run
 
-    # 2. for each batch of rows: answers, judgements, and a record of each row, on disk before the next batch begins
-    work, collect = {
-        LabelArgs: (label_batch, label_files),
-        ReviseArgs: (revise_batch, revise_files),
-        BestOfNArgs: (best_of_n_batch, best_of_n_files),
-        SynthesiseArgs: (synthesise_batch, synthesise_files),
-        CompareArgs: (compare_batch, compare_files),
-        AuditArgs: (audit_batch, audit_files),
+    # 2. for each batch of rows: answers, judgements, and what they give, on disk before the next batch begins
+    work, report_on, names = {
+        LabelArgs: (label, judge_report, ["rankings.jsonl" if run.ranks else "pairs.jsonl"]),
+        ReviseArgs: (revise, None, ["sft.jsonl"]),
+        BestOfNArgs: (best_of_n, scores_report, ["sft.jsonl", "pairs.jsonl", "rankings.jsonl", "prompts.jsonl"]),
+        SynthesiseArgs: (synthesise, filter_conversations, ["sft.jsonl", "prompts.jsonl", "raw.jsonl"]),
+        CompareArgs: (compare, win_rate_report, ["comparisons.jsonl"]),
+        AuditArgs: (compare_answers, judge_report, []),
     }[type(args)]
-    catch_interrupt()
     for batch in batches(args, items, done):
-        save_records(out, from_all_ranks(work(run, batch[RANK::WORLD])), done)
+        work(run, batch[RANK::WORLD])
+        save_records(out, from_all_ranks([item.record() for item in batch[RANK::WORLD]]), done)
 
-    # 3. the data sets that the records give, and a report
-    files, report = collect(run, [(item, done[item.number]) for item in items])
-    finish(out, files, report)
+    # 3. the data sets, and a report
+    records, counts = [done[item.number] for item in items], Counter()
+    summary = report_on(run, records) if report_on else {}
+    for record in records:
+        counts.update(record["counts"])
+    files = {name: [row for record in records for row in record["rows"].get(name, [])] for name in names}
+    finish(out, files, dict(rows=len(records), **counts) | summary)
 
 
 # ------------------------------------------------------------------------------------------------ rlaif.py alone
 
-PAIR = """Here is a conversation, and two answers to its last message.
-
-<conversation>
-{talk}
-</conversation>
-
-<answer A>
-{a}
-</answer A>
-
-<answer B>
-{b}
-</answer B>
-
-"""
-ANSWER = """Here is a conversation, and an answer to its last message.
-
-<conversation>
-{talk}
-</conversation>
-
-<answer>
-{answer}
-</answer>
-
-"""
+TALK = "\n\n<conversation>\n{talk}\n</conversation>\n\n"
+PAIR = "Here is a conversation, and two answers to its last message." + TALK
+PAIR += "<answer A>\n{a}\n</answer A>\n\n<answer B>\n{b}\n</answer B>\n\n"
+ANSWER = "Here is a conversation, and an answer to its last message." + TALK + "<answer>\n{answer}\n</answer>\n\n"
 PROMPT = "Here is what a user wrote to an assistant.\n\n{talk}\n\n"
 REQUESTS = dict(  # what judges are asked; --requests replaces any of them
     principle="is more helpful, honest and harmless",
@@ -459,516 +419,131 @@ SCORES = [str(score) for score in range(1, 11)]  # what a judge replies that is 
 DATA_FILES = ("pairs.jsonl", "rankings.jsonl", "sft.jsonl", "prompts.jsonl", "raw.jsonl", "comparisons.jsonl")
 
 
-class Item(NamedTuple):
-    """A row of --dataset.
+@dataclass
+class Item:
+    """A row of --dataset, and what comes of it.
 
     prompt: text or messages; responses: texts or lists of messages; scores: of the responses, or None; gap: by how much
-    chosen leads rejected, or None; columns: what else the row holds, kind among it; asked: the prompt's Row for each
-    policy."""
+    chosen leads rejected, or None; columns: what else the row holds; asked: the prompt's Row for each policy; pairs:
+    the indices of responses to compare (None: every two)."""
 
     number: int
     prompt: str | list = ""
     responses: list = ()
     scores: list | None = None
     gap: float | None = None
-    columns: dict = {}
+    columns: dict | None = None
     kind: str = ""
     asked: list = ()
+    pairs: list | None = None
 
+    def __post_init__(self):
+        # rows by file; what the report counts; one dict for each pair; the worst, the mean and the best score
+        self.rows, self.counts, self.comparisons, self.spread = {}, Counter(), [], []
 
-class Run(NamedTuple):
-    """What a subcommand works with; policies, reward_models: (model, tokenizer) each; left_out: pairs that an audit
-    leaves out, counted by reason."""
-
-    args: RunArgs
-    device: torch.device
-    policies: list
-    judge: object
-    reward_models: list
-    requests: dict
-    principles: list
-    conditions: dict
-    left_out: Counter
+    def record(self) -> dict:
+        """What is kept of it on disk."""
+        return {name: getattr(self, name) for name in ("number", "rows", "counts", "comparisons", "spread")}
 
 
 # label: soft preferences, or rankings
-
-
-def label_batch(run, batch: list) -> list:
-    """A record of each row: the answers, and P of every two of them."""
+def label(run, batch: list):
+    """pairs.jsonl or rankings.jsonl. What cannot be told apart is counted, not guessed."""
     # 1. the answers: those of the data set, or of the policy, no two alike and none cut off
     args = run.args
-    unused = dict(cut_off=0, empty=0, repeated=0)
-    records = [dict(number=item.number, responses=item.responses, unused=unused, pairs=[]) for item in batch]
-    if run.policies:
-        for item, record, answers in zip(batch, records, policy_answers(run, 0, batch, args.k)):
-            usable, ended = usable_answers(answers), sum(has_ended for _, has_ended in answers)
-            texts = dict.fromkeys(usable)
-            record["responses"] = [as_response(item.prompt, text) for text in texts]
-            empty, repeated = ended - len(usable), len(usable) - len(texts)
-            record["unused"] = dict(cut_off=args.k - ended, empty=empty, repeated=repeated)
+    for item in batch:
+        item.counts.update(labelled=0, nothing_to_compare=0)
+    for item, answers in zip(batch, policy_answers(run, 0, batch, args.k) if run.policies else ()):
+        ended, usable = sum(has_ended for _, has_ended in answers), usable_answers(answers)
+        texts = dict.fromkeys(usable)
+        item.responses, item.scores = [as_response(item.prompt, text) for text in texts], None
+        item.counts.update(cut_off=args.k - ended, empty=ended - len(usable), repeated=len(usable) - len(texts))
     # 2. every two of them, compared
-    places, pairs = [], []
-    for item, record in zip(batch, records):
-        texts = [text_of(response) for response in record["responses"]]
-        for i, j in combinations(range(len(texts)), 2):
-            places.append((record, i, j))
-            pairs.append((f"{item.number}-{i}-{j}", item.prompt, texts[i], texts[j]))
-    for (record, i, j), comparison in zip(places, compare_pairs(run, pairs)):
-        record["pairs"].append(dict(comparison, i=i, j=j))
-    return records
-
-
-def label_files(run, found: list) -> tuple:
-    """pairs.jsonl or rankings.jsonl, and the report. What cannot be told apart is counted, not guessed."""
-    args, judge, rows, comparisons = run.args, run.judge.name, [], []
-    most = args.k if run.policies else max(len(item.responses) for item, _ in found)
-    low, counts = args.clamp if args.reasoning else 0.0, Counter(nothing_to_compare=0)
-    for item, record in found:
-        counts.update(record["unused"])
-        responses = record["responses"]
-        base = dict(item.columns, prompt=item.prompt, judge=judge) | (dict(policy=args.model) if args.model else {})
-        wins = [[math.nan] * len(responses) for _ in responses]
-        for comparison in record["pairs"]:
-            i, j = comparison["i"], comparison["j"]
-            is_labelled = item.scores and not run.policies
-            given = item.scores[i] - item.scores[j] if is_labelled else 0
-            judged = with_verdict(args, comparison, item, responses[i], responses[j], given)
-            comparisons.append(judged)
-            if judged["verdict"] == "abstain":
-                continue
-            p = min(max(judged["p"], low), 1 - low)
-            wins[i][j], wins[j][i] = p, 1 - p
-            if most == 2 and judged["verdict"] != "tie":
-                best, worst, p = (i, j, p) if judged["verdict"] == "a" else (j, i, 1 - p)
-                row = dict(base, chosen=responses[best], rejected=responses[worst], probability=p)
-                rows.append(dict(row, principles=comparison["principles"]))
-        scores = ranking_scores(wins)
-        kept = [i for i, score in enumerate(scores) if not math.isnan(score)]
-        if not record["pairs"]:
-            counts["nothing_to_compare"] += 1
-        elif most > 2 and len({scores[i] for i in kept}) < 2:
-            counts["all scores equal" if kept else "all pairs abstained"] += 1
-        elif most > 2:
-            completions = [responses[i] for i in kept]
-            rows.append(dict(base, completions=completions, scores=[scores[i] for i in kept]))
-    report = dict(rows=len(found), labelled=len(rows), **counts)
-    return {"rankings.jsonl" if most > 2 else "pairs.jsonl": rows}, report | judge_report(comparisons)
-
-
-# revise: critique and revision
-
-
-def revise_batch(run, batch: list) -> list:
-    """A record of each row: the answer, and its revisions."""
-    # 1. the first answers: the policy's, unless the data set has one; what was cut off, or is empty, is not revised
-    args = run.args
-    asked = [item for item in batch if len(item.responses) != 1]
-    given = {item.number: [(item.responses[0], True)] for item in batch if len(item.responses) == 1}
-    given |= {item.number: answer for item, answer in zip(asked, policy_answers(run, 0, asked, 1))}
-    answers = {number: text_of(answer) for number, [(answer, _)] in given.items()}
-    every = [dict(number=item.number, original=answers[item.number], revisions=[]) for item in batch]
-    batch = [item for item in batch if usable_answers(given[item.number])]
-    records = [record for record in every if usable_answers(given[record["number"]])]
-    for i in range(args.rounds):
-        # 2. a critique by a principle that is drawn anew
-        critique_talks, keys, principles = [], [], []
-        for item in batch:
-            principles.append(random.Random(f"{args.seed}-{item.number}-{i}").choice(run.principles))
-            parts = about(item.prompt, after_space(item.prompt, answers[item.number]))
-            critique_talks.append(fill(run.requests["critique"], principle=principles[-1], **parts))
-            keys.append(f"{item.number}-{i}")
-        critiques = run.judge.write(critique_talks, [f"critique-{key}" for key in keys], args.judge_temperature)
-        critiques = [text_of(text) for text, _ in critiques]
-        # 3. a revision, which takes the answer's place
-        revise_talks = []
-        for talk, critique, principle in zip(critique_talks, critiques, principles):
-            request = fill(run.requests["revise"], principle=principle)
-            revise_talks.append([*as_messages(talk, "user"), *as_messages(critique), *as_messages(request, "user")])
-        revisions = run.judge.write(revise_talks, [f"revision-{key}" for key in keys], args.judge_temperature)
-        for record, principle, critique, (text, has_ended) in zip(records, principles, critiques, revisions):
-            text = text_of(text)  # its thinking is about a critique that the data does not show
-            is_used = bool(has_ended and text)
-            step = dict(round=i + 1, principle=principle, critique=critique, revision=text, used=is_used)
-            record["revisions"].append(step)
-            if is_used:
-                answers[record["number"]] = text
-    return every
-
-
-def revise_files(run, found: list) -> tuple:
-    """sft.jsonl, of every revision or of the last, and the report."""
-    args, rows, counts = run.args, [], Counter(cut_off_or_empty=0, revisions=0)
-    for item, record in found:
-        answer, revised = record["original"], []
-        counts.update(cut_off_or_empty=not record["revisions"], revisions=len(record["revisions"]))
-        for step in record["revisions"]:
-            counts["unusable" if not step["used"] else "unchanged" if step["revision"] == answer else "changed"] += 1
-            if not step["used"]:
-                continue
-            answer = step["revision"]
-            row = dict(item.columns, prompt=item.prompt)
-            row["completion"] = as_response(item.prompt, after_space(item.prompt, answer))
-            row |= {name: step[name] for name in ("principle", "critique", "round")}
-            revised.append(dict(row, original=record["original"], judge=run.judge.name))
-        rows += revised if args.keep == "all" else revised[-1:]
-    return {"sft.jsonl": rows}, dict(rows=len(found), **counts)
-
-
-# best-of-n: the best and the worst of N answers
-
-
-def best_of_n_batch(run, batch: list) -> list:
-    """A record of each row: its answers, each with its score or the reason why it has none."""
-    # 1. N answers to each prompt, those that came to an end
-    args = run.args
-    if run.policies:
-        answers = policy_answers(run, 0, batch, args.n)
-    else:
-        answers = [[(as_messages(r)[0]["content"], True) for r in item.responses] for item in batch]
-    records, asked = [dict(number=item.number, answers=[]) for item in batch], []
-    for item, record, texts in zip(batch, records, answers):
-        asked += [(item, record, k, text) for k, text in enumerate(usable_answers(texts))]
-    # 2. their scores, by reward models or by the judge
-    read = [(item, final_answer(item.prompt, text)) for item, _, _, text in asked]
-    if run.reward_models:
-        scores, reasons = reward_scores(run, read)
-    elif args.scale == "ten":
-        scores, reasons = judge_scores(run, "score", [about(item.prompt, text) for item, text in read])
-    else:
-        keys = [f"points-{item.number}-{k}" for item, _, k, _ in asked]
-        scores, reasons = point_scores(run, keys, [about(item.prompt, text) for item, text in read])
-    for (_, record, _, text), score, reason in zip(asked, scores, reasons):
-        record["answers"].append([text, score, reason])
-    return records
-
-
-def best_of_n_files(run, found: list) -> tuple:
-    """The best answers, the best with the worst, all of them, and the prompts that tell answers apart."""
-    args, counts, lows, means, highs = run.args, Counter(cut_off_or_empty=0, unscored=0, repeated=0), [], [], []
-    files = {name: [] for name in ("sft.jsonl", "pairs.jsonl", "rankings.jsonl", "prompts.jsonl")}
-    scored_by = run.judge.name if run.judge else ", ".join(args.reward_model)
-    for item, record in found:
-        counts["cut_off_or_empty"] += (args.n if run.policies else len(item.responses)) - len(record["answers"])
-        scored = [(text, score) for text, score, _ in record["answers"] if not math.isnan(score)]
-        counts["unscored"] += len(record["answers"]) - len(scored)
-        counts.update(f"unscored: {reason}" for _, _, reason in record["answers"] if reason)
-        if not scored:
-            counts["without answers"] += 1
-            continue
-        answers = {}
-        for text, score in scored:  # of answers that are alike, the first
-            answers.setdefault(text, score)
-        counts["repeated"] += len(scored) - len(answers)
-        best, worst = max(answers, key=answers.get), min(answers, key=answers.get)
-        low, high = answers[worst], answers[best]
-        lows.append(low)
-        means.append(sum(score for _, score in scored) / len(scored))
-        highs.append(high)
-        if high - low < args.min_spread:
-            counts["below --min-spread"] += 1
-            continue
-        base = dict(item.columns, prompt=item.prompt, policy=args.model or "given", scored_by=scored_by)
-        responses = {text: as_response(item.prompt, text) for text in answers}
-        files["sft.jsonl"].append(dict(base, completion=responses[best], score=high))
-        files["prompts.jsonl"].append(dict(item.columns, prompt=item.prompt, spread=high - low))
-        if high == low:
-            counts["all alike"] += 1
-            continue
-        pair = dict(chosen=responses[best], rejected=responses[worst], score_chosen=high, score_rejected=low)
-        files["pairs.jsonl"].append(base | pair)
-        ranking = dict(completions=[*responses.values()], scores=[*answers.values()])
-        files["rankings.jsonl"].append(base | ranking)
-    report = dict(rows=len(found), kept=len(files["sft.jsonl"]), pairs=len(files["pairs.jsonl"]))
-    report |= dict(score_worst=mean_of(lows), score_mean=mean_of(means), score_best=mean_of(highs))
-    if run.policies:  # nats between the best of n and the policy
-        report["kl_bound"] = math.log(args.n) - (args.n - 1) / args.n
-    return files, report | counts
-
-
-def reward_scores(run, answers: list) -> tuple:
-    """The sum of the reward models' scores of answers, pairs (item, text), NaN where a chat template refuses one.
-
-    Returns the scores, and the reasons why there are none."""
-    totals, reasons = torch.zeros(len(answers)), [""] * len(answers)
-    for model, tokenizer in run.reward_models:
-        rows, indices, refusals = read_all(partial(reward_row, run, model, tokenizer), answers)
-        scores = score_rows(model, rows, run.args, run.device, shared=False)
-        scores = torch.cat([torch.zeros(0, device=run.device), *scores]).cpu()
-        if not scores.isfinite().all():
-            fail("--reward-model: a score is not finite: the weights are damaged, or try --dtype float32")
-        found = torch.full((len(answers),), math.nan)
-        found[indices] = scores
-        totals += found
-        reasons = [reason or refusal for reason, refusal in zip(reasons, refusals)]
-    return totals.tolist(), reasons
-
-
-def read_all(read, asked: list) -> tuple:
-    """What read(value) gives for the values that it can read, the indices of these, and for every value the reason why
-    it cannot be read."""
-    rows, indices, reasons = [], [], [""] * len(asked)
-    for i, value in enumerate(asked):
-        try:
-            rows.append(read(value))
-            indices.append(i)
-        except Drop as drop:
-            reasons[i] = str(drop)
-    return rows, indices, reasons
-
-
-def reward_row(run, model, tokenizer, answer: tuple):
-    """The Row that a reward model reads of an answer, (item, text). Raises Drop."""
-    item, text = answer
-    prompt = with_condition(item.prompt, run.conditions.get(item.kind, ""))
-    return scored_row(tokenizer, prompt, without_special(tokenizer, text), item.columns, positions(model))
-
-
-def judge_scores(run, request: str, parts: list) -> tuple:
-    """The judge's expected scores, 1 to 10 scaled to [-1, 1], of what fills the request; NaN for an abstention.
-
-    Returns the scores, and the reasons of the abstentions."""
-    logps, reasons = run.judge.ask([fill(run.requests[request], **part) for part in parts], SCORES)
-    return expected_score(logps.softmax(-1)).tolist(), reasons
-
-
-def point_scores(run, keys: list, parts: list) -> tuple:
-    """The means of several additive judgements in words of what fills the request, as `judge_scores`; one that names no
-    score does not count."""
-    args, talks, names = run.args, [], []
-    for key, part in zip(keys, parts):
-        talks += [fill(run.requests["points"], **part)] * args.judgements
-        names += [f"{key}-{j}" for j in range(args.judgements)]
-    found = torch.tensor([points(text) for text, _ in run.judge.write(talks, names, 1.0)])
-    scores = found.view(len(parts), args.judgements).nanmean(1).tolist()
-    return scores, ["no judgement names a score" if math.isnan(score) else "" for score in scores]
-
-
-# synthesise: conversations that a model invents
-
-
-def synthesise_batch(run, batch: list) -> list:
-    """A record of each conversation, with its ratings."""
-    args, (model, tokenizer) = run.args, run.policies[0]
-    system, room = system_messages(args), positions(model) - args.max_new_tokens
-    before, after = around_user(tokenizer, system)
-    ends = sorted({*stop_ids(model, tokenizer), *special_tokens(tokenizer)})  # a user's turn ends at any of them
-    missing = dict(first="", whole=True, dropped="", quality=None, difficulty=None, reward=None)
-    records = every = [dict(missing, number=item.number, messages=system) for item in batch]
-
-    def user_row(record: dict):  # a space before the user's words belongs to the first of them
-        opening = around_user(tokenizer, record["messages"])[0].rstrip(" ")
-        return Row(text_ids(tokenizer, opening)[-room:], [[]], [[]], dict(prompt=""))
-
-    def answer_row(record: dict):
-        ids = prompt_ids(tokenizer, record["messages"], {})[-room:]
-        return Row(ids, [[]], [[]], dict(prompt=record["messages"]))
-
-    for turn in range(args.turns):
-        # 1. a user's turn, from what the chat template writes before one
-        rows, records = readable(user_row, records)
-        keys = [f"user-{turn}-{record['number']}-0" for record in records]
-        wrote = write_texts(run.policies[0], rows, keys, args, args.max_new_tokens, args.temperature, args.top_p, ends)
-        for record, (text, has_ended) in zip(records, wrote):
-            if after and after in text:
-                text, has_ended = text.partition(after)[0], True
-            text = text.removeprefix(" ") if before.endswith(" ") else text
-            record["messages"] = [*record["messages"], *as_messages(text, "user")]
-            record["first"] = record["first"] if turn else text
-            record["whole"] = record["whole"] and has_ended and bool(text.strip())
-        # 2. the answer to it
-        rows, records = readable(answer_row, records)
-        keys = [f"answer-{turn}-{record['number']}-0" for record in records]
-        wrote = write_texts(run.policies[0], rows, keys, args, args.max_new_tokens, args.answer_temperature)
-        for record, (text, has_ended) in zip(records, wrote):
-            record["messages"] = [*record["messages"], *as_messages(text.strip())]
-            record["whole"] = record["whole"] and has_ended and bool(text.strip())
-    # 3. ratings of the first turn, and the reward of the last answer
-    for name in ("quality", "difficulty") if run.judge else ():
-        scores, _ = judge_scores(run, name, [dict(talk=record["first"]) for record in records])
-        for record, score in zip(records, scores):
-            record[name] = None if math.isnan(score) else score * 4.5 + 5.5
-    if run.reward_models:
-        read = [(Item(r["number"], r["messages"][:-1]), text_of(r["messages"][-1:])) for r in records]
-        for record, reward in zip(records, reward_scores(run, read)[0]):
-            record["reward"] = None if math.isnan(reward) else reward
-    return every
-
-
-def readable(read, records: list) -> tuple:
-    """What read(record) gives for the conversations that the chat template does not refuse, and these conversations;
-    the others are dropped."""
-    rows, indices, reasons = read_all(read, records)
-    for record, reason in zip(records, reasons):
-        record["dropped"] = reason
-    return rows, [records[i] for i in indices]
-
-
-def synthesise_files(run, found: list) -> tuple:
-    """raw.jsonl, and what passes the filters, each conversation counted under the first filter that it fails."""
-    args, (model, tokenizer) = run.args, run.policies[0]
-    records = [record for _, record in found]
-    seen, passed, rows = set(), [], []
-    for record in records:
-        # 4. the filters by text and by rating
-        ids = text_ids(tokenizer, record["first"])
-        texts = [message["content"] for message in record["messages"]]
-        failed = {
-            "empty or cut off": not record["whole"],
-            "special token in the text": any(without_special(tokenizer, text) != text for text in texts),
-            "repeated": record["first"] in seen,
-            "--min-tokens": len(ids) < args.min_tokens,
-            "--min-quality": is_below(record["quality"], args.min_quality),
-            "--min-difficulty": is_below(record["difficulty"], args.min_difficulty),
-            "--min-reward": is_below(record["reward"], args.min_reward),
-        }
-        failed_first = next((name for name, has_failed in failed.items() if has_failed), "")
-        record["dropped"] = record["dropped"] or failed_first
-        if not record["dropped"]:
-            seen.add(record["first"])
-            # the last token once more, so that its own hidden state counts
-            rows.append(Row(ids[:1], [[*ids[1:], ids[-1]]], [[True] * len(ids)], dict(index=len(passed))))
-            passed.append(record)
-    # 5. near repeats, by the mean hidden state of the first turn; each rank computes its part
-    median_distance = None
-    if passed:
-        vectors = mean_hidden_states(run, model, rows)
-        if len(passed) > 1:
-            median_distance = nearest(vectors).median().item()
-        kept = keep_distant(vectors, args.min_distance) if args.min_distance else range(len(passed))
-        for i in {*range(len(passed))} - {*kept}:
-            passed[i]["dropped"] = "--min-distance"
-    counts = Counter(f"dropped: {record['dropped']}" for record in records if record["dropped"])
-    good = []
-    for record in records:
-        if not record["dropped"]:
-            ratings = dict(quality=record["quality"], reward=record["reward"])
-            good.append(dict(messages=record["messages"], policy=args.model, **ratings))
-    files = {"sft.jsonl": good, "prompts.jsonl": [dict(prompt=row["messages"][:-1]) for row in good]}
-    report = dict(written=len(records), kept=len(good), median_distance=median_distance, **counts)
-    return files | {"raw.jsonl": records}, report
-
-
-def around_user(tokenizer, messages: list) -> tuple:
-    """What the chat template writes before the user's next words, and the first word of what it writes after them."""
-    mark = "MARKTHEPLACE"
-    text = render_text(tokenizer, [*messages, dict(role="user", content=mark)])
-    before, _, after = text.partition(mark)
-    return before, (after.split() or [""])[0]
-
-
-def system_messages(args) -> list:
-    """The beginning of every conversation."""
-    return as_messages(args.system, "system") if args.system else []
-
-
-def is_below(value: float | None, least: float | None) -> bool:
-    """Whether a rating fails a filter that was asked for; one that is missing does."""
-    return least is not None and (value is None or value < least)
-
-
-def mean_hidden(self, inputs, source, lengths: list, last=None):
-    """The mean hidden state at the positions that predict each response, of length 1 [R, d]. A method of the model.
-
-    inputs, source: as `pack` and `pad` return them; lengths: trained tokens of each response."""
-    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source].float()  # [N, d]
-    return F.normalize(torch.stack([part.mean(0) for part in hidden.split(lengths)]), dim=-1)
-
-
-@torch.no_grad()
-def mean_hidden_states(run, model, rows: list):
-    """`mean_hidden` of rows that know their index [N, d], the same on every rank."""
-    vectors = torch.zeros(len(rows), model.config.get_text_config().hidden_size, device=run.device)
-    model.eval()
-    for group, weight, inputs, _ in forwards(rows[RANK::WORLD], run.args, model, run.device, spare=rows[0]):
-        found = model.mean_hidden(**inputs, lengths=[len(row.responses[0]) for row in group])
-        if weight:
-            vectors[[row.extra["index"] for row in group]] = found
-    return over_ranks(vectors)
+    compare_answers(run, batch)
+    low = args.clamp if args.reasoning else 0.0
+    for item in batch:
+        wins = [[math.nan] * len(item.responses) for _ in item.responses]
+        for c in item.comparisons:
+            p = min(max(c["p"], low), 1 - low) if c["verdict"] != "abstain" else math.nan
+            wins[c["i"]][c["j"]], wins[c["j"]][c["i"]] = p, 1 - p
+        # 3. the pair, or the ranking
+        row = dict(item.columns, prompt=item.prompt, judge=run.judge.name)
+        row |= dict(policy=args.model) if args.model else {}
+        if not item.comparisons:
+            item.counts["nothing_to_compare"] += 1
+        elif not run.ranks:
+            (c,) = item.comparisons
+            if c["verdict"] in ("a", "b"):
+                best, worst = (0, 1) if c["verdict"] == "a" else (1, 0)
+                row |= dict(chosen=item.responses[best], rejected=item.responses[worst], probability=wins[best][worst])
+                item.rows["pairs.jsonl"] = [row | dict(principles=c["principles"])]
+        else:
+            scores = ranking_scores(wins)
+            kept = [i for i, score in enumerate(scores) if not math.isnan(score)]
+            row |= dict(completions=[item.responses[i] for i in kept], scores=[scores[i] for i in kept])
+            if len({*row["scores"]}) > 1:
+                item.rows["rankings.jsonl"] = [row]
+            else:
+                item.counts["all scores equal" if kept else "all pairs abstained"] += 1
+        item.counts["labelled"] += len(item.rows)
 
 
 # compare: the win rate of one policy over another
+def compare(run, batch: list):
+    """comparisons.jsonl: an answer of each policy, and P that the first is better."""
+    for item, (a,), (b,) in zip(batch, *(policy_answers(run, which, batch, 1) for which in (0, 1))):
+        item.responses, item.scores = [a[0], b[0]], None
+        item.counts.update(identical=int(a[0] == b[0]), a_cut_off=int(not a[1]), b_cut_off=int(not b[1]))
+    compare_answers(run, batch)
+    for item in batch:
+        (a, b), (c,) = item.responses, item.comparisons
+        row = dict(item.columns, prompt=item.prompt, a=a, b=b, verdict=c["verdict"], judge=run.judge.name)
+        item.rows["comparisons.jsonl"] = [row | dict(probability=None if math.isnan(c["p"]) else c["p"])]
 
 
-def compare_batch(run, batch: list) -> list:
-    """A record of each row: an answer of each policy, and P that the first is better."""
-    # 1. an answer of each
-    answers = [policy_answers(run, which, batch, 1) for which in (0, 1)]
-    records = []
-    for item, ((a, a_ended),), ((b, b_ended),) in zip(batch, *answers):
-        tie = dict(first=0.5, second=0.5, votes=[0.5], principles=[], abstained=[])
-        records.append(dict(tie, number=item.number, a=a, b=b, ended=[a_ended, b_ended]))
-    # 2. compared, unless they are alike
-    pairs, differing = [], []
-    for item, record in zip(batch, records):
-        if record["a"] != record["b"]:
-            pairs.append((f"{item.number}", item.prompt, text_of(record["a"]), text_of(record["b"])))
-            differing.append(record)
-    for record, comparison in zip(differing, compare_pairs(run, pairs)):
-        record |= comparison
-    return records
-
-
-def compare_files(run, found: list) -> tuple:
-    """comparisons.jsonl, and the win rate, a tie being half a win."""
-    args, rows, comparisons, outcomes = run.args, [], [], []
-    for item, record in found:
-        judged = with_verdict(args, record, item, record["a"], record["b"], 0)
-        comparisons.append(judged)
-        if judged["verdict"] != "abstain":
-            outcomes.append((item.kind, dict(a=1.0, b=0.0, tie=0.5)[judged["verdict"]]))
-        row = dict(item.columns, prompt=item.prompt, a=record["a"], b=record["b"], verdict=judged["verdict"])
-        p = None if math.isnan(judged["p"]) else judged["p"]
-        rows.append(dict(row, judge=run.judge.name, probability=p))
-    every = [outcome for _, outcome in outcomes]
+def win_rate_report(run, records: list) -> dict:
+    """The win rate, a tie being half a win, with its interval; and what the judge is worth."""
+    args, comparisons, kinds = run.args, [c for record in records for c in record["comparisons"]], {}
+    for c in comparisons:
+        if c["verdict"] != "abstain":
+            kinds.setdefault(c["kind"], []).append(dict(a=1.0, b=0.0, tie=0.5)[c["verdict"]])
+    every = [outcome for outcomes in kinds.values() for outcome in outcomes]
     win_rate, low, high = interval(every)
     report = dict(win_rate=win_rate, low=low, high=high, wins=every.count(1.0), losses=every.count(0.0))
-    report["identical"] = sum(record["a"] == record["b"] for _, record in found)  # both draw by the same numbers
     for i, name in enumerate("ab"):
         report[f"{name}_characters"] = mean_of([c["lengths"][i] for c in comparisons])
-        report[f"{name}_cut_off"] = sum(not record["ended"][i] for _, record in found)
-    report["kinds"] = {}
-    for kind in sorted({kind for kind, _ in outcomes}):
-        ends = interval([outcome for k, outcome in outcomes if k == kind])
-        report["kinds"][kind] = dict(zip(("win_rate", "low", "high"), ends))
-    what = f"none of the {len(found)} pairs could be judged; see the abstentions"
-    if every:
-        what = f"wins {win_rate:.3f} ({low:.3f} to {high:.3f}) of {len(every)}, ties half"
+    ends = ("win_rate", "low", "high")
+    report["kinds"] = {kind: dict(zip(ends, interval(kinds[kind]))) for kind in sorted(kinds)}
+    what = f"wins {win_rate:.3f} ({low:.3f} to {high:.3f}) of {len(every)}, ties half" if every else ""
+    what = what or f"none of the {len(records)} pairs could be judged; see the abstentions"
     print0(f"{args.model} against {args.against}: {what}")
-    return {"comparisons.jsonl": rows}, report | judge_report(comparisons)
+    return report | judge_report(run, records)
 
 
-# audit: the judge's labels against those of people who know
+# comparisons: all of audit, and what label and compare do with their answers
+def compare_answers(run, batch: list):
+    """Has every two responses of an item judged, or its pairs: item.comparisons.
 
-
-def audit_batch(run, batch: list) -> list:
-    """A record of each pair: P that its first answer is better."""
-    args, texts = run.args, [[text_of(response) for response in item.responses] for item in batch]
-    if args.by == "letters":
-        pairs = [(f"{item.number}", item.prompt, a, b) for item, (a, b) in zip(batch, texts)]
-        found = compare_pairs(run, pairs)
-    else:  # P is 1 for the higher score; there are no orders and no principles
-        parts = [about(item.prompt, text) for item, pair in zip(batch, texts) for text in pair]
-        scores, reasons = judge_scores(run, "score", parts)
-        found = []
-        for i in range(0, len(scores), 2):
-            a, b = scores[i : i + 2]
-            p = math.nan if math.isnan(a + b) else (a > b) + 0.5 * (a == b)
-            abstained = sorted({*reasons[i : i + 2]} - {""})
-            found.append(dict(first=p, second=p, votes=[p], principles=[], abstained=abstained))
-    return [dict(comparison, number=item.number) for item, comparison in zip(batch, found)]
-
-
-def audit_files(run, found: list) -> tuple:
-    """No data set, and a report of the judge against the labels."""
-    comparisons = []
-    for item, record in found:
-        given = item.scores[0] - item.scores[1]
-        comparisons.append(with_verdict(run.args, record, item, *item.responses, given))
-    return {}, judge_report(comparisons) | run.left_out
-
-
-# comparisons: what label, compare and audit share
+    Each is one of `compare_pairs` (a: response i, b: response j) with its verdict and what `judge_report` counts.
+    given, sign, longer: 1 if a is known to be the better answer, is judged so, is longer; -1 if b; 0 if neither."""
+    args, differing, asked = run.args, [], []
+    for item in batch:
+        texts = [text_of(response) for response in item.responses]
+        for i, j in combinations(range(len(texts)), 2) if item.pairs is None else item.pairs:
+            c = dict(i=i, j=j, first=0.5, second=0.5, votes=[0.5], principles=[], abstained=[], kind=item.kind)
+            c["lengths"] = [len(texts[i]), len(texts[j])]
+            c["longer"] = sign(len(texts[i]) - len(texts[j]))
+            c["given"] = sign(item.scores[i] - item.scores[j]) if item.scores else 0
+            item.comparisons.append(c)
+            if texts[i] != texts[j]:  # else a tie
+                differing.append(c)
+                asked.append((f"{item.number}-{i}-{j}", item.prompt, texts[i], texts[j]))
+    for c, heard in zip(differing, (compare_scores if args.by == "scores" else compare_pairs)(run, asked)):
+        c.update(heard)
+    for c in (c for item in batch for c in item.comparisons):
+        c["p"] = (c["first"] + c["second"]) / 2
+        c["verdict"] = verdict(c["first"], c["second"], args.orders, args.tie_margin)
+        c["sign"] = dict(a=1, b=-1).get(c["verdict"], 0)
 
 
 def compare_pairs(run, pairs: list) -> list:
@@ -1010,18 +585,21 @@ def compare_pairs(run, pairs: list) -> list:
     return found
 
 
-def with_verdict(args, comparison: dict, item: Item, a, b, given: float) -> dict:
-    """A comparison of `compare_pairs` with what `judge_report` counts. given, sign, longer: 1 if a is known to be the
-    better answer, is judged so, is longer; -1 if b; 0 if neither."""
-    p, (a_length, b_length) = (comparison["first"] + comparison["second"]) / 2, (len(text_of(a)), len(text_of(b)))
-    said = verdict(comparison["first"], comparison["second"], args.orders, args.tie_margin)
-    judged = dict(comparison, p=p, verdict=said, kind=item.kind, lengths=[a_length, b_length])
-    judged |= dict(sign=(said == "a") - (said == "b"), longer=(a_length > b_length) - (a_length < b_length))
-    return dict(judged, given=(given > 0) - (given < 0))
+def compare_scores(run, pairs: list) -> list:
+    """`compare_pairs` by the judge's score of each answer alone: P is 1 for the higher; no orders, no principles."""
+    parts = [about(prompt, text) for _, prompt, a, b in pairs for text in (a, b)]
+    scores, reasons = judge_scores(run, "score", parts)
+    found = []
+    for i in range(0, len(scores), 2):
+        a, b = scores[i : i + 2]
+        p = math.nan if math.isnan(a + b) else (1 + sign(a - b)) / 2
+        found.append(dict(first=p, second=p, votes=[p], abstained=sorted({*reasons[i : i + 2]} - {""})))
+    return found
 
 
-def judge_report(comparisons: list) -> dict:
-    """What comparisons are worth, each one of `with_verdict`."""
+def judge_report(run, records: list) -> dict:
+    """What the comparisons of `compare_answers` are worth."""
+    comparisons = [c for record in records for c in record["comparisons"]]
     heard = [c for c in comparisons if c["verdict"] != "abstain"]
     decided = [c for c in heard if c["verdict"] != "tie"]
     by_place = [c for c in heard if (c["first"] - 0.5) * (c["second"] - 0.5) < 0]
@@ -1041,8 +619,8 @@ def judge_report(comparisons: list) -> dict:
         return report
     report["given_longer"] = mean_of([c["given"] == c["longer"] for c in uneven if c["given"]])
     report["agreement"] = mean_of([c["sign"] == c["given"] for c in decided if c["given"]])
-    halves = [(1 + c["given"] * ((c["p"] > 0.5) - (c["p"] < 0.5))) / 2 for c in heard if c["given"]]
-    report["agreement_by_mean"] = mean_of(halves)  # ties too; P = 1/2 counts half
+    # ties too; P = 1/2 counts half
+    report["agreement_by_mean"] = mean_of([(1 + c["given"] * sign(c["p"] - 0.5)) / 2 for c in heard if c["given"]])
     report["kinds"] = {}
     for c in sorted(comparisons, key=lambda c: c["kind"]):
         if c["given"]:
@@ -1052,21 +630,344 @@ def judge_report(comparisons: list) -> dict:
     return report
 
 
+def sign(value: float) -> int:
+    """1, 0 or -1."""
+    return (value > 0) - (value < 0)
+
+
 def mean_of(values: list) -> float | None:
     """The mean, None of nothing."""
     return sum(values) / len(values) if values else None
 
 
+# revise: critique and revision
+def revise(run, batch: list):
+    """sft.jsonl: every revision of an answer, or the last."""
+    # 1. the first answers: the policy's, unless the data set has one; what was cut off, or is empty, is not revised
+    args, answers = run.args, {}  # by the row's number, as they read now
+    unanswered = [item for item in batch if len(item.responses) != 1]
+    drawn = dict(zip((item.number for item in unanswered), policy_answers(run, 0, unanswered, 1)))
+    for item in batch:
+        (answer,) = drawn.get(item.number) or [(item.responses[0], True)]
+        if usable_answers([answer]):
+            answers[item.number] = text_of(answer[0])
+        item.counts.update(cut_off_or_empty=int(item.number not in answers), revisions=0)
+    originals, batch = dict(answers), [item for item in batch if item.number in answers]
+    for i in range(args.rounds):
+        # 2. a critique by a principle that is drawn anew
+        critique_talks, principles = [], []
+        for item in batch:
+            principles.append(random.Random(f"{args.seed}-{item.number}-{i}").choice(run.principles))
+            parts = about(item.prompt, after_space(item.prompt, answers[item.number]))
+            critique_talks.append(fill(run.requests["critique"], principle=principles[-1], **parts))
+        keys = [f"critique-{item.number}-{i}" for item in batch]
+        critiques = [text_of(text) for text, _ in run.judge.write(critique_talks, keys, args.judge_temperature)]
+        # 3. a revision, which takes the answer's place
+        talks = []
+        for talk, critique, principle in zip(critique_talks, critiques, principles):
+            request = fill(run.requests["revise"], principle=principle)
+            talks.append([*as_messages(talk, "user"), *as_messages(critique), *as_messages(request, "user")])
+        revisions = run.judge.write(talks, [f"revision-{item.number}-{i}" for item in batch], args.judge_temperature)
+        for item, principle, critique, (text, has_ended) in zip(batch, principles, critiques, revisions):
+            text = text_of(text)  # its thinking is about a critique that the data does not show
+            item.counts["revisions"] += 1
+            if not (has_ended and text):
+                item.counts["unusable"] += 1
+                continue
+            item.counts["unchanged" if text == answers[item.number] else "changed"] += 1
+            answers[item.number] = text
+            completion = as_response(item.prompt, after_space(item.prompt, text))
+            row = dict(item.columns, prompt=item.prompt, completion=completion, principle=principle, critique=critique)
+            row |= dict(round=i + 1, original=originals[item.number], judge=run.judge.name)
+            earlier = item.rows.get("sft.jsonl", []) if args.keep == "all" else []
+            item.rows["sft.jsonl"] = [*earlier, row]
+
+
+# best-of-n: the best and the worst of N answers
+def best_of_n(run, batch: list):
+    """The best answers, the best with the worst, all of them, and the prompts that tell answers apart."""
+    # 1. N answers to each prompt, those that came to an end
+    args, asked, scored = run.args, [], {item.number: [] for item in batch}
+    if run.policies:
+        answers = policy_answers(run, 0, batch, args.n)
+    else:
+        answers = [[(as_messages(r)[0]["content"], True) for r in item.responses] for item in batch]
+    for item, drawn in zip(batch, answers):
+        asked += [(item, k, text) for k, text in enumerate(usable_answers(drawn))]
+        cut_off_or_empty = len(drawn) - len(usable_answers(drawn))
+        item.counts.update(kept=0, pairs=0, cut_off_or_empty=cut_off_or_empty, unscored=0, repeated=0)
+    # 2. their scores, by reward models or by the judge
+    read = [(item, final_answer(item.prompt, text)) for item, _, text in asked]
+    if run.reward_models:
+        found = reward_scores(run, read)
+    elif args.scale == "ten":
+        found = judge_scores(run, "score", [about(item.prompt, text) for item, text in read])
+    else:
+        keys = [f"points-{item.number}-{k}" for item, k, _ in asked]
+        found = point_scores(run, keys, [about(item.prompt, text) for item, text in read])
+    for (item, _, text), score, reason in zip(asked, *found):
+        if reason:
+            item.counts.update(["unscored", f"unscored: {reason}"])
+        else:
+            scored[item.number].append((text, score))
+    # 3. what they give
+    scored_by = run.judge.name if run.judge else ", ".join(args.reward_model)
+    for item in batch:
+        scores = {}
+        for text, score in scored[item.number]:  # of answers that are alike, the first
+            scores.setdefault(text, score)
+        if not scores:
+            item.counts["without answers"] += 1
+            continue
+        item.counts["repeated"] += len(scored[item.number]) - len(scores)
+        best, worst = max(scores, key=scores.get), min(scores, key=scores.get)
+        low, high = scores[worst], scores[best]
+        item.spread = [low, mean_of([score for _, score in scored[item.number]]), high]
+        if high - low < args.min_spread:
+            item.counts["below --min-spread"] += 1
+            continue
+        item.counts["kept"] += 1
+        base = dict(item.columns, prompt=item.prompt, policy=args.model or "given", scored_by=scored_by)
+        responses = {text: as_response(item.prompt, text) for text in scores}
+        item.rows["sft.jsonl"] = [dict(base, completion=responses[best], score=high)]
+        item.rows["prompts.jsonl"] = [dict(item.columns, prompt=item.prompt, spread=high - low)]
+        if high == low:
+            item.counts["all alike"] += 1
+            continue
+        item.counts["pairs"] += 1
+        pair = dict(chosen=responses[best], rejected=responses[worst], score_chosen=high, score_rejected=low)
+        item.rows["pairs.jsonl"] = [base | pair]
+        ranking = dict(completions=[*responses.values()], scores=[*scores.values()])
+        item.rows["rankings.jsonl"] = [base | ranking]
+
+
+def scores_report(run, records: list) -> dict:
+    """The scores of the worst, the mean and the best answers."""
+    spreads = [record["spread"] for record in records if record["spread"]]
+    names = ("score_worst", "score_mean", "score_best")
+    report = {name: mean_of([spread[i] for spread in spreads]) for i, name in enumerate(names)}
+    if run.policies:  # nats between the best of n and the policy
+        report["kl_bound"] = math.log(run.args.n) - (run.args.n - 1) / run.args.n
+    return report
+
+
+def reward_scores(run, answers: list) -> tuple:
+    """The sum of the reward models' scores of answers, pairs (Item, text), NaN where a chat template refuses one; and
+    the reasons why there are none."""
+    totals, reasons = torch.zeros(len(answers)), [""] * len(answers)
+    for model, tokenizer in run.reward_models:
+        rows, indices, refusals = read_all(partial(reward_row, run, model, tokenizer), answers)
+        scores = score_rows(model, rows, run.args, run.device, shared=False)
+        found = torch.full((len(answers),), math.nan)
+        found[indices] = torch.cat([torch.zeros(0, device=run.device), *scores]).cpu()
+        if not found[indices].isfinite().all():
+            fail("--reward-model: a score is not finite: the weights are damaged, or try --dtype float32")
+        totals += found
+        reasons = [reason or refusal for reason, refusal in zip(reasons, refusals)]
+    return totals.tolist(), reasons
+
+
+def reward_row(run, model, tokenizer, answer: tuple):
+    """The Row that a reward model reads of an answer, (Item, text). Raises Drop."""
+    item, text = answer
+    prompt = with_condition(item.prompt, run.conditions.get(item.kind, ""))
+    return scored_row(tokenizer, prompt, without_special(tokenizer, text), item.columns or {}, positions(model))
+
+
+def read_all(read, values: list) -> tuple:
+    """What read(value) gives for the values that it can read, the indices of these, and for every value the reason why
+    it cannot be read."""
+    rows, indices, reasons = [], [], [""] * len(values)
+    for i, value in enumerate(values):
+        try:
+            rows.append(read(value))
+            indices.append(i)
+        except Drop as drop:
+            reasons[i] = str(drop)
+    return rows, indices, reasons
+
+
+def judge_scores(run, request: str, parts: list) -> tuple:
+    """The judge's expected scores, 1 to 10 scaled to [-1, 1], of what fills the request, NaN for an abstention; and the
+    reasons of the abstentions."""
+    logps, reasons = run.judge.ask([fill(run.requests[request], **part) for part in parts], SCORES)
+    return expected_score(logps.softmax(-1)).tolist(), reasons
+
+
+def point_scores(run, keys: list, parts: list) -> tuple:
+    """The means of several additive judgements in words of what fills the request, as `judge_scores`; one that names no
+    score does not count."""
+    J = run.args.judgements
+    talks = [fill(run.requests["points"], **part) for part in parts for _ in range(J)]
+    texts = run.judge.write(talks, [f"{key}-{j}" for key in keys for j in range(J)], 1.0)
+    scores = torch.tensor([points(text) for text, _ in texts]).view(len(parts), J).nanmean(1).tolist()
+    return scores, ["no judgement names a score" if math.isnan(score) else "" for score in scores]
+
+
+def points(text: str) -> float:
+    """The sum, 0 to 5, with which an additive judgement ends (self-rewarding); NaN if there is none."""
+    # "Score (out of 5): 4" is 4; "Score: 1 + 1 + 0 = 2" is 2, and a sum without its result is none
+    text = re.sub(r"(?i)(score)[^\w(]{0,4}\((?=\D|\d+ ?(?:-|–|to))[^)\n]*\)", r"\1", after_thinking(text))
+    sum_of = r"(?:[\d.+ ]+=[^\w-]{0,12})?"
+    found = re.findall(rf"(?i)score[^\w-]{{0,12}}{sum_of}(-?\d+(?:\.\d+)?)(?![\d.]* *(?:\([^)\n]*\))? *\+)", text)
+    return float(found[-1]) if found and 0 <= float(found[-1]) <= 5 else math.nan
+
+
+# synthesise: conversations that a model invents
+def synthesise(run, batch: list):
+    """raw.jsonl: conversations, with their ratings."""
+    args, (model, tokenizer) = run.args, run.policies[0]
+    system = as_messages(args.system, "system") if args.system else []
+    before, after = around_user(tokenizer, system)
+    ends = sorted({*stop_ids(model, tokenizer), *special_tokens(tokenizer)})  # a user's turn ends at any of them
+    missing = dict(first="", whole=True, dropped="", quality=None, difficulty=None, reward=None)
+    talks = [dict(missing, number=item.number, messages=system) for item in batch]
+    for item, talk in zip(batch, talks):
+        item.rows["raw.jsonl"], item.counts["written"] = [talk], 1
+
+    def user_row(talk: dict) -> Row:  # a space before the user's words belongs to the first of them
+        opening = around_user(tokenizer, talk["messages"])[0].rstrip(" ")
+        return prompt_row(model, text_ids(tokenizer, opening), "", args.max_new_tokens)
+
+    def answer_row(talk: dict) -> Row:
+        ids = prompt_ids(tokenizer, talk["messages"], {})
+        return prompt_row(model, ids, talk["messages"], args.max_new_tokens)
+
+    for turn in range(args.turns):
+        # 1. a user's turn, from what the chat template writes before one
+        rows, talks = readable(user_row, talks)
+        keys = [f"user-{turn}-{talk['number']}-0" for talk in talks]
+        wrote = write_texts(run.policies[0], rows, keys, args, args.max_new_tokens, args.temperature, args.top_p, ends)
+        for talk, (text, has_ended) in zip(talks, wrote):
+            if after and after in text:
+                text, has_ended = text.partition(after)[0], True
+            text = text.removeprefix(" ") if before.endswith(" ") else text
+            talk["messages"] = [*talk["messages"], *as_messages(text, "user")]
+            talk["first"] = talk["first"] if turn else text
+            talk["whole"] = talk["whole"] and has_ended and bool(text.strip())
+        # 2. the answer to it
+        rows, talks = readable(answer_row, talks)
+        keys = [f"answer-{turn}-{talk['number']}-0" for talk in talks]
+        wrote = write_texts(run.policies[0], rows, keys, args, args.max_new_tokens, args.answer_temperature)
+        for talk, (text, has_ended) in zip(talks, wrote):
+            talk["messages"] = [*talk["messages"], *as_messages(text.strip())]
+            talk["whole"] = talk["whole"] and has_ended and bool(text.strip())
+    # 3. ratings of the first turn, and the reward of the last answer
+    for name in ("quality", "difficulty") if run.judge else ():
+        scores, _ = judge_scores(run, name, [dict(talk=talk["first"]) for talk in talks])
+        for talk, score in zip(talks, scores):
+            talk[name] = None if math.isnan(score) else score * 4.5 + 5.5
+    if run.reward_models:
+        read = [(Item(r["number"], r["messages"][:-1]), text_of(r["messages"][-1:])) for r in talks]
+        for talk, reward in zip(talks, reward_scores(run, read)[0]):
+            talk["reward"] = None if math.isnan(reward) else reward
+
+
+def around_user(tokenizer, messages: list) -> tuple:
+    """What the chat template writes before the user's next words, and the first word of what it writes after them."""
+    mark = "MARKTHEPLACE"
+    text = render_text(tokenizer, [*messages, dict(role="user", content=mark)])
+    before, _, after = text.partition(mark)
+    return before, (after.split() or [""])[0]
+
+
+def readable(read, talks: list) -> tuple:
+    """What read(talk) gives for the conversations that can be read, and these; the others are dropped."""
+    rows, indices, reasons = read_all(read, talks)
+    for talk, reason in zip(talks, reasons):
+        talk["dropped"] = reason
+    return rows, [talks[i] for i in indices]
+
+
+def filter_conversations(run, records: list) -> dict:
+    """sft.jsonl and prompts.jsonl: what passes the filters, each conversation counted under the first that it fails."""
+    args, (model, tokenizer) = run.args, run.policies[0]
+    talks, seen, passed, rows = [record["rows"]["raw.jsonl"][0] for record in records], set(), [], []
+    for record, talk in zip(records, talks):
+        # 4. the filters by text and by rating
+        ids = text_ids(tokenizer, talk["first"])
+        texts = [message["content"] for message in talk["messages"]]
+        failed = {
+            "empty or cut off": not talk["whole"],
+            "special token in the text": any(without_special(tokenizer, text) != text for text in texts),
+            "repeated": talk["first"] in seen,
+            "--min-tokens": len(ids) < args.min_tokens,
+        }
+        for name in ("quality", "difficulty", "reward"):
+            value, least = talk[name], getattr(args, f"min_{name}")
+            failed[f"--min-{name}"] = least is not None and (value is None or value < least)
+        talk["dropped"] = talk["dropped"] or next((name for name, has_failed in failed.items() if has_failed), "")
+        if not talk["dropped"]:
+            seen.add(talk["first"])
+            # the last token once more, so that its own hidden state counts
+            rows.append(Row(ids[:1], [[*ids[1:], ids[-1]]], [[True] * len(ids)], dict(index=len(passed))))
+            passed.append(record)
+    # 5. near repeats, by the mean hidden state of the first turn
+    vectors = mean_hidden_states(run, model, rows) if passed else torch.zeros(0, 1)
+    kept = keep_distant(vectors, args.min_distance) if args.min_distance else range(len(passed))
+    for i, record in enumerate(passed):
+        (talk,) = record["rows"]["raw.jsonl"]
+        if i in kept:
+            ratings = dict(quality=talk["quality"], reward=talk["reward"])
+            record["rows"]["sft.jsonl"] = [dict(messages=talk["messages"], policy=args.model, **ratings)]
+            record["rows"]["prompts.jsonl"] = [dict(prompt=talk["messages"][:-1])]
+        else:
+            talk["dropped"] = "--min-distance"
+    median_distance = nearest(vectors).median().item() if len(passed) > 1 else None
+    counts = Counter(f"dropped: {talk['dropped']}" for talk in talks if talk["dropped"])
+    return dict(kept=len(kept), median_distance=median_distance, **counts)
+
+
+def mean_hidden(self, inputs, source, lengths: list, last=None):
+    """The mean hidden state at the positions that predict each response, of length 1 [R, d]. A method of the model.
+
+    inputs, source: as `pack` and `pad` return them; lengths: trained tokens of each response."""
+    hidden = self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source].float()  # [N, d]
+    return F.normalize(torch.stack([part.mean(0) for part in hidden.split(lengths)]), dim=-1)
+
+
+@torch.no_grad()
+def mean_hidden_states(run, model, rows: list) -> torch.Tensor:
+    """`mean_hidden` of rows that know their index [N, d], the same on every rank; each computes its part."""
+    vectors = torch.zeros(len(rows), model.config.get_text_config().hidden_size, device=run.device)
+    model.eval()
+    for group, weight, inputs, _ in forwards(rows[RANK::WORLD], run.args, model, run.device, spare=rows[0]):
+        found = model.mean_hidden(**inputs, lengths=[len(row.responses[0]) for row in group])
+        if weight:
+            vectors[[row.extra["index"] for row in group]] = found
+    return over_ranks(vectors)
+
+
+def nearest(vectors) -> torch.Tensor:
+    """Squared distance of each vector to its nearest neighbour (Magpie), infinity if it has none. [N, d]; returns
+    [N]."""
+    found = []
+    for i in range(0, len(vectors), 256):  # never all N x N at once
+        distance = torch.cdist(vectors[i : i + 256], vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
+        distance[:, i : i + 256].fill_diagonal_(math.inf)
+        found.append(distance.amin(1))
+    return torch.cat(found)
+
+
+def keep_distant(vectors, min_distance: float) -> list:
+    """The indices of vectors [N, d] further than a squared distance from all kept before them: of a cluster, the
+    earliest. Takes N x N time."""
+    indices, kept = [], torch.empty_like(vectors)
+    for i, vector in enumerate(vectors):
+        if not indices or (kept[: len(indices)] - vector).square().sum(1).min() > min_distance:
+            kept[len(indices)] = vector
+            indices.append(i)
+    return indices
+
+
 # answers
-
-
 def write_texts(writer, rows: list, keys: list, args, length: int, temperature: float, top_p=1.0, stops=None) -> list:
     """Answers of a writer (model, tokenizer) to the prompts of rows, len(keys) / len(rows) to each: pairs (text,
     whether it came to an end). Each is a function of --seed and its key."""
     model, tokenizer = writer
     stops, numbers = stops or stop_ids(model, tokenizer), uniform_numbers(args.seed, 0, keys, length)
-    prompts, n = [row.prompt for row in rows], len(keys) // max(1, len(rows))
-    answers, _ = sample_answers(model, prompts, numbers, stops, args, temperature, top_p)
+    n = len(keys) // max(1, len(rows))
+    answers, _ = sample_answers(model, [row.prompt for row in rows], numbers, stops, args, temperature, top_p)
     texts = answer_texts(tokenizer, [row for row in rows for _ in range(n)], answers, stops)
     return [(text, ids[-1] in stops) for text, ids in zip(texts, answers)]
 
@@ -1081,6 +982,13 @@ def policy_answers(run, which: int, items: list, n: int) -> list:
         strip = str.rstrip if continues_text(item.prompt) else str.strip
         answers.append([(strip(text), has_ended) for text, has_ended in found[i * n : (i + 1) * n]])
     return answers
+
+
+def prompt_row(model, ids: list, prompt, length: int):
+    """The Row of a prompt, of which nothing is cut. Raises Drop where so many new tokens have no room behind it."""
+    if len(ids) + length > positions(model):
+        raise Drop("too long: no room for an answer")
+    return Row(ids, [[]], [[]], dict(prompt=prompt))
 
 
 def usable_answers(answers: list) -> list:
@@ -1101,10 +1009,8 @@ def as_response(prompt, text: str):
 def after_space(prompt, text: str) -> str:
     """A text as it follows its prompt: after a space, if it goes on after a word (HH-RLHF's "Assistant:", or an answer
     that has begun)."""
-    if not continues_text(prompt):
-        return text
     begun = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return " " * bool(begun[-1:].strip()) + text
+    return " " * (continues_text(prompt) and bool(begun[-1:].strip())) + text
 
 
 def positions(model) -> int:
@@ -1113,8 +1019,6 @@ def positions(model) -> int:
 
 
 # requests: what the judge reads
-
-
 def fill(request: str, **parts) -> str:
     """A request with its {parts} filled in, all at once, so that braces in a part stay what they are."""
     return re.sub(r"\{(\w+)\}", lambda match: parts.get(match[1], match[0]), request)
@@ -1158,16 +1062,11 @@ def load_requests(args) -> dict:
     return REQUESTS | own
 
 
-def load_principles(args, requests: dict) -> list:
+def load_principles(name: str) -> list:
     """The principles, a line each."""
-    if not getattr(args, "principles", ""):
-        return [requests["principle"]]
-    with user_input(f"--principles {args.principles}: cannot be read"):
-        lines = [line.strip() for line in Path(args.principles).read_text().splitlines() if line.strip()]
-    return lines or fail(f"--principles {args.principles}: has no line with a principle")
-
-
-# judges
+    with user_input(f"--principles {name}: cannot be read"):
+        lines = [line.strip() for line in Path(name).read_text().splitlines() if line.strip()]
+    return lines or fail(f"--principles {name}: has no line with a principle")
 
 
 class Judge:
@@ -1182,26 +1081,24 @@ class Judge:
     def ask(self, talks: list, options: list) -> tuple:
         """The log-probabilities of replying with each option [B, K], NaN for an abstention, and its reason [B]."""
         args, (logps, reasons) = self.args, self.option_logps(talks, options)
-        masses, unlikely = logps.exp().sum(1).tolist(), []
+        masses, mute = logps.exp().sum(1).tolist(), []
         for i, mass in enumerate(masses):
             if not reasons[i] and not mass >= max(args.min_mass, 1e-30):
                 is_named = not math.isnan(mass)
                 reasons[i] = "none of the options is likely (--min-mass)" if is_named else "the reply names no option"
-                unlikely.append(i)
+                mute.append(i)
         chances = ", ".join(f"{option} {p:.3f}" for option, p in zip(options, logps[:1].exp().flatten()))
         self.show(talks, f"nothing to use: {reasons[0]}" if "nan" in chances else chances)
         # all ranks take part in sampling, since a model's weights may be spread over them
-        if "abstention" not in self.printed and from_all_ranks(unlikely):
-            first = unlikely[:1]
-            replies = self.texts([talks[i] for i in first], ["reply" for _ in first], 0.0, 12)
+        if "abstention" not in self.printed and from_all_ranks(mute):
             names, notes = f"{', '.join(options[:-1])} and {options[-1]}", []
-            for i, (text, _) in zip(first, replies):
-                together = f"{names} have probability {masses[i]:.2g} together"
-                together = f"it names none of {names}" if math.isnan(masses[i]) else together
-                notes.append(f"the judge's likeliest reply is {text!r}; {together}")
-            note = f"note: {from_all_ranks(notes)[0]}, so this question is an abstention (see --min-mass, --requests)"
-            self.print_once("abstention", note)
-        logps[unlikely] = math.nan
+            for i, (text, _) in zip(mute, self.texts([talks[i] for i in mute[:1]], ["reply"] * len(mute[:1]), 0.0, 12)):
+                found = f"{names} have probability {masses[i]:.2g} together"
+                found = f"it names none of {names}" if math.isnan(masses[i]) else found
+                notes.append(f"note: the judge's likeliest reply is {text!r}; {found}")
+            why = "so this question is an abstention (see --min-mass, --requests)"
+            self.print_once("abstention", f"{from_all_ranks(notes)[0]}, {why}")
+        logps[mute] = math.nan
         return logps, reasons
 
     def write(self, talks: list, keys: list, temperature: float) -> list:
@@ -1215,7 +1112,8 @@ class Judge:
         """Prints the first request of its length in messages, with the reply: look at it."""
         if talks:
             talk = as_messages(talks[0], "user")
-            asked = talk[-1]["content"][-600:].replace("\n", "\n  | ")
+            asked = talk[-1]["content"]
+            asked = ("..." + asked[-600:] if len(asked) > 600 else asked).replace("\n", "\n  | ")
             self.print_once(len(talk), f"the judge is asked:\n  | {asked}\nand replies: {reply[:300]}")
 
     def print_once(self, kind, text: str):
@@ -1243,28 +1141,25 @@ class LocalJudge(Judge):
     def check(self, talk):
         render_text(self.tokenizer, self.clean(talk), True)
 
-    def asked_row(self, options: list, talk):
-        """The Row of a talk, with the options as responses. Raises Drop."""
-        row = judge_row(self.model, self.tokenizer, self.clean(talk), options)
-        if padded_width(row) >= positions(self.model):  # it was cut
-            raise Drop("too long for the judge")
-        return row
-
     def option_logps(self, talks: list, options: list) -> tuple:
-        rows, indices, reasons = read_all(partial(self.asked_row, options), talks)
+        def asked_row(talk) -> Row:
+            row = judge_row(self.model, self.tokenizer, self.clean(talk), options)
+            if padded_width(row) >= positions(self.model):  # it was cut
+                raise Drop("too long for the judge")
+            return row
+
+        rows, indices, reasons = read_all(asked_row, talks)
         logps = torch.full((len(talks), len(options)), math.nan)
         found = judge_logps(self.model, rows, self.args, self.device)
         logps[indices] = found.cpu().view(len(rows), len(options))
         return logps, reasons
 
     def texts(self, talks: list, keys: list, temperature: float, length: int) -> list:
-        longest = max(1, positions(self.model) - length)
-
-        def prompt_row(talk):
+        def asked_row(talk) -> Row:
             talk = self.clean(talk)
-            return Row(prompt_ids(self.tokenizer, talk, {})[-longest:], [[]], [[]], dict(prompt=talk))
+            return prompt_row(self.model, prompt_ids(self.tokenizer, talk, {}), talk, length)
 
-        rows, indices, reasons = read_all(prompt_row, talks)
+        rows, indices, reasons = read_all(asked_row, talks)
         for reason in filter(None, reasons):
             self.print_once("unread", f"note: the judge cannot read a request: {reason}; it writes nothing there")
         writer, found = (self.model, self.tokenizer), [("", False)] * len(talks)
@@ -1274,6 +1169,10 @@ class LocalJudge(Judge):
         return found
 
 
+WAITS = (1, 2, 4, 8, 16, 32)  # seconds before another attempt
+BUSY = (408, 409, 429)  # statuses after which, as after those from 500 on, there is another attempt
+
+
 class ServerJudge(Judge):
     """A model on a server with OpenAI's API."""
 
@@ -1281,10 +1180,9 @@ class ServerJudge(Judge):
         super().__init__(args.judge, args)
         self.url, self.logprobs = args.judge_url.rstrip("/") + "/chat/completions", dict(logprobs=True, top_logprobs=20)
         self.has_answered, self.failures = False, 0  # in a row
-        if re.search(r"//[^/]*@|[?#\s]", args.judge_url):  # not printed: it may hold a key
-            fail("--judge-url: must have no user, password, ? or #; a key goes into --judge-key")
-        if not re.match(r"https?://[^/]", args.judge_url):
-            fail(f"--judge-url {args.judge_url}: must begin with http:// or https:// and a host")
+        if not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", args.judge_url):  # not printed: it may hold a key
+            what = "must be http:// or https://, a host and a path, without user, password, ? or #"
+            fail(f"--judge-url: {what}; a key goes into --judge-key")
         self.key = os.environ.get(args.judge_key, "").strip() if args.judge_key else ""
         if args.judge_key and not self.key:  # the option is not printed: it may hold the key itself
             fail("--judge-key: there is no such environment variable; it takes the variable's name, not the key")
@@ -1322,32 +1220,32 @@ class ServerJudge(Judge):
                 said = f"{type(e).__name__}: {e}"
             said = " ".join(self.hide(f"replied {status} {said}" if status else said).split())[:300]
             is_busy = status in BUSY or status >= 500 or (status < 300 and reply is None)
-            if not is_busy:
-                break
-            if wait is None:
-                said = f"no answer after {len(WAITS) + 1} attempts ({said})"
-                if not status:
-                    raise ConnectionError(said)
+            if not is_busy or wait is None:
                 break
             wait = max(wait, min(60, int(after))) if after.isdecimal() else wait
             what = f"note: --judge-url {self.args.judge_url}: {said}; asked again up to {len(WAITS)} times"
             self.print_once(f"again {status or said}", what)
             time.sleep(wait)
+        if is_busy:
+            said = f"no answer after {len(WAITS) + 1} attempts ({said})"
+            if not status:
+                raise ConnectionError(said)
         choices = reply.get("choices") if isinstance(reply, dict) else None
         choice = choices[0] if isinstance(choices, list) and choices else None
         if choice is None and reply is not None:
             said = f"replied without choices, as OpenAI's API has them ({said})"
         return choice, status, said
 
-    def chat(self, talk, **options):
-        """The server's choice for a talk. Raises Drop for a talk that it refuses, ConnectionError if it answers
-        none."""
-        choice, status, said = self.send(talk, **options)
+    def chat(self, talk, wants_logprobs: bool, options: dict) -> tuple:
+        """(the server's choice for a talk, "") or (None, the reason why it gives none). Raises ConnectionError if it
+        answers no talk."""
+        logprobs = self.logprobs if wants_logprobs else {}
+        choice, status, said = self.send(talk, **options, **logprobs)
         if choice is not None:
             self.has_answered, self.failures = True, 0
-            return choice
+            return choice, ""
         is_refused = 400 <= status < 500 and status not in (401, 403, 404, *BUSY)
-        if not is_refused or "logprobs" not in options:
+        if not (is_refused and logprobs):
             self.failures += 1
             # does it refuse this talk, or any? A row must not end the run, nor a broken server all rows
             is_doubtful = self.failures % 20 == 0 if self.has_answered else not is_refused
@@ -1356,37 +1254,19 @@ class ServerJudge(Judge):
                     raise ConnectionError(said)
                 self.has_answered = True
         self.print_once("refused", f"note: the server refuses a request: {said}")
-        if is_refused and "logprobs" in options:
-            choice = self.chat(talk, **{name: value for name, value in options.items() if "logprobs" not in name})
+        if is_refused and logprobs:
+            found = self.chat(talk, False, options)
             if "logprob" in said.lower():  # from now on, letters alone
                 self.logprobs = {}
                 self.print_once("letters", "note: the server gives no log-probabilities; its labels are 0 or 1")
-            return choice
-        raise Drop(f"refused by the server ({status})" if status >= 300 else "the server replied without choices")
+            return found
+        return None, f"refused by the server ({status})" if status >= 300 else "the server replied without choices"
 
-    def one_option_logps(self, options: list, talk) -> tuple:
-        """The log-probability of each option [K], and the reason of an abstention."""
-        try:
-            choice = self.chat(talk, max_tokens=16, temperature=0, **self.logprobs)
-            return named_logps(choice, options), ""
-        except Drop as drop:
-            return [math.nan] * len(options), str(drop)
-
-    def one_text(self, temperature: float, length: int, talk, key: str) -> tuple:
-        """(text, whether it came to an end); a request that the server refuses gives none."""
-        seed = int.from_bytes(hashlib.sha256(f"{self.args.seed}-{key}".encode()).digest()[:4], "little") >> 1
-        try:
-            choice = self.chat(talk, max_tokens=length, temperature=temperature, seed=seed)
-        except Drop:
-            return "", False
-        is_cut = isinstance(choice, dict) and choice.get("finish_reason") == "length"
-        return content_of(choice), not is_cut
-
-    def for_each(self, function, *lists) -> list:
-        """The results for each element of the lists, --judge-parallel at a time."""
+    def for_each(self, talks: list, wants_logprobs: bool, options: list) -> list:
+        """`chat` for each talk with its options, --judge-parallel at a time."""
         args = self.args
         with ThreadPoolExecutor(args.judge_parallel) as pool:
-            tasks = [pool.submit(function, *each) for each in zip(*lists)]
+            tasks = [pool.submit(self.chat, talk, wants_logprobs, own) for talk, own in zip(talks, options)]
             try:
                 return [task.result() for task in tasks]
             except ConnectionError as e:
@@ -1394,16 +1274,19 @@ class ServerJudge(Judge):
                 fail(f"--judge-url {args.judge_url}: {e}; continue with --resume")
 
     def option_logps(self, talks: list, options: list) -> tuple:
-        found = self.for_each(partial(self.one_option_logps, options), talks)
-        logps = torch.tensor([logps for logps, _ in found], dtype=torch.float32).view(len(talks), len(options))
-        return logps, [reason for _, reason in found]
+        found = self.for_each(talks, True, [dict(max_tokens=16, temperature=0)] * len(talks))
+        logps = torch.tensor([named_logps(choice, options) for choice, _ in found], dtype=torch.float32)
+        return logps.view(len(talks), len(options)), [reason for _, reason in found]
 
     def texts(self, talks: list, keys: list, temperature: float, length: int) -> list:
-        return self.for_each(partial(self.one_text, temperature, length), talks, keys)
-
-
-WAITS = (1, 2, 4, 8, 16, 32)  # seconds before another attempt
-BUSY = (408, 409, 429)  # statuses after which, as after those from 500 on, there is another attempt
+        options = []
+        for key in keys:
+            digest = hashlib.sha256(f"{self.args.seed}-{key}".encode()).digest()[:4]
+            seed = int.from_bytes(digest, "little") >> 1
+            options.append(dict(max_tokens=length, temperature=temperature, seed=seed))
+        choices = [choice for choice, _ in self.for_each(talks, False, options)]
+        is_whole = lambda choice: isinstance(choice, dict) and choice.get("finish_reason") != "length"
+        return [(content_of(choice), is_whole(choice)) for choice in choices]
 
 
 class SameHost(urllib.request.HTTPRedirectHandler):
@@ -1439,43 +1322,33 @@ def named_logps(choice, options: list) -> list:
     word = re.match(lead + r"(\w+)\b(?! +[a-z])", content_of(choice))  # not the "A" of "A fair comparison"
     if not word or word[1] not in options:
         return [math.nan] * len(options)
-    named = [0.0 if option == word[1] else -math.inf for option in options]
+    bare = lambda token: re.sub(r"\W", "", token["token"])  # without spaces and punctuation
     tokens = (choice.get("logprobs") or {}).get("content") or []
     start = max((i + 1 for i, token in enumerate(tokens) if "</think>" in token["token"]), default=0)
-    token = next((token for token in tokens[start:] if bare(token["token"]) == word[1]), None)
-    if token is None:
-        return named
-    likely = token.get("top_logprobs") or [token]
-    mass = {option: sum(math.exp(t["logprob"]) for t in likely if bare(t["token"]) == option) for option in options}
+    token = next((token for token in tokens[start:] if bare(token) == word[1]), {})
+    likely = token.get("top_logprobs") or [token] if token else []
+    mass = {option: sum(math.exp(t["logprob"]) for t in likely if bare(t) == option) for option in options}
     is_split = any(long != short and long.startswith(short) and not mass[long] for long in options for short in options)
     if is_split or not any(mass.values()):
-        return named
+        return [0.0 if option == word[1] else -math.inf for option in options]
     return [math.log(p) if p else -math.inf for p in mass.values()]
 
 
-def bare(token: str) -> str:
-    """A token without spaces and punctuation."""
-    return re.sub(r"\W", "", token)
-
-
-# a run: what it reads and writes
-
-
+# what a run reads and writes
 def check_options(args):
     """Fails on options that contradict each other, and on numbers that are out of range."""
     counts = ("sample_tokens", "max_new_tokens", "judge_parallel", "judge_max_tokens", "judgements", "rounds", "turns")
     shares = ("top_p", "min_mass", "clamp")
-    check_numbers(args, above_zero=(*counts, "n", "top_p"), at_most_one=shares, signed=("min_reward",))
-    if args.judge_url and not args.judge:
+    check_numbers(args, above_zero=(*counts, "top_p"), at_most_one=shares, signed=("min_reward",))
+    if getattr(args, "judge_url", "") and not args.judge:
         fail("--judge-url needs --judge, the model's name there")
-    if isinstance(args, LabelArgs) and args.model and args.k < 2:
-        fail(f"--k {args.k}: one answer has nothing to be compared with; use 2 or more")
-    if isinstance(args, LabelArgs) and args.clamp > 0.5:
+    for name in ("k", "n"):
+        if getattr(args, name, 2) < 2:
+            fail(f"--{name} {getattr(args, name)}: one answer has nothing to be compared with; use 2 or more")
+    if getattr(args, "clamp", 0) > 0.5:
         fail(f"--clamp {args.clamp}: must be at most 0.5, where nothing of a preference is left")
     if isinstance(args, BestOfNArgs) and bool(args.reward_model) == bool(args.judge):
         fail("best-of-n needs either --reward-model or --judge to score the answers (the judge may be --model itself)")
-    if isinstance(args, BestOfNArgs) and args.n < 2:
-        fail(f"--n {args.n}: the best of one answer is no choice; use 2 or more")
     if isinstance(args, SynthesiseArgs):
         if (args.min_quality is not None or args.min_difficulty is not None) and not args.judge:
             fail("--min-quality and --min-difficulty need a --judge to rate (which may be --model itself)")
@@ -1487,18 +1360,18 @@ def check_options(args):
 
 def input_names(args) -> list:
     """The models, data sets and files that a run reads."""
-    names = ["model", "against", "judge", "dataset", "requests", "principles", "condition"]
-    if args.judge_url:
-        names.remove("judge")
+    names = "model against dataset requests principles condition".split() + ([] if args.judge_url else ["judge"])
     given = [getattr(args, name, "") for name in names]
-    return [*dict.fromkeys([*given, *getattr(args, "reward_model", ())])]
+    return [*dict.fromkeys([*given, *args.reward_model])]
 
 
-def load_run(args, device, dtype) -> Run:
-    """What the judge is asked, and the models, frozen, each loaded once."""
-    requests, loaded = load_requests(args), {}
-    principles = load_principles(args, requests)
-    conditions = load_conditions(args.condition if isinstance(args, BestOfNArgs) else "")
+def load_run(args, device, dtype):
+    """What a subcommand works with: args, device, the requests, principles and conditions, and the models, frozen, each
+    loaded once: policies and reward_models as pairs (model, tokenizer), and the judge."""
+    run = types.SimpleNamespace(args=args, device=device, requests=load_requests(args), reward_models=[], ranks=False)
+    run.principles = load_principles(args.principles) if args.principles else [run.requests["principle"]]
+    run.conditions, run.judge = load_conditions(args.condition), ServerJudge(args) if args.judge_url else None
+    loaded = {}
 
     def language_model(name: str) -> tuple:
         if name not in loaded:
@@ -1510,32 +1383,36 @@ def load_run(args, device, dtype) -> Run:
             loaded[name] = model, tokenizer
         return loaded[name]
 
-    judge = ServerJudge(args) if args.judge_url else None
-    names = [getattr(args, "model", ""), args.against if isinstance(args, CompareArgs) else ""]
-    policies = [language_model(name) for name in names if name]
-    for model, _ in policies:
-        if positions(model) <= args.max_new_tokens:
-            fail(f"--max-new-tokens {args.max_new_tokens}: the model has {positions(model)} positions; lower it")
+    run.policies = [language_model(name) for name in (getattr(args, "model", ""), getattr(args, "against", "")) if name]
+    writers = [(model, "max_new_tokens") for model, _ in run.policies]
     judge_name = args.judge or (args.model if isinstance(args, ReviseArgs) else "")
-    if judge_name and not judge:
+    if judge_name and not run.judge:
         if judge_name in loaded:
             print0(f"note: {judge_name} judges its own answers")
-        judge = LocalJudge(judge_name, *language_model(judge_name), args, device)
-    names = getattr(args, "reward_model", ())
-    reward_models = [load_reward_model("--reward-model", name, args, device, dtype) for name in names]
-    return Run(args, device, policies, judge, reward_models, requests, principles, conditions, Counter())
+        model, tokenizer = language_model(judge_name)
+        run.judge = LocalJudge(judge_name, model, tokenizer, args, device)
+        if isinstance(args, ReviseArgs) or args.reasoning or args.scale == "points":
+            writers.append((model, "judge_max_tokens"))
+    for model, option in writers:
+        if positions(model) <= getattr(args, option):
+            value = f"--{option.replace('_', '-')} {getattr(args, option)}"
+            fail(f"{value}: the model has {positions(model)} positions; lower it")
+    for name in args.reward_model:
+        run.reward_models.append(load_reward_model("--reward-model", name, args, device, dtype))
+    return run
 
 
 def load_items(run) -> list:
     """The rows of --dataset, or --rows of them. A prompt that a policy, the judge or a reward model cannot read is
     dropped."""
-    args = run.args
+    args, notes, items = run.args, Counter(), []
     if isinstance(args, SynthesiseArgs):
         with user_input("--system: cannot be used with the chat template of --model"):
-            around_user(run.policies[0][1], system_messages(args))
+            around_user(run.policies[0][1], as_messages(args.system, "system") if args.system else [])
         return [Item(number) for number in range(args.rows)]
-    data, notes, items = load_rows("--dataset", args.dataset, "train"), Counter(), []
-    numbers, columns = range(len(data)), ", ".join(data.column_names)
+    data = load_rows("--dataset", args.dataset, "train")
+    its = f"its columns are {', '.join(data.column_names)}"
+    numbers = range(len(data))
     if args.rows:
         numbers = sorted(random.Random(args.seed).sample(numbers, min(args.rows, len(data))))
     for number in numbers:
@@ -1545,19 +1422,20 @@ def load_items(run) -> list:
             notes[f"dropped: {drop}"] += 1
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
             what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-            hint = f"its columns are {columns}; see 'Reads' in --help"
-            fail(f"--dataset {args.dataset}, row {number} (from 0): not in a known format ({what}); {hint}")
+            where = f"--dataset {args.dataset}, row {number} (from 0)"
+            fail(f"{where}: not in a known format ({what}); {its}; see 'Reads' in --help")
     counts = ", ".join(f"{n} {note}" for note, n in notes.items() if n) or "none dropped"
     if not items:
-        what = f"none of its {len(numbers)} rows can be used ({counts})"
-        fail(f"--dataset {args.dataset}: {what}; its columns are {columns}")
+        fail(f"--dataset {args.dataset}: none of its {len(numbers)} rows can be used ({counts}); {its}")
     print0(f"--dataset {args.dataset}: {len(items)} rows from {len(data)}; {counts}")
-    if isinstance(args, AuditArgs):
-        items = labelled_pairs(items, args.min_gap, run.left_out)
-        if not items:
-            fail(f"--dataset {args.dataset}: has no pair whose better answer is known (chosen and rejected, or scores)")
-    elif isinstance(args, (LabelArgs, BestOfNArgs)) and not run.policies and max(len(i.responses) for i in items) < 2:
+    most = max(len(item.responses) for item in items)
+    for item in items if isinstance(args, AuditArgs) else ():
+        item.pairs = labelled_pairs(item, args.min_gap)
+    if isinstance(args, AuditArgs) and not any(item.pairs for item in items):
+        fail(f"--dataset {args.dataset}: has no pair whose better answer is known (chosen and rejected, or scores)")
+    if isinstance(args, (LabelArgs, BestOfNArgs)) and not run.policies and most < 2:
         fail(f"--dataset {args.dataset}: has no prompt with two answers; pass --model to sample them")
+    run.ranks = isinstance(args, LabelArgs) and (args.k if run.policies else most) > 2
     return items
 
 
@@ -1574,18 +1452,34 @@ def read_item(run, number: int, row: dict, notes: Counter) -> Item:
     worse = row.get("score_rejected", row.get("rejected_reward"))
     gap = None if better is None or worse is None else better - worse
     columns = {name: value for name, value in row.items() if name not in READ_COLUMNS.split()}
-    item = Item(number, prompt, responses, scores, gap, columns, str(row.get("kind", "")))
+    asked = []
     for model, tokenizer in run.policies:
         room, extra = positions(model) - run.args.max_new_tokens, dict(columns, prompt=prompt)
-        item = item._replace(asked=[*item.asked, *prompt_rows(tokenizer, room, [], extra, notes)])
-    for reward_model in run.reward_models:
-        reward_row(run, *reward_model, (item, "a"))
+        asked += prompt_rows(tokenizer, room, [], extra, notes)
+    item = Item(number, prompt, responses, scores, gap, columns, str(row.get("kind", "")), asked)
+    for model, tokenizer in run.reward_models:
+        reward_row(run, model, tokenizer, (item, "a"))
     if run.judge:
         talk = as_messages(talk_of(prompt), "user")
-        if isinstance(run.args, ReviseArgs) or getattr(run.args, "reasoning", False):
+        if isinstance(run.args, ReviseArgs) or run.args.reasoning:
             talk += [*as_messages("a"), *as_messages("b", "user")]
         run.judge.check(talk)
     return item
+
+
+def labelled_pairs(item: Item, min_gap: float) -> list:
+    """The indices (i, j) of every two responses of which one is known to be better; the others are counted."""
+    pairs = []
+    for i, j in combinations(range(len(item.responses)) if item.scores else (), 2):
+        lead = item.scores[i] - item.scores[j]
+        gap = abs(lead)
+        if item.gap is not None:  # of chosen and rejected, if the data set has their scores
+            gap = item.gap if lead > 0 else -item.gap
+        if lead and gap >= min_gap:
+            pairs.append((i, j))
+        else:
+            item.counts["equal scores" if not lead else "contradicting scores" if gap < 0 else "below --min-gap"] += 1
+    return pairs
 
 
 # of a row; all others are copied to the data sets
@@ -1610,22 +1504,6 @@ def split_row(row: dict) -> tuple:
     return as_prompt(row), [row["completion"]] if row.get("completion") else [], None
 
 
-def labelled_pairs(items: list, min_gap: float, left_out: Counter) -> list:
-    """Every two responses of which one is known to be better, as items of their own; others are counted in left_out."""
-    pairs = []
-    for item in items:
-        for i, j in combinations(range(len(item.responses)) if item.scores else (), 2):
-            lead = item.scores[i] - item.scores[j]
-            gap = lead if item.gap is None else item.gap  # of chosen and rejected, if the data set has their scores
-            gap = gap if lead > 0 else -gap
-            if not lead or gap < min_gap:
-                left_out["equal scores" if not lead else "contradicting scores" if gap < 0 else "below --min-gap"] += 1
-            else:
-                two = [item.responses[i], item.responses[j]]
-                pairs.append(item._replace(number=len(pairs), responses=two, scores=[item.scores[i], item.scores[j]]))
-    return pairs
-
-
 def load_records(args, out: Path, signature: dict) -> dict:
     """{row number: record} of an interrupted run; for a new one, the directory is cleared."""
     records, part = [], out / "rows.part"
@@ -1637,13 +1515,13 @@ def load_records(args, out: Path, signature: dict) -> dict:
     records = from_all_ranks(records)
     if records:
         print0(f"resuming {out}: {len(records)} rows are done")
-    else:
-        if RANK == 0:  # first the rows: a kill must not leave them beside the args.json of another run
-            (out / "rows.part").unlink(missing_ok=True)
-        clear_run(args, out, signature)
-        for name in DATA_FILES if RANK == 0 else ():
-            (out / name).unlink(missing_ok=True)
-    return {record["number"]: record for record in records}
+        return {record["number"]: record for record in records}
+    if RANK == 0:  # first the rows: a kill must not leave them beside the args.json of another run
+        part.unlink(missing_ok=True)
+    clear_run(args, out, signature)
+    for name in DATA_FILES if RANK == 0 else ():
+        (out / name).unlink(missing_ok=True)
+    return {}
 
 
 def batches(args, items: list, done: dict):
@@ -1682,17 +1560,6 @@ def save_records(out: Path, records: list, done: dict):
     done.update((record["number"], record) for record in records)
 
 
-def catch_interrupt():
-    """From now on Ctrl-C ends the program at once, since finished batches are on disk."""
-
-    def stop(*_):
-        print("\nstopped; the same command with --resume continues", file=sys.stderr, flush=True)
-        os._exit(130)
-
-    if __name__ == "__main__":  # a program that imports the script handles its own signals
-        signal.signal(signal.SIGINT, stop)
-
-
 def write_lines(path: Path, lines: list):
     """Writes a file beside its place and renames it, so that it is never half there."""
     part = path.with_name(path.name + ".new")
@@ -1707,12 +1574,13 @@ def finish(out: Path, files: dict, report: dict):
             for name, rows in files.items():
                 write_lines(out / name, [json.dumps(row, default=str) + "\n" for row in rows])
             write_json(out / "report.json", report)
+        shown = lambda value: f"{value:.3f}" if isinstance(value, float) else str(value)
         for name, value in report.items():
-            kinds = value if isinstance(value, dict) else {}
-            if value is not None and not kinds:
+            if isinstance(value, dict):
+                for kind, counts in value.items():
+                    print(f"  {name} {kind or '(none)'}: " + ", ".join(f"{k} {shown(v)}" for k, v in counts.items()))
+            elif value is not None:
                 print(f"  {name}: {shown(value)}")
-            for kind, counts in kinds.items():
-                print(f"  {name} {kind or '(none)'}: " + ", ".join(f"{k} {shown(v)}" for k, v in counts.items()))
         print(f"{out}: " + ", ".join([*(f"{name} ({len(rows)} rows)" for name, rows in files.items()), "report.json"]))
         if files and not any(rows for name, rows in files.items() if name != "raw.jsonl"):
             fail(f"{out}: no row is left; report.json there says what became of them")
@@ -1720,11 +1588,6 @@ def finish(out: Path, files: dict, report: dict):
         (out / "rows.part").unlink(missing_ok=True)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def shown(value) -> str:
-    """A number to be read."""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 # ============================== every block below stands word for word in all scripts that have it ================

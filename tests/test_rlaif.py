@@ -1,7 +1,6 @@
 """rlaif.py: the method in numbers, what judges are asked and how they are heard, whole runs of every subcommand in this
 process, runs that are killed and go on, and a judge behind a server."""
 
-import gzip
 import itertools
 import json
 import math
@@ -23,7 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPO, tiny_config
-from test_plumbing import CPU, dressed, jsonl, on_ranks, snapshot, talk  # noqa: F401
+from test_plumbing import CPU, jsonl, on_ranks, snapshot, talk
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import dpo
@@ -42,7 +41,7 @@ def near(actual, expected, tolerance=1e-6):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
-# ---------------------------------------------------------------------------------------------- the method, in numbers
+# ----------------------------------------------------------------------------------------------- the method, in numbers
 
 
 def test_letters_are_renormalised_and_orders_averaged():
@@ -53,27 +52,17 @@ def test_letters_are_renormalised_and_orders_averaged():
     near(rlaif.preference(torch.zeros(3, 2), torch.zeros(3, 2)), [0.5] * 3)
 
 
-@pytest.mark.parametrize("letters", [(-0.1, -2.3), (-5.0, -0.2), (-0.001, -30.0), (-0.7, -0.7)])
-def test_a_pure_position_bias_is_a_tie_in_both_modes(letters):
-    near(rlaif.preference(f64(*letters), f64(*letters)), 0.5, 1e-12)
-    p = f64(*letters).softmax(-1)[0].item()
-    assert {rlaif.verdict(p, 1 - p, orders, 0.0) for orders in ("agree", "average")} == {"tie"}
-
-
 @pytest.mark.parametrize(
     "first, second, agree, average",
     [
         (0.9, 0.8, "a", "a"),
-        (0.1, 0.2, "b", "b"),
         (0.9, 0.3, "tie", "a"),
         (0.1, 0.6, "tie", "b"),
+        (0.9, 0.1, "tie", "tie"),  # the position alone decides
         (0.505, 0.505, "tie", "tie"),
         (0.515, 0.515, "a", "a"),
-        (0.485, 0.485, "b", "b"),
         (0.5, 0.9, "tie", "a"),
-        (0.5, 0.5, "tie", "tie"),
         (nan, 0.9, "abstain", "abstain"),
-        (0.9, nan, "abstain", "abstain"),
     ],
 )
 def test_verdict(first, second, agree, average):
@@ -81,21 +70,14 @@ def test_verdict(first, second, agree, average):
     for orders, said in (("agree", agree), ("average", average)):
         assert rlaif.verdict(first, second, orders) == said
         assert rlaif.verdict(1 - first, 1 - second, orders) == turned[said]
-
-
-def test_the_tie_margin_is_around_a_half():
-    assert [rlaif.verdict(0.6, 0.6, "agree", margin) for margin in (0.0, 0.09, 0.11, 0.5)] == ["a", "a", "tie", "tie"]
-    assert rlaif.verdict(0.5 + 1e-9, 0.5 + 1e-9, "agree", 0.0) == "a"
+    assert [rlaif.verdict(0.6, 0.6, "agree", margin) for margin in (0.0, 0.09, 0.11)] == ["a", "a", "tie"]
 
 
 POINTS = {
-    **{"Score: 4": 4, "so... Score: 0": 0, "Score: 5.": 5, "score 3": 3, "SCORE: **2**": 2, "Score: 4/5": 4},
-    **{"Score: 4.5 points": 4.5, '"Score: "3"': 3, "Score:\n1": 1, "Score: 2, no, in sum\nScore: 3": 3},
-    **{"": nan, "Score:": nan, "4": nan, "Score: five": nan, "Score: 6": nan, "Score: 50": nan, "Score: -1": nan},
+    **{"Score: 4": 4, "so... Score: 0": 0, "SCORE: **2**": 2, "Score: 4/5": 4, "Score: 4.5 points": 4.5},
+    **{"Score: 2, no, in sum\nScore: 3": 3, "": nan, "4": nan, "Score: five": nan, "Score: 6": nan, "Score: -1": nan},
     **{"Score: 1 + 1 + 1 + 0 = 3": 3, "Score: 1+1 = **2**": 2, "Score: 1 + 1 + 1": nan, "Score (1 + 1 = 2)": 2},
-    **{"Score (out of 5): 4": 4, "Score (0-5): 4": 4, "Score (/5): 4": 4, "Score (0-5): none": nan, "Score (3)": 3},
-    **{"**Score** (0-5): 4": 4, "Score: 1 (on topic) + 1 (clear) = 2": nan, "Score: 3 (1 + 1 + 1)": 3, "Score: (3)": 3},
-    **{"Score: 3 ... Score: 9": nan, "I give it 3 points": nan, "Score: unknown (1 to 5)": nan},
+    **{"Score (out of 5): 4": 4, "Score (0-5): none": nan, "Score: 1 (on topic) + 1 (clear) = 2": nan, "Score: (3)": 3},
 }
 
 
@@ -115,21 +97,18 @@ def test_distances_to_the_nearest_neighbour():
     assert rlaif.nearest(many[:1]).tolist() == [math.inf]
 
 
-@pytest.mark.parametrize("least, kept", [(0.0, [0, 2, 3]), (0.5, [0, 2, 3]), (1.0, [0, 3]), (3.99, [0, 3]), (4.0, [0])])
+@pytest.mark.parametrize("least, kept", [(0.0, [0, 2, 3]), (0.5, [0, 2, 3]), (1.0, [0, 3]), (4.0, [0])])
 def test_of_a_cluster_the_earliest_stays(least, kept):
-    """A distance of exactly the least goes."""
+    """A distance of exactly the least goes. What was dropped drops nothing: 1.6 is near to .8 alone."""
     assert rlaif.keep_distant(f64((0, 0), (0, 0), (1, 0), (0, 2)), least) == kept
-
-
-def test_what_was_dropped_drops_nothing():
-    """0, .8, 1.6 with least distance 1: the second goes, and the third, near to it alone, stays."""
     assert rlaif.keep_distant(f64((0,), (0.8,), (1.6,)), 1.0) == [0, 2]
-    assert rlaif.keep_distant(torch.zeros(0, 3), 1.0) == []
 
 
-def test_ranking_scores_are_means_against_the_others():
+def test_ranking_scores_are_means_against_the_same_others():
+    """An answer that was not compared with all others is left out: means over different rivals are not comparable."""
     assert rlaif.ranking_scores([]) == [] and all(map(math.isnan, rlaif.ranking_scores([[nan, nan], [nan, nan]])))
-    near(rlaif.ranking_scores([[nan, 0.7, 0.9], [0.3, nan, nan], [0.1, nan, nan]]), [0.8, 0.3, 0.1])
+    near(rlaif.ranking_scores([[nan, 0.7, 0.9], [0.3, nan, 0.6], [0.1, 0.4, nan]]), [0.8, 0.45, 0.25])
+    near(rlaif.ranking_scores([[nan, nan, 0.9], [nan, nan, nan], [0.1, nan, nan]]), [0.9, nan, 0.1])
 
 
 def test_wilsons_ends_solve_their_equation_and_halves_count():
@@ -140,7 +119,7 @@ def test_wilsons_ends_solve_their_equation_and_halves_count():
     assert low < mean < high and rlaif.interval([]) == (None, 0.0, 1.0)
 
 
-# --------------------------------------------------------------------------------------------- words in and words out
+# ----------------------------------------------------------------------------------------------- words in and words out
 
 
 def test_a_request_is_filled_in_once():
@@ -150,62 +129,32 @@ def test_a_request_is_filled_in_once():
     assert rlaif.fill(r"{a}", a=r"\1 \g<0> \n") == r"\1 \g<0> \n"
 
 
-def test_every_request_has_the_parts_that_it_is_given():
-    need = dict(principle="", compare="talk a b principle", reason="talk a b principle", conclude="principle")
-    need |= dict(critique="talk answer principle", revise="", score="talk answer", points="talk answer")
-    need |= dict(quality="talk", difficulty="talk")
-    found = {name: set(re.findall(r"\{(\w+)\}", text)) for name, text in rlaif.REQUESTS.items()}
-    assert found == {name: set(parts.split()) for name, parts in need.items()}
+def test_the_judge_reads_neither_system_prompts_nor_thinking():
+    assert rlaif.talk_of("Say: {a}\n\nAssistant:") == "Say: {a}\n\nAssistant:"
+    assert rlaif.talk_of([dict(role="system", content="Be brief"), *talk("Hello")]) == "Hello"
+    assert rlaif.talk_of(talk("Hello", "Hi", "So?")) == "user: Hello\nassistant: Hi\nuser: So?"
+    assert rlaif.talk_of(talk("Hello", "Well, I")) == "user: Hello\nassistant: Well, I"
+    said = {
+        "Up ": "Up",
+        "<think>secret</think>\n\nUp": "Up",
+        "<think>secret, without end": "",
+        "secret</think>Up": "Up",
+    }
+    assert {text: rlaif.text_of(text) for text in said} == said
+    assert rlaif.text_of(talk("", "Up", "Why?", "<think>h</think>So")[1:]) == "Up\nWhy?\nSo"
 
 
-@pytest.mark.parametrize(
-    "prompt, text",
-    [
-        ("Say: {a}\n\nAssistant:", "Say: {a}\n\nAssistant:"),
-        (talk("Hello"), "Hello"),
-        ([dict(role="system", content="Be brief"), *talk("Hello")], "Hello"),
-        (talk("Hello", "Hi", "So?"), "user: Hello\nassistant: Hi\nuser: So?"),
-        (talk("Hello", "Well, I"), "user: Hello\nassistant: Well, I"),
-    ],
-)
-def test_the_judge_reads_the_talk_without_the_system_prompt(prompt, text):
-    assert rlaif.talk_of(prompt) == text
+def test_an_answer_stands_behind_a_space_where_a_word_goes_before():
+    for prompt in ("Human: 6 x 7?\n\nAssistant:", talk("6 x 7?", "It is")):
+        assert rlaif.after_space(prompt, "42") == " 42"
+    for prompt in ("6 x 7 = ", talk("6 x 7?"), talk("6 x 7?", "It is\n")):
+        assert rlaif.after_space(prompt, "42") == "42"
 
 
-@pytest.mark.parametrize(
-    "response, text",
-    [
-        ("Up ", "Up"),
-        ("<think>secret</think>\n\nUp", "Up"),
-        ("<think>secret, without end", ""),
-        ("Up <think>more", "Up"),
-        ("secret</think>Up", "Up"),
-        (talk("", "<think>a</think>Up")[1:], "Up"),
-        (talk("", "Up", "Why?", "<think>h</think>So")[1:], "Up\nWhy?\nSo"),
-    ],
-)
-def test_thinking_is_not_judged(response, text):
-    assert rlaif.text_of(response) == text
-
-
-@pytest.mark.parametrize(
-    "prompt, text",
-    [
-        ("Human: 6 x 7?\n\nAssistant:", " 42"),
-        ("6 x 7 = ", "42"),
-        (talk("6 x 7?"), "42"),
-        (talk("6 x 7?", "It is"), " 42"),
-        (talk("6 x 7?", "It is\n"), "42"),
-    ],
-)
-def test_an_answer_stands_behind_a_space_where_a_word_goes_before(prompt, text):
-    assert rlaif.after_space(prompt, "42") == text
-
-
-@pytest.mark.parametrize("text", ["<|im_end|>up", "<<|x|>|im_end|>up", "u<<<|x|>|y|>|im_end|>p"])
-def test_what_a_server_may_take_for_a_special_token_is_taken_out(text):
+def test_what_a_server_may_take_for_a_special_token_is_taken_out():
     """Also one that appears when another has been taken out."""
-    assert rlaif.without_marks(text) == "up"
+    for text in ("<|im_end|>up", "<<|x|>|im_end|>up", "u<<<|x|>|y|>|im_end|>p"):
+        assert rlaif.without_marks(text) == "up"
 
 
 def test_requests_must_show_what_is_judged(tmp_path, capsys):
@@ -225,20 +174,6 @@ def test_requests_must_show_what_is_judged(tmp_path, capsys):
             assert f"{name} has no {{" in sentence(load, capsys)
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "qwen3", "glm", "none of its own", "mistral"])
-def test_the_users_turn_begins_as_the_template_has_it(name, dressed):  # noqa: F811
-    """What comes before, and the user's words: together what the template would have rendered. A space before them is
-    part of their first token."""
-    tokenizer = dressed(name)
-    space = " " * (name in ("none of its own", "mistral"))
-    for before in ([], talk("Write a letter.", "Dear Ann")):
-        for text in ("What is the best path?", "up", "I read"):
-            opening = rlaif.around_user(tokenizer, before)[0].rstrip(" ")
-            ids = rlaif.text_ids(tokenizer, opening) + rlaif.text_ids(tokenizer, space + text)
-            assert rlaif.render(tokenizer, [*before, *talk(text)])[: len(ids)] == ids
-            assert tokenizer.bos_token_id not in ids[1:]
-
-
 def served(content, *tokens) -> dict:
     """A choice as a server gives it; tokens: (token, {token: probability} of its place)."""
     listed = lambda table: [dict(token=t, logprob=math.log(p)) for t, p in table.items()]
@@ -250,40 +185,21 @@ def served(content, *tokens) -> dict:
 
 
 HEARD = {  # a server's reply -> the probability of each option, None: no option
-    "a refusal that begins with A": (served("As an AI language model, I cannot choose."), None),
-    "a word that begins with B": (served("By comparison, they are equal."), None),
-    "a letter": (served("A", ("A", dict(A=0.6, B=0.3))), [0.6, 0.3]),
+    "a word that begins with A": (served("As an AI language model, I cannot choose."), None),
+    "an article": (served("A good question"), None),
     "a letter among other tokens": (served("B", ("B", dict(B=0.5, A=0.2, The=0.2))), [0.2, 0.5]),
-    "with and without space": (
-        served("A", ("A", {"A": 0.5, " A": 0.1, "B": 0.2, " B": 0.05, "\nB": 0.05})),
-        [0.6, 0.3],
-    ),
+    "with and without space": (served("A", ("A", {"A": 0.5, " A": 0.1, "B": 0.2, "\nB": 0.1})), [0.6, 0.3]),
     "bold": (served("**A**", ("**", {"**": 0.9}), ("A", dict(A=0.7, B=0.1)), ("**", {"**": 1.0})), [0.7, 0.1]),
-    "in brackets": (served("(B)", ("(", {"(": 0.9}), ("B", dict(A=0.1, B=0.8)), (")", {")": 1.0})), [0.1, 0.8]),
     "brackets in its token": (served("(B)", ("(B", {"(B": 0.75, "(A": 0.15, "A": 0.05})), [0.2, 0.75]),
     "a letter, then reasons": (served("A, since B is long", ("A", dict(A=0.9, B=0.1)), (",", {",": 1.0})), [0.9, 0.1]),
-    "reasons on another line": (
-        served("A\n\nBecause.", ("A", dict(A=0.9, B=0.1)), ("\n\n", {"\n\n": 1.0})),
-        [0.9, 0.1],
-    ),
     "after such words": (served("Answer: A", ("Answer", dict(Answer=1.0)), (" A", {" A": 0.8, " B": 0.1})), [0.8, 0.1]),
     "in a sentence": (served("The final answer is (B)."), [0.0, 1.0]),
-    "an article": (served("A good question"), None),
     "after its thinking": (served("<think>A or B</think>\n\nB"), [0.0, 1.0]),
-    "only one listed": (served("A", ("A", dict(A=0.9))), [0.9, 0.0]),
-    "no log-probabilities": (served("B"), [0.0, 1.0]),
-    "none listed": (
-        served("B") | dict(logprobs=dict(content=[dict(token="B", logprob=math.log(0.9), top_logprobs=[])])),
-        [0.0, 0.9],
-    ),
     "no letter": (served("Both are good", ("Both", dict(Both=0.5, A=0.4, B=0.1))), None),
-    "a word that begins with the letter": (served("Answer", ("A", dict(A=0.9)), ("nswer", dict(nswer=1.0))), None),
-    "nothing": (served(""), None),
     "nothing at all": (dict(message=dict(content=None)), None),
     "no message": (dict(text="A"), None),
     "no choice": ("A", None),
     "parts": (served([dict(type="text", text="The answer is "), dict(type="text", text="B")]), [0.0, 1.0]),
-    "parts without text": (served([dict(type="image"), "A"]), None),
 }
 
 
@@ -302,7 +218,8 @@ def test_a_number_of_two_tokens_counts_as_named():
     near(chances(served("1", ("1", {"1": 0.9, "2": 0.1}))), [1.0] + [0.0] * 9)
 
 
-# ------------------------------------------------------------------------------------------------- models for all that
+# -------------------------------------------------------------------------------------------------- models for all that
+
 
 QUESTIONS = ["What is the best path?", "Write a letter", "Is it safe? Say so.", "Sum: 4 3 5", "up"]
 QUESTIONS += ["Where does the robot start? I'd like to talk."]
@@ -317,6 +234,8 @@ OTHERS = [
 ]
 COMMANDS = dict(label=rlaif.LabelArgs, revise=rlaif.ReviseArgs, synthesise=rlaif.SynthesiseArgs)
 COMMANDS |= {"best-of-n": rlaif.BestOfNArgs, "compare": rlaif.CompareArgs, "audit": rlaif.AuditArgs}
+
+
 SHORT = dict(  # requests of few tokens: the tiny models read 512
     compare="{talk}|A: {a}|B: {b}|{principle}?",
     reason="{talk}|A: {a}|B: {b}|why {principle}?",
@@ -328,6 +247,8 @@ SHORT = dict(  # requests of few tokens: the tiny models read 512
     quality="{talk}|good?",
     difficulty="{talk}|hard?",
 )
+
+
 ASKED = re.compile(r"(.*)\|A: (.*)\|B: (.*)\|(.*)\?", re.DOTALL)
 
 
@@ -413,21 +334,19 @@ def ai(talker, tmp_path, monkeypatch):
     kwise = []
     for i, question in enumerate(QUESTIONS):
         completions = [REPLIES[i], OTHERS[i], "up", "No", "right up"][: 3 + i % 3]
-        kwise.append(
-            dict(prompt=talk(question), completions=completions, scores=[*range(len(completions), 0, -1)], id=i)
-        )
-    jsonl(Path("kwise.jsonl"), [row | dict(kind="k") for row in kwise])
+        scores = [*range(len(completions), 0, -1)]
+        kwise.append(dict(prompt=talk(question), completions=completions, scores=scores, id=i, kind="k"))
+    jsonl(Path("kwise.jsonl"), kwise)
     Path("short.json").write_text(json.dumps(SHORT))
-    usual = dict(output_dir="out", batch_size=4, requests="short.json")
     sampled = dict(dataset="prompts.jsonl", model=talker, max_new_tokens=8)
     judged = dict(judge=talker, min_mass=0.0)
-    usual_of = dict(label=judged | dict(dataset="pairs.jsonl"), audit=judged | dict(dataset="pairs.jsonl"))
-    usual_of |= dict(revise=sampled | dict(judge_max_tokens=12, rounds=2), compare=sampled | judged)
-    usual_of |= {"best-of-n": sampled | dict(min_mass=0.0, n=4, judge_max_tokens=12)}
-    usual_of |= dict(synthesise=dict(model=talker, max_new_tokens=8, rows=6, min_mass=0.0))
+    usual = dict(label=judged | dict(dataset="pairs.jsonl"), audit=judged | dict(dataset="pairs.jsonl"))
+    usual |= dict(revise=sampled | dict(judge_max_tokens=12, rounds=2), compare=sampled | judged)
+    usual |= {"best-of-n": sampled | dict(min_mass=0.0, n=4, judge_max_tokens=12)}
+    usual |= dict(synthesise=dict(model=talker, max_new_tokens=8, rows=6, min_mass=0.0))
 
     def go(command, ranks=0, **options):
-        flags = usual | usual_of[command] | options
+        flags = dict(output_dir="out", batch_size=4, requests="short.json") | usual[command] | options
         if ranks:
             monkeypatch.setattr(rlaif, "Args", COMMANDS[command])
             on_ranks(rlaif, ranks, **flags)
@@ -495,24 +414,33 @@ class FakeJudge(rlaif.Judge):
         return torch.tensor(found).view(len(talks), len(options)), [""] * len(talks)
 
     def texts(self, talks, keys, temperature, length):
-        return [("fake", True) for _ in talks]
-
-    def write(self, talks, keys, temperature):
+        if keys == ["reply"]:
+            return [("fake", True)]
         self.wrote += zip(talks, keys, [temperature] * len(keys))
-        found = []
-        for asked, key in zip(talks, keys):
-            text = self.text(rlaif.as_messages(asked, "user")[-1]["content"], key)
-            found.append(text if isinstance(text, tuple) else (text, True))
-        return found
+        found = [self.text(rlaif.as_messages(talk, "user")[-1]["content"], key) for talk, key in zip(talks, keys)]
+        return [text if isinstance(text, tuple) else (text, True) for text in found]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """fake(**functions): from now on the judge is a FakeJudge, which is returned."""
+
+    def install(**functions):
+        judge = FakeJudge(**functions)
+        monkeypatch.setattr(rlaif, "LocalJudge", lambda *_: judge)
+        return judge
+
+    return install
 
 
 def run_with(judge, principles=("is better",), policies=(), **options):
     """What main would load, with these."""
+    known = dict(args=settings(**options), device=CPU, policies=list(policies), judge=judge, reward_models=[])
     requests = SHORT | dict(principle="is better")
-    return rlaif.Run(settings(**options), CPU, list(policies), judge, [], requests, list(principles), {}, Counter())
+    return SimpleNamespace(**known, requests=requests, principles=list(principles), conditions={}, ranks=False)
 
 
-# ----------------------------------------------------------------------------------------------------------- the judge
+# ------------------------------------------------------------------------------------------------------------ the judge
 
 
 def judge_of(folder, **options):
@@ -531,66 +459,33 @@ def by_hand(folder, messages, option) -> float:
     return logps[len(head) - 1 :].sum().item()
 
 
-@pytest.mark.parametrize("options", [["A", "B"], rlaif.SCORES])
-def test_the_judge_is_heard_through_its_own_template(options, talker):
-    talks = [
-        QUESTIONS[0],
-        talk("Which, A or B?"),
-        talk(QUESTIONS[1], REPLIES[1], "Then which?"),
-        "{a} <answer A>\nup\n",
-    ]
-    found, reasons = judge_of(talker).ask(talks, options)
-    asked = [rlaif.as_messages(talk, "user") for talk in talks]
-    near(found, [[by_hand(talker, messages, option) for option in options] for messages in asked], 1e-4)
-    assert reasons == [""] * len(talks)
-
-
-def test_both_orders_of_a_pair_are_asked_by_hand(talker):
-    run = run_with(judge_of(talker), ["is shorter"])._replace(requests=rlaif.REQUESTS)
-    (found,) = rlaif.compare_pairs(run, [("7", talk(QUESTIONS[0]), "up", "right")])
-    filled = lambda a, b: rlaif.REQUESTS["compare"].format(talk=QUESTIONS[0], principle="is shorter", a=a, b=b)
-    letters = lambda a, b: f64(*(by_hand(talker, talk(filled(a, b)), letter) for letter in "AB")).softmax(-1)
-    first, second = letters("up", "right")[0].item(), letters("right", "up")[1].item()
-    near([found["first"], found["second"], *found["votes"]], [first, second, (first + second) / 2], 1e-5)
-
-
 def test_a_judge_abstains_below_the_least_mass_and_says_what_it_would_reply(talker, capsys):
     mass = judge_of(talker).ask(QUESTIONS, ["A", "B"])[0].exp().sum(1)
+    near(mass[0], sum(math.exp(by_hand(talker, talk(QUESTIONS[0]), letter)) for letter in "AB"), 1e-5)
     least = mass.sort().values[2:4].mean().item()
-    capsys.readouterr()
     judge = judge_of(talker, min_mass=least)
+    capsys.readouterr()
     logps, reasons = judge.ask(QUESTIONS, ["A", "B"])
     assert logps.isnan().any(1).tolist() == logps.isnan().all(1).tolist() == (mass < least).tolist()
-    assert [bool(reason) for reason in reasons] == (mass < least).tolist() and 0 < sum(mass < least) < len(QUESTIONS)
-    assert {*reasons} == {"", "none of the options is likely (--min-mass)"}
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(talker), AutoTokenizer.from_pretrained(talker)
-    first = reasons.index("none of the options is likely (--min-mass)")
-    ids = tokenizer.apply_chat_template(talk(QUESTIONS[first]), add_generation_prompt=True, return_tensors="pt")
-    ids = ids if isinstance(ids, torch.Tensor) else ids["input_ids"]
-    reply = model.generate(ids, do_sample=False, max_new_tokens=12, attention_mask=torch.ones_like(ids))[
-        0, ids.shape[1] :
-    ]
-    said = capsys.readouterr().out
-    text = tokenizer.decode(reply, skip_special_tokens=True).strip()
-    expected = f"the judge's likeliest reply is {text!r}; A and B have probability {mass[first].item():.2g} together, "
-    assert f"note: {expected}so this question is an abstention (see --min-mass, --requests)" in said
+    unlikely = "none of the options is likely (--min-mass)"
+    assert reasons == [unlikely if m < least else "" for m in mass] and 0 < sum(mass < least) < len(QUESTIONS)
+    first = reasons.index(unlikely)
+    ((text, _),) = judge.texts([QUESTIONS[first]], ["reply"], 0.0, 12)
+    expected = f"likeliest reply is {text!r}; A and B have probability {mass[first].item():.2g} together, "
+    assert expected + "so this question is an abstention (see --min-mass, --requests)" in capsys.readouterr().out
     judge.ask(QUESTIONS, ["A", "B"])
     assert "likeliest reply" not in capsys.readouterr().out  # once
 
 
-def test_a_talk_that_is_too_long_is_an_abstention_of_its_own(talker):
-    judge, long = judge_of(talker), " ".join(["7"] * 800)
-    found, reasons = judge.ask([QUESTIONS[0], long, QUESTIONS[1]], ["A", "B"])
+def test_what_the_judge_cannot_read_is_an_abstention_or_is_not_answered(talker, ai, capsys):
+    """A talk that is too long, of which nothing is cut, and one that the template refuses. ai: an empty directory."""
+    judge, long = judge_of(strict(talker, "./strict", "'Ann' in messages[0]['content']")), " ".join(["7"] * 800)
+    found, reasons = judge.ask([QUESTIONS[0], long, QUESTIONS[1], "Ann"], ["A", "B"])
     near(found[[0, 2]], judge.ask(QUESTIONS[:2], ["A", "B"])[0], 1e-4)
-    assert found[1].isnan().all() and reasons == ["", "too long for the judge", ""]
-    assert judge.ask([long], ["A", "B"])[0].isnan().all() and judge.ask([], ["A", "B"])[0].shape == (0, 2)
-
-
-def test_a_talk_that_the_template_refuses_is_not_answered(talker, ai, capsys):
-    """ai changes into an empty directory."""
-    judge = judge_of(strict(talker, "./strict", "'Ann' in messages[0]['content']"))
-    found = judge.texts([QUESTIONS[0], "Ann", QUESTIONS[1]], ["a", "b", "c"], 0.0, 4)
-    assert found[1] == ("", False) and "refused by the chat template (not this)" in capsys.readouterr().out
+    assert found[[1, 3]].isnan().all()
+    assert reasons == ["", "too long for the judge", "", "refused by the chat template (not this)"]
+    found = judge.texts([QUESTIONS[0], long, QUESTIONS[1]], ["a", "b", "c"], 0.0, 4)
+    assert found[1] == ("", False) and "cannot read a request: too long" in capsys.readouterr().out
     assert [found[0], found[2]] == judge.texts([QUESTIONS[0], QUESTIONS[1]], ["a", "c"], 0.0, 4)
 
 
@@ -609,10 +504,9 @@ def pairs_of(n: int) -> list:
     return pairs
 
 
-@pytest.mark.parametrize("options", [{}, dict(reasoning=True, judge_max_tokens=6)])
-def test_swapping_every_pair_changes_nothing_bit_for_bit(options, talker):
-    judge = judge_of(talker, **options)
-    run = run_with(judge, ["is short", "is long", "is safe"], judgements=2, **options)
+def test_swapping_every_pair_changes_nothing_bit_for_bit(talker):
+    options = dict(reasoning=True, judge_max_tokens=6, judgements=2)
+    run = run_with(judge_of(talker, **options), ["is short", "is long", "is safe"], **options)
     pairs = pairs_of(6)
     found = rlaif.compare_pairs(run, pairs)
     turned = rlaif.compare_pairs(run, [(key, prompt, b, a) for key, prompt, a, b in pairs])
@@ -621,21 +515,6 @@ def test_swapping_every_pair_changes_nothing_bit_for_bit(options, talker):
         assert (c["first"] + c["second"]) / 2 == 1 - (d["first"] + d["second"]) / 2
         assert c["votes"] == [1 - vote for vote in d["votes"]]
         assert {c["first"], c["second"]} == {1 - d["first"], 1 - d["second"]}
-        assert rlaif.verdict(c["first"], c["second"]) == rlaif.verdict(1 - d["first"], 1 - d["second"])
-
-
-def test_p_is_of_the_answer_that_came_first_in_the_pair():
-    """Whichever comes first in the alphabet; the judge likes length only."""
-
-    def chances(text):
-        p = sigmoid(len(ASKED.match(text)[2]) - len(ASKED.match(text)[3]))
-        return p, 1 - p
-
-    judge = FakeJudge(chances)
-    for a, b in (("aaaa", "zz"), ("zz", "aaaa"), ("zzzz", "aa"), ("aa", "zzzz")):
-        (found,) = rlaif.compare_pairs(run_with(judge), [("0", "Q", a, b)])
-        near([found["first"], found["second"], *found["votes"]], [sigmoid(len(a) - len(b))] * 3, 1e-6)
-    assert len(judge.heard) == 8
 
 
 def test_several_judgements_are_averaged_without_those_that_gave_no_letter():
@@ -648,43 +527,37 @@ def test_several_judgements_are_averaged_without_those_that_gave_no_letter():
     near([found["first"], found["second"]], [sum(known) / len(known), 1 - sum(known) / len(known)], 1e-6)
     assert [math.isnan(vote) for vote in found["votes"]] == [name == "none" for name in drawn]
     assert found["abstained"] == ["the reply names no option"]
-    (found,) = rlaif.compare_pairs(run_with(judge, ["none"], judgements=3), [("4", "Q", "a", "b")])
-    assert math.isnan(found["first"]) and rlaif.verdict(found["first"], found["second"]) == "abstain"
-
-
-def drawn_principles(pairs, principles, **options) -> list:
-    judge = FakeJudge(lambda text: (0.5, 0.5))
-    rlaif.compare_pairs(run_with(judge, principles, **options), pairs)
-    return [ASKED.match(text)[4] for text in judge.heard]
 
 
 def test_every_judgement_draws_a_principle_of_its_own():
-    pairs, principles = pairs_of(30), ["is short", "is long", "is safe"]
-    drawn = drawn_principles(pairs, principles, judgements=4)
-    assert len(drawn) == 30 * 4 * 2 and drawn[::2] == drawn[1::2]  # both orders of a judgement by the same
-    counts = Counter(drawn[::2])
-    assert {*counts} == {*principles} and min(counts.values()) > 20
-    per_pair = [tuple(drawn[i * 8 : i * 8 + 8 : 2]) for i in range(30)]
+    def drawn(pairs, **options) -> list:
+        judge = FakeJudge(lambda text: (0.5, 0.5))
+        rlaif.compare_pairs(run_with(judge, ["is short", "is long", "is safe"], **options), pairs)
+        return [ASKED.match(text)[4] for text in judge.heard]
+
+    pairs = pairs_of(30)
+    every = drawn(pairs, judgements=4)
+    assert len(every) == 30 * 4 * 2 and every[::2] == every[1::2]  # both orders of a judgement by the same
+    assert min(Counter(every[::2]).values()) > 20 and len({*every}) == 3
+    per_pair = [tuple(every[i * 8 : i * 8 + 8 : 2]) for i in range(30)]
     assert sum(len({*row}) > 1 for row in per_pair) > 20 and len({*per_pair}) > 10
-    assert drawn == drawn_principles(pairs, principles, judgements=4)
-    assert drawn != drawn_principles(pairs, principles, judgements=4, seed=1)
-    assert drawn[8:16] == drawn_principles(pairs[1:2], principles, judgements=4)  # whatever else is asked
+    assert every != drawn(pairs, judgements=4, seed=1)
+    assert every[8:16] == drawn(pairs[1:2], judgements=4)  # whatever else is asked
 
 
 def test_reasoning_comes_between_the_question_and_the_letter():
     judge = FakeJudge(lambda text: (0.7, 0.3), lambda text, key: f"because of {key}")
-    rlaif.compare_pairs(run_with(judge, ["is safe"], reasoning=True), [("3", "Q", "a", "b")])
-    asked = ["Q|A: a|B: b|why is safe?", "Q|A: b|B: a|why is safe?"]
-    keys = [key for _, key, _ in judge.wrote]
-    assert len({*keys}) == 2 and {temperature for *_, temperature in judge.wrote} == {0.0}
-    assert judge.heard == [talk(text, f"because of {key}", "So is safe?") for text, key in zip(asked, keys)]
-    judge.wrote.clear()
     pairs = [("3", "Q", "a", "b"), ("4", "Q", "a", "b")]
-    rlaif.compare_pairs(run_with(judge, ["is safe"], reasoning=True, judgements=2), pairs)
-    assert {temperature for *_, temperature in judge.wrote} == {1.0} and len({key for _, key, _ in judge.wrote}) == 8
+    for judgements, temperature in ((1, 0.0), (2, 1.0)):
+        judge.wrote, judge.heard = [], []
+        rlaif.compare_pairs(run_with(judge, ["is safe"], reasoning=True, judgements=judgements), pairs)
+        keys = [key for _, key, _ in judge.wrote]
+        assert len({*keys}) == 4 * judgements and {t for *_, t in judge.wrote} == {temperature}
+        asked = ["Q|A: a|B: b|why is safe?", "Q|A: b|B: a|why is safe?"] * 2 * judgements
+        assert judge.heard == [talk(text, f"because of {key}", "So is safe?") for text, key in zip(asked, keys)]
 
 
-# --------------------------------------------------------------------------------------------------------------- label
+# ---------------------------------------------------------------------------------------------------------------- label
 
 
 def loaded(script, file, tokenizer, **options) -> list:
@@ -703,9 +576,8 @@ def loaded(script, file, tokenizer, **options) -> list:
 def comparison(i, p=longer) -> dict:
     """What is right for pair i."""
     first, second = fair_p(REPLIES[i], OTHERS[i], p)
-    return dict(
-        a=REPLIES[i], b=OTHERS[i], first=first, second=second, said=rlaif.verdict(first, second), kind="ab"[i % 2]
-    )
+    said = rlaif.verdict(first, second)
+    return dict(a=REPLIES[i], b=OTHERS[i], first=first, second=second, said=said, kind="ab"[i % 2])
 
 
 def test_label_gives_soft_preferences_in_the_order_of_the_judge(ai, ruled, tiny_tokenizer):
@@ -726,7 +598,6 @@ def test_label_gives_soft_preferences_in_the_order_of_the_judge(ai, ruled, tiny_
     # what the other scripts make of them
     soft = loaded(reward_model, done.out / "pairs.jsonl", tiny_tokenizer)
     near([row.extra["pairs"][0][2] for row in soft], [p for *_, p in expected], 1e-6)
-    assert all(row.extra["soft"] and row.extra["pairs"][0][:2] == (0, 1) for row in soft)
     hard = loaded(dpo, done.out / "pairs.jsonl", tiny_tokenizer)
     chosen = [tiny_tokenizer.decode(row.responses[row.extra["pairs"][0][0]]) for row in hard]
     assert chosen == [f"{a}<|end|>" for _, a, *_ in expected]
@@ -758,26 +629,24 @@ def test_consistency_is_the_share_of_two_judgements_that_agree():
     votes = [[0.9, 0.8, 0.2, 0.7], [0.1, nan, 0.2], [0.1, 0.7, 0.2]]  # 3 of 6, 1 of 1, 1 of 3
     found = [dict(heard, votes=own) for own in votes]
     found.append(dict(heard, votes=[nan] * 3, verdict="abstain", abstained=["why"]))
-    report = rlaif.judge_report(found)
+    report = rlaif.judge_report(None, [dict(comparisons=found)])
     near(report["consistency"], 5 / 10)
     assert report["abstained: why"] == 1 and "agreement" not in report
-    assert "consistency" not in rlaif.judge_report([dict(heard, votes=[0.9])])
 
 
-@pytest.mark.parametrize("letter, share", [("A", 1.0), ("B", 0.0)])
-def test_a_judge_of_places_yields_ties_only_and_exit_code_2(letter, share, ai, ruled, capsys):
-    ruled(lambda *_: 0.99 if letter == "A" else 0.01)
-    for orders in ("agree", "average"):
+@pytest.mark.parametrize("orders", ["agree", "average"])
+def test_a_judge_of_places_yields_ties_only_and_exit_code_2(orders, ai, ruled, capsys):
+    for p, share in ((0.99, 1.0), (0.01, 0.0)):
+        ruled(lambda *_: p)
         assert "no row is left" in sentence(lambda: ai("label", orders=orders, overwrite=True), capsys)
         report = result("out").report
         assert [report[name] for name in "rows labelled decided ties abstentions".split()] == [6, 0, 0, 6, 0]
         assert report["same_position"] == 1 and report["first_position"] == share
-        assert report["kinds"] == {kind: dict(agree=0, disagree=0, tie=3, abstain=0) for kind in "ab"}
         assert result("out").rows("pairs.jsonl") == [] and not json.loads(Path("out/args.json").read_text())["finished"]
 
 
 @pytest.mark.parametrize("clamp, expected", [(0.4, [0.6, 0.6]), (0.0, [0.784, 0.8])])
-def test_reasoning_clamps_the_probability(clamp, expected, ai, monkeypatch):
+def test_reasoning_clamps_the_probability(clamp, expected, ai, fake):
     """Five judgements of mean .784 become .6; .2 becomes .4, and the other answer is chosen."""
     votes = [[0.99, 0.97, 0.02, 0.95, 0.99], [0.2] * 5]
 
@@ -786,44 +655,32 @@ def test_reasoning_clamps_the_probability(clamp, expected, ai, monkeypatch):
         p = votes[int(number)][int(judgement)]
         return f"{p if order == '0' else 1 - p}"
 
-    judge = FakeJudge(text=text)
+    judge = fake(text=text)
     logps = lambda talks: torch.tensor([log_of([float(t[1]["content"]), 1 - float(t[1]["content"])]) for t in talks])
     judge.option_logps = lambda talks, options: (logps(talks), [""] * len(talks))
-    monkeypatch.setattr(rlaif, "LocalJudge", lambda *_: judge)
-    answers = dict(chosen=[dict(role="assistant", content="a")], rejected=[dict(role="assistant", content="b")])
-    jsonl(Path("two.jsonl"), [pair(0, **answers), pair(1, **answers)])
-    done = ai("label", dataset="two.jsonl", reasoning=True, judgements=5, clamp=clamp)
+    jsonl(Path("two.jsonl"), [dict(prompt=talk("Go!"), chosen="a", rejected="b") for _ in votes])
+    done = ai("label", dataset="two.jsonl", reasoning=True, judgements=5, clamp=clamp, judge_max_tokens=8)
     one, two = done.rows("pairs.jsonl")
     near([one["probability"], two["probability"]], expected)
-    assert one["chosen"][0]["content"] == "a" and two["chosen"][0]["content"] == "b"
+    assert [rlaif.text_of(row["chosen"]) for row in (one, two)] == ["a", "b"]
     near(done.report["consistency"], (6 + 10) / 20)
 
 
 def test_label_ranks_more_than_two_answers(ai, ruled, tiny_tokenizer):
-    ruled()
-    done = ai("label", dataset="kwise.jsonl", output_dir="out")
+    """An answer that nobody judged is left out of its ranking."""
+    ruled(lambda talk, a, b, principle: None if "No" in (a, b) else longer(talk, a, b, principle))
+    done = ai("label", dataset="kwise.jsonl")
     given, rows = [json.loads(line) for line in open("kwise.jsonl")], {r["id"]: r for r in done.rows("rankings.jsonl")}
     for row in given:
-        answers = row["completions"]
-        scores = [(sum(sum(fair_p(a, b)) / 2 for b in answers) - 0.5) / (len(answers) - 1) for a in answers]
+        answers = [text for text in row["completions"] if text != "No"]
+        scores = [sum(sum(fair_p(a, b)) / 2 for b in answers if a is not b) / (len(answers) - 1) for a in answers]
         assert rows[row["id"]]["completions"] == answers and {*rows[row["id"]]} >= {"judge", "id", "kind"}
         near(rows[row["id"]]["scores"], scores)
-    assert done.report["comparisons"] == sum(math.comb(len(row["completions"]), 2) for row in given)
-    assert not (done.out / "pairs.jsonl").exists()
-    ranks = loaded(reward_model, done.out / "rankings.jsonl", tiny_tokenizer)
-    assert [len(row.responses) for row in ranks] == [len(row["completions"]) for row in given]
-    pairs = loaded(dpo, done.out / "rankings.jsonl", tiny_tokenizer)
-    assert all(len(row.extra["pairs"]) > 2 for row in pairs)
-
-
-def test_an_answer_nobody_judged_is_left_out_of_its_ranking(ai, ruled):
-    ruled(lambda talk, a, b, principle: None if "No" in (a, b) else longer(talk, a, b, principle))
-    done, given = ai("label", dataset="kwise.jsonl"), [json.loads(line) for line in open("kwise.jsonl")]
-    for row, found in zip(given, done.rows("rankings.jsonl")):
-        assert found["completions"] == [text for text in row["completions"] if text != "No"]
-        assert len(found["scores"]) == len(found["completions"])
     every = [two for row in given for two in itertools.combinations(row["completions"], 2)]
-    assert done.report["abstentions"] == sum("No" in two for two in every)
+    assert done.report["comparisons"] == len(every) and not (done.out / "pairs.jsonl").exists()
+    # two answers that are alike are a tie, without a question
+    assert done.report["abstentions"] == sum("No" in two for two in every if two[0] != two[1]) > 0
+    assert len(loaded(reward_model, done.out / "rankings.jsonl", tiny_tokenizer)) == len(given)
 
 
 def test_rankings_without_an_order_are_counted(ai, ruled):
@@ -836,15 +693,6 @@ def test_rankings_without_an_order_are_counted(ai, ruled):
     assert report["all pairs abstained"] == report["all scores equal"] == 1
 
 
-@pytest.mark.parametrize("command", ["compare", "audit"])
-def test_kinds_may_be_numbers_and_missing(command, ai, ruled, stranger):
-    ruled()
-    rows = [pair(i, kind=kind) for i, kind in enumerate([1, None, "b", 1, 0, True])]
-    more = dict(against=stranger) if command == "compare" else {}
-    report = ai(command, dataset=jsonl(Path("kinds.jsonl"), rows), **more).report
-    assert {*report["kinds"]} == {"1", "", "b", "0", "True"}
-
-
 def sampled_answers(folder, n: int, **options) -> list:
     """What the policy answers to QUESTIONS: a list of (text, whether it came to an end) for each."""
     policy, items = language_model(folder), []
@@ -854,23 +702,16 @@ def sampled_answers(folder, n: int, **options) -> list:
     return rlaif.policy_answers(run_with(None, policies=[policy], max_new_tokens=8, **options), 0, items, n)
 
 
-def test_label_samples_answers_of_the_policy(ai, ruled, talker, tiny_tokenizer):
+def test_label_samples_answers_of_the_policy(ai, ruled, talker):
     ruled()
-    done = ai("label", dataset="prompts.jsonl", model=talker, k=4, max_new_tokens=8, temperature=1.5)
-    sampled = sampled_answers(talker, 4, temperature=1.5)
-    rows = {row["id"]: row for row in done.rows("rankings.jsonl")}
+    options = dict(dataset="prompts.jsonl", model=talker, k=4, max_new_tokens=8, temperature=1.5)
+    done, sampled = ai("label", **options), sampled_answers(talker, 4, temperature=1.5)
+    rows = {row["id"]: [c[0]["content"] for c in row["completions"]] for row in done.rows("rankings.jsonl")}
+    whole = {i: list(dict.fromkeys(t for t, ended in texts if ended and t)) for i, texts in enumerate(sampled)}
+    assert rows == {i: texts for i, texts in whole.items() if len(texts) > 1}  # none cut off, none twice
     assert done.report["cut_off"] == sum(not ended for texts in sampled for _, ended in texts) > 0
-    for i, texts in enumerate(sampled):
-        whole = list(dict.fromkeys(text for text, ended in texts if ended and text))
-        assert (i in rows) == (len(whole) > 1)
-        if i in rows:
-            assert [c[0]["content"] for c in rows[i]["completions"]] == whole  # none cut off, none twice
-            scores = [sum(sum(fair_p(a, b)) / 2 for b in whole if a != b) / (len(whole) - 1) for a in whole]
-            near(rows[i]["scores"], scores)
-    assert len(rows) > 2 and any(len(row["completions"]) < 4 for row in rows.values())
-    loaded(reward_model, done.out / "rankings.jsonl", tiny_tokenizer)
-    other = ai("label", dataset="prompts.jsonl", model=talker, k=4, max_new_tokens=8, output_dir="other", seed=1)
-    assert [row["completions"] for row in other.rows("rankings.jsonl")] != [row["completions"] for row in rows.values()]
+    other = ai("label", **options, output_dir="other", seed=1).rows("rankings.jsonl")
+    assert [[c[0]["content"] for c in row["completions"]] for row in other] != [*rows.values()]
 
 
 def test_with_a_policy_the_answers_of_the_data_set_do_not_count(ai, ruled, talker, monkeypatch):
@@ -879,33 +720,8 @@ def test_with_a_policy_the_answers_of_the_data_set_do_not_count(ai, ruled, talke
     answers = [("up", True), ("No, I cannot help with that", True), ("up", True), ("right", False), ("", True)]
     monkeypatch.setattr(rlaif, "policy_answers", lambda run, which, items, n: [answers[:n] for _ in items])
     done = ai("label", model=talker, k=5, max_new_tokens=8)
-    assert "agreement" not in done.report and done.report["comparisons"] == 6
+    assert "agreement" not in done.report and done.report["comparisons"] == 6 and len(heard) == 12
     assert [done.report[name] for name in ("cut_off", "empty", "repeated")] == [6, 6, 6]
-    assert len(heard) == 12
-    completions = [[c[0]["content"] for c in row["completions"]] for row in done.rows("rankings.jsonl")]
-    assert completions == [["up", answers[1][0]]] * 6
-
-
-@pytest.mark.parametrize("layout", ["text", "question", "messages", "implicit", "instruction"])
-def test_known_layouts_are_labelled(layout, ai, ruled):
-    ruled()
-    long, short = "Right, up, right, up and so on", "up"
-    rows = dict(
-        text=dict(prompt="Go!\n\nAssistant:", chosen=f" {short}", rejected=f" {long}"),
-        question=dict(prompt=talk("Go!"), completions=[short, long]),
-        messages=dict(chosen=talk("Go!", short), rejected=talk("Go!", long)),
-        implicit=dict(chosen=f"\n\nHuman: Go!\n\nAssistant: {short}", rejected=f"\n\nHuman: Go!\n\nAssistant: {long}"),
-        instruction=dict(system="Be brief.", instruction="Go!", chosen=short, rejected=long, source="s"),
-    )
-    heard = ruled()
-    (row,) = ai("label", dataset=jsonl(Path("one.jsonl"), [rows[layout]])).rows("pairs.jsonl")
-    assert rlaif.text_of(row["chosen"]) == long and rlaif.text_of(row["rejected"]) == short
-    if isinstance(row["prompt"], str):
-        assert row["chosen"] == f" {long}" and row["prompt"].endswith("Assistant:")
-    else:
-        assert ASKED.match(heard[0])[1] == "Go!"
-    if layout == "instruction":
-        assert row["prompt"] == [dict(role="system", content="Be brief."), *talk("Go!")] and row["source"] == "s"
 
 
 def test_rows_are_drawn_by_seed(ai, ruled):
@@ -917,7 +733,7 @@ def test_rows_are_drawn_by_seed(ai, ruled):
     assert all(list(ids) == sorted(ids) and len(ids) <= 3 for ids in drawn) and len({*drawn}) > 1
 
 
-# -------------------------------------------------------------------------------------------------------------- revise
+# --------------------------------------------------------------------------------------------------------------- revise
 
 
 @pytest.fixture
@@ -933,40 +749,31 @@ def numbered(text, key) -> str:
 
 
 @pytest.mark.parametrize("keep", ["all", "last"])
-def test_a_revision_is_of_the_revision_before(keep, ai, answered, monkeypatch, tiny_tokenizer):
-    judge = FakeJudge(text=numbered)
-    monkeypatch.setattr(rlaif, "LocalJudge", lambda *_: judge)
+def test_a_revision_is_of_the_revision_before(keep, ai, answered, fake, tiny_tokenizer):
+    judge = fake(text=numbered)
     Path("principles.txt").write_text("is kind\n\n  is safe \nis true\n")
     done = ai("revise", keep=keep, rounds=3, principles="principles.txt", batch_size=64)
-    rows = done.rows("sft.jsonl")
-    rounds = (1, 2, 3) if keep == "all" else (3,)
+    rows, rounds = done.rows("sft.jsonl"), (1, 2, 3) if keep == "all" else (3,)
     assert [(row["id"], row["round"]) for row in rows] == [(i, r) for i in range(6) for r in rounds]
     assert done.report["changed"] == 18
+    asked = {key: [m["content"] for m in rlaif.as_messages(talk, "user")] for talk, key, _ in judge.wrote}
     for row in rows:
         i, r = row["id"], row["round"] - 1
         assert row["completion"] == [dict(role="assistant", content=f"revision {i}.{r}")]
-        assert row["critique"] == f"critique {i}.{r}" and row["prompt"] == talk(QUESTIONS[i]) and row["original"]
-        assert row["kind"] == "ab"[i % 2]
-    asked = {key: [m["content"] for m in rlaif.as_messages(talk, "user")] for talk, key, _ in judge.wrote}
-    originals, drawn = {row["id"]: row["original"] for row in rows}, []
-    for i, r in itertools.product(range(6), range(3)):
-        parent = originals[i] if not r else f"revision {i}.{r - 1}"
-        start, _, principle = asked[f"critique-{i}-{r}"][0].rpartition("|")
-        assert start == f"{QUESTIONS[i]}\n{parent}"
-        assert asked[f"revision-{i}-{r}"] == [asked[f"critique-{i}-{r}"][0], f"critique {i}.{r}", "Anew"]
-        drawn += [principle.removesuffix(": wrong?")] if r + 1 in rounds else []
-    assert drawn == [row["principle"] for row in rows] and {*drawn} == {"is kind", "is safe", "is true"}
+        assert (row["critique"], row["prompt"], row["kind"]) == (f"critique {i}.{r}", talk(QUESTIONS[i]), "ab"[i % 2])
+        parent = row["original"] if not r else f"revision {i}.{r - 1}"
+        critique = f"{QUESTIONS[i]}\n{parent}|{row['principle']}: wrong?"
+        assert asked[f"critique-{i}-{r}"] == [critique]
+        assert asked[f"revision-{i}-{r}"] == [critique, f"critique {i}.{r}", "Anew"]
+    assert {row["principle"] for row in rows} == {"is kind", "is safe", "is true"}
     assert len(loaded(sft, done.out / "sft.jsonl", tiny_tokenizer)) == len(rows)
 
 
-def test_a_revision_that_was_cut_off_is_not_used_nor_revised(ai, answered, monkeypatch):
+def test_a_revision_that_was_cut_off_is_not_used_nor_revised(ai, answered, fake):
     def text(asked, key):
-        if key.startswith("revision-3"):
-            return ""
-        return key, not (key.startswith("revision") and key.endswith("-1"))
+        return "" if key.startswith("revision-3") else (key, not re.match(r"revision-.*-1$", key))
 
-    judge = FakeJudge(text=text)
-    monkeypatch.setattr(rlaif, "LocalJudge", lambda *_: judge)
+    judge = fake(text=text)
     done = ai("revise", rounds=3)
     used = [(row["id"], row["round"]) for row in done.rows("sft.jsonl")]
     assert used == [(i, r) for i in range(6) for r in (1, 3) if i != 3]
@@ -975,9 +782,8 @@ def test_a_revision_that_was_cut_off_is_not_used_nor_revised(ai, answered, monke
     assert "revision-0-0" in third and "revision-0-1" not in third  # the parent is the last that was good
 
 
-def test_an_answer_that_was_cut_off_or_is_empty_is_not_criticised(ai, monkeypatch):
-    judge, answers = FakeJudge(text=numbered), {0: ("up", False), 1: ("", True), 2: ("<think>up</think>", True)}
-    monkeypatch.setattr(rlaif, "LocalJudge", lambda *_: judge)
+def test_an_answer_that_was_cut_off_or_is_empty_is_not_criticised(ai, fake, monkeypatch):
+    judge, answers = fake(text=numbered), {0: ("up", False), 1: ("", True), 2: ("<think>up</think>", True)}
     drawn = lambda run, which, items, n: [[answers.get(item.number, ("right", True))] for item in items]
     monkeypatch.setattr(rlaif, "policy_answers", drawn)
     done = ai("revise", rounds=2, keep="last")
@@ -986,8 +792,8 @@ def test_an_answer_that_was_cut_off_or_is_empty_is_not_criticised(ai, monkeypatc
     assert done.report == dict(rows=6, cut_off_or_empty=3, revisions=6, changed=6)
 
 
-def test_revise_starts_from_the_answer_that_is_given(ai, monkeypatch):
-    monkeypatch.setattr(rlaif, "LocalJudge", lambda *_: FakeJudge(text=numbered))
+def test_revise_starts_from_the_answer_that_is_given(ai, fake):
+    fake(text=numbered)
     rows = [dict(messages=talk(QUESTIONS[0], "<think>12</think>right"), id=0)]
     rows += [dict(prompt="Go!", completion=" right", id=1)]
     one, two = ai("revise", dataset=jsonl(Path("given.jsonl"), rows), rounds=1).rows("sft.jsonl")
@@ -995,14 +801,7 @@ def test_revise_starts_from_the_answer_that_is_given(ai, monkeypatch):
     assert two["original"] == "right" and two["completion"] == " revision 1.0" and two["prompt"] == "Go!"
 
 
-def test_the_policy_criticises_itself(ai, capsys):
-    """No fake: --judge empty is the policy."""
-    done = ai("revise", keep="last", rounds=1, judge_max_tokens=40)
-    assert done.report["rows"] == 6 and "judges its own answers" in capsys.readouterr().out
-    assert len(done.rows("sft.jsonl")) == done.report["changed"] + done.report.get("unchanged", 0) > 0
-
-
-# ----------------------------------------------------------------------------------------------------------- best of n
+# ------------------------------------------------------------------------------------------------------------ best of n
 
 
 def reward_by_hand(folder, question, answer) -> float:
@@ -1013,34 +812,30 @@ def reward_by_hand(folder, question, answer) -> float:
 
 
 def best_of_n_by_hand(folder, done, score) -> dict:
-    """The four files against what they must be, the answers being those of the policy."""
-    sampled = sampled_answers(folder, 4)
-    names = ("sft", "pairs", "rankings", "prompts")
-    files = {name: {row["id"]: row for row in done.rows(f"{name}.jsonl")} for name in names}
-    lows, highs, content = [], [], lambda response: response[0]["content"]
-    for i, texts in enumerate(sampled):
+    """The four files against what they must be, the answers being those of the policy; score(question, text)."""
+    content, names = lambda response: response[0]["content"], ("sft", "pairs", "rankings", "prompts")
+    files, ends = {name: {row["id"]: row for row in done.rows(f"{name}.jsonl")} for name in names}, []
+    for i, texts in enumerate(sampled_answers(folder, 4)):
         scores = {text: score(i, text) for text, ended in texts if ended and text}
         if not scores:
             assert not any(i in rows for rows in files.values())
             continue
         low, high = min(scores.values()), max(scores.values())
-        lows, highs = [*lows, low], [*highs, high]
+        ends.append((low, high))
         near([files["sft"][i]["score"], files["prompts"][i]["spread"]], [high, high - low], 1e-4)
         near(scores[content(files["sft"][i]["completion"])], high, 1e-4)
-        assert files["prompts"][i]["prompt"] == talk(QUESTIONS[i])
         assert (i in files["pairs"]) == (i in files["rankings"]) == (high > low)
         if high > low:
             row, ranked = files["pairs"][i], files["rankings"][i]
             near([row["score_chosen"], row["score_rejected"]], [high, low], 1e-4)
             near([scores[content(row["chosen"])], scores[content(row["rejected"])]], [high, low], 1e-4)
-            given = {content(c): score for c, score in zip(ranked["completions"], ranked["scores"])}
-            assert row["kind"] == "ab"[i % 2] and len(ranked["completions"]) == len(scores)
-            near([given[text] for text in scores], list(scores.values()), 1e-4)
-    report = done.report
-    near([report["score_best"], report["score_worst"]], [sum(highs) / len(highs), sum(lows) / len(lows)], 1e-4)
-    assert report["rows"] == 6 and report["kept"] == len(files["sft"]) and report["pairs"] == len(files["pairs"]) > 1
-    assert report["cut_off_or_empty"] == sum(not (ended and text) for texts in sampled for text, ended in texts) > 0
-    near(report["kl_bound"], math.log(4) - 3 / 4)
+            assert row["kind"] == "ab"[i % 2] and [*map(content, ranked["completions"])] == [*scores]
+            near(ranked["scores"], [*scores.values()], 1e-4)
+    lows, highs = zip(*ends)
+    near([done.report["score_best"], done.report["score_worst"]], [sum(highs) / len(ends), sum(lows) / len(ends)], 1e-4)
+    assert (done.report["kept"], done.report["pairs"]) == (len(files["sft"]), len(files["pairs"]))
+    assert done.report["cut_off_or_empty"] > 0 and len(files["pairs"]) > 1
+    near(done.report["kl_bound"], math.log(4) - 3 / 4)
     return files
 
 
@@ -1052,17 +847,13 @@ def test_best_of_n_by_a_reward_model(ai, talker, scorer, tiny_tokenizer):
     margins = loaded(reward_model, done.out / "pairs.jsonl", tiny_tokenizer, use_margin=True)
     gaps = [row["score_chosen"] - row["score_rejected"] for row in files["pairs"].values()]
     near([row.extra["pairs"][0][3] for row in margins], gaps)
-    loaded(dpo, done.out / "rankings.jsonl", tiny_tokenizer)
     # two reward models add up; a spread too small leaves a prompt out
-    twice = ai("best-of-n", reward_model=(scorer, scorer), output_dir="twice")
-    near([row["score"] for row in twice.rows("sft.jsonl")], [2 * row["score"] for row in files["sft"].values()], 1e-4)
     spreads = sorted(row["spread"] for row in files["prompts"].values())
-    least = (spreads[2] + spreads[3]) / 2
-    few = ai("best-of-n", reward_model=(scorer,), min_spread=least, output_dir="few")
-    wide = [i for i, row in files["prompts"].items() if row["spread"] >= least]
-    assert [row["id"] for row in few.rows("prompts.jsonl")] == wide
-    assert len(few.rows("sft.jsonl")) == few.report["kept"] == len(spreads) - 3
-    assert few.report["below --min-spread"] == 3
+    least = spreads[2] + spreads[3]
+    few = ai("best-of-n", reward_model=(scorer, scorer), min_spread=least, output_dir="few")
+    wide = [i for i, row in files["prompts"].items() if 2 * row["spread"] >= least]
+    assert [row["id"] for row in few.rows("prompts.jsonl")] == wide and few.report["below --min-spread"] == 3
+    near([row["score"] for row in few.rows("sft.jsonl")], [2 * files["sft"][i]["score"] for i in wide], 1e-4)
 
 
 def test_best_of_n_by_the_expected_score_of_the_judge(ai, ruled, talker):
@@ -1075,87 +866,52 @@ def test_best_of_n_by_the_expected_score_of_the_judge(ai, ruled, talker):
     best_of_n_by_hand(talker, ai("best-of-n", judge=talker), expected)
 
 
-def test_best_of_n_by_points_of_which_those_that_cannot_be_read_do_not_count(ai, monkeypatch, talker):
+def test_best_of_n_by_points_of_which_those_that_cannot_be_read_do_not_count(ai, fake, talker):
     def text(asked, key):
         answer, judgement = asked.partition("\n")[2].partition("|")[0], int(key.rpartition("-")[2])
         return "no score at all" if judgement == 1 else f"It is so. Score: {min(5, len(answer) % 4 + judgement / 2)}"
 
-    judge = FakeJudge(text=text)
-    monkeypatch.setattr(rlaif, "LocalJudge", lambda *_: judge)
+    judge = fake(text=text)
     done = ai("best-of-n", judge=talker, scale="points")
     best_of_n_by_hand(talker, done, lambda i, text: len(text) % 4 + 0.5)  # of judgements 0 and 2
     assert len({key for _, key, _ in judge.wrote}) == len(judge.wrote) and {t for *_, t in judge.wrote} == {1.0}
 
 
-def test_answers_of_equal_scores_are_no_pair(ai, monkeypatch, talker):
-    judge = FakeJudge(text=lambda text, key: "Score: 3" if "letter" not in text else "none")
-    monkeypatch.setattr(rlaif, "LocalJudge", lambda *_: judge)
+def test_answers_of_equal_scores_are_no_pair(ai, fake, monkeypatch, talker, capsys):
+    """Answers without a score, answers that are alike, and answers that were cut off are counted."""
+    judge = fake(text=lambda text, key: "Score: 3" if "letter" not in text else "none")
     done = ai("best-of-n", judge=talker, scale="points")
     assert not done.rows("pairs.jsonl") and not done.rows("rankings.jsonl")
     assert done.report["all alike"] == len(done.rows("sft.jsonl")) == 5 and done.report["without answers"] == 1
     assert done.report["unscored"] == done.report["unscored: no judgement names a score"] > 0
-    assert all(row["score"] == 3 for row in done.rows("sft.jsonl"))
-
-
-def test_answers_that_are_alike_are_counted(ai, monkeypatch, talker):
-    monkeypatch.setattr(rlaif, "LocalJudge", lambda *_: FakeJudge(text=lambda text, key: f"Score: {key[-3]}"))
+    judge.text = lambda text, key: f"Score: {key[-3]}"
     answers = [(text, True) for text in ("up", "up", "right", "up")]
     monkeypatch.setattr(rlaif, "policy_answers", lambda run, which, items, n: [answers for _ in items])
-    done = ai("best-of-n", judge=talker, scale="points")
+    done = ai("best-of-n", judge=talker, scale="points", output_dir="alike")
     assert done.report["repeated"] == 12 and {len(row["scores"]) for row in done.rows("rankings.jsonl")} == {2}
-
-
-def test_points_where_every_answer_of_a_batch_was_cut_off(ai, monkeypatch, talker, capsys):
-    monkeypatch.setattr(rlaif, "LocalJudge", lambda *_: FakeJudge(text=lambda text, key: "Score: 3"))
     monkeypatch.setattr(rlaif, "policy_answers", lambda run, which, items, n: [[("up", False)] * n for _ in items])
-    assert "no row is left" in sentence(lambda: ai("best-of-n", judge=talker, scale="points"), capsys)
+    work = lambda: ai("best-of-n", judge=talker, scale="points", output_dir="cut")
+    assert "no row is left" in sentence(work, capsys) and result("cut").report["cut_off_or_empty"] == 24
 
 
 def test_best_of_n_of_the_answers_that_are_given(ai, scorer):
-    """Thinking is kept in the data and hidden from the reward model. Answers of several turns are no answers."""
+    """Thinking is kept in the data and hidden from the reward model. Answers of several turns are no answers. The
+    reward model alone sees a condition."""
     turns = talk("", "Look", "ok", "42")[1:]
-    rows = [dict(prompt=talk("Sum?"), completions=["<think>a</think>up", "No"], id=0)]
-    rows += [dict(prompt=talk("Sum?"), completions=[turns, talk("", "41")[1:]], id=1)]
-    done = ai("best-of-n", model="", reward_model=(scorer,), dataset=jsonl(Path("given.jsonl"), rows))
-    (row,) = done.rows("rankings.jsonl")
-    assert row["id"] == 0 and [c[0]["content"] for c in row["completions"]] == ["<think>a</think>up", "No"]
-    near(row["scores"], [reward_by_hand(scorer, "Sum?", text) for text in ("up", "No")], 1e-4)
-
-
-def test_best_of_n_with_a_condition_by_kind(ai, scorer):
+    rows = [dict(prompt=talk("Sum?"), completions=["<think>a</think>up", "No"], id=i, kind="ab"[i]) for i in range(2)]
+    rows += [dict(prompt=talk("Sum?"), completions=[turns, talk("", "41")[1:]])]
     Path("conditions.json").write_text(json.dumps(dict(b="Be safe.")))
-    plain = ai("best-of-n", reward_model=(scorer,), output_dir="plain")
-    told = ai("best-of-n", reward_model=(scorer,), condition="conditions.json", output_dir="told")
-    for one, two in zip(plain.rows("rankings.jsonl"), told.rows("rankings.jsonl")):
-        assert (one["scores"] == pytest.approx(two["scores"], abs=1e-5)) == (one["kind"] == "a")
-        assert one["prompt"] == two["prompt"]
+    options = dict(model="", reward_model=(scorer,), dataset=jsonl(Path("given.jsonl"), rows))
+    one, two = ai("best-of-n", **options, condition="conditions.json").rows("rankings.jsonl")
+    assert [c[0]["content"] for c in one["completions"]] == ["<think>a</think>up", "No"]
+    near(one["scores"], [reward_by_hand(scorer, "Sum?", text) for text in ("up", "No")], 1e-4)
+    assert two["scores"] != pytest.approx(one["scores"], abs=1e-4) and two["prompt"] == talk("Sum?")
 
 
-# ---------------------------------------------------------------------------------------------------------- synthesise
+# ----------------------------------------------------------------------------------------------------------- synthesise
 
 
-def test_synthesise_counts_add_up(ai, tiny_tokenizer):
-    done = ai("synthesise", rows=16, min_tokens=2)
-    raw, kept = done.rows("raw.jsonl"), done.rows("sft.jsonl")
-    dropped = {name: n for name, n in done.report.items() if name.startswith("dropped: ")}
-    assert done.report["written"] == len(raw) == 16
-    assert done.report["kept"] == len(kept) == 16 - sum(dropped.values()) > 1
-    assert [row["messages"] for row in raw if not row["dropped"]] == [row["messages"] for row in kept]
-    assert Counter(f"dropped: {row['dropped']}" for row in raw if row["dropped"]) == dropped
-    assert [row["prompt"] for row in done.rows("prompts.jsonl")] == [row["messages"][:-1] for row in kept]
-    first = [row["messages"][0]["content"] for row in kept]
-    assert len({*first}) == len(first) and all(len(rlaif.text_ids(tiny_tokenizer, text)) >= 2 for text in first)
-    for row in kept:
-        assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
-        assert all(m["content"].strip() for m in row["messages"])
-    assert len(loaded(sft, done.out / "sft.jsonl", tiny_tokenizer)) == len(kept)
-    again = ai("synthesise", rows=16, temperature=0.3, output_dir="again")
-    first = [row["first"] for row in again.rows("raw.jsonl") if row["dropped"] in ("", "repeated")]
-    assert again.report["dropped: repeated"] == len(first) - len({*first}) > 0
-    assert len(again.rows("sft.jsonl")) == len({*first})
-
-
-def test_synthesise_asks_for_the_users_turn_and_then_answers_it(ai, monkeypatch):
+def test_synthesise_asks_for_the_users_turn_and_then_answers_it(ai, monkeypatch, tiny_tokenizer):
     calls, real = [], rlaif.write_texts
 
     def write_texts(writer, rows, *rest):
@@ -1167,10 +923,11 @@ def test_synthesise_asks_for_the_users_turn_and_then_answers_it(ai, monkeypatch)
         return found
 
     monkeypatch.setattr(rlaif, "write_texts", write_texts)
-    done = ai("synthesise", rows=12, turns=2, system="Be kind", batch_size=12, max_new_tokens=16)
-    system = "<|bos|><|system|>Be kind<|end|>"
+    options = dict(rows=12, turns=2, batch_size=12, max_new_tokens=16, min_tokens=2)
+    done = ai("synthesise", system="Be kind", **options)
+    system, raw, kept = "<|bos|><|system|>Be kind<|end|>", done.rows("raw.jsonl"), done.rows("sft.jsonl")
     assert len(calls) == 4 and calls[0][0] == [f"{system}<|user|>"] * 12
-    for i, row in enumerate(done.rows("raw.jsonl")):
+    for i, row in enumerate(raw):
         said = [m["content"] for m in row["messages"]]
         assert said[0] == "Be kind" and row["first"] == said[1]
         assert [text.strip() for text in said[1:]] == [found[i][0].strip() for _, found in calls]
@@ -1178,10 +935,21 @@ def test_synthesise_asks_for_the_users_turn_and_then_answers_it(ai, monkeypatch)
         assert calls[1][0][i] == begun and calls[2][0][i] == f"{begun}{said[2]}<|end|><|user|>"
         assert calls[3][0][i] == f"{begun}{said[2]}<|end|><|user|>{said[3]}<|end|><|assistant|>"
         assert row["whole"] == all(found[i][1] and found[i][0].strip() != "" for _, found in calls)
+    # what the files and the report make of them
+    dropped = {name: n for name, n in done.report.items() if name.startswith("dropped: ")}
+    assert Counter(f"dropped: {row['dropped']}" for row in raw if row["dropped"]) == dropped
+    assert done.report["written"] == 12 and done.report["kept"] == len(kept) == 12 - sum(dropped.values()) > 1
+    assert [row["messages"] for row in raw if not row["dropped"]] == [row["messages"] for row in kept]
+    assert [row["prompt"] for row in done.rows("prompts.jsonl")] == [row["messages"][:-1] for row in kept]
+    assert all(len(rlaif.text_ids(tiny_tokenizer, row["messages"][1]["content"])) >= 2 for row in kept)
+    assert len(loaded(sft, done.out / "sft.jsonl", tiny_tokenizer)) == len(kept)
+    again = ai("synthesise", rows=16, temperature=0.3, output_dir="again")
+    first = [row["first"] for row in again.rows("raw.jsonl") if row["dropped"] in ("", "repeated")]
+    assert again.report["dropped: repeated"] == len(first) - len({*first}) > 0
 
 
 def test_a_users_turn_ends_where_the_template_goes_on(ai, talker, monkeypatch):
-    """Under a template whose turns end with words, not with a special token."""
+    """Under a template whose turns end with words, not with a special token; the space after "user:" is its own."""
     tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(talker, "worded"))
     turn = "{{ message['role'] }}: {{ message['content'] }} OVER\n"
     end = "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
@@ -1194,53 +962,57 @@ def test_a_users_turn_ends_where_the_template_goes_on(ai, talker, monkeypatch):
 
 
 def test_a_conversation_that_the_template_refuses_is_dropped_with_the_reason(ai, talker, scorer):
-    """The others stay as they are."""
+    """The others stay as they are. So is one that leaves no room for an answer."""
     options = dict(rows=16, judge=talker, reward_model=(scorer,), turns=2)
     free = ai("synthesise", **options, output_dir="free").rows("raw.jsonl")
     letter = next(c for c in "abcdfghikl" if 2 < sum(c in row["first"] for row in free) < 14)
     model = strict(talker, "./strict", f"messages and '{letter}' in messages[0]['content']")
     done = ai("synthesise", **options | dict(model=model))
-    refused = [row for row in done.rows("raw.jsonl") if letter in row["first"]]
-    assert {row["dropped"] for row in refused} == {"refused by the chat template (not this)"}
-    assert done.report["dropped: refused by the chat template (not this)"] == len(refused) > 2
-    others = [row for row in done.rows("raw.jsonl") if letter not in row["first"]]
-    own = {row["number"]: row for row in free}
-    assert others and all(row["messages"] == own[row["number"]]["messages"] for row in others)
-    for name in ("quality", "reward"):
-        near([row[name] for row in others], [own[row["number"]][name] for row in others], 1e-4)
-        assert {row[name] for row in refused} == {None}
+    assert done.report["dropped: refused by the chat template (not this)"] > 2
+    for row, other in zip(done.rows("raw.jsonl"), free):
+        if letter in row["first"]:
+            assert (
+                row["dropped"] == "refused by the chat template (not this)" and row["quality"] is row["reward"] is None
+            )
+        else:
+            assert row["messages"] == other["messages"]
+            near([row["quality"], row["reward"]], [other["quality"], other["reward"]], 1e-4)
+    with pytest.raises(SystemExit):
+        ai("synthesise", rows=2, output_dir="long", system="7 " * 260)
+    assert result("long").report["dropped: too long: no room for an answer"] == 2
 
 
 def test_synthesise_filters_by_the_judge_and_the_reward_model(ai, ruled, scorer, talker):
-    ruled(score=lambda text: [1.0 if k == min(9, len(text.partition("|")[0])) else 0.0 for k in range(10)])
+    """What the judge does not rate has no rating, and fails a filter that asks for one."""
+
+    def score(text):
+        first = text.partition("|")[0]
+        return [nan] * 10 if "u" in first else [1.0 if k == min(9, len(first)) else 0.0 for k in range(10)]
+
+    ruled(score=score)
     options = dict(rows=16, judge=talker, reward_model=(scorer,))
-    whole = [row for row in ai("synthesise", **options).rows("raw.jsonl") if not row["dropped"]]
-    near([row["quality"] for row in whole], [min(9, len(row["first"])) + 1 for row in whole], 1e-4)
+    done = ai("synthesise", **options)
+    assert "NaN" not in (done.out / "sft.jsonl").read_text() + (done.out / "raw.jsonl").read_text()
+    whole = [row for row in done.rows("raw.jsonl") if not row["dropped"]]
+    assert [row["quality"] is None for row in whole] == ["u" in row["first"] for row in whole]
+    near(
+        [row["quality"] for row in whole if row["quality"]],
+        [min(9, len(r["first"])) + 1 for r in whole if r["quality"]],
+    )
     rewards = [reward_by_hand(scorer, row["first"], row["messages"][-1]["content"]) for row in whole]
     near([row["reward"] for row in whole], rewards, 1e-4)
-    middle = sorted(row["reward"] for row in whole)[len(whole) // 2]
-    strict = ai("synthesise", **options, min_quality=4.0, min_reward=middle, output_dir="strict")
-    good = [row for row in whole if row["quality"] >= 4]
+    good = [row for row in whole if row["quality"] and row["quality"] >= 3]
+    middle = sorted(row["reward"] for row in good)[len(good) // 2]
+    few = ai("synthesise", **options, min_quality=3.0, min_reward=middle, output_dir="few")
     kept = [row for row in good if row["reward"] >= middle]
-    assert [row["messages"] for row in strict.rows("sft.jsonl")] == [row["messages"] for row in kept]
-    assert 0 < len(kept) < len(whole) and strict.report["dropped: --min-reward"] == len(good) - len(kept)
-
-
-def test_what_the_judge_does_not_rate_has_no_rating(ai, ruled, talker):
-    ruled(score=lambda text: [nan] * 10 if "u" in text.partition("|")[0] else [0.1] * 10)
-    done = ai("synthesise", rows=16, judge=talker)
-    assert "NaN" not in (done.out / "sft.jsonl").read_text() + (done.out / "raw.jsonl").read_text()
-    kept = done.rows("sft.jsonl")
-    assert {row["quality"] for row in kept if "u" in row["messages"][0]["content"]} == {None}
-    strict = ai("synthesise", rows=16, judge=talker, min_quality=1.0, output_dir="strict")
-    assert [row["messages"] for row in strict.rows("sft.jsonl")] == [row["messages"] for row in kept if row["quality"]]
+    assert [row["messages"] for row in few.rows("sft.jsonl")] == [row["messages"] for row in kept]
+    assert 0 < len(kept) < len(good) < len(whole) and few.report["dropped: --min-reward"] == len(good) - len(kept)
 
 
 def test_synthesise_drops_near_repeats_by_mean_hidden_states(ai, talker):
     free = ai("synthesise", rows=16)
-    kept = [row["messages"][0]["content"] for row in free.rows("sft.jsonl")]
+    kept, vectors = [row["messages"][0]["content"] for row in free.rows("sft.jsonl")], []
     model, tokenizer = AutoModelForCausalLM.from_pretrained(talker).eval(), AutoTokenizer.from_pretrained(talker)
-    vectors = []
     for text in kept:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         with torch.no_grad():
@@ -1254,17 +1026,7 @@ def test_synthesise_drops_near_repeats_by_mean_hidden_states(ai, talker):
     assert 0 < len(expected) < len(kept) and far.report["dropped: --min-distance"] == len(kept) - len(expected)
 
 
-# --------------------------------------------------------------------------------------------------- compare and audit
-
-
-def test_a_policy_against_itself_ties_everywhere(ai, ruled, talker):
-    heard = ruled()
-    done = ai("compare", against=talker)
-    assert [done.report[name] for name in ("win_rate", "ties", "wins", "losses", "identical")] == [0.5, 6, 0, 0, 6]
-    assert not heard
-    for row in done.rows("comparisons.jsonl"):
-        assert row["a"] == row["b"] and row["verdict"] == "tie" and row["probability"] == 0.5
-    near([done.report["low"], done.report["high"]], rlaif.interval([0.5] * 6)[1:], 1e-12)
+# ---------------------------------------------------------------------------------------------------- compare and audit
 
 
 def test_compare_turned_around_is_one_minus(ai, ruled, talker, stranger):
@@ -1286,39 +1048,23 @@ def test_compare_turned_around_is_one_minus(ai, ruled, talker, stranger):
     near(a["a_characters"], sum(len(row["a"]) for row in ab.rows("comparisons.jsonl")) / 6)
 
 
-def test_an_abstention_is_no_outcome(ai, ruled, stranger):
-    ruled(lambda talk, a, b, principle: None if talk in QUESTIONS[:2] else longer(talk, a, b, principle))
+def test_an_abstention_is_no_outcome(ai, ruled, talker, stranger, capsys):
+    """And answers that are alike are a tie, which nobody is asked about."""
+    heard = ruled(lambda talk, a, b, principle: None if talk in QUESTIONS[:2] else longer(talk, a, b, principle))
+    report = ai("compare", against=talker, output_dir="itself").report
+    assert [report[name] for name in ("win_rate", "ties", "wins", "identical")] == [0.5, 6, 0, 6] and not heard
     done = ai("compare", against=stranger)
     rows = done.rows("comparisons.jsonl")
     assert [row["verdict"] == "abstain" for row in rows] == [True] * 2 + [False] * 4 and rows[0]["probability"] is None
     near(done.report["win_rate"], sum(dict(a=1.0, b=0.0, tie=0.5)[row["verdict"]] for row in rows[2:]) / 4)
-    assert done.report["abstentions"] == 2
-
-
-def test_compare_where_the_judge_abstains_everywhere_says_so(ai, ruled, stranger, capsys):
     ruled(lambda *_: None)
-    assert ai("compare", against=stranger).report["win_rate"] is None
+    assert ai("compare", against=stranger, output_dir="none").report["win_rate"] is None
     said = capsys.readouterr().out
-    assert "none of the 6 pairs could be judged" in said and ": wins" not in said
-
-
-def test_audit_counts_what_agrees(ai, ruled):
-    ruled()
-    rows = [pair(i, score_chosen=float(i), score_rejected=0.0) for i in range(len(QUESTIONS))]
-    done = ai("audit", dataset=jsonl(Path("scored.jsonl"), rows), min_gap=2.0)
-    found = [comparison(i) for i in range(2, 6)]
-    decided = [c for c in found if c["said"] != "tie"]
-    assert done.report["below --min-gap"] == 2  # of gaps 0 and 1
-    assert done.report["comparisons"] == 4 and done.report["decided"] == len(decided)
-    near(done.report["agreement"], sum(c["said"] == "a" for c in decided) / len(decided))
-    totals = sum(map(Counter, done.report["kinds"].values()), Counter())
-    assert {*done.report["kinds"]} == {"a", "b"} and totals["tie"] == 4 - len(decided) and totals["abstain"] == 0
-    assert totals["agree"] + totals["disagree"] == len(decided)
-    assert sorted(file.name for file in done.out.iterdir()) == ["args.json", "report.json"]
-    assert json.loads((done.out / "args.json").read_text())["finished"]
+    assert "none of the 6 pairs could be judged" in said and said.count(": wins ") == 2 and " nan" not in said
 
 
 def test_audit_takes_every_two_answers_whose_scores_differ(ai, ruled):
+    """By the scores of a data set, too, where it has them; a label that they contradict does not count."""
     ruled()
     completions = ["up", "right, up", "No, never, not at all", "x"]
     rows = [dict(prompt=talk("Go!"), completions=completions, scores=[1, 1, 3, 0], kind="k")]
@@ -1328,17 +1074,14 @@ def test_audit_takes_every_two_answers_whose_scores_differ(ai, ruled):
     assert report["comparisons"] == 5 and report["decided"] == report["kinds"]["k"]["agree"] == 2
     assert report["agreement"] == report["given_longer"] == report["prefers_longer"] == 1
     assert ai("audit", dataset="k.jsonl", min_gap=2.0, output_dir="gap").report["comparisons"] == 3
-
-
-def test_min_gap_has_a_sign(ai, ruled):
-    ruled()
     rows = [pair(0, score_chosen=1.0, score_rejected=5.0), pair(5, score_chosen=5.0, score_rejected=1.0)]
-    report = ai("audit", dataset=jsonl(Path("s.jsonl"), rows), min_gap=2.0).report
+    report = ai("audit", dataset=jsonl(Path("s.jsonl"), rows), min_gap=2.0, output_dir="sign").report
     assert report["comparisons"] == report["contradicting scores"] == 1
 
 
-def test_an_audit_of_scores(ai, ruled):
-    """Of both answers alone, each by its score of 1 to 10; equal scores are a tie."""
+@pytest.mark.parametrize("by", ["letters", "scores"])
+def test_audit_counts_what_agrees(by, ai, ruled):
+    """Of both answers at once, or of each alone by its score of 1 to 10; equal scores are a tie."""
     value = lambda text: len(text) % 7
 
     def score(text):
@@ -1346,20 +1089,28 @@ def test_an_audit_of_scores(ai, ruled):
         return [1.0 if i == value(answer) else 0.0 for i in range(10)]
 
     heard = ruled(score=score)
-    report = ai("audit", by="scores").report
-    values = [(value(REPLIES[i]), value(OTHERS[i])) for i in range(len(QUESTIONS))]
-    decided = [a > b for a, b in values if a != b]
-    assert 0 < len(decided) == report["decided"] and report["ties"] == len(values) - len(decided)
-    near(report["agreement"], sum(decided) / len(decided))
-    assert len(heard) == 2 * len(values) and report["same_position"] == 0
+    rows = [pair(i, score_chosen=float(i), score_rejected=0.0) for i in range(len(QUESTIONS))]
+    done = ai("audit", dataset=jsonl(Path("scored.jsonl"), rows), min_gap=2.0, by=by)
+    signs = [dict(a=1, b=-1).get(comparison(i)["said"], 0) for i in range(2, 6)]
+    if by == "scores":
+        signs = [rlaif.sign(value(REPLIES[i]) - value(OTHERS[i])) for i in range(2, 6)]
+    decided = [sign for sign in signs if sign]
+    assert done.report["below --min-gap"] == 2 and len(heard) == 8  # of gaps 0 and 1
+    assert done.report["comparisons"] == 4 and done.report["decided"] == len(decided) > 0
+    near(done.report["agreement"], decided.count(1) / len(decided))
+    totals = sum(map(Counter, done.report["kinds"].values()), Counter())
+    assert totals == Counter(agree=decided.count(1), disagree=decided.count(-1), tie=signs.count(0))
+    assert sorted(file.name for file in done.out.iterdir()) == ["args.json", "report.json"]
 
 
 def test_agreement_by_the_mean_counts_ties_too(ai, ruled):
-    """Each order names its own first answer, once more surely than the other: a tie, whose mean may still be right."""
+    """Each order names its own first answer, once more surely than the other: a tie, whose mean may still be right.
+    Kinds may be numbers, and missing."""
     ruled(lambda talk, a, b, principle: 0.9 if len(a) > len(b) else 0.6)
-    report = ai("audit").report
+    rows = [pair(i, kind=kind) for i, kind in enumerate([1, None, "b", 1, 0, True])]
+    report = ai("audit", dataset=jsonl(Path("kinds.jsonl"), rows)).report
     lengths = [(len(REPLIES[i]), len(OTHERS[i])) for i in range(len(QUESTIONS))]
-    assert report["decided"] == 0 and report["agreement"] is None
+    assert report["decided"] == 0 and report["agreement"] is None and {*report["kinds"]} == {"1", "", "b", "0", "True"}
     near(report["agreement_by_mean"], sum(a > b for a, b in lengths) / len(lengths))
 
 
@@ -1389,6 +1140,8 @@ def killed(monkeypatch, name: str, call: int, work):
 FILES = dict(label=["pairs.jsonl"], revise=["sft.jsonl"], compare=["comparisons.jsonl"], audit=[])
 FILES |= {"best-of-n": ["sft.jsonl", "pairs.jsonl", "rankings.jsonl", "prompts.jsonl"]}
 FILES |= dict(synthesise=["raw.jsonl", "sft.jsonl", "prompts.jsonl"])
+
+
 RUNS = {
     "label": dict(tie_margin=0.0, orders="average"),
     "revise": dict(rounds=1, judge_max_tokens=20),
@@ -1399,18 +1152,32 @@ RUNS = {
 }
 
 
+def like(value, other) -> bool:
+    """Equality of what runs wrote, but for the rounding of numbers."""
+    if isinstance(value, dict):
+        return value.keys() == other.keys() and all(like(value[name], other[name]) for name in value)
+    if isinstance(value, list):
+        return len(value) == len(other) and all(map(like, value, other))
+    return other == (pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value)
+
+
+@pytest.fixture
+def options_of(talker, stranger):
+    """options_of(command): those of RUNS."""
+    known = dict(TALKER=talker, STRANGER=stranger)
+    return lambda command: {name: known.get(value, value) for name, value in RUNS[command].items()}
+
+
 @pytest.mark.parametrize("command", RUNS)
-@pytest.mark.parametrize("is_torn", [False, True])
-def test_a_killed_run_resumed_is_the_uninterrupted_one(command, is_torn, ai, monkeypatch, talker, stranger, capsys):
-    """Killed before its third batch; if torn, in the middle of writing the last row of the second. Batches and memory
-    knobs may change."""
-    options = {name: dict(TALKER=talker, STRANGER=stranger).get(value, value) for name, value in RUNS[command].items()}
+def test_a_killed_run_resumed_is_the_uninterrupted_one(command, ai, monkeypatch, options_of, capsys):
+    """Killed before its third batch, in the middle of the last row of the second. Batches and memory knobs may
+    change."""
+    options = options_of(command)
     whole = ai(command, output_dir="whole", **options)
     killed(monkeypatch, "save_records", 3, lambda: ai(command, **options, batch_size=2))
     lines = Path("out/rows.part").read_text().splitlines(True)
     assert len(lines) == 4 and not Path("out/report.json").exists()
-    if is_torn:
-        Path("out/rows.part").write_text("".join(lines)[: -len(lines[-1]) // 2])
+    Path("out/rows.part").write_text("".join(lines)[: -len(lines[-1]) // 2])
     capsys.readouterr()
     asked, real = [], rlaif.save_records
 
@@ -1420,39 +1187,11 @@ def test_a_killed_run_resumed_is_the_uninterrupted_one(command, is_torn, ai, mon
 
     monkeypatch.setattr(rlaif, "save_records", save_records)
     again = ai(command, resume=True, **options, batch_size=3, tokens_per_forward=100, sample_tokens=100)
-    assert f"{4 - is_torn} rows are done" in capsys.readouterr().out and asked == list(range(4 - is_torn, 6))
-    numbers = lambda value: pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value
+    assert "3 rows are done" in capsys.readouterr().out and asked == [3, 4, 5]
     for name in FILES[command]:
-        assert len(again.rows(name)) == len(whole.rows(name)) > 0
-        for row, other in zip(again.rows(name), whole.rows(name)):
-            scores = (row.pop("scores", []), other.pop("scores", []))
-            assert {key: numbers(value) for key, value in row.items()} == other and scores[0] == pytest.approx(
-                scores[1]
-            )
-    assert {key: numbers(value) for key, value in again.report.items()} == whole.report
+        assert like(again.rows(name), whole.rows(name)) and again.rows(name)
+    assert like(again.report, whole.report)
     assert sorted(file.name for file in again.out.iterdir()) == sorted(["args.json", "report.json", *FILES[command]])
-
-
-def test_what_was_answered_is_not_asked_again(ai, monkeypatch, ruled):
-    ruled()
-    whole = ai("label", output_dir="whole", batch_size=1)
-    killed(monkeypatch, "compare_pairs", 4, lambda: ai("label", batch_size=1))
-    assert [json.loads(line)["number"] for line in Path("out/rows.part").open()] == [0, 1, 2]
-    heard = ruled()
-    again = ai("label", batch_size=1, resume=True)
-    assert len(heard) == 6 and again.report == whole.report
-    assert (again.out / "pairs.jsonl").read_bytes() == (whole.out / "pairs.jsonl").read_bytes()
-    killed(monkeypatch, "finish", 1, lambda: ai("label", output_dir="last"))
-    heard.clear()
-    assert ai("label", output_dir="last", resume=True).report == whole.report and not heard
-
-
-@pytest.mark.parametrize("file", ["pairs.jsonl", "short.json"])
-def test_resuming_with_other_inputs_is_refused(file, ai, ruled, monkeypatch, capsys):
-    ruled()
-    killed(monkeypatch, "save_records", 2, lambda: ai("label", batch_size=2))
-    Path(file).write_text(Path(file).read_text().replace("up", "down").replace("Anew", "New"))
-    assert f"content of {file}" in sentence(lambda: ai("label", batch_size=2, resume=True), capsys)
 
 
 def test_a_run_killed_as_it_begins_leaves_no_rows_of_the_run_before(ai, ruled, monkeypatch):
@@ -1474,8 +1213,8 @@ def test_a_run_killed_as_it_begins_leaves_no_rows_of_the_run_before(ai, ruled, m
     assert ai("label", dataset="kwise.jsonl", resume=True).rows("rankings.jsonl") == whole
 
 
-def test_a_directory_in_use_is_overwritten_only_when_asked(ai, ruled, capsys):
-    """And nothing is left of the run before, which stays whole until all input of the new one has been read."""
+def test_nothing_is_left_of_a_run_that_is_overwritten(ai, ruled, capsys):
+    """Which stays whole until all input of the new one has been read."""
     ruled()
     ai("label", dataset="kwise.jsonl")
     before = snapshot("out")
@@ -1561,20 +1300,20 @@ def server(monkeypatch):
 
 
 def test_a_server_labels_as_its_probabilities_say(ai, server):
-    one = server()
-    rows = ai("label", judge_url=one.url, judge="big", min_mass=0.01).rows("pairs.jsonl")
+    """--judge-body changes what it is sent."""
+    one, body = server(), '{"temperature": null, "max_tokens": null, "max_completion_tokens": 9, "extra": {"a": 1}}'
+    rows = ai("label", judge_url=one.url, judge="big", min_mass=0.01, judge_body=body).rows("pairs.jsonl")
     wanted = [(i, sum(fair_p(REPLIES[i], OTHERS[i])) / 2) for i in range(6) if comparison(i)["said"] != "tie"]
     assert [row["id"] for row in rows] == [f"row {i}" for i, _ in wanted] and len(one.seen) == 12
     near([row["probability"] for row in rows], [max(p, 1 - p) for _, p in wanted], 1e-5)
     assert {row["judge"] for row in rows} == {"big"}
-    expected = dict(model="big", logprobs=True, top_logprobs=20, temperature=0)
+    expected = dict(model="big", logprobs=True, top_logprobs=20, max_completion_tokens=9, extra=dict(a=1))
     for path, headers, body in one.seen:
         assert path == "/v1/chat/completions" and headers["Content-Type"] == "application/json"
-        assert "Authorization" not in headers and body == body | expected
+        assert "Authorization" not in headers and {*body} == {*expected, "messages"} and body == body | expected
 
 
-@pytest.mark.parametrize("code", [400, 422])
-def test_a_server_that_refuses_to_give_probabilities_gives_letters(code, ai, server, capsys):
+def test_a_server_that_refuses_to_give_probabilities_gives_letters(ai, server, capsys):
     """It is asked for them until it has refused once. One of four requests under way hears so when that is known."""
     together, is_known, plain = threading.Barrier(4), threading.Event(), []
 
@@ -1584,7 +1323,7 @@ def test_a_server_that_refuses_to_give_probabilities_gives_letters(code, ai, ser
         if number == 3:
             is_known.wait(timeout=10)
         if "logprobs" in body:
-            return code, {}, dict(error=dict(message="logprobs are not supported"))
+            return 422, {}, dict(error=dict(message="logprobs are not supported"))
         plain.append(number)
         if len(plain) > 3:  # more than the second attempts of the other three
             is_known.set()
@@ -1598,165 +1337,99 @@ def test_a_server_that_refuses_to_give_probabilities_gives_letters(code, ai, ser
     assert capsys.readouterr().out.count("gives no log-probabilities") == 1
 
 
-@pytest.mark.parametrize("code", [400, 413, 422])
-def test_a_request_that_the_server_refuses_is_an_abstention(code, ai, server, capsys):
-    """One talk is too long for it; the log-probabilities of the others stay."""
+def test_requests_that_the_server_refuses_are_abstentions_and_others_keep_their_probabilities(ai, server, capsys):
+    """One talk is too long for it. Another is answered once it is asked without log-probabilities; that is no reason to
+    ask for none from then on."""
 
     def reply(body, number):
-        is_long = "Ann" in body["messages"][0]["content"]
-        return (code, {}, dict(error="too long")) if is_long else Server.letters(body, number)
+        text = body["messages"][0]["content"]
+        if "Ann" in text:
+            return 413, {}, dict(error="too long")
+        if "logprobs" in body and text.startswith(QUESTIONS[3]):
+            return 400, {}, dict(error="bad luck")
+        return Server.letters(body, number) if "logprobs" in body else Server.plain(body, number)
 
-    done = ai("label", judge_url=server(reply).url, orders="average", min_mass=0.01)
-    assert done.report["abstentions"] == done.report[f"abstained: refused by the server ({code})"] == 1
-    assert capsys.readouterr().out.count("too long") == 1
-    rows = done.rows("pairs.jsonl")
-    assert len(rows) == 5 and not any(row["probability"] == 1 for row in rows)
+    one = server(reply)
+    done = ai("label", judge_url=one.url, orders="average", min_mass=0.01)
+    assert done.report["abstentions"] == done.report["abstained: refused by the server (413)"] == 1
+    said = capsys.readouterr().out
+    assert said.count("refuses a request") == 1 and "gives no log-probabilities" not in said
+    assert [row["probability"] == 1 for row in done.rows("pairs.jsonl")] == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize("choice", ["A", dict(message="A"), served("I like both")])
-def test_a_reply_that_names_no_option_is_an_abstention_and_is_shown(choice, ai, server, capsys):
-    one = server(lambda *_: (200, {}, dict(choices=[choice])))
-    capsys.readouterr()
+def test_a_reply_that_names_no_option_is_an_abstention_and_is_shown(ai, server, capsys):
     with pytest.raises(SystemExit):
-        ai("label", judge_url=one.url)
+        ai("label", judge_url=server(lambda *_: (200, {}, dict(choices=[served("I like both")]))).url)
     assert result("out").report["abstained: the reply names no option"] == 6
-    said = "I like both" if isinstance(choice, dict) and choice["message"] != "A" else ""
     out = capsys.readouterr().out
-    assert f"likeliest reply is {said!r}; it names none of A and B, so this question is an abstention" in out
+    assert "likeliest reply is 'I like both'; it names none of A and B, so this question is an abstention" in out
     assert "nothing to use: the reply names no option" in out and "nan" not in out
 
 
-def test_a_busy_server_is_asked_again(ai, server):
+def test_a_busy_server_is_asked_again(ai, server, capsys):
+    """The first attempt of several is said once for each reason."""
     trouble = [(429, {"Retry-After": "7"}, b""), (500, {}, b"oops"), (503, {"Retry-After": "100000"}, b"")]
-    trouble += [(200, {}, b'{"choices": [{"mess'), (None, {}, b""), (408, {"Retry-After": "Wed, 21 Oct"}, b"")]
+    trouble += [(200, {}, b'{"choices": [{"mess'), (None, {}, b""), (429, {"Retry-After": "Wed, 21 Oct"}, b"")]
     one = server(lambda body, number: trouble[number] if number < len(trouble) else Server.letters(body, number))
     other = ai("label", judge_url=server().url, output_dir="calm", min_mass=0.01)
     done = ai("label", judge_url=one.url, judge_parallel=1, min_mass=0.01)
     assert server.waits == [7, 2, 60, 8, 16, 32] and len(one.seen) == 12 + 6
-    for row, calm in zip(done.rows("pairs.jsonl"), other.rows("pairs.jsonl"), strict=True):
-        assert row | dict(judge="") == calm | dict(judge="")
+    assert capsys.readouterr().out.count("asked again") == 5
+    assert done.rows("pairs.jsonl") == other.rows("pairs.jsonl")
 
 
-@pytest.mark.parametrize(
-    "reply, why",
-    [((500, {}, b""), "500"), ((200, {}, b"<html>"), "JSON"), ((None, {}, b""), ""), ((429, {}, b""), "429")],
-)
-def test_a_server_that_stays_busy_ends_the_run(reply, why, ai, server, capsys):
-    one = server(lambda body, number: reply)
-    said = sentence(lambda: ai("label", judge_url=one.url, judge_parallel=1), capsys)
-    assert "no answer after 7 attempts" in said and "--resume" in said and why in said
-    assert server.waits[:6] == list(rlaif.WAITS) and len(one.seen) % 7 == 0
-
-
-@pytest.mark.parametrize("reply", [dict(error="x"), dict(choices=[]), [1], dict(choices=None)])
-def test_a_server_of_another_protocol_is_named(reply, ai, server, capsys):
-    said = sentence(lambda: ai("label", judge_url=server(lambda *_: (200, {}, reply)).url, judge_parallel=1), capsys)
-    assert "without choices" in said and "127.0.0.1" in said
-
-
-def test_the_body_of_a_request_may_be_changed(ai, server, capsys):
-    one = server()
-    body = '{"temperature": null, "max_tokens": null, "max_completion_tokens": 9, "extra": {"a": 1}}'
-    ai("label", judge_url=one.url, judge_body=body, min_mass=0.01)
-    for _, _, sent in one.seen:
-        assert not {"temperature", "max_tokens"} & {*sent}
-        assert sent["max_completion_tokens"] == 9 and sent["extra"] == dict(a=1)
-    for wrong in ("{", "[1]"):
-        said = sentence(lambda: ai("label", judge_url=one.url, judge_body=wrong, output_dir="x"), capsys)
-        assert "--judge-body" in said
-
-
-@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-def test_a_redirection_is_not_followed(code, ai, server, monkeypatch, capsys):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    thief = server()
-    one = server(lambda body, number: (code, {"Location": f"http://localhost:{thief.port}/v1/chat/completions"}, b""))
-    said = sentence(lambda: ai("label", judge_url=one.url, judge_key="OPENAI_API_KEY", judge_parallel=1), capsys)
-    assert not thief.seen and str(code) in said and one.seen[0][1]["Authorization"] == "Bearer secret"
-
-
-def test_the_key_comes_from_the_variable_that_is_named_and_stands_nowhere(ai, server, monkeypatch, capsys):
-    monkeypatch.setenv("OPENAI_API_KEY", "wrong-key")
-    monkeypatch.setenv("MY_KEY", "right-key")
-    monkeypatch.setenv("EMPTY", " ")
-    one, none = server(), server()
-    ai("label", judge_url=f"{one.url}/", judge_key="MY_KEY", min_mass=0.01)
-    assert {headers.get("Authorization") for _, headers, _ in one.seen} == {"Bearer right-key"}
-    assert {path for path, *_ in one.seen} == {"/v1/chat/completions"}
-    said = capsys.readouterr()
-    assert "right-key" not in said.out + said.err + "".join(map(str, snapshot("out").values()))
-    ai("label", judge_url=none.url, output_dir="none", min_mass=0.01)
-    assert not any("Authorization" in headers for _, headers, _ in none.seen)
-    for name in ("NOT_SET", "EMPTY", "right-key"):
-        said = sentence(lambda: ai("label", judge_url=none.url, judge_key=name, output_dir="x"), capsys)
-        assert "--judge-key" in said and "right-key" not in said
-
-
-@pytest.mark.parametrize("code", [401, 403, 404])
-def test_what_the_server_says_when_it_refuses(code, ai, server, monkeypatch, capsys):
-    """One sentence, however many requests are under way; a key that it repeats is left out."""
-    monkeypatch.setenv("MY_KEY", "right-key")
-    together = threading.Barrier(4)
-
-    def reply(body, number):
-        if number < 4:
-            together.wait(timeout=10)
-        return code, {}, dict(error=dict(message="Incorrect API key provided: right-key"))
-
-    said = sentence(lambda: ai("label", judge_url=server(reply).url, judge_key="MY_KEY", judge_parallel=4), capsys)
-    assert str(code) in said and "Incorrect API key provided: [key]" in said and not server.waits
-
-
-SAID = {  # what a server says, in which the key must be hidden: status, headers, body
-    "in its reason": (401, {"Reason": "no ab/right-key"}, b""),
-    "with escapes": (401, {}, rb'{"error": "no ab\/right-key"}'),
-    "where it is cut": (401, {}, b"x" * 265 + b"ab/right-key"),
-    "a little further": (401, {}, b"x" * 295 + b"ab/right-key"),
-    "without choices": (200, {}, dict(error="x" * 220 + "ab/right-key")),
-    "in half a body": (401, {"Content-Length": "999"}, b"no ab/right-key"),
+REFUSALS = {  # a server's reply to everything -> what the sentence says
+    "another protocol": ((200, {}, dict(error="x")), "without choices"),
+    "a list": ((200, {}, [1]), "without choices"),
+    "no access": ((401, {}, dict(error="Incorrect API key provided: ab/right-key")), "provided: [key]"),
+    "no access, with escapes": ((403, {}, rb'{"error": "no ab\/right-key"}'), "[key]"),
+    "no access, in its reason": ((404, {"Reason": "no ab/right-key"}, b""), "[key]"),
+    "a key where the message is cut": ((401, {}, b"x" * 265 + b"ab/right-key"), "401"),
+    "half a body": ((401, {"Content-Length": "999"}, b"no ab/right-key"), "401"),
+    "a redirection": ((302, {"Location": "http://localhost:THIEF/v1/chat/completions"}, b""), "302"),
 }
 
 
-@pytest.mark.parametrize("what", SAID)
-def test_the_key_is_hidden_in_whatever_a_server_says(what, ai, server, monkeypatch, capsys):
+@pytest.mark.parametrize("what", REFUSALS)
+def test_a_server_that_answers_nothing_is_quoted_without_the_key(what, ai, server, monkeypatch, capsys):
+    """One sentence, and no second attempt. Redirections are not followed: the key goes to the named host alone."""
     monkeypatch.setenv("MY_KEY", "ab/right-key")
-    one = server(lambda *_: SAID[what])
-    said = sentence(lambda: ai("label", judge_url=one.url, judge_key="MY_KEY", judge_parallel=1), capsys)
-    assert "ab/" not in said and str(SAID[what][0]) in said and not server.waits
-    assert "[key]" in said or what not in ("in its reason", "with escapes")
+    thief, ((code, headers, body), said) = server(), REFUSALS[what]
+    headers = {name: value.replace("THIEF", str(thief.port)) for name, value in headers.items()}
+    one = server(lambda *_: (code, headers, body))
+    found = sentence(lambda: ai("label", judge_url=one.url, judge_key="MY_KEY", judge_parallel=1), capsys)
+    assert said in found and "127.0.0.1" in found and "ab/" not in found and not server.waits
+    assert not thief.seen and one.seen[0][1]["Authorization"] == "Bearer ab/right-key"
 
 
-def test_the_key_is_not_written_with_a_reply_that_repeats_it(ai, answered, server, monkeypatch, capsys):
-    monkeypatch.setenv("MY_KEY", "ab/right-key")
+def test_the_key_comes_from_the_variable_that_is_named_and_stands_nowhere(ai, answered, server, monkeypatch, capsys):
+    """Not even where the server's reply repeats it."""
+    for name, key in dict(OPENAI_API_KEY="wrong-key", MY_KEY="ab/right-key", EMPTY=" ").items():
+        monkeypatch.setenv(name, key)
     one = server(lambda *_: (200, {}, dict(choices=[served("Bad key ab/right-key")])))
-    done = ai("revise", judge_url=one.url, judge="big", judge_key="MY_KEY", rounds=1)
+    done = ai("revise", judge_url=f"{one.url}/", judge="big", judge_key="MY_KEY", rounds=1)
+    assert {(path, headers.get("Authorization")) for path, headers, _ in one.seen} == {
+        ("/v1/chat/completions", "Bearer ab/right-key")
+    }
     said = capsys.readouterr()
     assert {row["critique"] for row in done.rows("sft.jsonl")} == {"Bad key [key]"}
     assert "right-key" not in said.out + said.err + "".join(map(str, snapshot("out").values()))
-
-
-@pytest.mark.parametrize("key", ["ab\ncd", "ab\rcd", "abécd", "ab\x7fcd"])
-def test_a_key_that_no_header_can_hold_is_refused_unseen(key, ai, server, monkeypatch, capsys):
-    monkeypatch.setenv("MY_KEY", key)
-    one = server()
-    said = sentence(lambda: ai("label", judge_url=one.url, judge_key="MY_KEY"), capsys)
-    assert "--judge-key" in said and "cd" not in said and not one.seen
-
-
-@pytest.mark.parametrize(
-    "url", ["http://me:pw@host/v1", "http://pw@host", "http://host/v1?api_key=pw", "http://h/v1#pw"]
-)
-def test_an_address_with_a_secret_in_it_is_refused_unseen(url, ai, capsys):
-    said = sentence(lambda: ai("label", judge_url=url), capsys)
-    assert "--judge-url" in said and "pw" not in said and not Path("out/args.json").exists()
+    for name in ("NOT_SET", "EMPTY", "right-key"):
+        said = sentence(lambda: ai("label", judge_url=one.url, judge_key=name, output_dir="x"), capsys)
+        assert "--judge-key" in said and "right-key" not in said
+    for key in ("ab\ncd", "abécd"):  # no header can hold it
+        monkeypatch.setenv("MY_KEY", key)
+        said = sentence(lambda: ai("label", judge_url=one.url, judge_key="MY_KEY", output_dir="x"), capsys)
+        assert "--judge-key" in said and "cd" not in said
+    for url in ("http://me:pw@host/v1", "http://host/v1?api_key=pw", "http://h/v1#pw", "host:8000/pw"):
+        said = sentence(lambda: ai("label", judge_url=url, output_dir="x"), capsys)
+        assert "--judge-url" in said and "pw" not in said and not Path("x").exists()
 
 
 ROW_FAILS = {  # a server's reply to one row -> the reason of its abstention, and whether it is asked again
     "too long, it says": ((500, {}, b"oops"), "refused by the server (500)", True),
     "moderated": ((403, {}, b"no"), "refused by the server (403)", False),
-    "moved": ((404, {}, b"no"), "refused by the server (404)", False),
     "an error in place of choices": ((200, {}, dict(error="no")), "the server replied without choices", False),
-    "choices that are none": ((200, {}, dict(choices={"a": 1})), "the server replied without choices", False),
     "no JSON": ((200, {}, b"<html>"), "the server replied without choices", True),
 }
 
@@ -1799,49 +1472,8 @@ def test_a_server_that_refuses_twenty_in_a_row_is_asked_something_harmless(is_we
     else:
         said = sentence(work, capsys)
         assert "account closed" in said and "--resume" in said
-        rest = len(one.seen) - (1 + 20 + 1)  # what was under way of a batch of four requests
-        assert 0 <= rest <= 3 and len(Path("out/rows.part").read_text().splitlines()) == 10
-    asked = [body["messages"][0]["content"] for *_, body in one.seen]
-    assert sum("Reply with" in text for text in asked) == harmless
-
-
-def test_twenty_that_are_not_in_a_row_are_refused_each_for_itself(ai, server):
-    jsonl(Path("many.jsonl"), [pair(3 * (i % 2), id=i) for i in range(24)])
-
-    def reply(body, number):
-        text = body["messages"][0]["content"]
-        return (403, {}, b"no") if not text.startswith(QUESTIONS[3] + "|") and number else Server.letters(body, number)
-
-    done = ai("label", dataset="many.jsonl", judge_url=server(reply).url, judge_parallel=1, min_mass=0.01)
-    assert done.report["abstained: refused by the server (403)"] == 12
-
-
-def test_only_a_refusal_of_log_probabilities_ends_them_for_good(ai, server, capsys):
-    """Another refusal, after which the request without them is answered, says nothing about the others."""
-
-    def reply(body, number):
-        if "logprobs" in body and number == 2:
-            return 400, {}, dict(error="bad luck")
-        return Server.letters(body, number) if "logprobs" in body else Server.plain(body, number)
-
-    one = server(reply)
-    rows = ai("label", judge_url=one.url, judge_parallel=1, min_mass=0.01, orders="average").rows("pairs.jsonl")
-    assert sum("logprobs" not in body for *_, body in one.seen) == 1 and len(one.seen) == 13
-    assert len(rows) == 6 and "gives no log-probabilities" not in capsys.readouterr().out
-
-
-def test_the_first_attempt_of_several_is_said_once_for_each_reason(ai, server, capsys):
-    together = threading.Barrier(4)
-
-    def reply(body, number):
-        if number < 4:
-            together.wait(timeout=10)
-            return 429, {}, b"slow down"
-        return (503, {}, b"overloaded") if number == 8 else Server.letters(body, number)
-
-    ai("label", judge_url=server(reply).url, judge_parallel=4, min_mass=0.01)
-    said = capsys.readouterr().out
-    assert said.count("slow down") == said.count("overloaded") == 1 and said.count("asked again") == 2
+        assert len(Path("out/rows.part").read_text().splitlines()) == 10
+    assert sum("Reply with" in body["messages"][0]["content"] for *_, body in one.seen) == harmless
 
 
 def test_a_server_that_dies_in_the_middle(ai, server, capsys):
@@ -1865,41 +1497,36 @@ def test_a_server_writes_critiques_and_revisions(ai, answered, server):
         if text == "Anew" and "letter" in question:
             return 422, {}, dict(error="no")
         ending = "length" if text == "Anew" and "robot" in question else "stop"
-        choice = dict(message=dict(content=f" revised {len(text)} "), finish_reason=ending)
-        return 200, {}, dict(choices=[choice])
+        return 200, {}, dict(choices=[dict(message=dict(content=f" revised {len(text)} "), finish_reason=ending)])
 
-    one, two = server(reply), server(reply)
-    rows = ai("revise", judge_url=one.url, judge="big", rounds=1).rows("sft.jsonl")
-    assert [row["id"] for row in rows] == [0, 2, 3, 4]
-    assert {row["completion"][0]["content"] for row in rows} == {"revised 4"}
-    bodies = [body for *_, body in one.seen]
-    assert len(bodies) == len({body["seed"] for body in bodies}) == 12 and not any("logprobs" in b for b in bodies)
-    assert {body["max_tokens"] for body in bodies} == {12} and {body["temperature"] for body in bodies} == {1.0}
-    ai("revise", judge_url=two.url, judge="big", rounds=1, output_dir="again")
-    assert sorted(body["seed"] for *_, body in two.seen) == sorted(body["seed"] for body in bodies)
+    seeds = []
+    for name in ("one", "again"):
+        one = server(reply)
+        rows = ai("revise", judge_url=one.url, judge="big", rounds=1, output_dir=name).rows("sft.jsonl")
+        assert [row["id"] for row in rows] == [0, 2, 3, 4]
+        assert {row["completion"][0]["content"] for row in rows} == {"revised 4"}
+        bodies = [body for *_, body in one.seen]
+        assert {(b["max_tokens"], b["temperature"]) for b in bodies} == {(12, 1.0)}
+        assert not any("logprobs" in body for body in bodies)
+        seeds.append(sorted(body["seed"] for body in bodies))
+    assert seeds[0] == seeds[1] and len({*seeds[0]}) == 12
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
+
 
 BAD = {  # command, options, what the sentence must name
-    "unknown columns": ("audit", dict(dataset="x.jsonl"), "columns are x"),
     "rows without answers": ("label", dict(dataset="prompts.jsonl"), "no prompt with two answers"),
     "rows without answers to score": ("best-of-n", dict(model="", judge="TALKER"), "no prompt with two answers"),
-    "audit of rows without answers": ("audit", dict(dataset="prompts.jsonl"), "no pair whose better answer is known"),
     "audit without scores": ("audit", dict(dataset="unscored.jsonl"), "no pair whose better answer is known"),
-    "an audit's gap too large": ("audit", dict(min_gap=100.0), "no pair"),
     "no principle": ("label", dict(principles="empty.txt"), "no line with a principle"),
-    "no principles file": ("revise", dict(principles="none.txt"), "--principles none.txt"),
     "an unknown request": ("label", dict(requests="unknown.json"), "compar must be one of principle, compare"),
-    "a request that is no text": ("label", dict(requests="number.json"), "compare must be one of"),
-    "requests that are no JSON": ("label", dict(requests="empty.txt"), "cannot be read as a JSON object"),
     "nobody who scores": ("best-of-n", dict(), "--reward-model or --judge"),
     "two who score": ("best-of-n", dict(judge="TALKER", reward_model=("SCORER",)), "--reward-model or --judge"),
     "the best of one": ("best-of-n", dict(judge="TALKER", n=1), "--n 1"),
     "one answer to compare": ("label", dict(model="TALKER", k=1), "--k 1"),
-    "a reward model that is none": ("best-of-n", dict(reward_model=("TALKER",)), "--reward-model"),
+    "revisions longer than the model": ("revise", dict(judge_max_tokens=600), "--judge-max-tokens 600"),
     "answers longer than the model": ("compare", dict(against="TALKER", max_new_tokens=600), "--max-new-tokens 600"),
-    "an address that is none": ("label", dict(judge_url="localhost:8000"), "--judge-url localhost:8000"),
     "an address without a name": ("revise", dict(judge_url="http://localhost:8000"), "--judge-url needs --judge"),
     "a condition that is no text": (
         "best-of-n",
@@ -1910,19 +1537,15 @@ BAD = {  # command, options, what the sentence must name
     "quality without a judge": ("synthesise", dict(min_quality=5.0), "--judge"),
     "reward without a reward model": ("synthesise", dict(min_reward=0.0), "--reward-model"),
     "a clamp beyond one half": ("label", dict(reasoning=True, clamp=0.6), "--clamp 0.6"),
-    "reads what it writes": ("label", dict(dataset="out/pairs.jsonl"), "--output-dir out"),
 }
 
 
 @pytest.mark.parametrize("wrong", BAD)
 def test_bad_input_is_one_sentence_and_exit_code_2(wrong, ai, talker, scorer, capsys):
-    jsonl(Path("x.jsonl"), [dict(x=1)])
     jsonl(Path("unscored.jsonl"), [dict(prompt="Go", completions=["a", "b"])])
     Path("empty.txt").write_text("\n \n")
     Path("unknown.json").write_text(json.dumps(dict(compar="x")))
     Path("number.json").write_text(json.dumps(dict(compare=1)))
-    if wrong == "reads what it writes":
-        jsonl(Path("out/pairs.jsonl"), [pair(0)]) if Path("out").mkdir() is None else ()
     command, options, named = BAD[wrong]
     known = dict(TALKER=talker, SCORER=scorer)
     options = {k: tuple(known[x] for x in v) if isinstance(v, tuple) else known.get(v, v) for k, v in options.items()}
@@ -1938,11 +1561,6 @@ def strict(folder, name: str, condition: str) -> str:
     return name
 
 
-def test_a_system_prompt_that_the_template_refuses(ai, talker, capsys):
-    model = strict(talker, "./strict", "messages[0]['role'] == 'system'")
-    assert "not this" in sentence(lambda: ai("synthesise", model=model, system="Be kind"), capsys)
-
-
 @pytest.mark.parametrize("who", ["judge", "reward model", "policy"])
 def test_prompts_that_a_template_refuses_are_dropped_before_anything_is_sampled(who, ai, talker, scorer, capsys):
     """What the judge reads is one turn of the user; reward model and policy read the conversation."""
@@ -1954,62 +1572,28 @@ def test_prompts_that_a_template_refuses_are_dropped_before_anything_is_sampled(
         options["reward_model"] = (strict(scorer, "./strict", condition),)
     else:
         options |= dict(model=strict(talker, "./strict", condition), judge=talker)
+        work = lambda: ai("synthesise", model=strict(talker, "./system", "messages[0]['role'] == 'system'"), system="S")
+        assert "not this" in sentence(work, capsys)
     done = ai("best-of-n", dataset="mixed.jsonl", **options)
     assert "1 rows from 2; 1 dropped: refused by the chat template (not this)" in capsys.readouterr().out
     assert done.report["rows"] == 1 and [row["id"] for row in done.rows("sft.jsonl")] == [0]
 
 
-def test_prompts_that_cannot_be_used_are_dropped_and_counted(ai, ruled, talker, capsys):
-    ruled()
-    texts = ["Go up", "", " ", "Go<|end|>", " ".join(["7"] * 900), QUESTIONS[0]]
-    rows = [dict(prompt=talk(text), id=i) for i, text in enumerate(texts)]
-    done = ai("compare", dataset=jsonl(Path("mixed.jsonl"), rows), against=talker)
-    said = capsys.readouterr().out
-    assert "2 dropped: empty prompt" in said and "1 dropped: special token <|end|> in the text" in said
-    assert "1 dropped: prompt leaves no room for --max-new-tokens" in said and "2 rows from 6" in said
-    assert [row["id"] for row in done.rows("comparisons.jsonl")] == [0, 5]
+# -------------------------------------------------------------------------------------------- several ranks, and Ctrl-C
 
 
-# ------------------------------------------------------------------------------------------------------- several ranks
-
-
-@pytest.mark.parametrize("command", [*RUNS])
-def test_two_ranks_are_one_process(command, ai, talker, stranger):
+@pytest.mark.parametrize("command", RUNS)
+def test_two_ranks_are_one_process(command, ai, talker, options_of):
     """An odd number of rows, batches of three: one rank has nothing to do in the last."""
-    options = {name: dict(TALKER=talker, STRANGER=stranger).get(value, value) for name, value in RUNS[command].items()}
-    options |= dict(batch_size=3, rows=7 if command == "synthesise" else 5)
+    options = options_of(command) | dict(batch_size=3, rows=7 if command == "synthesise" else 5)
     if command == "label":
         options |= dict(model=talker, dataset="prompts.jsonl", max_new_tokens=8)
     if command == "audit":
         options |= dict(min_mass=0.02)  # it also says why it abstains
     one, two = ai(command, output_dir="one", **options), ai(command, ranks=2, output_dir="two", **options)
-    numbers = lambda row: {name: value for name, value in row.items() if isinstance(value, float)}
     for name in FILES[command]:
-        a, b = one.rows(name), two.rows(name)
-        assert len(a) == len(b) > 0
-        for x, y in zip(a, b):
-            assert numbers(x) == pytest.approx(numbers(y), abs=1e-4)
-            assert x.pop("scores", 0) == pytest.approx(y.pop("scores", 0), abs=1e-4)
-            assert {k: v for k, v in x.items() if k not in numbers(x)} == {
-                k: v for k, v in y.items() if k not in numbers(y)
-            }
-    assert numbers(one.report) == pytest.approx(numbers(two.report), abs=1e-4) and {*one.report} == {*two.report}
-    assert not (two.out / "rows.part").exists()
-
-
-# -------------------------------------------------------------------------------------------------------- command line
-
-
-def test_on_the_command_line(run_script, talker, tmp_path):
-    jsonl(tmp_path / "pairs.jsonl", [pair(i) for i in range(3)])
-    (tmp_path / "short.json").write_text(json.dumps(SHORT))
-    flags = "--dataset pairs.jsonl --requests short.json --min-mass 0 --output-dir out --orders average --tie-margin 0"
-    done = run_script("rlaif", "label", "--judge", talker, *flags.split(), cwd=tmp_path)
-    assert "3 rows from 3; none dropped" in done.stdout and "Traceback" not in done.stderr
-    assert "out: pairs.jsonl (3 rows), report.json" in done.stdout
-    assert len(result(tmp_path / "out").rows("pairs.jsonl")) == 3
-    kept = json.loads((tmp_path / "out/args.json").read_text())
-    assert kept["script"] == "rlaif.py" and kept["finished"] and kept["args"]["dataset"] == "pairs.jsonl"
+        assert like(two.rows(name), one.rows(name)) and one.rows(name)
+    assert like(two.report, one.report) and not (two.out / "rows.part").exists()
 
 
 def test_ctrl_c_keeps_the_batches_that_are_done(tmp_path, monkeypatch):
@@ -2038,34 +1622,3 @@ def test_ctrl_c_keeps_the_batches_that_are_done(tmp_path, monkeypatch):
         server.stop()
     assert process.returncode == 130 and "with --resume continues" in err and "Traceback" not in err
     assert len((tmp_path / "out/rows.part").read_text().splitlines()) == 4
-
-
-REQUIRED = {  # of each subcommand; the policies of compare are positional
-    **dict(label={"--dataset", "--judge"}, revise={"--model", "--dataset"}, synthesise={"--model"}),
-    **{"best-of-n": {"--dataset"}, "audit": {"--dataset", "--judge"}, "compare": {"STR", "--dataset", "--judge"}},
-}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_nothing_acts_that_was_not_named(command, run_script, tmp_path):
-    done = run_script("rlaif", command, "--output-dir", "out", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert {*re.findall(r"^\W*(--[\w-]+|STR)", done.stderr, re.MULTILINE)} == REQUIRED[command]
-
-
-# ----------------------------------------------------------------------------------------------------------- real data
-
-
-def test_real_prompts_and_a_real_checkpoint(real_data, ai):
-    with gzip.open(real_data / "hh_rlhf.jsonl.gz", "rt") as file:
-        rows = map(json.loads, file)
-        length = lambda row: sum(len(m["content"]) for m in row["prompt"] + row["chosen"] + row["rejected"])
-        jsonl(Path("hh.jsonl"), list(itertools.islice((row for row in rows if length(row) < 350), 8)))
-    story = str(real_data / "stories260K-hf")
-    options = dict(judge=story, dataset="hh.jsonl", min_mass=0.0, orders="average", tie_margin=0.0)
-    audited = ai("audit", **options, output_dir="audit").report
-    assert sum(sum(kind.values()) for kind in audited["kinds"].values()) == 8
-    assert {*audited["kinds"]} <= {"helpful", "harmless"}
-    labelled = ai("label", **options, output_dir="given").rows("pairs.jsonl")
-    assert len(labelled) == audited["decided"] and {row["judge"] for row in labelled} == {story}
-    assert all(0.5 < row["probability"] <= 1 and row["subset"] for row in labelled)
