@@ -1,26 +1,28 @@
 """Writes the tables and pictures of README.md and docs/ that follow from results and from the scripts.
 
     python recipes/readme.py         rewrites them, each between its two marks, and results/headline.png and policies.png
-    python recipes/readme.py runs    the same, after it has read the metrics of the recipes in runs/ anew
+    python recipes/readme.py runs    the same, after it has taken the scores and metrics of the recipes in runs/
 
-They are the five results and every policy on one scale, from recipes/results/*.csv, which `gridworld.py score` has
-written, one file per seed; the index of equations with the lines where they stand; and the metrics of each script
-with their values in one run, from recipes/results/metrics.csv. After recipes of your own, copy runs/NAME.csv to
-recipes/results/NAME.csv (runs/seed-1/NAME.csv to NAME-seed1.csv), and see what differs.
+They are the five results and every policy on one scale, from recipes/results/policies.csv; the index of equations with
+the lines where they stand; and the metrics of each script with their values in one run, from
+recipes/results/metrics.csv. A row of policies.csv is a checkpoint as `gridworld.py score` has measured it, with the
+recipe and seed that trained it, the commit of the scripts, and the file of grids.
 """
 
 import ast
 import csv
 import json
 import math
+import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 READMES = [HERE.parent / "README.md", HERE.parent / "README.zh.md"]
-METRICS_CSV = HERE / "results" / "metrics.csv"
+METRICS_CSV, POLICIES_CSV = HERE / "results" / "metrics.csv", HERE / "results" / "policies.csv"
 POLICIES = [  # file of results, row of it, what to call it
     ("instructgpt", "exact optimum", "exact optimum"),
     ("instructgpt", "best safe walk", "best safe walk"),
@@ -114,15 +116,28 @@ EQUATIONS = [  # paper, equation, what it is, script, function
 ]
 
 
+def read_csv(path: Path) -> list:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, rows: list):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@cache
 def results(name: str) -> list:
-    """One dict for each seed of a recipe: row name -> {column: number}."""
-    files = [HERE / "results" / f"{name}.csv", *sorted((HERE / "results").glob(f"{name}-seed*.csv"))]
-    seeds = []
-    for file in files:
-        with file.open() as f:
-            rows = {row.pop("checkpoint").rstrip("/").split("/")[-1]: row for row in csv.DictReader(f)}
-        seeds.append({key: {column: float(value) for column, value in row.items()} for key, row in rows.items()})
-    return seeds
+    """One dict for each seed of a recipe: checkpoint -> {column: number}."""
+    seeds = {}
+    for row in read_csv(POLICIES_CSV):
+        recipe, seed, commit, grids, checkpoint, *numbers = row.values()
+        if recipe == name:
+            columns = list(row)[-len(numbers) :]
+            seeds.setdefault(seed, {})[checkpoint] = dict(zip(columns, map(float, numbers)))
+    return list(seeds.values())
 
 
 def mean(values: list) -> float:
@@ -178,24 +193,36 @@ def equations() -> str:
 def described_metrics() -> list:
     """The rows of results/metrics.csv: script, metric, what it is at step 1, then, what to do if not, and its first and
     last value in one run."""
-    with METRICS_CSV.open() as file:
-        return list(csv.DictReader(file))
+    return read_csv(METRICS_CSV)
 
 
-def collect(runs: Path):
-    """Updates results/metrics.csv: the value of every metric at the first step of a recipe's run, and its mean over the
-    last tenth."""
+def collect_metrics(runs: Path):
+    """Updates results/metrics.csv from the recipes' runs that are there: the value of every metric at the first step,
+    and its mean over the last tenth."""
     rows = described_metrics()
     for script, run in METRICS.items():
-        lines = [json.loads(line) for line in (runs / run / "metrics.jsonl").read_text().splitlines()]
+        path = runs / run / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         for row in rows:
-            if row["script"] == script:
+            if row["script"] == script and lines:
                 values = [line[row["metric"]] for line in lines if row["metric"] in line]
                 row["first"], row["last"] = f"{values[0]:.3g}", f"{mean(values[-math.ceil(len(values) / 10) :]):.3g}"
-    with METRICS_CSV.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(METRICS_CSV, rows)
+
+
+def collect_scores(runs: Path):
+    """Updates results/policies.csv from runs/NAME.csv and runs/seed-N/NAME.csv of the recipes."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    rows = read_csv(POLICIES_CSV)
+    for recipe in sorted(path.stem for path in HERE.glob("*.sh")):
+        for path in [*runs.glob(f"{recipe}.csv"), *runs.glob(f"seed-*/{recipe}.csv")]:
+            seed = path.parent.name.removeprefix("seed-") if path.parent != runs else "0"
+            rows = [row for row in rows if (row["recipe"], row["seed"]) != (recipe, seed)]
+            origin = dict(recipe=recipe, seed=seed, commit=commit.stdout.strip(), grids="final")
+            for row in read_csv(path):
+                row["checkpoint"] = row["checkpoint"].rstrip("/").split("/")[-1]
+                rows.append(origin | row)
+    write_csv(POLICIES_CSV, sorted(rows, key=lambda row: (row["recipe"], int(row["seed"]))))
 
 
 def metrics() -> str:
@@ -264,7 +291,8 @@ def draw(path: Path):
 
 def main():
     if len(sys.argv) > 1:
-        collect(Path(sys.argv[1]))
+        collect_metrics(Path(sys.argv[1]))
+        collect_scores(Path(sys.argv[1]))
     for page, name, write in WRITTEN:
         begin, end = marks(name)
         before, _, rest = page.read_text().partition(begin)

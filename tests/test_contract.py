@@ -358,7 +358,7 @@ def test_every_recipe_has_its_row():
     page = (REPO / "docs/recipes.md").read_text()
     rows = dict(re.findall(r"(?m)^\| \[([\w-]+)\.sh\]\(\.\./recipes/\1\.sh\) \|.*\| (.*) \|$", page))
     assert set(rows) == {recipe.removesuffix(".sh") for recipe in RECIPES}
-    measured = {path.stem for path in REPO.glob("recipes/results/*.csv")} & set(rows)
+    measured = {line.split(",")[0] for line in (REPO / "recipes/results/policies.csv").read_text().splitlines()[1:]}
     assert {name for name, holds in rows.items() if "not measured" not in holds} == measured
 
 
