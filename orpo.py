@@ -455,7 +455,7 @@ def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: 
 
 
 class Row(NamedTuple):
-    """A prompt and its K responses, as ids. trained: a bool per response token; extra: what else is known of the row."""
+    """A prompt and its K responses, as ids. trained: a bool per response token; extra: what else the row has."""
 
     prompt: list
     responses: list
@@ -571,7 +571,7 @@ def with_system(row: dict, messages: list) -> list:
 
 
 def as_pair(row: dict) -> tuple:
-    """(prompt, [chosen, rejected]) of any published layout: text or messages, the prompt apart, inside both, or both."""
+    """(prompt, [chosen, rejected]) of any published layout: text or messages, the prompt apart or inside both."""
     if row.get("chosen") is None or row.get("rejected") is None:
         raise ValueError("it needs chosen and rejected, or prompt, completions and scores")
     prompt, chosen, rejected = as_prompt(row), row["chosen"], row["rejected"]
@@ -706,8 +706,8 @@ def plain_ids(tokenizer, text: str) -> list:
 
 @lru_cache
 def turn_end(tokenizer) -> tuple:
-    """The token that ends an assistant's turn, the first special one after the content, and how many tokens the template
-    writes after it; the end-of-sequence token and -1 where the template marks no end."""
+    """The token that ends an assistant's turn, the first special one after the content, and how many tokens the
+    template writes after it; the end-of-sequence token and -1 where the template marks no end."""
     one, other = (render(tokenizer, as_messages("a", "user") + as_messages(answer)) for answer in ("b", "c"))
     tail = one[len(one) - shared_prefix(one[::-1], other[::-1]) :]
     ends = [(token, len(tail) - i - 1) for i, token in enumerate(tail) if token in special_tokens(tokenizer)]
@@ -755,7 +755,7 @@ def encode_turns(tokenizer, messages: list, first: int, options: dict, notes: Co
     """A conversation with the assistant's turns from message `first` on to be trained, each with its end-of-turn token.
 
     Returns [(ids, trained)], a bool per id: one pair for the whole conversation, or one for each turn if the template
-    rewrites earlier turns (drops their thinking, say). Raises Drop where generation would not see what training sees."""
+    rewrites earlier turns (drops their thinking, say). Raises Drop if generation would not see what training sees."""
     turns = []
     for i in range(max(first, 1), len(messages)):  # an assistant's turn that opens the conversation answers nothing
         if messages[i]["role"] != "assistant" or messages[i].get("weight") == 0:
@@ -1176,8 +1176,8 @@ def prepare_model(model, name: str, args, device, dtype, *methods, dropout: bool
     policy = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for parameter in model.parameters():
-            if not parameter.requires_grad:  # else FSDP would cast it in every forward
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            for parameter in model.parameters():  # else FSDP would cast a frozen model in every forward
                 parameter.data = parameter.data.bfloat16()
     decoder = model.get_decoder() or model  # of a multimodal model, the part that reads text
     # each call moves its part from the CPU to the device, so that no device holds the whole model in float32
@@ -1193,7 +1193,7 @@ def prepare_model(model, name: str, args, device, dtype, *methods, dropout: bool
 
 
 def hidden_states(self, inputs, source, last=None):
-    """The hidden states that predict the trained tokens [N, d]. A method of the model, called with what `pack` returns."""
+    """The hidden states that predict the trained tokens [N, d]. A method of the model; inputs as of `pack`."""
     return self.base_model(**inputs).last_hidden_state.flatten(0, 1)[source]
 
 
@@ -1351,7 +1351,7 @@ def fingerprint(path: Path) -> str:
 
 def open_run(args, *inputs) -> tuple:
     """The output directory, the checkpoint to resume from or None, and the run's signature: arguments, fingerprints of
-    inputs. Ends the program where that run is finished; fails where it would mix with another run or with its inputs."""
+    inputs. Ends the program if that run is finished; fails if it would mix with another run or with its inputs."""
     out, error, last, signature, date = Path(args.output_dir), None, None, None, RUN_DATE[0]
     if RANK == 0:  # one rank looks, so that all do the same
         with user_input(f"--output-dir {out}: cannot be used"):

@@ -4,10 +4,10 @@
 #   SEEDS="0 1 2" bash recipes/NAME.sh      three seeds; those after 0 go to runs/seed-N/
 #   STEPS=tiny bash recipes/NAME.sh         a few steps of every stage, in runs/tiny/; the claim is not judged
 #
-# Exit code 1 after the last claim: one of them does not hold. If a command fails, the recipe stops there with a code
-# other than 0. A stage that is already in runs/ with the same arguments is reused (--resume). What is reported comes
-# from the grids of final.jsonl; test.jsonl is for choosing settings. The base model has 0.85 M parameters, the small
-# one 74,000.
+# Exit code 0: every claim holds. Other codes: a claim does not hold, or a command failed and the recipe stopped there.
+# A stage that is already in runs/ with the same arguments is reused (--resume). The table of a recipe is measured on
+# the grids of final.jsonl; test.jsonl is for choosing settings. The base model has 0.85 M parameters, the small one
+# 74,000.
 set -euo pipefail
 recipe=$(basename "$0" .sh)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

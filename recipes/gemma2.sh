@@ -54,7 +54,7 @@ PY
     heading "the rater compares the runs from the large reward model with the SFT model"
     for coef in 0.4 0.1 0.03; do
         python rlaif.py compare $out/large-$coef $runs/small-sft --judge $runs/judge --requests $data/requests.json \
-            --dataset $data/test.jsonl --max-new-tokens 24 --output-dir $out/compare-$coef $common \
+            --dataset $data/final.jsonl --max-new-tokens 24 --output-dir $out/compare-$coef $common \
             $(if_tiny "--min-mass 0")
     done
 

@@ -14,7 +14,6 @@ for seed in ${SEEDS:-0}; do
     start_seed $seed base sft
 
     heading "the classifier; beside it the reward model, and PPO without the classifier"
-    mkdir -p $runs/gpt4
     without() {
         reward_model
         ppo --rewards $runs/reward_model --output-dir $runs/ppo

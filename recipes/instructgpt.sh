@@ -8,7 +8,7 @@
 #   sft           16 epochs, lr 9.65e-6, batch 32, cosine to a tenth,         2 epochs, lr 1e-3, batch 32, cosine,
 #                 dropout 0.2                                                 no dropout
 #   reward model  1 epoch, lr 9e-6, 64 prompts a batch, K = 4 to 9            2 epochs, lr 1e-3, 64 prompts, K = 4
-#   ppo           beta 0.02, batch 512 in 8 minibatches, 1 pass, clip 0.2     beta 0.2, batch 128, 2 passes, clip 0.2
+#   ppo           KL 0.02, batch 512 in 8 minibatches, 1 pass, clip 0.2     KL 0.2, batch 128, 2 passes, clip 0.2
 #   ptx           gamma 27.8 (reduction not stated), 8 times as many texts    gamma 0.3 on the mean per token, as many
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do

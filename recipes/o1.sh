@@ -8,7 +8,8 @@
 #
 #   DeepSeek-R1   lr 3e-6, KL 0.001, 512 prompts x 16 answers in 16 updates, T 1, new reference every 400 updates
 #   here          lr 1e-4, KL 0.02, 16 prompts x 8 answers in 1 update, T 1, 200 steps
-# The settings were chosen from four, on seed 0 and the grids of test.jsonl; the scores reported are on final.jsonl.
+# The settings were chosen from four, on seed 0 and the grids of test.jsonl. The score is measured on final.jsonl, the
+# accuracy on rows held out of reasoning.jsonl and on test_reasoning.jsonl.
 source "$(dirname "$0")/common.sh"
 for seed in ${SEEDS:-0}; do
     start_seed $seed base sft reasoning

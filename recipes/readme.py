@@ -6,7 +6,7 @@
 They are the five results and every policy on one scale, from recipes/results/policies.csv; the index of equations with
 the lines where they stand; and the metrics of each script with their values in one run, from
 recipes/results/metrics.csv. A row of policies.csv is a checkpoint as `gridworld.py score` has measured it, with the
-recipe and seed that trained it, the commit of the scripts, and the file of grids.
+recipe and seed that trained it, the commit at which it was collected, and the file of grids.
 """
 
 import ast
@@ -62,9 +62,9 @@ POLICIES = [  # file of results, row of it, what to call it
 ]
 FIVE = [  # script, file of results, row of it, what it does
     ("sft.py", "instructgpt", "sft", "imitates imperfect demonstrators"),
-    ("ppo.py", "instructgpt", "ppo", "follows a reward model of people's rankings"),
+    ("ppo.py", "instructgpt", "ppo", "follows a reward model of simulated people's rankings"),
     ("dpo.py", "dpo", "dpo", "learns from the same rankings, without a reward model"),
-    ("grpo.py", "o1", "o1", "with thinking, rewarded by a rule"),
+    ("grpo.py", "o1", "o1", "its score is of answers with thinking; a rule gives the reward"),
     ("rlaif.py, then ppo.py", "rlaif", "distilled", "the labels come from a model, not from people"),
 ]
 CHART = [  # label, file of results, row of it
@@ -73,7 +73,7 @@ CHART = [  # label, file of results, row of it
     ("ppo", "instructgpt", "ppo"),
     ("dpo", "dpo", "dpo"),
     ("rpo", "nemotron", "rpo-3"),
-    ("grpo", "o1", "o1"),
+    ("grpo, thinking", "o1", "o1"),
     ("rlaif", "rlaif", "distilled"),
 ]
 COLUMNS = dict(greedy="greedy", valid="valid", honest="honest", safe="safe", refused="right refusals")
@@ -172,8 +172,8 @@ def five() -> str:
         lines.append(f"| {script} | " + " | ".join(cells) + f" | {meaning} |")
     lines.append("")
     lines.append(
-        "Honest: every number in the answer is true. Safe: the path avoids lava, which pays. Tax: loss on pre-training "
-        "text."
+        "Honest: share of walks in which every number is true. Safe: share of walks without lava, which pays. Tax: loss on "
+        "pre-training text."
     )
     return "\n".join(lines)
 
@@ -259,7 +259,7 @@ def draw_chart(path: Path):
     axis = figure.subplots()
     for shift, column in enumerate(("score", "honest", "safe")):
         for at, (label, name, row) in enumerate(CHART):
-            key = "thinking" if label == "grpo" and column == "score" else column
+            key = "thinking" if label == "grpo, thinking" and column == "score" else column
             values = [seed[row][key] for seed in results(name)]
             options = dict(width=0.26, color=f"C{shift}", capsize=2, label=column if at == 0 else None)
             axis.bar(at + 0.27 * (shift - 1), mean(values), yerr=range_over(values), **options)

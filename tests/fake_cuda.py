@@ -373,6 +373,13 @@ def load_script(name: str, edits: list, folder: Path):
     return module
 
 
+class NeverStop:
+    """In place of a script's STOP: a fake value, which Python reads as 1, would be a signal."""
+
+    signal = 0
+    agreed = property(lambda self: False, lambda self, value: None)
+
+
 def adapt(script, mode: Mode, found: dict, stop_after: int):
     """Replaces what asks for values: these parts of the script see real tensors, or are told what they would find."""
     read, prepare, sample = (getattr(script, name, None) for name in ("read_model", "prepare_model", "sample"))
@@ -418,9 +425,11 @@ def adapt(script, mode: Mode, found: dict, stop_after: int):
         replaced |= dict(sample=sampled, check_sampler=real(script.check_sampler))
     if hasattr(script, "show_answers"):
         replaced["show_answers"] = functools.partial(script.show_answers, max_new_tokens=3)
-    for name, function in replaced.items():
+    if hasattr(script, "STOP"):
+        replaced["STOP"] = NeverStop()
+    for name, value in replaced.items():
         if hasattr(script, name):
-            setattr(script, name, function)
+            setattr(script, name, value)
 
 
 def run(script: str, options: dict, args: str = "Args", edits: list = (), stop_after: int = 0) -> dict:
@@ -435,9 +444,7 @@ def run(script: str, options: dict, args: str = "Args", edits: list = (), stop_a
                 with unset_fake_temporarily():
                     module = load_script(script, edits, Path(folder))
                 adapt(module, mode, found, stop_after)
-                kind = getattr(module, args)
-                kind.stopping = property(lambda self: False, lambda self, value: None)  # a fake value is a signal
-                module.main(kind(**options))
+                module.main(getattr(module, args)(**options))
             except SystemExit as end:
                 found["error"] = f"exit code {end.code}" if end.code else ""
             except BaseException:

@@ -194,7 +194,7 @@ MUTATIONS = [
     ),
     (
         "dpo.py",
-        "f\"{args.seed}-{int(optimizer.state[p]['step'])}-{i}\"",
+        'f"{args.seed}-{steps}-{i}"',
         'f"{args.seed}-{i}"',
         "tests/test_dpo.py -k ondare_keeps_a_random_share_new_at_each_step",
     ),

@@ -109,18 +109,18 @@ def options_of(options: dict, inputs: dict, out, **more) -> dict:
 
 
 # By run, in a step without evaluation or saving: the waits for the device outside of sampling, and the copies to it from
-# memory that is not pinned, for each of which the host waits too. The three waits of the offline scripts are the norm of
-# the gradients, the metrics, and whether a signal asks to stop.
+# memory that is not pinned, for each of which the host waits too. The waits of the offline scripts are the norm of the
+# gradients, the metrics with the stop signal, and reward_model.py's extremes. No number depends on the micro-batches.
 MOST = {
-    "sft": (3, 1),
-    "sft, padded": (3, 1),
-    "reward_model": (4, 21),
-    "dpo": (3, 11),
-    "dpo, merging": (28, 11),
-    "orpo": (3, 9),
-    "rpo": (3, 13),
-    "ppo": (18, 22),
-    "grpo": (18, 22),
+    "sft": (2, 0),
+    "sft, padded": (2, 0),
+    "reward_model": (3, 0),
+    "dpo": (2, 0),
+    "dpo, merging": (3, 0),
+    "orpo": (2, 0),
+    "rpo": (2, 0),
+    "ppo": (9, 8),
+    "grpo": (6, 10),
 }
 
 
