@@ -1,0 +1,156 @@
+"""Data and results of smollm2.sh.
+
+python recipes/smollm2.py data OUT INSTRUCTIONS PAIRS CONVERSATIONS RANKINGS PROBLEMS    short rows, split, to OUT
+python recipes/smollm2.py results RUNS OUT          every measurement, to OUT/smollm2.csv, and two pictures
+
+The data sets are named as in --dataset; RANKINGS may be empty. Of rows with the same prompt the first is kept, and
+rows that are too long for a quick run are left out. `brevity` is the length rule of the PPO stage.
+"""
+
+import csv
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+SIZES = dict(test=128, dev=64, train=640)  # settings are chosen on dev
+
+
+def brevity(prompts, completions, **columns):
+    """Up to 0 for an answer in few words, -1 for one of 50 words or more."""
+    return [-min(1.0, len(completion[-1]["content"].split()) / 50) for completion in completions]
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def write_data(out: str, instructions: str, pairs: str, conversations: str, rankings: str, problems: str):
+    """NAME-test.jsonl, NAME-dev.jsonl and NAME-train.jsonl; no prompt is in two of them."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = dict(
+        instructions=short_rows(instructions, 500),
+        pairs=[as_preference(row, "pair") for row in short_rows(pairs, 900)],
+        conversations=[as_preference(row, "conversation") for row in short_rows(conversations, 800)],
+        rankings=[row for row in map(as_ranking, short_rows(rankings, 10_000)) if len(set(row["scores"])) > 1],
+        problems=short_rows(problems, 800),
+        sums=sums(),
+    )
+    splits = {name: split(found) for name, found in rows.items()}
+    # what the reward model reads: pairs and rankings in one file
+    shares = dict(pairs=192, conversations=256, rankings=192)
+    splits["preferences"] = {
+        part: [row for name, share in shares.items() for row in splits[name][part][:share]] for part in SIZES
+    }
+    for name, parts in splits.items():
+        for part, found in parts.items():
+            (folder / f"{name}-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        print(f"{name}: " + ", ".join(f"{len(found)} {part}" for part, found in parts.items()))
+
+
+def short_rows(name: str, most: int) -> list:
+    """The rows of a data set that have at most so many characters, one for each prompt, shuffled."""
+    from sft import load_rows
+
+    rows = {}
+    for row in load_rows("--dataset", name, "train") if name else []:
+        row = {key: value for key, value in row.items() if value is not None}
+        prompt = row.get("prompt") or row.get("question") or row.get("messages") or row["chosen"][:-1]
+        if len(json.dumps(row)) <= most:
+            rows.setdefault(json.dumps(prompt), row)
+    rows = list(rows.values())
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def as_preference(row: dict, kind: str) -> dict:
+    from reward_model import as_pair
+
+    prompt, (chosen, rejected) = as_pair(row)
+    return dict(prompt=prompt, chosen=chosen, rejected=rejected, kind=row.get("kind", kind))
+
+
+def as_ranking(row: dict) -> dict:
+    """The answers of at most 700 characters. XSTest's label says whether the prompt is safe to answer."""
+    kept = [(text, score) for text, score in zip(row["completions"], row["scores"]) if len(text) <= 700]
+    completions, scores = [text for text, _ in kept], [score for _, score in kept]
+    return dict(prompt=row["prompt"], completions=completions, scores=scores, kind=row.get("label", "ranking"))
+
+
+def sums() -> list:
+    """Every sum of two numbers from 1 to 20. A greedy SmolLM2 solves half of them when asked like this."""
+    terms = [(a, b) for a in range(1, 21) for b in range(1, 21)]
+    random.Random(0).shuffle(terms)
+    return [dict(prompt=[dict(role="user", content=f"Calculate {a} + {b}. Reply with the number only.")], answer=str(a + b)) for a, b in terms]
+
+
+def split(rows: list) -> dict:
+    """The first rows are for the test; a small data set keeps half of its rows for training."""
+    test, dev = min(SIZES["test"], len(rows) // 4), min(SIZES["dev"], len(rows) // 8)
+    train = rows[test + dev : test + dev + SIZES["train"]]
+    return dict(test=rows[:test], dev=rows[test : test + dev], train=train)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def write_results(runs: str, out: str, tiny: str = ""):
+    """smollm2.csv: the last value of every metric and report of every run that was made; a picture; the claim."""
+    found = {path.parent.name: last_values(path.parent) for path in sorted(Path(runs).glob("*/args.json"))}
+    with (Path(out) / "smollm2.csv").open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("run", "measure", "value"))
+        for run, values in found.items():
+            table.writerows((run, name, f"{value:.6g}") for name, value in values.items())
+    draw_training(Path(runs), Path(out) / "smollm2.png")
+    right = found["dpo"]["eval_rewards/accuracies"]
+    before, after = (found[run]["eval_pass@1"] for run in ("sums-start", "sums"))
+    holds = right >= 0.8 and after - before >= 0.2
+    judged = "not judged (tiny)" if tiny else "holds" if holds else "does not hold"
+    print(f"claim: DPO is right on {right:.2f} of held-out pairs; sums solved {before:.2f}, {after:.2f}: {judged}")
+    return holds or bool(tiny)
+
+
+def last_values(run: Path) -> dict:
+    """The numbers of a run's last step and of its report.json, by name."""
+    values = {}
+    if (run / "metrics.jsonl").exists():
+        values |= json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    if (run / "report.json").exists():
+        values |= flattened(json.loads((run / "report.json").read_text()))
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
+
+
+def flattened(report: dict, prefix: str = "") -> dict:
+    values = {}
+    for name, value in report.items():
+        values |= flattened(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+    return values
+
+
+def draw_training(runs: Path, path: Path):
+    """What each method raises, over its steps."""
+    from matplotlib.figure import Figure
+
+    panels = {
+        "accuracy on the batch's pairs": {run: "rewards/accuracies" for run in ("dpo", "orpo", "rpo")},
+        "share of sums solved": dict(sums="reward"),
+        "reward model's score": {run: "rewards/reward_model/mean" for run in ("ppo", "ppo-short")},
+    }
+    axes = (figure := Figure(figsize=(12, 3.4), layout="constrained")).subplots(1, len(panels))
+    for axis, (title, lines) in zip(axes, panels.items()):
+        for run, metric in lines.items():
+            if (runs / run / "metrics.jsonl").exists():
+                steps = map(json.loads, (runs / run / "metrics.jsonl").open())
+                values = [step[metric] for step in steps]
+                smooth = [sum(values[max(0, i - 4) : i + 1]) / len(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
+                axis.plot(range(1, len(values) + 1), smooth, label=run)
+        axis.set(title=title, xlabel="step (mean of the last 5)")
+        axis.legend()
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    done = dict(data=write_data, results=write_results)[sys.argv[1]](*sys.argv[2:])
+    sys.exit(done is False)
