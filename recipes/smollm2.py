@@ -1,7 +1,7 @@
 """Data and results of smollm2.sh.
 
 python recipes/smollm2.py data OUT INSTRUCTIONS PAIRS CONVERSATIONS RANKINGS PROBLEMS    short rows, split, to OUT
-python recipes/smollm2.py results RUNS OUT          every measurement, to OUT/smollm2.csv, and two pictures
+python recipes/smollm2.py results RUNS MODEL OUT       OUT/smollm2.csv and .png from the runs, and the tables
 
 The data sets are named as in --dataset; RANKINGS may be empty. Of rows with the same prompt the first is kept, and
 rows that are too long for a quick run are left out. `brevity` is the length rule of the PPO stage.
@@ -10,6 +10,7 @@ rows that are too long for a quick run are left out. `brevity` is the length rul
 import csv
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -82,7 +83,10 @@ def sums() -> list:
     """Every sum of two numbers from 1 to 20. A greedy SmolLM2 solves half of them when asked like this."""
     terms = [(a, b) for a in range(1, 21) for b in range(1, 21)]
     random.Random(0).shuffle(terms)
-    return [dict(prompt=[dict(role="user", content=f"Calculate {a} + {b}. Reply with the number only.")], answer=str(a + b)) for a, b in terms]
+    return [
+        dict(prompt=[dict(role="user", content=f"Calculate {a} + {b}. Reply with the number only.")], answer=str(a + b))
+        for a, b in terms
+    ]
 
 
 def split(rows: list) -> dict:
@@ -94,18 +98,69 @@ def split(rows: list) -> dict:
 
 # ------------------------------------------------------------------------------------------------------------- results
 
+POLICIES = ("start", "sft", "dpo", "orpo", "rpo", "ppo", "ppo-short")
+QUESTIONS = (  # answered greedily by every policy; in none of the data sets
+    "Convert 750 grams to kilograms.",
+    "Tell my neighbour that the music is too loud.",
+    "What is the opposite of 'generous'?",
+)
+STAGES = {  # name: (runs before and after, what is measured on held-out rows)
+    "sft.py": ("sft-start", "sft", "eval_loss"),
+    "reward_model.py": ("", "reward_model-1", "eval_accuracy"),
+    "reward_model.py, second pass": ("reward_model-1", "reward_model", "eval_accuracy"),
+    "dpo.py": ("", "dpo", "eval_rewards/accuracies"),
+    "orpo.py": ("orpo-start", "orpo", "eval_rewards/accuracies"),
+    "rpo.py": ("", "rpo", "eval_rewards/accuracies"),
+    "grpo.py, sums": ("sums-start", "sums", "eval_pass@1"),
+    "grpo.py, sums, greedy": ("sums-start-greedy", "sums-greedy", "eval_pass@1"),
+    "grpo.py, sums, 8 votes": ("sums-start", "sums", "eval_majority@8"),
+    "grpo.py, word problems": ("problems-start", "problems", "eval_pass@1"),
+    "ppo.py": ("answers-start", "answers-ppo", "score_mean"),
+    "ppo.py, short": ("answers-start", "answers-ppo-short", "score_mean"),
+}
+COSTS = {"steps": ("step", 1, 0), "minutes": ("seconds", 1 / 60, 1), "peak MB": ("peak_memory_mb", 1, 0)}
+PREFERENCES = {
+    "accuracy": ("eval_rewards/accuracies", 1, 2),
+    "margin": ("eval_rewards/margins", 1, 2),
+    "log pi(chosen)": ("eval_logps/chosen", 1, 1),
+    "log pi(rejected)": ("eval_logps/rejected", 1, 1),
+}
+JUDGE = {
+    "pairs": ("comparisons", 1, 0),
+    "decided": ("decided", 1, 0),
+    "agreement": ("agreement", 1, 2),
+    "position decides": ("same_position", 1, 2),
+    "then the first": ("first_position", 1, 2),
+    "prefers the longer": ("prefers_longer", 1, 2),
+    "abstentions": ("abstentions", 1, 0),
+}
+ANSWERS = {
+    "mean score": ("score_mean", 1, 2),
+    "best of 4": ("score_best", 1, 2),
+    "worst of 4": ("score_worst", 1, 2),
+    "words": ("words", 1, 0),
+    "cut off": ("cut_off_or_empty", 1, 0),
+}
 
-def write_results(runs: str, out: str, tiny: str = ""):
-    """smollm2.csv: the last value of every metric and report of every run that was made; a picture; the claim."""
-    found = {path.parent.name: last_values(path.parent) for path in sorted(Path(runs).glob("*/args.json"))}
+
+def write_results(runs: str, model: str, out: str, tiny: str = ""):
+    """smollm2.csv: the last value of every metric and report, and answers; smollm2.png; then the tables, and the
+    claim."""
+    folders = [path.parent for path in sorted(Path(runs).glob("*/args.json"))]
+    values = {folder.name: last_values(folder) for folder in folders}
     with (Path(out) / "smollm2.csv").open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("run", "measure", "value"))
-        for run, values in found.items():
-            table.writerows((run, name, f"{value:.6g}") for name, value in values.items())
+        for run, found in values.items():
+            table.writerows((run, name, f"{value:.6g}") for name, value in found.items())
+        for name in POLICIES:
+            directory = Path(model if name == "start" else f"{runs}/{name}")
+            if name == "start" or directory.exists():
+                table.writerows((name, question, text) for question, text in zip(QUESTIONS, greedy(str(directory))))
     draw_training(Path(runs), Path(out) / "smollm2.png")
-    right = found["dpo"]["eval_rewards/accuracies"]
-    before, after = (found[run]["eval_pass@1"] for run in ("sums-start", "sums"))
+    print("\n".join(tables(Path(out) / "smollm2.csv")))
+    right = values["dpo"]["eval_rewards/accuracies"]
+    before, after = (values[run]["eval_pass@1"] for run in ("sums-start", "sums"))
     holds = right >= 0.8 and after - before >= 0.2
     judged = "not judged (tiny)" if tiny else "holds" if holds else "does not hold"
     print(f"claim: DPO is right on {right:.2f} of held-out pairs; sums solved {before:.2f}, {after:.2f}: {judged}")
@@ -113,12 +168,16 @@ def write_results(runs: str, out: str, tiny: str = ""):
 
 
 def last_values(run: Path) -> dict:
-    """The numbers of a run's last step and of its report.json, by name."""
+    """The numbers of a run's last step and of its report.json, and the mean length of its answers, by name."""
     values = {}
     if (run / "metrics.jsonl").exists():
         values |= json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     if (run / "report.json").exists():
         values |= flattened(json.loads((run / "report.json").read_text()))
+    if (run / "rankings.jsonl").exists():
+        rankings = map(json.loads, (run / "rankings.jsonl").open())
+        lengths = [len(answer[-1]["content"].split()) for row in rankings for answer in row["completions"]]
+        values["words"] = sum(lengths) / max(1, len(lengths))
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
@@ -129,26 +188,77 @@ def flattened(report: dict, prefix: str = "") -> dict:
     return values
 
 
+def greedy(directory: str) -> list:
+    from transformers import pipeline
+
+    chat = pipeline("text-generation", directory)
+    options = dict(max_new_tokens=60, do_sample=False, return_full_text=False)
+    return [chat([dict(role="user", content=text)], **options)[0]["generated_text"] for text in QUESTIONS]
+
+
 def draw_training(runs: Path, path: Path):
     """What each method raises, over its steps."""
     from matplotlib.figure import Figure
 
     panels = {
         "accuracy on the batch's pairs": {run: "rewards/accuracies" for run in ("dpo", "orpo", "rpo")},
-        "share of sums solved": dict(sums="reward"),
-        "reward model's score": {run: "rewards/reward_model/mean" for run in ("ppo", "ppo-short")},
+        "right answers to the batch's sums": dict(sums="reward"),
+        "the reward model's score": {run: "rewards/reward_model/mean" for run in ("ppo", "ppo-short")},
     }
-    axes = (figure := Figure(figsize=(12, 3.4), layout="constrained")).subplots(1, len(panels))
-    for axis, (title, lines) in zip(axes, panels.items()):
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axis, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
         for run, metric in lines.items():
             if (runs / run / "metrics.jsonl").exists():
-                steps = map(json.loads, (runs / run / "metrics.jsonl").open())
-                values = [step[metric] for step in steps]
-                smooth = [sum(values[max(0, i - 4) : i + 1]) / len(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
-                axis.plot(range(1, len(values) + 1), smooth, label=run)
+                values = [json.loads(step)[metric] for step in (runs / run / "metrics.jsonl").open()]
+                recent = [values[max(0, i - 4) : i + 1] for i in range(len(values))]
+                axis.plot(range(1, len(values) + 1), [sum(part) / len(part) for part in recent], label=run)
         axis.set(title=title, xlabel="step (mean of the last 5)")
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.savefig(path, dpi=100)
+
+
+def tables(results: Path) -> list:
+    """The lines of the tables of docs/real-model.md. What was not run has no row."""
+    values = {}
+    for row in csv.DictReader(results.open()):
+        values.setdefault(row["run"], {})[row["measure"]] = row["value"]
+
+    def cells(run: str, columns: dict) -> list:
+        found = values.get(run, {})
+        columns = columns.values()
+        return [
+            f"{float(found[name]) * factor:.{digits}f}" if name in found else "-" for name, factor, digits in columns
+        ]
+
+    def block(first: str, columns: dict, runs: dict) -> list:
+        rows = [[name, *cells(run, columns)] for name, run in runs.items() if run in values]
+        return in_columns([first, *columns], rows)
+
+    stages = []
+    for name, (before, after, measure) in STAGES.items():
+        if after in values:
+            (start,), (end,) = (cells(run, {"": (measure, 1, 2)}) for run in (before, after))
+            stages.append(
+                [name, measure.removeprefix("eval_"), start, end, *cells(after.removeprefix("answers-"), COSTS)]
+            )
+    kinds = [name.split("/")[1] for name in values.get("reward_model", {}) if re.fullmatch("groups/.*/accuracy", name)]
+    groups = []
+    for kind in kinds:
+        columns = {"pairs": (f"groups/{kind}/pairs", 1, 0), "accuracy": (f"groups/{kind}/accuracy", 1, 2)}
+        groups.append([kind, *cells("reward_model", columns)])
+    return [
+        *in_columns(["stage", "measure", "before", "after", *COSTS], stages),
+        *block("script", PREFERENCES, {f"{name}.py": name for name in ("dpo", "orpo", "rpo")}),
+        *in_columns(["held-out pairs", "pairs", "accuracy"], groups),
+        *block("labels", JUDGE, {name: f"audit-{name}" for name in ("conversations", "rankings")}),
+        *block("policy", ANSWERS, {name: f"answers-{name}" for name in POLICIES}),
+    ]
+
+
+def in_columns(names: list, rows: list) -> list:
+    lines = [names, ["---"] * len(names), *rows]
+    return ["", *("| " + " | ".join(line) + " |" for line in lines)]
 
 
 if __name__ == "__main__":

@@ -34,11 +34,15 @@ heading "SFT on instructions"
 instructions="--model $model --eval-dataset $data/instructions-test.jsonl"
 python sft.py $instructions --dataset $data/instructions-dev.jsonl --output-dir $runs/sft-start $measure
 python sft.py $instructions --dataset $data/instructions-train.jsonl --output-dir $runs/sft $train \
-    --learning-rate 2e-5 --batch-size 32
+    --learning-rate 2e-5 --batch-size 16 --max-steps $(if_tiny 2 20)
 
-heading "a reward model on pairs, HH-RLHF and XSTest's rankings"
-python reward_model.py --model $model --dataset $data/preferences-train.jsonl $train --learning-rate 2e-5 \
-    --batch-size 16 --eval-dataset $data/preferences-test.jsonl --output-dir $runs/reward_model
+heading "a reward model on pairs, HH-RLHF and XSTest's rankings: two passes, since the head starts at zero"
+rank() {  # MODEL OUTPUT
+    python reward_model.py --model $1 --dataset $data/preferences-train.jsonl $train --learning-rate 1e-4 \
+        --batch-size 16 --eval-dataset $data/preferences-test.jsonl --output-dir $runs/$2
+}
+rank $model reward_model-1
+rank $runs/reward_model-1 reward_model
 
 heading "DPO, ORPO and RPO on pairs"
 preferences() {  # SCRIPT OPTIONS...
@@ -51,16 +55,20 @@ preferences orpo
 preferences rpo --reward-model $runs/reward_model
 
 heading "GRPO on sums and on word problems: the reward is a rule"
-by_rule() {  # NAME TOKENS OPTIONS...
-    local settings="--model $model $common --eval-dataset $data/$1-test.jsonl --rewards match:number --kl-coef 0
-        --max-new-tokens $(if_tiny 8 $2)"
-    python grpo.py $settings --dataset $data/$1-dev.jsonl --output-dir $runs/$1-start --learning-rate 0 \
-        --batch-size 1 --max-steps 1
-    python grpo.py $settings --dataset $data/$1-train.jsonl --output-dir $runs/$1 --learning-rate 2e-5 \
-        --batch-size 8 "${@:3}"
+by_rule() {  # DATA OUTPUT OPTIONS...
+    python grpo.py --dataset $data/$1.jsonl --eval-dataset $data/${1%-*}-test.jsonl --rewards match:number \
+        --output-dir $runs/$2 $common --kl-coef 0 "${@:3}"
 }
-by_rule sums 12 --epochs 2 $(max_steps 2)
-by_rule problems 200 --max-steps $(if_tiny 2 10)
+measure="--learning-rate 0 --batch-size 1 --max-steps 1"
+greedy="$measure --temperature 0.01 --eval-samples 1"
+sums="--max-new-tokens 12"
+by_rule sums-dev sums-start $sums --model $model $measure
+by_rule sums-dev sums-start-greedy $sums --model $model $greedy
+by_rule sums-train sums $sums --model $model --learning-rate 2e-5 --batch-size 8 --epochs 2 $(max_steps 2)
+by_rule sums-dev sums-greedy $sums --model $runs/sums $greedy
+problems="--model $model --max-new-tokens $(if_tiny 8 200)"
+by_rule problems-dev problems-start $problems $measure
+by_rule problems-train problems $problems --learning-rate 2e-5 --batch-size 8 --max-steps $(if_tiny 2 10)
 
 sample="$common --max-new-tokens $(if_tiny 8 96)"
 heading "PPO on the reward model's score, without and with a rule that answers be short"
@@ -87,5 +95,5 @@ for policy in start sft dpo orpo rpo ppo ppo-short; do
         $sample --rows $(if_tiny 4 32) --n $(if_tiny 2 4) --output-dir $runs/answers-$policy
 done
 
-python recipes/smollm2.py results $runs $(if_tiny $runs recipes/results) ${STEPS:-} || verdict=1
+python recipes/smollm2.py results $runs $model $(if_tiny $runs recipes/results) ${STEPS:-} || verdict=1
 exit $verdict
