@@ -118,6 +118,7 @@ STAGES = {  # name: (runs before and after, what is measured on held-out rows)
     "ppo.py": ("answers-start", "answers-ppo", "score_mean"),
     "ppo.py, short": ("answers-start", "answers-ppo-short", "score_mean"),
 }
+FIRST = ("reward", "entropy", "objective/scores", "response_length", "val/share_eos", "peak_memory_mb")
 COSTS = {"steps": ("step", 1, 0), "minutes": ("seconds", 1 / 60, 1), "peak MB": ("peak_memory_mb", 1, 0)}
 PREFERENCES = {
     "accuracy": ("eval_rewards/accuracies", 1, 2),
@@ -160,18 +161,20 @@ def write_results(runs: str, model: str, out: str, tiny: str = ""):
     draw_training(Path(runs), Path(out) / "smollm2.png")
     print("\n".join(tables(Path(out) / "smollm2.csv")))
     right = values["dpo"]["eval_rewards/accuracies"]
-    before, after = (values[run]["eval_pass@1"] for run in ("sums-start", "sums"))
+    before, after = (values[run]["eval_pass@1"] for run in ("sums-start-greedy", "sums-greedy"))
     holds = right >= 0.8 and after - before >= 0.2
     judged = "not judged (tiny)" if tiny else "holds" if holds else "does not hold"
-    print(f"claim: DPO is right on {right:.2f} of held-out pairs; sums solved {before:.2f}, {after:.2f}: {judged}")
+    print(f"claim: DPO is right on {right:.2f} of held-out pairs; greedy sums {before:.2f}, {after:.2f}: {judged}")
     return holds or bool(tiny)
 
 
 def last_values(run: Path) -> dict:
-    """The numbers of a run's last step and of its report.json, and the mean length of its answers, by name."""
+    """The numbers of a run's first and last step and of its report.json, and the mean length of its answers."""
     values = {}
     if (run / "metrics.jsonl").exists():
-        values |= json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        first, last = json.loads(lines[0]), json.loads(lines[-1])
+        values |= last | {f"step 1: {name}": first[name] for name in FIRST if name in first}
     if (run / "report.json").exists():
         values |= flattened(json.loads((run / "report.json").read_text()))
     if (run / "rankings.jsonl").exists():
@@ -203,7 +206,7 @@ def draw_training(runs: Path, path: Path):
     panels = {
         "accuracy on the batch's pairs": {run: "rewards/accuracies" for run in ("dpo", "orpo", "rpo")},
         "right answers to the batch's sums": dict(sums="reward"),
-        "the reward model's score": {run: "rewards/reward_model/mean" for run in ("ppo", "ppo-short")},
+        "reward, -1 if cut off": {run: "objective/scores" for run in ("ppo", "ppo-short")},
     }
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     for axis, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
@@ -240,7 +243,13 @@ def tables(results: Path) -> list:
         if after in values:
             (start,), (end,) = (cells(run, {"": (measure, 1, 2)}) for run in (before, after))
             stages.append(
-                [name, measure.removeprefix("eval_"), start, end, *cells(after.removeprefix("answers-"), COSTS)]
+                [
+                    name,
+                    measure.removeprefix("eval_"),
+                    start,
+                    end,
+                    *cells(after.removeprefix("answers-").removesuffix("-greedy"), COSTS),
+                ]
             )
     kinds = [name.split("/")[1] for name in values.get("reward_model", {}) if re.fullmatch("groups/.*/accuracy", name)]
     groups = []
