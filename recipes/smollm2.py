@@ -44,6 +44,8 @@ def write_data(out: str, instructions: str, pairs: str, conversations: str, rank
     splits["preferences"] = {
         part: [row for name, share in shares.items() for row in splits[name][part][:share]] for part in SIZES
     }
+    trained = {row["prompt"][0]["content"] for row in splits["sums"]["train"]}
+    splits["unmirrored"] = dict(test=[row for row in splits["sums"]["test"] if mirrored(row) not in trained])
     for name, parts in splits.items():
         for part, found in parts.items():
             (folder / f"{name}-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
@@ -89,6 +91,11 @@ def sums() -> list:
     ]
 
 
+def mirrored(row: dict) -> str:
+    """The prompt with its two numbers exchanged."""
+    return re.sub(r"(\d+) \+ (\d+)", r"\2 + \1", row["prompt"][0]["content"])
+
+
 def split(rows: list) -> dict:
     """The first rows are for the test; a small data set keeps half of its rows for training."""
     test, dev = min(SIZES["test"], len(rows) // 4), min(SIZES["dev"], len(rows) // 8)
@@ -113,6 +120,7 @@ STAGES = {  # name: (runs before and after, what is measured on held-out rows)
     "rpo.py": ("", "rpo", "eval_rewards/accuracies"),
     "grpo.py, sums": ("sums-start", "sums", "eval_pass@1"),
     "grpo.py, sums, greedy": ("sums-start-greedy", "sums-greedy", "eval_pass@1"),
+    "grpo.py, greedy, mirror not trained": ("sums-start-unmirrored", "sums-unmirrored", "eval_pass@1"),
     "grpo.py, sums, 8 votes": ("sums-start", "sums", "eval_majority@8"),
     "grpo.py, word problems": ("problems-start", "problems", "eval_pass@1"),
     "ppo.py": ("answers-start", "answers-ppo", "score_mean"),
@@ -248,7 +256,7 @@ def tables(results: Path) -> list:
                     measure.removeprefix("eval_"),
                     start,
                     end,
-                    *cells(after.removeprefix("answers-").removesuffix("-greedy"), COSTS),
+                    *cells(after.removeprefix("answers-").removesuffix("-greedy").removesuffix("-unmirrored"), COSTS),
                 ]
             )
     kinds = [name.split("/")[1] for name in values.get("reward_model", {}) if re.fullmatch("groups/.*/accuracy", name)]

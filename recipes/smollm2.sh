@@ -67,6 +67,10 @@ by_rule sums-dev sums-start $sums --model $model $measure
 by_rule sums-dev sums-start-greedy $sums --model $model $greedy
 by_rule sums-train sums $sums --model $model --learning-rate 2e-5 --batch-size 8 --epochs 2 $(max_steps 2)
 by_rule sums-dev sums-greedy $sums --model $runs/sums $greedy
+# sums a + b for which b + a was not trained on
+unmirrored="$greedy --eval-dataset $data/unmirrored-test.jsonl"
+by_rule sums-dev sums-start-unmirrored $sums --model $model $unmirrored
+by_rule sums-dev sums-unmirrored $sums --model $runs/sums $unmirrored
 problems="--model $model --max-new-tokens $(if_tiny 8 200)"
 by_rule problems-dev problems-start $problems $measure
 by_rule problems-train problems $problems --learning-rate 2e-5 --batch-size 8 --max-steps $(if_tiny 2 10)
