@@ -10,7 +10,8 @@
     r(x, y) = beta log[pi(y|x) / ref(y|x)]            the implicit reward, eq. 5 up to a term that depends on x alone
 
 Rafailov et al. 2023, arXiv 2305.18290. y_w is the better answer to the prompt x, y_l the worse one; log pi(y|x) is the
-sum over the answer's tokens, its end included. pi starts from an SFT model, which also is the reference.
+sum over the answer's tokens, its end included. pi starts from an SFT model, which is also the
+reference unless --reference names another.
 
 Departures from the paper
   1. AdamW with a cosine schedule to a tenth, where the authors used RMSprop at a constant rate.
@@ -33,7 +34,7 @@ args.json, metrics.jsonl and curves.png to --output-dir.
   torchrun --nproc-per-node 8 dpo.py --model Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback_binarized  many GPUs
 
   Metric               at step 1      then            if not
-  preference_loss      ln 2 = 0.693   falls           flat: raise --learning-rate; below 0.1 early: pairs too easy
+  preference_loss      ln 2 (sigmoid) falls           flat: raise --learning-rate; below 0.1 early: pairs too easy
   rewards/accuracies   0 (all tied)   0.6 to 0.8      0.5: the labels are noise, or --learning-rate is too low
   rewards/margins      0              rises           without bound: stop earlier, --label-smoothing, or --loss ipo
   logps/chosen         -              falls a little  DPO lowers both; if samples get worse, raise --beta or --nll-coef
@@ -91,9 +92,9 @@ class Args:
     merge_base: str = ""
     """the pre-trained checkpoint from which the reference was fine-tuned"""
     merge_keep: float = 0.5
-    """share of entries kept of each step, which shrinks by it, and of that difference (paper's script: 0.01)"""
+    """share of the entries kept of each step and of tau, the reference less --merge-base (paper's script: 0.01)"""
     merge_weight: float = 1e-6
-    """alpha, weight of that difference in each step (paper: 1e-7 to 1e-5)"""
+    """alpha, weight of tau in each step (paper: 1e-7 to 1e-5)"""
     learning_rate: float = 1e-6
     """peak (paper: 1e-6; small models want more)"""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -404,7 +405,7 @@ def keep_mask(x, share: float, largest: bool, generator):
 
 
 # ============================== every block below stands word for word in all scripts that have it ================
-# A parameter that this script never passes serves another one.
+# Functions and parameters that this script does not use are used by another one.
 # ---- preferences: pairs and rankings of answers
 
 
@@ -590,7 +591,7 @@ def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: 
     policy.eval()
     policy.set_attn_implementation("eager")  # the model's own attention, which knows caches
     stops = stop_tokens(tokenizer)
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", 2**20)
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or 2**20
     for prompt in [row.extra.get("prompt", row.prompt) for row in rows[:count]]:
         ids = torch.tensor([prompt], device=next(policy.parameters()).device)
         room = max(1, min(max_new_tokens, positions - len(prompt)))

@@ -1355,7 +1355,7 @@ def read_column(option: str, path: Path, column: str, check) -> list:
 
 
 # ============================== every block below stands word for word in all scripts that have it ================
-# A parameter that this script never passes serves another one.
+# Functions and parameters that this script does not use are used by another one.
 # ---- sampling: answers drawn token by token, from a model with a key-value cache
 
 

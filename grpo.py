@@ -147,7 +147,7 @@ class Args:
     """recompute each layer's activations in the backward pass: less memory, a third more time"""
     # --- run
     seed: int = 0
-    """of the held-out prompts, their order, sampling and minibatches"""
+    """of the held-out prompts, the data order, sampling and minibatches"""
     eval_every: int = 0
     """batches between evaluations (0: at the end only)"""
     eval_samples: int = 8
@@ -222,7 +222,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 def group_advantages(rewards, scale: str = "sample", epsilon: float = 1e-4):
     """A_i of outcome supervision: rewards [P, G], less their group's mean, by its standard deviation. [P, G]"""
-    # first less one of them: equal rewards become exact zeros, while their mean may be off by rounding
+    # less the first reward: equal rewards become exact zeros, while their mean may be off by rounding
     centred = rewards - rewards[:, :1]
     centred = centred - centred.mean(1, keepdim=True)
     if scale == "none":
@@ -231,8 +231,8 @@ def group_advantages(rewards, scale: str = "sample", epsilon: float = 1e-4):
 
 
 def step_advantages(rewards: list, scale: str = "sample", epsilon: float = 1e-4) -> list:
-    """A_i of process supervision (DeepSeekMath, 4.1.3) for one group. rewards: for each answer a tensor [steps]; so is
-    the result.
+    """A_i of process supervision (DeepSeekMath, 4.1.3) for one group. rewards, and the result: a tensor
+    [steps] for each answer.
 
     All step rewards of the group are normalised together; a step's advantage is the sum of its own and all later ones
     of its answer."""
@@ -261,8 +261,8 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, weights, args):
 
 
 def answer_weights(lengths, counted, normalise: str, longest: int):
-    """The weight of each token of each answer of an update. lengths, counted: tokens of each answer, and 1.0 if it
-    counts, else 0.0; any shape, which the result has too.
+    """The weight of each token of each answer of an update. lengths: tokens of each answer; counted: 1.0 if it is
+    trained on, else 0.0. Any shape; the result has the same.
 
     With A answers that count, response: 1 / (A |o_i|), GRPO, eq. 3; token: 1 / all their tokens (DAPO, eq. 12, there
     over one prompt's group, here as in its code over the update's); constant: 1 / (A longest), Dr. GRPO."""
@@ -283,8 +283,8 @@ def pass_at_k(correct: int, n: int, k: int) -> float:
 
 
 def majority_at_k(votes: list, right: list, k: int) -> float:
-    """How often the most frequent of k votes (None: no vote) is right, over the n // k disjoint parts of n answers. A
-    tie counts as the share of its votes that are right."""
+    """The share of the n // k disjoint groups of k votes (None: no vote) whose most frequent vote is right. A tie gives
+    the share of its votes that are right."""
     shares = []
     for i in range(0, len(votes) - k + 1, k):
         counts = Counter(vote for vote in votes[i : i + k] if vote is not None)
@@ -360,13 +360,14 @@ def main(args: Args):
         clear_run(args, out, signature)
         state = dict(step=0, num_tokens=0, seconds=0.0)
     started -= state["seconds"]  # of all parts of a resumed run
-    zero = torch.zeros(1, dtype=torch.long, device=device)  # for a rank without a row of a minibatch, with weight 0
-    spare = SPARE._replace(extra=dict(slots=zero, advantages=zero, sampled_logps=zero))
+    index = torch.zeros(1, dtype=torch.long, device=device)  # for a rank without a row of a minibatch, with weight 0
+    spare = SPARE._replace(extra=dict(slots=index, advantages=index, sampled_logps=index))
 
     # 3. for each batch of B prompts
     catch_signals()
     for step in (bar := progress("grpo", state["step"], steps)):
-        clock, batch, answers, redrawn, first_found = time.time(), batch_rows(rows, args, step), [], 0, None
+        clock, batch = time.time(), batch_rows(rows, args, step)
+        answers, redrawn, first_found = [], 0, None
         B, has_spread = len(batch), [False] * len(batch)
         for attempt in range(RETRIES + 1):
             # 4. G answers o ~ pi to each prompt that has no group yet, and their rewards r; answers: this rank's
@@ -392,7 +393,7 @@ def main(args: Args):
         else:
             A = group_advantages(r, args.scale).flatten()
             advantages = torch.cat([A[row.extra["slot"]].expand(len(row.responses[0])) for row in answers] or [A[:0]])
-        set_token_values(answers, "advantages", advantages.to(device))
+        set_token_values(answers, "advantages", to_device(advantages, device))
 
         # 7. the answers that count, counted [B, G]; log pi_old and log pi_ref of their tokens, before any update
         lengths = found["length"]
@@ -414,7 +415,7 @@ def main(args: Args):
             weights[places] = answer_weights(lengths[places], counted[places], args.normalise, args.max_new_tokens)
             if not weights.any():
                 continue  # nothing to learn from, on any rank
-            weights = weights.flatten().to(device)
+            weights = to_device(weights.flatten(), device)
             mine = [row for row in train_rows if row.extra["place"] in places]
             for part, weight, inputs, target in forwards(mine, args, policy, device, spare):
                 # 9. the loss, eq. 3, negated; the weights are of all ranks, and FSDP averages the gradients: x WORLD
@@ -658,7 +659,7 @@ def write_report(args, out: Path, metrics: dict):
 
 
 # ============================== every block below stands word for word in all scripts that have it ================
-# A parameter that this script never passes serves another one.
+# Functions and parameters that this script does not use are used by another one.
 # ---- rewards: what --rewards names
 #
 #      SOURCE[=WEIGHT]     SOURCE: a reward model; file.py:function; match:number|boxed|hash|REGEX; format; judge:MODEL
@@ -782,7 +783,7 @@ def judged_row(model, tokenizer, rubric: dict, extra: dict, text: str = "a"):
     turns = [] if isinstance(prompt, str) else [turn for turn in prompt if turn["role"] != "system"]
     if isinstance(prompt, str):
         talk = prompt + text
-    elif len(turns) == 1:
+    elif len(turns) == 1 and not continues_text(prompt):
         talk = f"{turns[0]['content']}\n{text}"
     else:
         talk = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
@@ -846,7 +847,7 @@ def function_scores(source: str, function, device, rows: list, texts: list, ids:
         fail(f"--rewards {source}: {type(e).__name__}: {e} ({where}); it is called with {given}")
     if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
         found = len(rewards) if isinstance(rewards, (list, tuple)) else f"a {type(rewards).__name__} instead of"
-        fail(f"--rewards {source}: returned {found} rewards for {len(rows)} answers; it must return a list of so many")
+        fail(f"--rewards {source}: returned {found} rewards for {len(rows)} answers; it must return one for each")
     for reward, text in zip(rewards, texts):
         try:
             is_number = reward is None or abs(float(reward)) < 1e18  # its square is a float32 too
@@ -868,7 +869,7 @@ def format_scores(device, rows: list, texts: list, ids: list):
 
 
 def match_scores(how: str, device, rows: list, texts: list, ids: list):
-    """1 for an answer that the column `answer` holds, else 0; NaN where it holds none. [B]"""
+    """1 for an answer that equals one in the column `answer`, else 0; NaN where the column is empty. [B]"""
     scores = []
     for row, text in zip(rows, texts):
         right = true_answers(row.extra.get("answer"))
@@ -877,12 +878,11 @@ def match_scores(how: str, device, rows: list, texts: list, ids: list):
 
 
 def check_true_answer(how: str, extra: dict):
-    """Fails without a column `answer`, or on one that is no answer; raises Drop where no answer can ever match it."""
+    """Fails if the column `answer` is missing or of a wrong type; raises Drop if no answer can ever match it."""
     if "answer" not in extra:
         raise ValueError(f"match:{how} compares with a column answer, which is missing")
     right = true_answers(extra["answer"])
-    can_match = any(canonical(found_answer(answer, how)) == answer for answer in right)
-    if right and how == "number" and not can_match:
+    if how == "number" and right and not any(canonical(found_answer(answer, how)) == answer for answer in right):
         raise Drop(f"its answer {sorted(right)[0][:40]!r} is not a number, so that match:number can never be right")
 
 
@@ -894,7 +894,7 @@ NUMBER = (
 
 
 def found_answer(text: str, how: str) -> str | None:
-    """What a text gives as its answer: its last number, its last \\\\boxed{}, what follows its last ####, or the last
+    """What a text gives as its answer: its last number, its last \\boxed{}, what follows its last ####, or the last
     match of an expression (its first group, if it has one); None where there is no such thing."""
     if how == "boxed":
         start = text.rfind("\\boxed{")
@@ -928,7 +928,7 @@ def canonical(answer: str | None) -> str | None:
 
 def true_answers(column) -> set:
     """The answers that a column holds, canonical: a text or a number, or a list of alternatives; of a text what stands
-    after ####, in \\\\boxed{}, or the whole."""
+    after ####, in \\boxed{}, or the whole."""
     if column is None:
         return set()
     if isinstance(column, list):
@@ -948,8 +948,8 @@ def true_answers(column) -> set:
 def rollout(
     policy, tokenizer, rewards: list, prompts: list, places, n: int, step: int, stops: list, args, device, attempt=0
 ) -> list:
-    """n sampled answers to each of the prompts at this rank's places, with their rewards: Rows of one response. Every
-    attempt of a step has randomness of its own.
+    """n sampled answers to each of the prompts at this rank's places, with their rewards: Rows of one response.
+    attempt: other random numbers at the same step.
 
     extra: place; slot, the answer's number among those of all ranks; prompt_row; text; slots and sampled_logps [T]; and
     as numbers reward, rewards/NAME, length, thinking_length, has_ended."""
@@ -981,7 +981,8 @@ def thinking_length(tokenizer, text: str, tokens: int) -> float:
 
 
 def of_all_ranks(answers: list, rewards: list, shape: tuple, device, *more) -> dict:
-    """The numbers of all ranks' answers by name, more of them where named, in the order of slots. On the CPU."""
+    """Numbers from the extra of all ranks' answers, {name: tensor of `shape`}, in the order of slots, on the CPU. more:
+    further names."""
     names = ["reward", "length", "thinking_length", "has_ended", *more]
     names += [f"rewards/{reward.name}" for reward in rewards]
     values = torch.zeros(len(names), math.prod(shape))
@@ -997,7 +998,7 @@ def set_token_values(rows: list, name: str, values):
 
 
 def joined(rows: list, name: str, device=None):
-    """What rows hold for their tokens, end to end [N]. device: where there may be no rows."""
+    """What rows hold for their tokens, end to end [N]. device: of the result, needed where rows may be empty."""
     return torch.cat([row.extra[name] for row in rows] or [torch.zeros(0, device=device)])
 
 
@@ -1020,12 +1021,13 @@ def load_reference(name: str, tokenizer, args, device, dtype, samples: bool = Fa
         fail(f"--reference {name}: its tokenizer differs from that of --model")
     reference = read_model(AutoModelForCausalLM, name, tokenizer).requires_grad_(False)
     if samples:
-        check_sampler(reference, name)
+        with short_windows(reference):
+            check_sampler(reference, name)
     return prepare_model(reference, name, args, device, dtype, token_logps)
 
 
 def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
-    """The numbers, below n, of each update: every pass in an order of its own, cut into parts of nearly equal size."""
+    """Yields the indices of each minibatch: `passes` shuffles of range(n), each cut into `parts` of like size."""
     parts = max(1, min(parts, n))
     for i in range(passes):
         order = random.Random(f"{seed}-{step * passes + i}").sample(range(n), n)
@@ -1049,7 +1051,7 @@ def show_samples(title: str, answers: list, rewards: list, total: str):
 
 
 def warn_if_cut(share_ended: float, args):
-    """Says it where half of the answers or more do not end."""
+    """Prints a note if half of the answers or more do not end."""
     if share_ended <= 0.5:
         share = f"{1 - share_ended:.0%} of the answers run into --max-new-tokens {args.max_new_tokens}"
         print0(f"note: {share}; raise that, or start from a model that ends its answers")

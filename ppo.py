@@ -19,7 +19,7 @@ Departures from the paper
   1. InstructGPT states neither lambda nor a value clip. Lambda 0.95, the clipped value loss and whitened advantages are
      those of OpenAI's lm-human-preferences. The moving average of InstructGPT's weights is left out.
   2. An answer without a stop token is worth --missing-eos-score, whatever its reward.
-  3. The temperature of sampling is part of every log-probability.
+  3. The temperature of sampling is part of every log-probability of an answer.
 
 Options, all off by default
   4. --ptx-dataset, --ptx-coef: keeps up the likelihood of other text (PPO-ptx; with SFT data, ChatGLM's regulariser).
@@ -86,8 +86,8 @@ class Args:
     clip: float = 0.2
     """epsilon of the policy's ratio"""
     value_clip: float = 0.2
-    """how far a value may move from its old one before its loss stops rewarding it, in units of the reward (0: no
-    clipping, as InternLM2)"""
+    """largest change of a value from its old one that lowers its loss, in units of the reward (0: no clipping, as
+    InternLM2)"""
     ppo_epochs: int = 4
     """passes over each batch of answers (InstructGPT: 1)"""
     num_minibatches: int = 1
@@ -95,7 +95,7 @@ class Args:
     whiten_advantages: bool = True
     """give the advantages of a batch mean 0 and variance 1"""
     critic_warmup: int = 0
-    """first batches, which train the value model only (InternLM2: 50)"""
+    """number of first batches that train the value model only (InternLM2: 50)"""
     reward_constant: float = 0.0
     """added to the reward of every answer that ends (Starling, which does not publish its value)"""
     reference_baseline: bool = False
@@ -107,8 +107,8 @@ class Args:
     reference: str = ""
     """the model that the KL is measured to (empty: --model)"""
     value_model: str = ""
-    """value model to start from (empty: the first reward model of positive weight, or, if there is none or it reads
-    other tokens, --model with a head at zero)"""
+    """value model to start from (empty: the first reward model of positive weight; without one, or if its tokenizer
+    differs, --model with a head at zero)"""
     # --- other text (PPO-ptx)
     ptx_dataset: str = ""
     """text, messages, or prompt + completion, whose likelihood is kept up"""
@@ -130,7 +130,7 @@ class Args:
     max_new_tokens: int = 128
     """tokens of an answer"""
     temperature: float = 1.0
-    """of sampling and of every log-probability"""
+    """of sampling, and of the answers' log-probabilities"""
     sample_tokens: int = 65536
     """memory knob of sampling: tokens in the key-value cache, per rank; changes the result by rounding only"""
     # --- optimisation
@@ -149,7 +149,7 @@ class Args:
     lr_schedule: Literal["cosine", "linear", "constant"] = "constant"
     """after the warm-up: cosine to a tenth, linear to 0, or constant"""
     warmup_ratio: float = 0.03
-    """share of the steps over which the learning rates rise"""
+    """share of the steps over which the learning rates rise; the steps of --critic-warmup count"""
     weight_decay: float = 0.0
     """of matrices; vectors (norms, biases) have none"""
     max_grad_norm: float = 1.0
@@ -236,19 +236,18 @@ def shaped_rewards(scores, logps, ref_logps, mask, kl_coef: float):
     score. scores [B]; logps, ref_logps, mask [B, T], padded on the right."""
     # log(pi/ref) of a sampled token is an unbiased estimate of the KL
     rewards = -kl_coef * (logps - ref_logps) * mask
-    last = mask.sum(1).long() - 1  # [B]
+    last = mask.sum(1) - 1  # [B]
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
     return rewards
 
 
-def gae(rewards, values, mask, gamma: float, lam: float, last_value=0.0):
+def gae(rewards, values, mask, gamma: float, lam: float):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards in time.
 
-    rewards, values, mask [B, T]; masked positions are skipped, as if they were not there. last_value: of the state
-    after the last step: 0 where the episode has ended, V where it was only cut off. Returns advantages and returns
-    [B, T]."""
+    rewards, values, mask [B, T]; masked positions are skipped, as if they were not there. Returns advantages and
+    returns [B, T]."""
     advantages = torch.zeros_like(rewards)
-    next_value, next_advantage = torch.zeros_like(rewards[:, 0]) + last_value, torch.zeros_like(rewards[:, 0])
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # the episode has ended
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # the one-step error, [B]
         advantage = delta + gamma * lam * next_advantage
@@ -274,7 +273,7 @@ def policy_loss(logps, old_logps, advantages, clip: float):
 
 
 def value_loss(values, old_values, returns, clip: float):
-    """Half the squared error; with clip > 0, the worse one of the value and its clipped move. Any shape."""
+    """Half the squared error; with clip > 0, at least that of the value held within clip of the old one. Any shape."""
     if not clip:
         return 0.5 * (values - returns).square()
     clipped = old_values + (values - old_values).clamp(-clip, clip)
@@ -282,7 +281,7 @@ def value_loss(values, old_values, returns, clip: float):
 
 
 def add_advantages(args, answers: list, device):
-    """Gives each of this rank's answers advantages and returns [T]."""
+    """Adds advantages and returns [T] to the extra of this rank's answers."""
     scores = to_device([row.extra["score"] for row in answers], device)  # [B]
     lengths = to_device([len(row.responses[0]) for row in answers], device)
     width = max((len(row.responses[0]) for row in answers), default=1)
@@ -294,9 +293,9 @@ def add_advantages(args, answers: list, device):
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     if args.whiten_advantages:
         advantages = whiten(advantages, mask)
-    for i, row in enumerate(answers):
+    for row, own_advantages, own_returns in zip(answers, advantages, returns):
         length = len(row.responses[0])
-        row.extra.update(advantages=advantages[i, :length], returns=returns[i, :length])
+        row.extra.update(advantages=own_advantages[:length], returns=own_returns[:length])
 
 
 def policy_batch(args, rows: list, logps) -> dict:
@@ -325,8 +324,8 @@ def main(args: Args):
     # 0. options, ranks, the output directory
     check_options(args)
     device, dtype = setup_distributed(args)
-    inputs = (args.model, args.reference, args.value_model, args.dataset, args.eval_dataset, args.ptx_dataset)
-    out, last, signature = open_run(args, *inputs, *reward_files(args))
+    read = (args.model, args.reference, args.value_model, args.dataset, args.eval_dataset, args.ptx_dataset)
+    out, last, signature = open_run(args, *read, *reward_files(args))
     source, started = str(last or args.model), time.time()
 
     # 1. what rewards the policy, and rows: prompts, and other text
@@ -338,7 +337,7 @@ def main(args: Args):
     rows, held_out = prepare_split(args, tokenizer, encode_row)
     ptx_rows = []
     if args.ptx_dataset:
-        encode_text = partial(text_rows, tokenizer, max_length)
+        encode_text = partial(demonstration_rows, tokenizer, max_length, False)
         ptx_rows = prepare("--ptx-dataset", args.ptx_dataset, "train", tokenizer, encode_text)
     n = args.num_generations
     ptx_size = args.ptx_batch_size or math.ceil(args.batch_size * n / args.num_minibatches)
@@ -379,11 +378,11 @@ def main(args: Args):
     # 3. for each batch of prompts
     catch_signals()
     for step in (bar := progress("ppo", state["step"], steps)):
-        indices, sums, clock = batch_rows(range(len(rows)), args, step), {}, time.time()  # indices of prompts
+        indices = batch_rows(range(len(rows)), args, step)  # of prompts
+        sums, clock = {}, time.time()
         # 4. answers y ~ pi, their scores, and the log-probabilities of their tokens under pi_old and the reference
-        # added to the rewards of answers that end: the constant, less the reward of the reference's answer
-        offsets = [args.reward_constant] * len(indices)
-        if args.reference_baseline:
+        offsets = [args.reward_constant] * len(indices)  # added to the reward of an answer that ends
+        if args.reference_baseline:  # less the reward of the reference's answer
             add_baselines(args, reference, rewards, tokenizer, stops, device, rows, indices, state["baselines"])
             offsets = [args.reward_constant - state["baselines"][i] for i in indices]
         answers = sample_and_score([rows[i] for i in indices], n, step, offsets)
@@ -396,8 +395,8 @@ def main(args: Args):
         if step == 0:
             warn_if_cut(metrics["val/share_eos"], args)
             if not args.reference:
-                scale = max(1.0, metrics["response_length"])
-                check_first_step("the KL to the reference", metrics["objective/kl"], 0.0, dtype, scale)
+                length = max(1.0, metrics["response_length"])
+                check_first_step("the KL to the reference", metrics["objective/kl"], 0.0, dtype, scale=length)
 
         # 6. several passes over the answers, in minibatches; during the warm-up only the value model is trained
         is_warming_up = step < args.critic_warmup
@@ -411,11 +410,11 @@ def main(args: Args):
                 # a weight of 0 only keeps ranks in step; FSDP averages their gradients
                 scale = weight * WORLD / total
                 # 7. the policy's clipped loss, averaged over the minibatch's tokens
-                logps = joined(group, "old_logps")
-                if not is_warming_up:
+                if is_warming_up:  # the policy does not change: pi is pi_old
+                    logged = policy_batch(args, group, joined(group, "old_logps"))
+                else:
                     logps, *_ = policy.token_logps(**inputs, target=target, temperature=args.temperature)
-                logged = policy_batch(args, group, logps)
-                if not is_warming_up:
+                    logged = policy_batch(args, group, logps)
                     (logged["loss/policy_avg"] * scale).backward()
                 # 8. the value model's clipped loss
                 (values,) = value.state_values(**inputs)
@@ -423,7 +422,7 @@ def main(args: Args):
                 (logged["loss/value_avg"] * scale).backward()
                 add_scalars(sums, logged, weight / total / num_updates)
             if not is_warming_up:
-                if state["updates"] == 0:  # pi is pi_old; so far the sums hold this minibatch alone, divided by all
+                if state["updates"] == 0:  # pi is pi_old; the sums hold this minibatch alone, divided by num_updates
                     approx_kl = over_ranks(sums["policy/approxkl_avg"] * num_updates).item()
                     check_first_step("the approximate KL", approx_kl, 0.0, dtype, scale=1.0)
                 # 9. the likelihood of other text
@@ -458,8 +457,8 @@ def main(args: Args):
         if should_save(args, step + 1, steps):
             save_checkpoint(args, out / f"checkpoint-{step + 1}", models, optimizers, state)
         if is_too_far:
-            kl = metrics["objective/kl"]
-            print0(f"stopped after step {step + 1}: the KL to the reference is {kl:.3f}, beyond --max-kl {args.max_kl}")
+            kl = f"the KL to the reference, {metrics['objective/kl']:.3f}, is beyond --max-kl {args.max_kl}"
+            print0(f"stopped after step {step + 1}: {kl}")
             break
 
     # 11. a checkpoint that any library loads
@@ -479,32 +478,6 @@ def check_options(args):
         fail("--ptx-dataset and --ptx-coef go together, and --ptx-batch-size with them: give both or none")
 
 
-def text_rows(tokenizer, max_length: int, row: dict, notes: Counter) -> list:
-    """Rows of --ptx-dataset: the assistant's turns, the completion, or the whole text is trained, as in sft.py."""
-    talk, answer = row.get("messages") or row.get("conversations"), row.get("completion")
-    if talk:
-        messages, options = without_end(tokenizer, with_system(row, as_messages(talk))), template_options(row)
-        refuse_special(tokenizer, messages, options)
-        found = encode_turns(tokenizer, messages, 0, options, notes)
-    elif answer and has_content(answer):
-        prompt, (answer,), (trained,) = encode(tokenizer, as_prompt(row), [answer], row, notes)
-        found = [(prompt + answer, [False] * len(prompt) + trained)]
-    else:
-        text = (row.get("text") or "").removesuffix(tokenizer.eos_token)
-        refuse_special(tokenizer, text)
-        ids = plain_ids(tokenizer, text + tokenizer.eos_token) if text.strip() else []
-        found = [(ids, [True] * len(ids))]
-    rows = []
-    for ids, trained in found:
-        if any(trained[1:max_length]):  # the first token has nothing to be predicted from
-            start = trained.index(True, 1)
-            notes["rows cut at --max-length"] += len(ids) > max_length
-            rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]], {}))
-    if not rows:
-        raise Drop("nothing to train on within --max-length")
-    return rows
-
-
 def freeze_layers(model, count: int):
     """Leaves only the last `count` layers trainable, and a value model's head; 0: all weights."""
     if count:
@@ -521,7 +494,7 @@ def choose_value_model(args, rewards: list, tokenizer) -> str:
     """The checkpoint that the value model starts from; see --value-model."""
     reward_models = [reward.path for reward in rewards if reward.path and reward.weight > 0]
     name = args.value_model or next(iter(reward_models), args.model)
-    # a padding token of its own does no harm
+    # it may have further tokens, such as one for padding
     reads_same_tokens = tokenizer.get_vocab().items() <= load_tokenizer(name).get_vocab().items()
     if args.value_model and not reads_same_tokens:
         fail(f"--value-model {name}: its tokenizer differs from that of --model")
@@ -555,9 +528,9 @@ def use_one_layout(policy, value):
 def scored_rollout(
     args, policy, reference, rewards: list, tokenizer, stops: list, device, prompts: list, n: int, step: int, offsets
 ) -> list:
-    """This rank's share of `rollout`, with scores and the token's values before any update.
+    """This rank's share of `rollout`, with scores and with the tokens' log-probabilities before any update.
 
-    offsets: for each prompt, added to the reward of an answer that ends. extra: further score, a number; old_logps,
+    offsets: for each prompt, added to the reward of an answer that ends. Adds to extra: score, a number; old_logps,
     ref_logps and entropy [T]."""
     places = range(RANK, len(prompts), WORLD)
     answers = rollout(policy, tokenizer, rewards, prompts, places, n, step, stops, args, device)
@@ -572,7 +545,7 @@ def scored_rollout(
 def add_baselines(
     args, reference, rewards: list, tokenizer, stops: list, device, rows: list, indices: list, known: dict
 ):
-    """known[i], for prompts of new indices: the reward of the reference's own greedy answer, ended or not (ChatGLM)."""
+    """Adds to `known`, by the index of a prompt, the reward of the reference's greedy answer where it is missing."""
     new = [i for i in indices if i not in known]
     if new:
         prompts = [rows[i] for i in new[RANK::WORLD]]
@@ -584,7 +557,7 @@ def add_baselines(
 
 
 def rollout_metrics(args, answers: list, rewards: list, count: int, device) -> dict:
-    """What the answers of all ranks, `count`, are like before the update: means over answers or tokens."""
+    """Metrics of the `count` answers of all ranks before the update: means over answers or tokens."""
     found = of_all_ranks(answers, rewards, (count,), device, "score")  # {name: [count]}
     names = ("sampled_logps", "old_logps", "ref_logps", "entropy", "values", "returns")
     sampled_logps, old_logps, ref_logps, entropy, values, returns = (joined(answers, name, device) for name in names)
@@ -610,6 +583,7 @@ def rollout_metrics(args, answers: list, rewards: list, count: int, device) -> d
         "policy/entropy_avg": per_token["entropy"],
         "val/num_eos_tokens": ended,
         "val/share_eos": ended / count,
+        # an offset of the values lowers it too
         "val/explained_variance": 1 - per_token["squared_error"] / variance if variance > 1e-8 else 0.0,
         "sampling/logp_difference": per_token["logp_difference"],
     }
@@ -620,7 +594,9 @@ def rollout_metrics(args, answers: list, rewards: list, count: int, device) -> d
 
 
 def evaluate_policy(sample_and_score, held_out: list, rewards: list, device) -> dict:
-    """Score, KL and length of one sampled answer to each held-out prompt, always with the same randomness."""
+    """Score, KL and length of one sampled answer to each held-out prompt, each time from the same random numbers.
+
+    The score is without --reward-constant and --reference-baseline."""
     answers = sample_and_score(held_out, 1, -1, [0.0] * len(held_out))
     show_samples("held out", answers, rewards, "score")
     found = of_all_ranks(answers, rewards, (len(held_out),), device, "score")
@@ -633,7 +609,51 @@ def evaluate_policy(sample_and_score, held_out: list, rewards: list, device) -> 
 
 
 # ============================== every block below stands word for word in all scripts that have it ================
-# A parameter that this script never passes serves another one.
+# Functions and parameters that this script does not use are used by another one.
+# ---- demonstrations: text, and conversations whose assistant's turns are trained
+
+
+def demonstration_rows(tokenizer, max_length: int, train_all: bool, row: dict, notes: Counter) -> list:
+    """One Row, or one for each turn of the assistant where the chat template rewrites earlier turns. train_all: prompts
+    are trained too."""
+    talk, prompt, options = row.get("messages") or row.get("conversations"), as_prompt(row), template_options(row)
+    columns = ("completion", "answer", "output", "response")
+    answer = next((row[column] for column in columns if row.get(column) is not None), None)
+    if talk or isinstance(prompt, list) or isinstance(answer, list):
+        before = [] if talk else as_messages(prompt or [], "user")
+        after = with_system(row, as_messages(talk)) if talk else as_messages(answer or [])
+        messages = without_end(tokenizer, before + after)
+        refuse_special(tokenizer, messages, options)
+        if not after or not has_content(after[-1:]):
+            raise Drop("empty answer")
+        found = encode_turns(tokenizer, messages, len(before), options, notes)
+        if not found:
+            raise Drop("no assistant turn to train on")
+    else:
+        text = row.get("text") if answer is None else answer
+        if text is None or not text.strip():
+            raise Drop("empty answer")
+        if prompt:
+            head, (tail,), (trained,) = encode(tokenizer, prompt, [text], row, notes)
+            found = [(head + tail, [False] * len(head) + trained)]
+        else:
+            text = text.removesuffix(tokenizer.eos_token)
+            refuse_special(tokenizer, text)
+            ids = plain_ids(tokenizer, text + tokenizer.eos_token)
+            found = [(ids, [True] * len(ids))]
+    rows = []
+    for ids, trained in found:
+        prompt = ids[: trained.index(True)] or ids[:1]  # for show_answers
+        trained = [True] * len(ids) if train_all else trained
+        if any(trained[1:max_length]):  # the first token has nothing to be predicted from
+            start = trained.index(True, 1)
+            notes["rows cut at --max-length"] += len(ids) > max_length
+            rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]], dict(prompt=prompt)))
+    if not rows:
+        raise Drop("prompt beyond --max-length")
+    return rows
+
+
 # ---- rewards: what --rewards names
 #
 #      SOURCE[=WEIGHT]     SOURCE: a reward model; file.py:function; match:number|boxed|hash|REGEX; format; judge:MODEL
@@ -757,7 +777,7 @@ def judged_row(model, tokenizer, rubric: dict, extra: dict, text: str = "a"):
     turns = [] if isinstance(prompt, str) else [turn for turn in prompt if turn["role"] != "system"]
     if isinstance(prompt, str):
         talk = prompt + text
-    elif len(turns) == 1:
+    elif len(turns) == 1 and not continues_text(prompt):
         talk = f"{turns[0]['content']}\n{text}"
     else:
         talk = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
@@ -821,7 +841,7 @@ def function_scores(source: str, function, device, rows: list, texts: list, ids:
         fail(f"--rewards {source}: {type(e).__name__}: {e} ({where}); it is called with {given}")
     if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
         found = len(rewards) if isinstance(rewards, (list, tuple)) else f"a {type(rewards).__name__} instead of"
-        fail(f"--rewards {source}: returned {found} rewards for {len(rows)} answers; it must return a list of so many")
+        fail(f"--rewards {source}: returned {found} rewards for {len(rows)} answers; it must return one for each")
     for reward, text in zip(rewards, texts):
         try:
             is_number = reward is None or abs(float(reward)) < 1e18  # its square is a float32 too
@@ -843,7 +863,7 @@ def format_scores(device, rows: list, texts: list, ids: list):
 
 
 def match_scores(how: str, device, rows: list, texts: list, ids: list):
-    """1 for an answer that the column `answer` holds, else 0; NaN where it holds none. [B]"""
+    """1 for an answer that equals one in the column `answer`, else 0; NaN where the column is empty. [B]"""
     scores = []
     for row, text in zip(rows, texts):
         right = true_answers(row.extra.get("answer"))
@@ -852,12 +872,11 @@ def match_scores(how: str, device, rows: list, texts: list, ids: list):
 
 
 def check_true_answer(how: str, extra: dict):
-    """Fails without a column `answer`, or on one that is no answer; raises Drop where no answer can ever match it."""
+    """Fails if the column `answer` is missing or of a wrong type; raises Drop if no answer can ever match it."""
     if "answer" not in extra:
         raise ValueError(f"match:{how} compares with a column answer, which is missing")
     right = true_answers(extra["answer"])
-    can_match = any(canonical(found_answer(answer, how)) == answer for answer in right)
-    if right and how == "number" and not can_match:
+    if how == "number" and right and not any(canonical(found_answer(answer, how)) == answer for answer in right):
         raise Drop(f"its answer {sorted(right)[0][:40]!r} is not a number, so that match:number can never be right")
 
 
@@ -869,7 +888,7 @@ NUMBER = (
 
 
 def found_answer(text: str, how: str) -> str | None:
-    """What a text gives as its answer: its last number, its last \\\\boxed{}, what follows its last ####, or the last
+    """What a text gives as its answer: its last number, its last \\boxed{}, what follows its last ####, or the last
     match of an expression (its first group, if it has one); None where there is no such thing."""
     if how == "boxed":
         start = text.rfind("\\boxed{")
@@ -903,7 +922,7 @@ def canonical(answer: str | None) -> str | None:
 
 def true_answers(column) -> set:
     """The answers that a column holds, canonical: a text or a number, or a list of alternatives; of a text what stands
-    after ####, in \\\\boxed{}, or the whole."""
+    after ####, in \\boxed{}, or the whole."""
     if column is None:
         return set()
     if isinstance(column, list):
@@ -923,8 +942,8 @@ def true_answers(column) -> set:
 def rollout(
     policy, tokenizer, rewards: list, prompts: list, places, n: int, step: int, stops: list, args, device, attempt=0
 ) -> list:
-    """n sampled answers to each of the prompts at this rank's places, with their rewards: Rows of one response. Every
-    attempt of a step has randomness of its own.
+    """n sampled answers to each of the prompts at this rank's places, with their rewards: Rows of one response.
+    attempt: other random numbers at the same step.
 
     extra: place; slot, the answer's number among those of all ranks; prompt_row; text; slots and sampled_logps [T]; and
     as numbers reward, rewards/NAME, length, thinking_length, has_ended."""
@@ -956,7 +975,8 @@ def thinking_length(tokenizer, text: str, tokens: int) -> float:
 
 
 def of_all_ranks(answers: list, rewards: list, shape: tuple, device, *more) -> dict:
-    """The numbers of all ranks' answers by name, more of them where named, in the order of slots. On the CPU."""
+    """Numbers from the extra of all ranks' answers, {name: tensor of `shape`}, in the order of slots, on the CPU. more:
+    further names."""
     names = ["reward", "length", "thinking_length", "has_ended", *more]
     names += [f"rewards/{reward.name}" for reward in rewards]
     values = torch.zeros(len(names), math.prod(shape))
@@ -972,7 +992,7 @@ def set_token_values(rows: list, name: str, values):
 
 
 def joined(rows: list, name: str, device=None):
-    """What rows hold for their tokens, end to end [N]. device: where there may be no rows."""
+    """What rows hold for their tokens, end to end [N]. device: of the result, needed where rows may be empty."""
     return torch.cat([row.extra[name] for row in rows] or [torch.zeros(0, device=device)])
 
 
@@ -995,12 +1015,13 @@ def load_reference(name: str, tokenizer, args, device, dtype, samples: bool = Fa
         fail(f"--reference {name}: its tokenizer differs from that of --model")
     reference = read_model(AutoModelForCausalLM, name, tokenizer).requires_grad_(False)
     if samples:
-        check_sampler(reference, name)
+        with short_windows(reference):
+            check_sampler(reference, name)
     return prepare_model(reference, name, args, device, dtype, token_logps)
 
 
 def minibatches(n: int, passes: int, parts: int, step: int, seed: int):
-    """The numbers, below n, of each update: every pass in an order of its own, cut into parts of nearly equal size."""
+    """Yields the indices of each minibatch: `passes` shuffles of range(n), each cut into `parts` of like size."""
     parts = max(1, min(parts, n))
     for i in range(passes):
         order = random.Random(f"{seed}-{step * passes + i}").sample(range(n), n)
@@ -1024,7 +1045,7 @@ def show_samples(title: str, answers: list, rewards: list, total: str):
 
 
 def warn_if_cut(share_ended: float, args):
-    """Says it where half of the answers or more do not end."""
+    """Prints a note if half of the answers or more do not end."""
     if share_ended <= 0.5:
         share = f"{1 - share_ended:.0%} of the answers run into --max-new-tokens {args.max_new_tokens}"
         print0(f"note: {share}; raise that, or start from a model that ends its answers")

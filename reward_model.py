@@ -498,7 +498,7 @@ def print_report(rows: list, scores: list, tokenizer) -> dict:
 
 
 # ============================== every block below stands word for word in all scripts that have it ================
-# A parameter that this script never passes serves another one.
+# Functions and parameters that this script does not use are used by another one.
 # ---- scores: what a reward model gives to answers
 
 

@@ -21,32 +21,34 @@ in both orders, so that a preference for a position cancels.
   audit       a judge against given labels: agreement, position bias, length bias, consistency
 
 Departures from the papers
-  1. A pair whose orders contradict each other, or nearer to 1/2 than --tie-margin, is a tie and left out; --orders
-     average --tie-margin 0 keeps it, as Lee et al. do. A ranking uses every P, of answers that were all compared with
-     each other. Starling's judge ranks in one reply.
-  2. Answers that were cut off are not used: a model trained on them would learn to stop in the middle.
+  1. A pair is a tie, and left out, if its two orders contradict each other or P is within --tie-margin of 1/2; --orders
+     average --tie-margin 0 keeps it, as Lee et al. do. A ranking uses every P, and holds only answers that were all
+     compared with each other. Starling's judge ranks all answers in one reply.
+  2. No data set to train on holds an answer that was cut off: a model would learn to stop in the middle.
   3. Magpie: near repeats are found by the policy's mean hidden states, not by an embedding model; the reward of the
-     base model is not subtracted. ChatGLM drops prompts by the variance of their scores, best-of-n by the range.
-  4. --scale points has the parts of the additive prompt of Self-Rewarding Language Models (2401.10020) in our words.
-  5. The judge sees neither thinking nor system prompts.
+     base model is not subtracted.
+  4. best-of-n drops prompts by the range of their scores; ChatGLM by the variance.
+  5. --scale points has the parts of the additive prompt of Self-Rewarding Language Models (2401.10020) in our words.
+  6. The judge sees no system prompts, and the answers without their thinking.
 
---judge is a checkpoint or, with --judge-url, a model on a server with OpenAI's API, which alone gets the key.
---requests FILE replaces what the judge is asked (REQUESTS below): {talk} is the conversation, {a} and {b} or {answer}
-what is judged, {conversation} both in one, {principle} a line of --principles, worded to follow "Which answer".
+--judge is a checkpoint or, with --judge-url, a model on a server with OpenAI's API; only that server gets the key.
+--requests FILE replaces the texts of REQUESTS below: {talk} is the conversation; {a} and {b}, or {answer}, are the
+answers to judge; {conversation} is talk and answer in one; {principle} is a line of --principles.
 
 Reads prompts, pairs (chosen, rejected) or K answers (completions), as the other scripts do; other columns are kept.
 Writes the files above, report.json and args.json to --output-dir. Finished batches survive a stop: use --resume.
 
   python rlaif.py audit --judge runs/sft --dataset data/grid/test_preferences.jsonl --requests data/grid/requests.json
   python rlaif.py label --model runs/sft --judge Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback-prompt --rows 1000
-  torchrun --nproc-per-node 8 rlaif.py best-of-n --model runs/sft --reward-model runs/rm --dataset trl-lib/tldr
+  torchrun --nproc-per-node 8 rlaif.py best-of-n --model runs/sft --reward-model runs/reward_model \
+      --dataset trl-lib/tldr
 
   In report.json         good             if not
-  agreement              above 0.8        of decided pairs, audit: another judge, other --requests, --reasoning
-  same_position          below 0.2        the place decides: another judge; first_position 1: it prefers the first place
+  agreement              above 0.8        (of decided pairs) another judge, other --requests, --reasoning
+  same_position          below 0.2        the judge chooses by position: another judge (first_position 1: the first)
   abstentions            0                the judge replies with no letter: other --requests, or a lower --min-mass
   prefers_longer         as given_longer  above it: length bias; reward_model.py --length-buckets
-  consistency            above 0.8        several --judgements of one pair differ (chance: 0.5): other principles
+  consistency            above 0.8        the --judgements of one pair differ (chance: 0.5): other --principles
 """
 
 import os
@@ -105,7 +107,7 @@ class PairArgs(OptionArgs):
     principles: str = ""
     """text file with a principle a line, one of which is drawn for every judgement (empty: the request `principle`)"""
     judgements: int = 1
-    """judgements of each pair, averaged, each with its own principle and reasoning (Lee et al.: more did not help)"""
+    """judgements of each pair, averaged, each with its own principle and reasoning; all the same without these two"""
     reasoning: bool = False
     """the judge reasons before it chooses (greedily; at temperature 1 with several --judgements)"""
     judge_max_tokens: int = 512
@@ -238,8 +240,8 @@ class CompareArgs(RunArgs, PolicyArgs, PairArgs, DataArgs):
 @dataclass(kw_only=True)
 class AuditArgs(RunArgs, PairArgs, DataArgs):
     by: Literal["letters", "scores"] = "letters"
-    """the judge's choice between two answers, or its scores of 1 to 10 for each, which best-of-n and ppo.py use (no
-    principles, orders or reasoning)"""
+    """the judge's choice between two answers, or its scores of 1 to 10 for each, which best-of-n and ppo.py use
+    (--principles, --judgements, --orders and --reasoning are not used)"""
     min_gap: float = 0.0
     """only pairs whose better answer's score leads by so much (0: all whose scores do not contradict the label)"""
     output_dir: str = "runs/audit"
@@ -685,7 +687,7 @@ def revise(run, batch: list):
 
 # best-of-n: the best and the worst of N answers
 def best_of_n(run, batch: list):
-    """The best answers, the best with the worst, all of them, and the prompts that tell answers apart."""
+    """The best answers, the best with the worst, all of them, and the prompts with the spread of their scores."""
     # 1. N answers to each prompt, those that came to an end
     args, asked, scored = run.args, [], {item.number: [] for item in batch}
     if run.policies:
@@ -851,7 +853,7 @@ def synthesise(run, batch: list):
         wrote = write_texts(run.policies[0], rows, keys, args, args.max_new_tokens, args.answer_temperature)
         for talk, (text, has_ended) in zip(talks, wrote):
             talk["messages"] = [*talk["messages"], *as_messages(text.strip())]
-            talk["whole"] = talk["whole"] and has_ended and bool(text.strip())
+            talk["whole"] = talk["whole"] and has_ended and bool(text_of(text))
     # 3. ratings of the first turn, and the reward of the last answer
     for name in ("quality", "difficulty") if run.judge else ():
         scores, _ = judge_scores(run, name, [dict(talk=talk["first"]) for talk in talks])
@@ -1198,7 +1200,7 @@ class ServerJudge(Judge):
 
     def send(self, talk, **options) -> tuple:
         """(choice or None, HTTP status, what was said instead) of the last of several attempts, where the server is
-        busy, sends no JSON or is not reached. Raises ConnectionError where no attempt had a reply."""
+        busy, sends no JSON or is not reached. Raises ConnectionError if the last attempt had no reply."""
         # without what the server might take for the end of a turn
         messages = [dict(m, content=without_marks(m["content"])) for m in as_messages(talk, "user")]
         payload = dict(model=self.args.judge, messages=messages, **options) | self.body
@@ -1248,7 +1250,7 @@ class ServerJudge(Judge):
         if not (is_refused and logprobs):
             self.failures += 1
             # does it refuse this talk, or any? A row must not end the run, nor a broken server all rows
-            is_doubtful = self.failures % 20 == 0 if self.has_answered else not is_refused
+            is_doubtful = self.failures % 20 == 0 or not (self.has_answered or is_refused)
             if is_doubtful:
                 if self.send("Reply with the letter A.", max_tokens=16)[0] is None:
                     raise ConnectionError(said)
@@ -1445,7 +1447,7 @@ def read_item(run, number: int, row: dict, notes: Counter) -> Item:
     if not prompt or not has_content(prompt):
         raise Drop("empty prompt")
     prompt = as_messages(prompt, "user") if isinstance(prompt, list) else prompt
-    responses = [as_messages(response) if isinstance(response, list) else response for response in responses]
+    responses = [response if isinstance(response, str) else as_messages(response) for response in responses]
     if isinstance(run.args, BestOfNArgs) and not run.policies and any(len(as_messages(r)) > 1 for r in responses):
         raise Drop("answers of several turns, of which only the last could be scored")
     better = row.get("score_chosen", row.get("chosen_reward"))
@@ -1591,7 +1593,7 @@ def finish(out: Path, files: dict, report: dict):
 
 
 # ============================== every block below stands word for word in all scripts that have it ================
-# A parameter that this script never passes serves another one.
+# Functions and parameters that this script does not use are used by another one.
 # ---- judges: language models that choose one of several replies
 
 

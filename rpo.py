@@ -356,7 +356,7 @@ def add_scores(args, device, dtype, option: str, data: Dataset) -> Dataset:
 
 
 # ============================== every block below stands word for word in all scripts that have it ================
-# A parameter that this script never passes serves another one.
+# Functions and parameters that this script does not use are used by another one.
 # ---- preferences: pairs and rankings of answers
 
 
@@ -650,7 +650,7 @@ def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: 
     policy.eval()
     policy.set_attn_implementation("eager")  # the model's own attention, which knows caches
     stops = stop_tokens(tokenizer)
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", 2**20)
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or 2**20
     for prompt in [row.extra.get("prompt", row.prompt) for row in rows[:count]]:
         ids = torch.tensor([prompt], device=next(policy.parameters()).device)
         room = max(1, min(max_new_tokens, positions - len(prompt)))

@@ -250,47 +250,6 @@ def count_trained(rows: list) -> int:
     return sum(sum(row.trained[0]) for row in rows)
 
 
-def demonstration_rows(tokenizer, max_length: int, train_all: bool, row: dict, notes: Counter) -> list:
-    """One Row, or one for each turn of the assistant where the chat template rewrites earlier turns. train_all: prompts
-    are trained too."""
-    talk, prompt, options = row.get("messages") or row.get("conversations"), as_prompt(row), template_options(row)
-    columns = ("completion", "answer", "output", "response")
-    answer = next((row[column] for column in columns if row.get(column) is not None), None)
-    if talk or isinstance(prompt, list) or isinstance(answer, list):
-        before = [] if talk else as_messages(prompt or [], "user")
-        after = with_system(row, as_messages(talk)) if talk else as_messages(answer or [])
-        messages = without_end(tokenizer, before + after)
-        refuse_special(tokenizer, messages, options)
-        if not after or not has_content(after[-1:]):
-            raise Drop("empty answer")
-        found = encode_turns(tokenizer, messages, len(before), options, notes)
-        if not found:
-            raise Drop("no assistant turn to train on")
-    else:
-        text = row.get("text") if answer is None else answer
-        if text is None or not text.strip():
-            raise Drop("empty answer")
-        if prompt:
-            head, (tail,), (trained,) = encode(tokenizer, prompt, [text], row, notes)
-            found = [(head + tail, [False] * len(head) + trained)]
-        else:
-            text = text.removesuffix(tokenizer.eos_token)
-            refuse_special(tokenizer, text)
-            ids = plain_ids(tokenizer, text + tokenizer.eos_token)
-            found = [(ids, [True] * len(ids))]
-    rows = []
-    for ids, trained in found:
-        prompt = ids[: trained.index(True)] or ids[:1]  # for show_answers
-        trained = [True] * len(ids) if train_all else trained
-        if any(trained[1:max_length]):  # the first token has nothing to be predicted from
-            start = trained.index(True, 1)
-            notes["rows cut at --max-length"] += len(ids) > max_length
-            rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]], dict(prompt=prompt)))
-    if not rows:
-        raise Drop("prompt beyond --max-length")
-    return rows
-
-
 def new_tokenizer(args):
     """A byte-level BPE tokenizer trained on the data set. Words keep the space before them, and numbers their sign."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -341,7 +300,51 @@ def new_model(args, tokenizer):
 
 
 # ============================== every block below stands word for word in all scripts that have it ================
-# A parameter that this script never passes serves another one.
+# Functions and parameters that this script does not use are used by another one.
+# ---- demonstrations: text, and conversations whose assistant's turns are trained
+
+
+def demonstration_rows(tokenizer, max_length: int, train_all: bool, row: dict, notes: Counter) -> list:
+    """One Row, or one for each turn of the assistant where the chat template rewrites earlier turns. train_all: prompts
+    are trained too."""
+    talk, prompt, options = row.get("messages") or row.get("conversations"), as_prompt(row), template_options(row)
+    columns = ("completion", "answer", "output", "response")
+    answer = next((row[column] for column in columns if row.get(column) is not None), None)
+    if talk or isinstance(prompt, list) or isinstance(answer, list):
+        before = [] if talk else as_messages(prompt or [], "user")
+        after = with_system(row, as_messages(talk)) if talk else as_messages(answer or [])
+        messages = without_end(tokenizer, before + after)
+        refuse_special(tokenizer, messages, options)
+        if not after or not has_content(after[-1:]):
+            raise Drop("empty answer")
+        found = encode_turns(tokenizer, messages, len(before), options, notes)
+        if not found:
+            raise Drop("no assistant turn to train on")
+    else:
+        text = row.get("text") if answer is None else answer
+        if text is None or not text.strip():
+            raise Drop("empty answer")
+        if prompt:
+            head, (tail,), (trained,) = encode(tokenizer, prompt, [text], row, notes)
+            found = [(head + tail, [False] * len(head) + trained)]
+        else:
+            text = text.removesuffix(tokenizer.eos_token)
+            refuse_special(tokenizer, text)
+            ids = plain_ids(tokenizer, text + tokenizer.eos_token)
+            found = [(ids, [True] * len(ids))]
+    rows = []
+    for ids, trained in found:
+        prompt = ids[: trained.index(True)] or ids[:1]  # for show_answers
+        trained = [True] * len(ids) if train_all else trained
+        if any(trained[1:max_length]):  # the first token has nothing to be predicted from
+            start = trained.index(True, 1)
+            notes["rows cut at --max-length"] += len(ids) > max_length
+            rows.append(Row(ids[:start], [ids[start:max_length]], [trained[start:max_length]], dict(prompt=prompt)))
+    if not rows:
+        raise Drop("prompt beyond --max-length")
+    return rows
+
+
 # ---- log-probabilities: of the answers' tokens, without the logits of a whole batch in memory
 
 
@@ -437,7 +440,7 @@ def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: 
     policy.eval()
     policy.set_attn_implementation("eager")  # the model's own attention, which knows caches
     stops = stop_tokens(tokenizer)
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", 2**20)
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or 2**20
     for prompt in [row.extra.get("prompt", row.prompt) for row in rows[:count]]:
         ids = torch.tensor([prompt], device=next(policy.parameters()).device)
         room = max(1, min(max_new_tokens, positions - len(prompt)))

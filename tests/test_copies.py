@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-ORDER = "preferences reference rewards rollouts judges scores sampling answers log-probabilities evaluation".split()
+ORDER = "preferences reference demonstrations rewards rollouts judges scores sampling answers log-probabilities evaluation".split()
 ORDER += "data rows models runs training".split()
 CALL = '\n\n\nif __name__ == "__main__":\n'
 

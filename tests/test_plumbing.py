@@ -924,4 +924,4 @@ def test_curves_are_of_what_changes(tmp_path, monkeypatch):
     assert [*raw.get_ydata()] == [0, 1] * 20 and raw.get_alpha() < 1
     assert [*mean.get_ydata()][:4] == pytest.approx([0, 1 / 2, 1 / 3, 2 / 3])
     assert [*held_out.get_xdata()] == [40] and [*held_out.get_ydata()] == [0.75]
-    assert not many[0].yaxis.get_major_formatter().get_useOffset() and many[0].get_xlabel() == "optimiser step"
+    assert not many[0].yaxis.get_major_formatter().get_useOffset() and many[0].get_xlabel() == "step"

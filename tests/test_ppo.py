@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import ppo
 import reward_model
-import sft
 
 END, OTHER_END = 2, 3  # ids of <|end|>, which ends a turn, and <|endoftext|>
 
@@ -432,29 +431,6 @@ def test_max_kl_ends_the_run_and_saves_the_policy_as_it_is(train, talker, capsys
     assert all(line["objective/kl"] <= 1e-3 for line in lines[:-1])
     assert f"stopped after step {len(lines)}: the KL" in capsys.readouterr().out
     assert not equal(weights("out"), weights(talker)) and json.loads(Path("out/args.json").read_text())["finished"]
-
-
-def test_rows_of_other_text_are_those_of_sft(tiny_tokenizer):
-    data = [
-        dict(text="Right, up, right"),
-        dict(messages=talk("Is it safe?", "No", "Why?", "The path is not safe")),
-        dict(conversations=[{"from": "human", "value": "Up?"}, {"from": "gpt", "value": "Yes"}], system="Be short."),
-        dict(prompt="The sum", completion=" is 12"),
-        dict(prompt=talk("The sum?"), completion=[dict(role="assistant", content="12")]),
-    ]
-    for row, longest in [(row, longest) for row in data for longest in (512, 14)]:
-        try:
-            expected = [row[:3] for row in sft.demonstration_rows(tiny_tokenizer, longest, False, row, Counter())]
-        except sft.Drop:
-            expected = []
-        try:
-            found = [row[:3] for row in ppo.text_rows(tiny_tokenizer, longest, row, Counter())]
-        except ppo.Drop:
-            found = []
-        assert found == expected and (found or longest == 14)
-    for row in (dict(text=" "), dict(prompt="Up", completion=""), dict(messages=talk("Up?"))):
-        with pytest.raises(ppo.Drop):
-            ppo.text_rows(tiny_tokenizer, 512, row, Counter())
 
 
 def test_ptx_adds_the_gradient_of_the_mean_log_likelihood(train, gradients, talker):
