@@ -554,11 +554,8 @@ def token_logps(self, inputs, source, target, last=None, temperature: float = 1.
     method of the model.
 
     inputs, source, target: as `pack` and `pad` return them; temperature: of the distribution, as in sampling."""
-    config, head, hidden = (
-        self.config.get_text_config(),
-        self.get_output_embeddings(),
-        hidden_states(self, inputs, source),
-    )
+    config, head = self.config.get_text_config(), self.get_output_embeddings()
+    hidden = hidden_states(self, inputs, source)
     # Cohere scales its logits, Granite divides them, Gemma 2 caps them
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
@@ -634,6 +631,8 @@ def user_input(what: str):
     """Ends the program with one sentence where a library fails to read or write something that the user named."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # the end of the script says which options save memory
     except Exception as e:
         fail(f"{what} ({type(e).__name__}: {' '.join(str(e.__cause__ or e).split())[:300]})")
 
@@ -773,7 +772,7 @@ def refuse_special(tokenizer, *values):
     """Drops a row that holds a special token in any of its texts: data must not be able to end or begin a turn."""
     text = json.dumps(values, ensure_ascii=False, default=str)
     for token in special_tokens(tokenizer).values():
-        if token in text:
+        if json.dumps(token, ensure_ascii=False)[1:-1] in text:  # as JSON writes it
             raise Drop(f"special token {token} in the text; write a conversation as messages")
 
 
@@ -805,9 +804,11 @@ def render_text(tokenizer, messages: list, answer_next: bool = False, **options)
     errors = []
     for parse in (parse_arguments, None):  # most templates take the arguments of a tool as an object, some as JSON text
         try:
-            given = json.loads(json.dumps(messages, default=str), object_hook=parse)
-            text = tokenizer.apply_chat_template(given, **options)
+            given = json.loads(json.dumps(messages, default=str))  # a copy
             calls = [call.get("function", call) for message in given for call in message.get("tool_calls", ())]
+            for call in calls if parse else ():
+                parse(call)
+            text = tokenizer.apply_chat_template(given, **options)
             arguments = [call["arguments"] for call in calls if call.get("arguments")]
             if not any(is_misread(value, text) for value in arguments):
                 return text
@@ -817,12 +818,12 @@ def render_text(tokenizer, messages: list, answer_next: bool = False, **options)
     raise Drop(f"refused by the chat template ({' '.join(str(errors[0]).split())[:60]})")
 
 
-def parse_arguments(call: dict) -> dict:
-    """A tool call with its arguments as an object, if they are JSON text."""
+def parse_arguments(call: dict):
+    """Turns a tool call's arguments into an object, if they are the JSON text of one."""
     if isinstance(call.get("arguments"), str):
         with contextlib.suppress(ValueError):
-            call["arguments"] = json.loads(call["arguments"] or "{}")
-    return call
+            value = json.loads(call["arguments"] or "{}")
+            call["arguments"] = value if isinstance(value, dict) else call["arguments"]
 
 
 def is_misread(arguments, text: str) -> bool:
@@ -1046,7 +1047,7 @@ HAS_GQA_OPTION = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def to_device(values, device) -> torch.Tensor:
-    """A list or tensor on the device, by a copy for which the host does not wait."""
+    """A number, list or CPU tensor on the device; the host does not wait for the copy."""
     values = torch.as_tensor(values)
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
@@ -1285,8 +1286,11 @@ def fit_length(args, name: str) -> int:
 def read_model(auto, name: str, tokenizer, **options):
     """A checkpoint with float32 weights, on the CPU; model.stored_dtype is the dtype in which they were stored."""
     with user_input(f"{name}: no model can be loaded from it"):
-        options |= dict(attn_implementation="eager", dtype=torch.float32)
-        model = auto.from_pretrained(name, use_safetensors=True, **options)  # a pickle could run anything
+        options |= dict(attn_implementation="eager", dtype=torch.float32, output_loading_info=True)
+        model, found = auto.from_pretrained(name, use_safetensors=True, **options)  # a pickle could run anything
+        missing = sorted({*found["missing_keys"]} - {"score.weight"})  # a value model's head may be new
+        if missing:
+            raise ValueError(f"it lacks the weights {', '.join(missing[:3])}")
         embeddings = model.get_input_embeddings().num_embeddings
         if len(tokenizer) > embeddings:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model only {embeddings}")
@@ -1334,7 +1338,7 @@ def prepare_model(model, name: str, args, device, dtype, *methods, dropout: bool
             for parameter in model.parameters():  # else FSDP would cast a frozen model in every forward
                 parameter.data = parameter.data.bfloat16()
     decoder = model.get_decoder() or model  # of a multimodal model, the part that reads text
-    # each call moves its part from the CPU to the device, so that no device holds the whole model in float32
+    # each call moves its part from the CPU to the device, which so holds its share and one whole layer at most
     for layer in next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList)):
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
@@ -1546,13 +1550,13 @@ def open_run(args, *inputs) -> tuple:
 
 
 def clear_run(args, out: Path, signature: dict):
-    """Removes what an earlier run wrote, but its model, and writes args.json. Call it when all input has been read."""
+    """Removes what an earlier run wrote, but its model, and writes args.json. Call it after all input has been read."""
     if RANK == 0:
         with user_input(f"--output-dir {out}: cannot be written"):
             out.mkdir(parents=True, exist_ok=True)
             for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
                 shutil.rmtree(stale)
-            for name in ("metrics.jsonl", "report.json", "test_time.png"):
+            for name in ("metrics.jsonl", "curves.png", "report.json", "test_time.png"):
                 (out / name).unlink(missing_ok=True)
             record = dict(script=Path(__file__).name, finished=False, date=RUN_DATE[0].isoformat(), args=asdict(args))
             record |= dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD)
@@ -1577,7 +1581,7 @@ STOP = types.SimpleNamespace(signal=0, agreed=False)
 
 
 def make_optimizer(model, args):
-    """AdamW; vectors (norms, biases) do not decay. Make it before FSDP's first forward, which gathers weights."""
+    """AdamW; vectors (norms, biases) do not decay. Make it while the weights are sharded."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
@@ -1585,10 +1589,12 @@ def make_optimizer(model, args):
 
 
 def announce(models: list, args, work: str, device, dtype):
-    """Prints the run in two lines. A parameter takes 16 bytes: weight, gradient, and AdamW's two moments."""
-    count, limit = sum(p.numel() for model in models for p in model.parameters()), args.tokens_per_forward
+    """Prints the run in two lines. A trained parameter takes 16 bytes (weight, gradient, AdamW's two moments), a frozen
+    one 4."""
+    parameters, limit = [p for model in models for p in model.parameters()], args.tokens_per_forward
+    count, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     names = " and ".join(type(model).__name__ for model in models)
-    print0(f"model: {names}, {count / 1e6:.2f} M parameters, {16 * count >> 20} MB with AdamW")
+    print0(f"model: {names}, {count / 1e6:.2f} M parameters, {4 * count + 12 * trained >> 20} MB with AdamW")
     print0(f"training: {work}, at most {limit} tokens a forward, on {WORLD} x {device.type} in {str(dtype)[6:]}")
 
 
@@ -1610,7 +1616,7 @@ def take_step(model, optimizer, args, step: int, steps: int, peak_rate: float | 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(norm):
-        fail(f"step {step + 1}: the norm of the gradients is {norm}; lower --learning-rate, or try --dtype float32")
+        fail(f"step {step + 1}: the norm of the gradients is {norm}; lower the learning rate, or try --dtype float32")
     warmup = max(1, round(args.warmup_ratio * steps))
     done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
     # the cosine falls from 1 to 0.1
@@ -1686,7 +1692,8 @@ def catch_signals():
 
     def note(number, frame):
         STOP.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
 
     if __name__ == "__main__":  # a program that imports the script handles its own signals
         signal.signal(signal.SIGTERM, note)
@@ -1707,7 +1714,7 @@ def save_model(directory: Path, model, tokenizer, dtype):
     """A Hugging Face directory: config, safetensors, tokenizer and template, generation_config with all stop tokens."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp.get_model_state_dict(model, options=options) if dist.is_initialized() else model.state_dict()
-    for tied in (model._tied_weights_keys or ()) if model.config.tie_word_embeddings else ():
+    for tied in model.all_tied_weights_keys:  # without those that the parent stores apart
         weights.pop(tied, None)
     if RANK > 0:
         return
@@ -1767,7 +1774,8 @@ def save_checkpoint(args, directory: Path, models: dict, optimizers: dict, state
 
 def load_checkpoint(directory: Path, models: dict, optimizers: dict) -> dict:
     """The training state of a checkpoint whose models are loaded already; cuts metrics.jsonl back to its step."""
-    state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
+    with user_input(f"--resume: {directory / 'state.pt'}: cannot be read"):
+        state = torch.load(directory / "state.pt", weights_only=True, mmap=True)
     for name, moments in state.pop("optimizers").items():
         options = dcp.StateDictOptions(full_state_dict=True)
         dcp.set_optimizer_state_dict(models[name][0], optimizers[name], moments, options=options)
@@ -1791,8 +1799,10 @@ def finish_run(out: Path, models: dict, curves: list):
                 (out / name).mkdir(exist_ok=True)
                 for stale in (out / name).glob("*.safetensors*"):  # of an older model, which may have other shards
                     stale.unlink()
-                for file in [file for file in (part / name).iterdir() if file.is_file()]:
-                    os.replace(file, out / name / file.name)
+            for file in [file for file in part.rglob("*") if file.is_file()]:
+                place = out / file.relative_to(part)
+                place.parent.mkdir(exist_ok=True)  # a tokenizer's folder of further chat templates
+                os.replace(file, place)
             shutil.rmtree(part)
             lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
             draw_curves(out / "curves.png", lines, curves)
@@ -1826,7 +1836,7 @@ def draw_curves(path: Path, lines: list, names: list):
             axis.plot(*zip(*held_out), "o", color="tab:orange", label="held out")
             axis.legend()
         axis.ticklabel_format(useOffset=False)
-        axis.set(xlabel="optimiser step", ylabel=name)
+        axis.set(xlabel="step", ylabel=name)
     for axis in axes.flat[len(names) :]:
         axis.remove()
     figure.savefig(path, dpi=120)

@@ -40,8 +40,7 @@ Writes the files above, report.json and args.json to --output-dir. Finished batc
 
   python rlaif.py audit --judge runs/sft --dataset data/grid/test_preferences.jsonl --requests data/grid/requests.json
   python rlaif.py label --model runs/sft --judge Qwen/Qwen3-8B --dataset trl-lib/ultrafeedback-prompt --rows 1000
-  torchrun --nproc-per-node 8 rlaif.py best-of-n --model runs/sft --reward-model runs/reward_model \
-      --dataset trl-lib/tldr
+  torchrun --nproc-per-node 8 rlaif.py best-of-n --model runs/sft --reward-model runs/reward_model --dataset data.jsonl
 
   In report.json         good             if not
   agreement              above 0.8        (of decided pairs) another judge, other --requests, --reasoning
@@ -2049,11 +2048,8 @@ def token_logps(self, inputs, source, target, last=None, temperature: float = 1.
     method of the model.
 
     inputs, source, target: as `pack` and `pad` return them; temperature: of the distribution, as in sampling."""
-    config, head, hidden = (
-        self.config.get_text_config(),
-        self.get_output_embeddings(),
-        hidden_states(self, inputs, source),
-    )
+    config, head = self.config.get_text_config(), self.get_output_embeddings()
+    hidden = hidden_states(self, inputs, source)
     # Cohere scales its logits, Granite divides them, Gemma 2 caps them
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
@@ -2095,6 +2091,8 @@ def user_input(what: str):
     """Ends the program with one sentence where a library fails to read or write something that the user named."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # the end of the script says which options save memory
     except Exception as e:
         fail(f"{what} ({type(e).__name__}: {' '.join(str(e.__cause__ or e).split())[:300]})")
 
@@ -2234,7 +2232,7 @@ def refuse_special(tokenizer, *values):
     """Drops a row that holds a special token in any of its texts: data must not be able to end or begin a turn."""
     text = json.dumps(values, ensure_ascii=False, default=str)
     for token in special_tokens(tokenizer).values():
-        if token in text:
+        if json.dumps(token, ensure_ascii=False)[1:-1] in text:  # as JSON writes it
             raise Drop(f"special token {token} in the text; write a conversation as messages")
 
 
@@ -2266,9 +2264,11 @@ def render_text(tokenizer, messages: list, answer_next: bool = False, **options)
     errors = []
     for parse in (parse_arguments, None):  # most templates take the arguments of a tool as an object, some as JSON text
         try:
-            given = json.loads(json.dumps(messages, default=str), object_hook=parse)
-            text = tokenizer.apply_chat_template(given, **options)
+            given = json.loads(json.dumps(messages, default=str))  # a copy
             calls = [call.get("function", call) for message in given for call in message.get("tool_calls", ())]
+            for call in calls if parse else ():
+                parse(call)
+            text = tokenizer.apply_chat_template(given, **options)
             arguments = [call["arguments"] for call in calls if call.get("arguments")]
             if not any(is_misread(value, text) for value in arguments):
                 return text
@@ -2278,12 +2278,12 @@ def render_text(tokenizer, messages: list, answer_next: bool = False, **options)
     raise Drop(f"refused by the chat template ({' '.join(str(errors[0]).split())[:60]})")
 
 
-def parse_arguments(call: dict) -> dict:
-    """A tool call with its arguments as an object, if they are JSON text."""
+def parse_arguments(call: dict):
+    """Turns a tool call's arguments into an object, if they are the JSON text of one."""
     if isinstance(call.get("arguments"), str):
         with contextlib.suppress(ValueError):
-            call["arguments"] = json.loads(call["arguments"] or "{}")
-    return call
+            value = json.loads(call["arguments"] or "{}")
+            call["arguments"] = value if isinstance(value, dict) else call["arguments"]
 
 
 def is_misread(arguments, text: str) -> bool:
@@ -2507,7 +2507,7 @@ HAS_GQA_OPTION = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def to_device(values, device) -> torch.Tensor:
-    """A list or tensor on the device, by a copy for which the host does not wait."""
+    """A number, list or CPU tensor on the device; the host does not wait for the copy."""
     values = torch.as_tensor(values)
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
@@ -2746,8 +2746,11 @@ def fit_length(args, name: str) -> int:
 def read_model(auto, name: str, tokenizer, **options):
     """A checkpoint with float32 weights, on the CPU; model.stored_dtype is the dtype in which they were stored."""
     with user_input(f"{name}: no model can be loaded from it"):
-        options |= dict(attn_implementation="eager", dtype=torch.float32)
-        model = auto.from_pretrained(name, use_safetensors=True, **options)  # a pickle could run anything
+        options |= dict(attn_implementation="eager", dtype=torch.float32, output_loading_info=True)
+        model, found = auto.from_pretrained(name, use_safetensors=True, **options)  # a pickle could run anything
+        missing = sorted({*found["missing_keys"]} - {"score.weight"})  # a value model's head may be new
+        if missing:
+            raise ValueError(f"it lacks the weights {', '.join(missing[:3])}")
         embeddings = model.get_input_embeddings().num_embeddings
         if len(tokenizer) > embeddings:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model only {embeddings}")
@@ -2795,7 +2798,7 @@ def prepare_model(model, name: str, args, device, dtype, *methods, dropout: bool
             for parameter in model.parameters():  # else FSDP would cast a frozen model in every forward
                 parameter.data = parameter.data.bfloat16()
     decoder = model.get_decoder() or model  # of a multimodal model, the part that reads text
-    # each call moves its part from the CPU to the device, so that no device holds the whole model in float32
+    # each call moves its part from the CPU to the device, which so holds its share and one whole layer at most
     for layer in next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList)):
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
@@ -3007,13 +3010,13 @@ def open_run(args, *inputs) -> tuple:
 
 
 def clear_run(args, out: Path, signature: dict):
-    """Removes what an earlier run wrote, but its model, and writes args.json. Call it when all input has been read."""
+    """Removes what an earlier run wrote, but its model, and writes args.json. Call it after all input has been read."""
     if RANK == 0:
         with user_input(f"--output-dir {out}: cannot be written"):
             out.mkdir(parents=True, exist_ok=True)
             for stale in (*out.glob("checkpoint-*"), *out.glob("saving*")):
                 shutil.rmtree(stale)
-            for name in ("metrics.jsonl", "report.json", "test_time.png"):
+            for name in ("metrics.jsonl", "curves.png", "report.json", "test_time.png"):
                 (out / name).unlink(missing_ok=True)
             record = dict(script=Path(__file__).name, finished=False, date=RUN_DATE[0].isoformat(), args=asdict(args))
             record |= dict(torch=torch.__version__, transformers=transformers.__version__, ranks=WORLD)

@@ -249,8 +249,8 @@ def test_what_the_template_cannot_take_drops_its_row_alone_and_is_counted(script
     kept, printed = prepared(rows)
     refused = "dropped: refused by the chat template"
     empty = "dropped: empty answer" if script is sft else "dropped: nothing to compare"
-    counts = [CUT, "No system role", "'str object' has no attribute 'items'", "'list object' has", empty]
-    assert kept == 1 and all(reason in printed for reason in counts) and printed.count(refused) == 3
+    counts = [CUT, "No system role", "'str object' has no attribute 'items'", empty]
+    assert kept == 1 and all(reason in printed for reason in counts) and printed.count(refused) == 2
     with pytest.raises(SystemExit):
         prepared(rows[1:2])
     assert f"none of its 1 rows can be used (1 {refused} (No system role))" in capsys.readouterr().err
@@ -267,6 +267,12 @@ def test_arguments_as_json_text_train_what_objects_train(template, city, tokeniz
     found = [turns(tokenizer, [HI, assistant("Look.", **call(form))]) for form in (arguments, *texts)]
     shown = texts[1] if template == CALLS_JSON else f"city={city} days=3"
     assert found == [f"{U}Hi?{E}{A}[[Look.<|call|>look {shown}{E}]]"] * 3
+
+
+def test_an_argument_that_is_named_arguments_stays_as_it_is(tokenizer_of):
+    arguments = dict(arguments="5")
+    found = turns(tokenizer_of(CALLS_JSON), [HI, assistant("Look.", **call(json.dumps(arguments)))])
+    assert found == f"{U}Hi?{E}{A}[[Look.<|call|>look {json.dumps(arguments)}{E}]]"
 
 
 @pytest.mark.parametrize("template", [CALLS_TEXT, CALLS_SHOWN])
