@@ -860,14 +860,17 @@ def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_colum
     if not rows:
         fail(f"{option} {name}: none of its {len(data)} rows can be used ({counts}); {columns}")
     print0(f"{option} {name}: {len(rows)} rows from {len(data)}; {counts}")
-    prompts, responses = [len(row.prompt) for row in rows], [len(r) for row in rows for r in row.responses]
-    quantiles = ["/".join(str(sorted(x)[int(q * (len(x) - 1))]) for q in (0.5, 0.95, 1)) for x in (prompts, responses)]
-    print0("  tokens (median/95%/most): prompt {}, response {}".format(*quantiles))
-    shown = tokenizer.decode(rows[0].prompt)[-200:]
+    lengths = dict(prompt=[len(row.prompt) for row in rows], response=[len(r) for row in rows for r in row.responses])
+    for name, values in lengths.items():
+        if any(values):  # prompts alone have no response
+            median, most, longest = (sorted(values)[int(q * (len(values) - 1))] for q in (0.5, 0.95, 1))
+            print0(f"  tokens of a {name}: {median} (median), {most} (95%), {longest} (longest)")
+    shown = tokenizer.decode(rows[0].prompt)
+    shown = shown if len(shown) <= 200 else f"...{shown[-200:]}"
     for is_trained, part in groupby(zip(rows[0].trained[0], rows[0].responses[0]), key=lambda pair: pair[0]):
         text = tokenizer.decode([token for _, token in part])
         shown += f"[[{text[:300]}]]" if is_trained else text[:100]
-    print0("  example, [[trained]]: " + shown.replace("\n", "\n  | "))
+    print0(f"  example{', [[trained]]' if any(lengths['response']) else ''}: " + shown.replace("\n", "\n  | "))
     return rows
 
 
@@ -1519,7 +1522,8 @@ def log_metrics(args, out: Path, metrics: dict, bar):
     names = "loss reward objective/scores kl objective/kl rewards/accuracies accuracy mean_token_accuracy".split()
     if metrics["step"] == 1:
         names = [name for name in names if "accura" not in name]  # as yet all answers may be tied
-        bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak of the first step")
+    if metrics["step"] == min(2, bar.total):  # the second step is the first with the optimiser's state
+        bar.write(f"memory: {metrics['peak_memory_mb']} MB at the peak so far")
     # three significant digits
     shown = {k: f"{float(f'{metrics[k]:.3g}'):g}" for k in (*names, "tokens_per_second") if k in metrics}
     bar.set_postfix(shown, refresh=False)

@@ -899,8 +899,8 @@ def test_progress_in_a_file_is_a_line_every_half_minute(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "\r" not in printed.out and not printed.err and [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4]
     assert printed.out.splitlines() == [
-        "memory: 7 MB at the peak of the first step",
         "step 1 of 9: loss 0.123, tokens_per_second 14500",
+        "memory: 7 MB at the peak so far",
         "step 3 of 9: loss 0.123, accuracy 0.667, tokens_per_second 14500",
     ]
 
