@@ -185,7 +185,12 @@ def to_fake(module, device, **_):
     return module
 
 
+MODULE_TO = torch.nn.Module.to
+
+
 def module_to(module, device=None, *args, **kwargs):
+    if not isinstance(torch.empty(0), FakeTensor):  # outside of the fake mode
+        return MODULE_TO(module, device, *args, **kwargs)
     if (
         torch.device(device).type == "cuda"
         and dist.is_initialized()
@@ -273,6 +278,7 @@ def fake_cuda(scripts: Path, faults: list):
     begin, shard, meshes = dist.init_process_group, fsdp.fully_shard, []
     repeat, tensor, save, load = torch.Tensor.repeat_interleave, torch.tensor, torch.save, torch.load
     grouped_mm = torch.nn.functional.grouped_mm
+    torch.utils._device._device_constructors()  # cached, for `with torch.device(...)`: the functions before the patches
 
     def init_process_group(*args, **kwargs):
         with unset_fake_temporarily():
