@@ -9,15 +9,13 @@
 #   MODEL=DIR DATA=DIR bash recipes/smollm2.sh    offline; DATA holds the five files that are named below
 #   DTYPE=bfloat16 bash recipes/smollm2.sh        faster on a CPU with instructions for bfloat16 matrices (AMX)
 source "$(dirname "$0")/common.sh"
-start_seed 0
+runs=runs common="--seed 0 --resume"
 sources=(trl-lib/Capybara trl-lib/ultrafeedback_binarized trl-lib/hh-rlhf-helpful-base "" openai/gsm8k:main)
 if [ -n "${DATA:-}" ]; then
     sources=($DATA/{sft_instruct.jsonl.gz,pref_polite.jsonl,hh_rlhf.jsonl.gz,kwise_xstest.jsonl,gsm8k.jsonl.gz})
 fi
 if tiny; then  # in place of the model and its data: those of the grid world
-    world
-    base
-    sft
+    start_seed 0 base sft
     MODEL=$runs/sft
     sources=($data/{sft,preferences,preferences,rankings,reasoning}.jsonl)
 fi
