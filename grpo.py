@@ -1924,7 +1924,7 @@ def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_colum
     data, rows, notes = load_rows(option, name, split), [], Counter()
     data = add_columns(option, data) if add_columns else data
     columns = f"its columns are {', '.join(data.column_names)}"
-    for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or len(data) < 5000)):
+    for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or not sys.stderr.isatty())):
         where = f"{option} {name}, row {number} (from 0)"
         with user_input(f"{where}: not in a known format; {columns}; see 'Reads' in --help"):
             try:

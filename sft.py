@@ -322,7 +322,9 @@ def demonstration_rows(tokenizer, max_length: int, train_all: bool, row: dict, n
             raise Drop("no assistant turn to train on")
     else:
         text = row.get("text") if answer is None else answer
-        if text is None or not text.strip():
+        if text is None:
+            raise Drop("neither text, nor messages, nor an answer to a prompt")
+        if not text.strip():
             raise Drop("empty answer")
         if prompt:
             head, (tail,), (trained,) = encode(tokenizer, prompt, [text], row, notes)
@@ -849,7 +851,7 @@ def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_colum
     data, rows, notes = load_rows(option, name, split), [], Counter()
     data = add_columns(option, data) if add_columns else data
     columns = f"its columns are {', '.join(data.column_names)}"
-    for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or len(data) < 5000)):
+    for number, row in enumerate(tqdm(data, desc="tokenise", leave=False, disable=RANK > 0 or not sys.stderr.isatty())):
         where = f"{option} {name}, row {number} (from 0)"
         with user_input(f"{where}: not in a known format; {columns}; see 'Reads' in --help"):
             try:

@@ -196,7 +196,8 @@ def test_prompts_are_trained_when_asked(tiny_tokenizer):
 
 DROPPED = [
     (dict(text=" \n"), "empty answer"),
-    (dict(messages=[]), "empty answer"),
+    (dict(words="Up"), "neither text, nor messages"),
+    (dict(messages=[]), "neither text, nor messages"),
     (dict(prompt="a", completion=""), "empty answer"),
     (dict(messages=talk("a", " ")), "empty answer"),
     (dict(prompt=talk("a"), completion=[]), "empty answer"),
