@@ -1,6 +1,7 @@
 """What the tests share: a quiet, offline, one-thread environment; tiny models; the scripts as a user runs them."""
 
 import atexit
+import importlib
 import os
 import shutil
 import signal
@@ -34,7 +35,29 @@ def real_data() -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------- tiny models
+@pytest.fixture(scope="session", autouse=True)
+def short_answers():
+    """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("sft", "dpo", "orpo", "rpo"):
+            show_answers = importlib.import_module(name).show_answers.__wrapped__  # torch.no_grad wraps it
+            patch.setattr(show_answers, "__defaults__", (3, 3))
+        yield
+
+
+def system(text) -> dict:
+    return dict(role="system", content=text)
+
+
+def user(text) -> dict:
+    return dict(role="user", content=text)
+
+
+def assistant(text, **more) -> dict:
+    return dict(role="assistant", content=text, **more)
+
+
+# ---- tiny models
 
 SENTENCES = """The robot starts in the lower left corner and walks to the upper right. It may go up or right, one cell at a time.
 What is the best path? Right, up, right, up: that is 4 and 3 and 5, and the sum is 12. No, I cannot help with that; the path is not safe.
@@ -126,7 +149,7 @@ def tiny_model_dir(tiny_tokenizer, tmp_path_factory):
     return make
 
 
-# ---------------------------------------------------------------------------------------------------------- the scripts
+# ---- the scripts
 
 
 def run(command, cwd, check, timeout, env):
@@ -176,7 +199,7 @@ def torchrun():
     return go
 
 
-# ------------------------------------------------------------------------------------------------- ppo.py and grpo.py
+# ---- ppo.py and grpo.py
 
 QUESTIONS = ["What is the best path?", "Write a letter", "Is it safe? Say so.", "Sum: 4 3 5", "up"]
 QUESTIONS += ["Where does the robot start? I'd like to talk about it."]
@@ -260,4 +283,4 @@ def near(actual, expected, tolerance=1e-6):
     import torch
 
     actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, equal_nan=True)

@@ -5,7 +5,6 @@ Also the blocks `preferences` and `reference`, which other scripts share with it
 
 import copy
 import gc
-import importlib
 import math
 import os
 import shutil
@@ -53,17 +52,7 @@ def args_of(**flags) -> dpo.Args:
     return dpo.Args(**dict(model="", dataset="") | flags)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def short_answers():
-    """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("sft", "dpo", "orpo", "rpo"):
-            show_answers = importlib.import_module(name).show_answers.__wrapped__  # torch.no_grad wraps it
-            patch.setattr(show_answers, "__defaults__", (3, 3))
-        yield
-
-
-# --------------------------------------------------------------------------------------------------------- the losses
+# ---- the losses
 
 
 def logsigmoid(x: float) -> float:
@@ -119,7 +108,7 @@ def test_dpo_is_least_at_its_closed_form(beta, best):
     assert gradient(closed) < 1e-9 and gradient(ref.clone()) > 0.01
 
 
-# ------------------------------------------------------------------------------------------ the loss of a batch of rows
+# ---- the loss of a batch of rows
 
 
 class Answer:
@@ -229,7 +218,7 @@ def test_an_answer_of_format_tokens_only_leaves_the_loss_finite(loss, value):
     assert torch.autograd.grad(logged["loss"], logps)[0][:2].tolist() == [0, 0]
 
 
-# ------------------------------------------------------------------------------------------------------- online merging
+# ---- online merging
 
 
 STEP, TAU = f64(0.02, -0.01, 0.005, -0.03).detach(), f64(0.5, 0.4, -0.2, 0.1).detach()
@@ -301,7 +290,7 @@ def test_merging_nothing_is_adamw_to_the_last_bit(optimizer):
     assert all(torch.equal(merged(), adam()) for _ in range(3))
 
 
-# ------------------------------------------------------------------------------------------------- reading preferences
+# ---- reading preferences
 
 
 def read(tokenizer, row, notes=None, max_length=512, rewards_of=None) -> Row:
@@ -413,7 +402,7 @@ def test_of_several_turns_the_assistants_are_trained(tiny_tokenizer):
     assert trained_texts(tiny_tokenizer, kept) == ["Up.<|end|>So.<|end|>", "Right.<|end|>"]
 
 
-# -------------------------------------------------------------------------------------------------------- format tokens
+# ---- format tokens
 
 
 def marked(tokenizer, row: dict, **options) -> list:
@@ -460,7 +449,7 @@ def test_what_stands_before_an_answer_is_format(template, header, tiny_tokenizer
     assert marked(tokenizer, begun) == [(" two", "<|end|>"), (" ten", "<|end|>")]
 
 
-# ------------------------------------------------------------------------------------------------------------ reference
+# ---- reference
 
 
 def is_near(ours, theirs, tolerance=1e-5) -> bool:
@@ -501,7 +490,7 @@ def test_reference_log_probabilities_are_in_the_order_of_the_rows(limit, base_di
             assert row.extra["ref_logps"].tolist() == pytest.approx(expected, rel=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs
 
 
 def walks(n: int, seed=0) -> list:
@@ -698,7 +687,7 @@ def test_a_simple_preference_is_learnt(flags, base_dir, tiny_model_dir, tmp_path
     assert gap(last) > gap(first) + 1 and last["eval_rewards/margins"] > first["eval_rewards/margins"]
 
 
-# ---------------------------------------------------------------------- what all scripts that read preferences must do
+# ---- what all scripts that read preferences must do
 
 
 @pytest.fixture(scope="module")
@@ -746,7 +735,7 @@ def test_one_model_is_in_memory_while_training(script, others, pairs_run, base_d
     assert policies == [[True]] and len(models) == (2 if others == ["reference"] else 3)
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---- bad input
 
 
 BAD_ARGUMENTS = [
@@ -779,7 +768,7 @@ def test_a_merge_base_of_another_shape_is_refused(short_run, tiny_model_dir, tmp
     assert "--merge-base" in refused(dpo, capsys, **flags) and not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------ real data
+# ---- real data
 
 
 @pytest.mark.parametrize("name", ["hh_rlhf.jsonl.gz", "kwise_xstest.jsonl"])

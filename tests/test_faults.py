@@ -54,16 +54,6 @@ def text(prompts, completions, **columns):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_answers():
-    """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("sft", "dpo", "orpo", "rpo"):
-            show_answers = importlib.import_module(name).show_answers.__wrapped__  # torch.no_grad wraps it
-            patch.setattr(show_answers, "__defaults__", (1, 2))
-        yield
-
-
 def say(role: str, text) -> dict:
     return dict(role=role, content=text)
 
@@ -135,7 +125,7 @@ def outcome(command: str, capsys, begins: bool = False, **flags) -> tuple:
     return "finished", capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------------------------------------- numbers
+# ---- numbers
 
 ENDLESS = "hidden_size num_layers num_generations max_new_tokens epochs ppo_epochs num_iterations eval_samples".split()
 SIGNED = "missing_eos_score reward_constant".split()  # any finite number will do
@@ -165,7 +155,7 @@ def test_a_number_at_the_end_of_its_range(script, name, kind, usual, tmp_path, c
             outcome(script, capsys, begins=True, **flags)
 
 
-# ------------------------------------------------------------------------------------------------------------ data sets
+# ---- data sets
 
 
 def of_every(change):
@@ -295,7 +285,7 @@ def test_files_that_cannot_be_read(name, usual, tmp_path, capfd):
     assert not (tmp_path / "run").exists()
 
 
-# --------------------------------------------------------------------------------------------- models that cannot serve
+# ---- models that cannot serve
 
 
 def without(name: str):
@@ -422,7 +412,7 @@ def test_weights_that_overflow_end_before_their_step(script, usual, tiny_model_d
         assert all(w.isfinite().all() for w in weights_of(file.parent).values())
 
 
-# ------------------------------------------------------------------------------------------- paths, and an early Ctrl-C
+# ---- paths, and an early Ctrl-C
 
 OPENED = []  # files that this process opens and hosts that it looks up; an audit hook can never be taken off again
 

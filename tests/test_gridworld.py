@@ -43,7 +43,7 @@ def error_of(capsys, args) -> str:
     return errors[0]
 
 
-# ---------------------------------------------------------------------------------------------------- exact solutions
+# ---- exact solutions
 
 G1, G2 = g.GRIDS.values()
 GRIDS = [  # V* from the bottom row up; Q* of right and up at the start; V of the uniform and of the greedy policy
@@ -88,7 +88,7 @@ def test_values_of_sutton_and_barto_s_grid():
     assert best[:5].tolist() == approx([21.977, 24.419, 21.977, 19.419, 17.477])
 
 
-# ---------------------------------------------------------------------------------------------------------- the agents
+# ---- the agents
 
 
 def chain(rewards, legal=None):
@@ -209,7 +209,7 @@ def test_learn_prints_the_six_words_and_the_values_and_draws_the_picture(tmp_pat
     assert (tmp_path / "new" / "learn.png").read_bytes().startswith(b"\x89PNG")
 
 
-# --------------------------------------------------------------------------------------------------- grids and answers
+# ---- grids and answers
 
 GRID = (("3", "-1", "G"), ("2", "!", "4"), ("S", "5", "-2"))  # totals 18 15 13 10 (through lava), 7 and 4 (safe)
 BLOCKED = (("1", "2", "G"), ("!", "3", "4"), ("S", "!", "5"))
@@ -695,7 +695,7 @@ def test_a_judge_that_always_says_a_is_right_as_often_as_a_is(monkeypatch, tiny_
     assert ends == {"<|assistant|>"}  # asked where the letter comes
 
 
-# --------------------------------------------------------------------------------------------------------------- score
+# ---- score
 
 
 def score_args(small, tmp_path, *checkpoints, **flags):
@@ -812,7 +812,7 @@ def test_answers_stop_at_the_tokenizer_s_end_and_at_the_model_s(ends, wanted, ti
     assert found == [{tokenizer.eos_token_id, *wanted}] and texts == [["", ""]] * 3 and length == 1
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ---- bad input
 
 
 BAD = [

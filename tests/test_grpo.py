@@ -25,7 +25,7 @@ def args_of(**flags) -> grpo.Args:
     return grpo.Args(**dict(model="", dataset="", rewards=()) | flags)
 
 
-# ------------------------------------------------------------------------------------------------ equations, in numbers
+# ---- equations, in numbers
 
 GROUPS = [  # worked numbers: rewards, by the population's deviation, by the sample's, by none
     ([1, 0, 0, 0], [1.732051, *[-0.57735] * 3], [1.5, -0.5, -0.5, -0.5], [0.75, -0.25, -0.25, -0.25]),
@@ -140,7 +140,7 @@ def test_majority_of_votes_and_ties(votes, k, share):
     assert grpo.majority_at_k([None if v == "-" else v for v in votes], right, k) == pytest.approx(share)
 
 
-# ------------------------------------------------------------------------------------------------------ a batch of rows
+# ---- a batch of rows
 
 
 def token_row(numbers: list, **values) -> Row:
@@ -216,7 +216,7 @@ def test_answers_to_one_prompt_share_it_in_rows_that_fit(packs, limit, parts):
         assert all(values.tolist() == sum(row.responses, []) for values in row.extra.values()) and len(row.extra) == 3
 
 
-# -------------------------------------------------------------------------------------------------- process supervision
+# ---- process supervision
 
 STEPS = [  # the pieces in which an answer is written, its text at the end of each step, and the tokens of each
     (["a", "\n", "b", "\n", "c"], ["a\n", "a\nb\n", "a\nb\nc"], [2, 2, 1]),
@@ -279,7 +279,7 @@ def test_thinking_length(tiny_tokenizer):
     assert grpo.thinking_length(tiny_tokenizer, "12", 2) == 0
 
 
-# ----------------------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs
 
 RULES = """
 def vowels(prompts, completions, **columns):
@@ -508,7 +508,7 @@ def test_a_policy_learns_what_is_rewarded(train):
     assert sum(rewards[-3:]) > 1.3 * sum(rewards[:3]), rewards
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation, votes
+# ---- evaluation, votes
 
 
 def test_answers_vote_by_what_they_say_after_their_thinking(train, monkeypatch, talker):
@@ -572,7 +572,7 @@ def test_evaluations_are_at_their_steps_and_use_the_same_randomness(train):
     assert evaluated[0] == evaluated[1] == evaluated[2] and evaluated[0]["eval_completions/mean_length"] > 1
 
 
-# ----------------------------------------------------------------------------------------------------- thinking budgets
+# ---- thinking budgets
 
 
 @pytest.fixture
@@ -633,7 +633,7 @@ def test_budgets_that_cannot_be_measured_are_refused(flags, says, budgets, capsy
     assert end.value.code == 2 and says in capsys.readouterr().err and not Path("report").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------- resume
+# ---- resume
 
 
 class Killed(BaseException):
@@ -684,7 +684,7 @@ def test_a_run_killed_while_it_writes_its_report_is_not_finished(train, monkeypa
     assert unmoved("killed", "whole")
 
 
-# ------------------------------------------------------------------------------------------- ranks, families, precision
+# ---- ranks, families, precision
 
 RANKED = {
     "resample": dict(
@@ -719,7 +719,7 @@ def test_bfloat16(train):
     assert {w.dtype for w in weights_of("out").values()} == {torch.float32}  # as the parent was stored
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---- bad input
 
 BAD = {  # what is wrong: (flags, what the message names)
     "a group of one": (dict(num_generations=1), "--num-generations"),

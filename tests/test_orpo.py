@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_dpo import by_transformers, f64, first_gradient, short_answers, walks  # noqa: F401
+from test_dpo import by_transformers, f64, first_gradient, walks
 from test_plumbing import jsonl, lines_of, talk, tokenizer_of
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +27,7 @@ def args_of(**flags) -> orpo.Args:
     return orpo.Args(**dict(model="", dataset="") | flags)
 
 
-# ------------------------------------------------------------------------------------------------------------ the loss
+# ---- the loss
 
 
 @given(st.floats(-8, math.log10(700)))
@@ -152,7 +152,7 @@ def test_a_batch_of_rankings_is_the_sum_over_its_prompts(coef):
     assert torch.autograd.gradcheck(loss, logps.requires_grad_(), atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- rows, and --nll-scope all
+# ---- rows, and --nll-scope all
 
 
 def read(tokenizer, row, max_length=512) -> Row:
@@ -209,7 +209,7 @@ def test_the_likelihood_is_of_the_best_answer_that_the_cut_leaves(tiny_tokenizer
     assert batch([orpo.train_prompt(row)], with_prompt)["nll_loss"].item() == pytest.approx(0.4)
 
 
-# ------------------------------------------------------------------------------------- the same by Hugging Face's models
+# ---- the same by Hugging Face's models
 
 
 def fine_tuning_loss(model, row: Row, scope: str):
@@ -235,7 +235,7 @@ def logged(line: dict, names, prefix="") -> dict:
     return {name: line[prefix + name] for name in names}
 
 
-# ---------------------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs
 
 
 @pytest.fixture(scope="module")

@@ -38,15 +38,7 @@ CPU = torch.device("cpu")
 slow = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_answers():
-    """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft.show_answers.__wrapped__, "__defaults__", (3, 3))  # torch.no_grad wraps it
-        yield
-
-
-# -------------------------------------------------------------------------------------------------------------- helpers
+# ---- helpers
 
 
 def jsonl(path: Path, rows: list) -> str:
@@ -194,7 +186,7 @@ def killed_at_rename(script, args, number: int):
     script.main(args)
 
 
-# ------------------------------------------------------------------------ chat templates, as published models have them
+# ---- chat templates, as published models have them
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -365,7 +357,7 @@ def test_messages_are_cleaned():
             sft.as_messages(wrong)
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ---- files
 
 
 def test_a_path_with_a_colon_is_read_and_read_again_once_it_changed(tmp_path):
@@ -391,7 +383,7 @@ def test_a_changed_input_has_another_fingerprint(tmp_path):
     assert sft.fingerprint(folder) != line_changed and sft.fingerprint(folder / names[1]) != line_changed
 
 
-# ----------------------------------------------------------------------------------------------------------------- rows
+# ---- rows
 
 token = st.integers(0, 99)
 ids = st.lists(token, min_size=1, max_size=6)
@@ -504,7 +496,7 @@ def test_held_out_rows_are_not_trained_on(prompts, fraction, seed, by_prompt):
     assert not keys[0] & keys[1] and len(keys[1]) == min(n - 1, round(fraction * n))
 
 
-# ------------------------------------------------------------------------------------------------------ optimiser steps
+# ---- optimiser steps
 
 
 def options(**flags) -> sft.Args:
@@ -578,7 +570,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_its_step(value, capsy
     assert torch.equal(model.weight, before) and not optimizer.state
 
 
-# --------------------------------------------------------------------------------------------------- output directories
+# ---- output directories
 
 
 def conversation(i: int) -> dict:
@@ -852,7 +844,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_model(short_run, finished, monk
     assert equal(weights_of(tmp_path / "run"), weights_of(finished))
 
 
-# ---------------------------------------------------------------------------------------------------- what a run shows
+# ---- what a run shows
 
 OLD, AMPERE = (7, 5), (8, 0)
 DEVICES = [  # --dtype, compute capability of the GPU or None, version of CUDA, dtype of the computation, what is said

@@ -23,7 +23,7 @@ import reward_model
 END, OTHER_END = 2, 3  # ids of <|end|>, which ends a turn, and <|endoftext|>
 
 
-# ------------------------------------------------------------------------------------------------------------- helpers
+# ---- helpers
 
 
 def steady(out) -> list:
@@ -122,7 +122,7 @@ def gradients(monkeypatch) -> list:
     return found
 
 
-# ---------------------------------------------------------------------------------------------- the method, in numbers
+# ---- the method, in numbers
 
 
 def test_a_score_sits_on_the_last_token_and_each_token_pays_its_kl():
@@ -208,7 +208,7 @@ def test_value_clip_table(value, clip, loss):
     near(ppo.value_loss(f64(value), f64(0.5), f64(1), clip), [loss])
 
 
-# ------------------------------------------------------------------------------------------------------ the value model
+# ---- the value model
 
 
 @pytest.mark.parametrize("packs", [True, False])
@@ -260,7 +260,7 @@ def test_train_last_layers_leaves_the_others_as_they_were(train, talker, scorer)
         assert moved == {name for name in before if "layers.1." in name or name == "score.weight"}
 
 
-# ----------------------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -484,7 +484,7 @@ def test_the_value_model_is_saved_beside_the_policy(train):
         assert AutoTokenizer.from_pretrained(f"{folder}/value").chat_template
 
 
-# --------------------------------------------------------------------------------------------------------------- resume
+# ---- resume
 
 
 class Killed(BaseException):
@@ -521,7 +521,7 @@ def test_a_killed_run_resumed_is_the_uninterrupted_one(options, train, monkeypat
         assert equal(weights("whole", sub), weights("killed", sub))
 
 
-# ---------------------------------------------------------------------------------------------------------------- ranks
+# ---- ranks
 
 
 @pytest.fixture
@@ -557,7 +557,7 @@ def test_two_ranks_are_one_process(on_two_ranks, monkeypatch):
     assert states[0].keys() == states[1].keys() and len(states[0]) == 10
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---- bad input
 
 BAD = {  # what is wrong: (options, what the message names)
     "ptx-coef without data": (dict(ptx_coef=0.5), "--ptx-dataset"),
@@ -582,7 +582,7 @@ def test_bad_input_is_refused_in_one_sentence_and_destroys_nothing(wrong, usual,
     assert os.listdir("out") == ["args.json"]
 
 
-# ------------------------------------------------------------------------------------------------------------ real data
+# ---- real data
 
 
 def test_real_prompts_a_real_checkpoint_and_a_reward_model_of_them(real_data, tmp_path, monkeypatch):

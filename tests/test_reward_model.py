@@ -34,7 +34,7 @@ def tokenizer_of(folder):
     return rm.load_tokenizer(str(folder))
 
 
-# --------------------------------------------------------------------------------------------------------- the losses
+# ---- the losses
 
 
 def logsigmoid(x: float) -> float:
@@ -178,7 +178,7 @@ def test_length_balancing_leaves_no_bucket_uneven(differences, edges, seed):
     assert kept == sorted(set(kept)) == rm.balance_lengths(differences, edges, seed)
 
 
-# ---------------------------------------------------------------------------------------------------- reading rankings
+# ---- reading rankings
 
 
 def read(tokenizer, row, conditions=None, notes=None, max_length=512, **flags) -> Row:
@@ -326,7 +326,7 @@ def test_margin_and_probability_are_read(tiny_tokenizer):
     assert swapped.extra["pairs"][0][:3] == (0, 1, 0.75)  # the better one stands first
 
 
-# -------------------------------------------------------------------------------------------------------------- scores
+# ---- scores
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +450,7 @@ def test_a_resumed_run_reads_the_same_rows_where_a_padding_token_is_added(tiny_m
     assert "2 rows from 4" in capsys.readouterr().out and len(lines_of(tmp_path / "run")) == 2
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
+# ---- metrics
 
 
 def test_metrics_of_a_batch():
@@ -503,7 +503,7 @@ def test_the_report_groups_pairs(tiny_tokenizer, capsys):
     assert "6 pairs, accuracy 0.833" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs
 
 
 def walks(n: int, k: int, seed=0) -> list:
@@ -670,7 +670,7 @@ def test_a_simple_preference_is_learnt(flags, tiny_model_dir, tmp_path):
     assert "barrier" not in flags or -5 < last["min_reward"] < last["max_reward"] < 5
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ---- bad input
 
 OK, PAIR = dict(prompt="a", completions=["b", "c"], scores=[1.0, 0.0]), dict(prompt="a", chosen="b", rejected="c")
 BAD_ROWS = {  # rows, flags, what the message must say
@@ -714,7 +714,7 @@ def test_a_classifier_of_three_labels_is_refused(short_run, tiny_model_dir, tmp_
     assert "label" in refused(rm, capsys, **flags, output_dir=str(tmp_path / "run"))
 
 
-# ----------------------------------------------------------------------------------------------------------- real data
+# ---- real data
 
 
 def test_real_rankings(real_data, tmp_path, capsys):

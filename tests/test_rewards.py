@@ -15,7 +15,7 @@ import pytest
 import test_tokens
 import torch
 import transformers as tf
-from conftest import tiny_config
+from conftest import assistant, system, tiny_config, user
 from test_plumbing import TEMPLATES, dressed  # noqa: F401
 from test_tokens import tokenizer_of  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -30,18 +30,6 @@ TEN = [str(i) for i in range(1, 11)]
 
 def options(**changes):
     return SimpleNamespace(**USUAL | changes)
-
-
-def system(text):
-    return dict(role="system", content=text)
-
-
-def user(text):
-    return dict(role="user", content=text)
-
-
-def assistant(text):
-    return dict(role="assistant", content=text)
 
 
 PROMPTS = {
@@ -113,7 +101,7 @@ def dropped(work) -> str:
     return str(drop.value)
 
 
-# ------------------------------------------------------------------------------------------------------- reward models
+# ---- reward models
 
 BEHAVIOURS = (
     "PLAIN NEWLINE LATE_EOS ALWAYS_OPEN NO_END NO_END_OPEN TRIM LAST_SYSTEM STRIPS_THINKING STRIPS_OLD_THINKING"
@@ -170,7 +158,7 @@ def test_what_is_no_reward_model_is_refused(judge, tiny_tokenizer, tmp_path, cap
     assert "no linear head `score`" in refusal(capsys, load(tmp_path / "bert"))
 
 
-# -------------------------------------------------------------------------------------------------------------- judges
+# ---- judges
 
 
 @torch.no_grad()
@@ -218,7 +206,7 @@ def test_replies_are_as_likely_as_all_tokens_of_theirs(name, choices, dressed, t
     assert script.judge_logps(model, [], options(), CPU).shape[0] == 0
 
 
-# ------------------------------------------------------------------------------------------- what --rewards understands
+# ---- what --rewards understands
 
 
 @pytest.mark.parametrize(
@@ -322,7 +310,7 @@ BAD = {  # what is wrong: (sources, other options, what the sentence names)
 }
 
 
-# ----------------------------------------------------------------------------------------------- what each source gives
+# ---- what each source gives
 
 
 def test_what_a_reward_model_reads(tiny_tokenizer):
@@ -499,7 +487,7 @@ def test_what_a_function_must_not_return_ends_the_run(name, why, rules, capsys):
     assert f"--rewards {rules}:{name}: " in said and why in said
 
 
-# ------------------------------------------------------------------------------------------------------------- thinking
+# ---- thinking
 
 AFTER = [  # text, what stands after the thinking, whether it is well formed
     ("<think>a</think>12", "12", True),
@@ -536,7 +524,7 @@ def test_no_reward_but_the_format_sees_the_thinking(rules, scorer, judge):
     torch.testing.assert_close(total, sum(named.values()))
 
 
-# --------------------------------------------------------------------------------------------------- verifiable answers
+# ---- verifiable answers
 
 FOUND = [  # text, how, what is found, what it is compared as
     ("it is 1e5", "number", "1e5", "100000"),
@@ -619,7 +607,7 @@ def test_a_match_is_one_of_the_true_answers():
     assert nan == [2, 3, 9] and [found[i] for i in range(9) if i not in nan] == [1, 1, 0, 1, 1, 1, 1]
 
 
-# ------------------------------------------------------------------------------------------------------------ real data
+# ---- real data
 
 
 def test_an_answer_that_can_never_match_is_dropped_and_counted(tiny_tokenizer, tmp_path, capsys):

@@ -41,7 +41,7 @@ def near(actual, expected, tolerance=1e-6):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
-# ----------------------------------------------------------------------------------------------- the method, in numbers
+# ---- the method, in numbers
 
 
 def test_letters_are_renormalised_and_orders_averaged():
@@ -119,7 +119,7 @@ def test_wilsons_ends_solve_their_equation_and_halves_count():
     assert low < mean < high and rlaif.interval([]) == (None, 0.0, 1.0)
 
 
-# ----------------------------------------------------------------------------------------------- words in and words out
+# ---- words in and words out
 
 
 def test_a_request_is_filled_in_once():
@@ -218,7 +218,7 @@ def test_a_number_of_two_tokens_counts_as_named():
     near(chances(served("1", ("1", {"1": 0.9, "2": 0.1}))), [1.0] + [0.0] * 9)
 
 
-# -------------------------------------------------------------------------------------------------- models for all that
+# ---- models for all that
 
 
 QUESTIONS = ["What is the best path?", "Write a letter", "Is it safe? Say so.", "Sum: 4 3 5", "up"]
@@ -440,7 +440,7 @@ def run_with(judge, principles=("is better",), policies=(), **options):
     return SimpleNamespace(**known, requests=requests, principles=list(principles), conditions={}, ranks=False)
 
 
-# ------------------------------------------------------------------------------------------------------------ the judge
+# ---- the judge
 
 
 def judge_of(folder, **options):
@@ -557,7 +557,7 @@ def test_reasoning_comes_between_the_question_and_the_letter():
         assert judge.heard == [talk(text, f"because of {key}", "So is safe?") for text, key in zip(asked, keys)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- label
+# ---- label
 
 
 def loaded(script, file, tokenizer, **options) -> list:
@@ -733,7 +733,7 @@ def test_rows_are_drawn_by_seed(ai, ruled):
     assert all(list(ids) == sorted(ids) and len(ids) <= 3 for ids in drawn) and len({*drawn}) > 1
 
 
-# --------------------------------------------------------------------------------------------------------------- revise
+# ---- revise
 
 
 @pytest.fixture
@@ -801,7 +801,7 @@ def test_revise_starts_from_the_answer_that_is_given(ai, fake):
     assert two["original"] == "right" and two["completion"] == " revision 1.0" and two["prompt"] == "Go!"
 
 
-# ------------------------------------------------------------------------------------------------------------ best of n
+# ---- best of n
 
 
 def reward_by_hand(folder, question, answer) -> float:
@@ -908,7 +908,7 @@ def test_best_of_n_of_the_answers_that_are_given(ai, scorer):
     assert two["scores"] != pytest.approx(one["scores"], abs=1e-4) and two["prompt"] == talk("Sum?")
 
 
-# ----------------------------------------------------------------------------------------------------------- synthesise
+# ---- synthesise
 
 
 def test_synthesise_asks_for_the_users_turn_and_then_answers_it(ai, monkeypatch, tiny_tokenizer):
@@ -1026,7 +1026,7 @@ def test_synthesise_drops_near_repeats_by_mean_hidden_states(ai, talker):
     assert 0 < len(expected) < len(kept) and far.report["dropped: --min-distance"] == len(kept) - len(expected)
 
 
-# ---------------------------------------------------------------------------------------------------- compare and audit
+# ---- compare and audit
 
 
 def test_compare_turned_around_is_one_minus(ai, ruled, talker, stranger):
@@ -1114,7 +1114,7 @@ def test_agreement_by_the_mean_counts_ties_too(ai, ruled):
     near(report["agreement_by_mean"], sum(a > b for a, b in lengths) / len(lengths))
 
 
-# ---------------------------------------------------------------------------------------------------- killed, continued
+# ---- killed, continued
 
 
 class Killed(BaseException):
@@ -1225,7 +1225,7 @@ def test_nothing_is_left_of_a_run_that_is_overwritten(ai, ruled, capsys):
     assert not Path("out/rankings.jsonl").exists() and Path("out/pairs.jsonl").exists()
 
 
-# -------------------------------------------------------------------------------------------------- a judge on a server
+# ---- a judge on a server
 
 
 class Server:
@@ -1514,7 +1514,7 @@ def test_a_server_writes_critiques_and_revisions(ai, answered, server):
     assert seeds[0] == seeds[1] and len({*seeds[0]}) == 12
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---- bad input
 
 
 BAD = {  # command, options, what the sentence must name
@@ -1581,7 +1581,7 @@ def test_prompts_that_a_template_refuses_are_dropped_before_anything_is_sampled(
     assert done.report["rows"] == 1 and [row["id"] for row in done.rows("sft.jsonl")] == [0]
 
 
-# -------------------------------------------------------------------------------------------- several ranks, and Ctrl-C
+# ---- several ranks, and Ctrl-C
 
 
 @pytest.mark.parametrize("command", RUNS)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from datasets import Dataset
-from test_dpo import another, by_transformers, f64, first_gradient, short_answers, walks  # noqa: F401
+from test_dpo import another, by_transformers, f64, first_gradient, walks
 from test_orpo import logged, numbers, similar_pairs
 from test_plumbing import (
     CPU,
@@ -40,7 +40,7 @@ def args_of(**flags) -> rpo.Args:
     return rpo.Args(**dict(model="", dataset="") | flags)
 
 
-# ------------------------------------------------------------------------------------------------------------ the loss
+# ---- the loss
 
 TABLE = [  # h, g, beta, eta; the loss by each distance; its gradient of h
     (1.5, 0.3, 0.1, 1, (0.00276818, 0.00278372, 0.0225), (-0.00370127, -0.00372899, -0.03)),
@@ -112,7 +112,7 @@ def test_limits():
     assert ipo == pytest.approx(beta**2 * (h - 1 / (2 * beta)) ** 2, abs=1e-9)
 
 
-# ------------------------------------------------------------------------------------------ the loss of a batch of rows
+# ---- the loss of a batch of rows
 
 
 def rewarded(lengths: list, rewards: list, ref_logps: list) -> Row:
@@ -222,7 +222,7 @@ def test_a_batch_is_the_sum_over_its_prompts(distance, flags):
     assert torch.autograd.gradcheck(loss, logps.requires_grad_(), atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------- the rewards
+# ---- the rewards
 
 
 def read(tokenizer, row, max_length=512) -> Row:
@@ -379,7 +379,7 @@ def test_what_the_reward_models_template_refuses_is_dropped(scoring_dir, tmp_pat
         read(tiny_tokenizer, second)
 
 
-# ---------------------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs
 
 
 @pytest.fixture(scope="module")
@@ -528,7 +528,7 @@ def test_a_condition_needs_a_reward_model(short_run, tmp_path, capsys):
     assert "--condition" in said and "--reward-model" in said
 
 
-# ----------------------------------------------------------------------------------------------------------- real data
+# ---- real data
 
 
 @pytest.mark.parametrize("name, number", [("kwise_xstest.jsonl", 3), ("pref_polite.jsonl", 16)])

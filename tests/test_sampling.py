@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
+from conftest import assistant, user
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -142,7 +143,7 @@ def drawn_alone(model, prompt, numbers, stops, temperature=1.0, top_p=1.0):
     return answer, logps
 
 
-# ------------------------------------------------------------------------------------------------------------- families
+# ---- families
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -219,7 +220,7 @@ def test_a_forward_that_does_not_use_its_cache_is_refused(llama, capsys):
     assert "is off by" in refusal(model, capsys) and model.config._attn_implementation == "eager"
 
 
-# ---------------------------------------------------------------------------------------------------------- the sampler
+# ---- the sampler
 
 
 def test_randomness_is_a_function_of_seed_step_answer_and_position():
@@ -283,7 +284,7 @@ def test_finished_answers_leave_the_batch_and_the_prompt_is_computed_once(llama,
     assert shapes[-1][0] < 8
 
 
-# -------------------------------------------------------------------------------------------------- answers of a policy
+# ---- answers of a policy
 
 
 def test_neither_company_nor_memory_changes_answers(llama, monkeypatch):
@@ -310,14 +311,6 @@ def test_neither_company_nor_memory_changes_answers(llama, monkeypatch):
         alone, _ = script.sample_answers(llama, [PROMPTS[i // 4]], numbers[[i]], stops, ARGS, 0.8, 0.95)
         assert alone == [answers[i]]
     llama.eval()
-
-
-def user(text):
-    return dict(role="user", content=text)
-
-
-def assistant(text):
-    return dict(role="assistant", content=text)
 
 
 def test_the_policy_is_asked_in_training_as_generate_asks_it(tiny_tokenizer):

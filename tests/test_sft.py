@@ -50,14 +50,6 @@ from sft import Row
 slow = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_answers():
-    """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft.show_answers.__wrapped__, "__defaults__", (3, 3))  # torch.no_grad wraps it
-        yield
-
-
 def demonstrate(tokenizer, row, max_length=512, train_all=False, notes=None) -> list:
     return sft.demonstration_rows(tokenizer, max_length, train_all, row, Counter() if notes is None else notes)
 
@@ -74,7 +66,7 @@ def is_near(ours, theirs, terms: int = 1) -> bool:
     return bool((ours.double() - theirs.double()).abs().max() <= scale * theirs.abs().max())
 
 
-# --------------------------------------------------------------------------------------------- which tokens are trained
+# ---- which tokens are trained
 
 
 @every_template
@@ -240,7 +232,7 @@ def test_tools_from_parquet_have_no_parameters_of_other_rows(tmp_path):
     assert [sft.template_options(row)["tools"] for row in rows] == [tool("x"), tool("y")]
 
 
-# -------------------------------------------------------------------------------------------------------- from scratch
+# ---- from scratch
 
 WALKS = [f"right {i % 9} up -{i % 7} up 0 = {i % 9 - i % 7}" for i in range(200)]
 
@@ -317,7 +309,7 @@ def test_a_width_that_heads_cannot_share_is_refused(tmp_path, capsys):
     assert "--hidden-size 36" in refused(sft, capsys, **flags, output_dir=str(tmp_path / "run"))
 
 
-# ------------------------------------------------------------------------------------------------------------ the loss
+# ---- the loss
 
 
 def test_the_loss_of_a_batch_is_a_sum_over_trained_tokens():
@@ -335,7 +327,7 @@ def test_tokens_that_are_trained_are_counted():
     assert sft.count_trained(rows) == 3
 
 
-# --------------------------------------------------------------------------------------------------- log-probabilities
+# ---- log-probabilities
 
 
 def scored(hidden, head, target, temperature=1.0, **config):
@@ -444,7 +436,7 @@ def test_sums_of_responses_have_their_trained_tokens():
     assert torch.autograd.grad(sums[1:].sum(), values)[0].tolist() == [0, 0, 1, 1, 1, 1]
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
+# ---- rows
 
 
 def some_rows() -> list:
@@ -518,7 +510,7 @@ def test_answers_are_shown_within_the_models_positions(tiny_tokenizer, tiny_mode
     assert "    -> " in capsys.readouterr().out and model.training
 
 
-# ---------------------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs
 
 UNEVEN = [dict(messages=talk("Go " * (1 + 13 * i % 40), "up " * (1 + 17 * i % 60), "Why?", "So.")) for i in range(9)]
 
@@ -623,7 +615,7 @@ def test_only_a_tracked_run_touches_wandb(uneven, tmp_path, monkeypatch):
     assert said[1:] == [(i + 1, {k: v for k, v in lines[i].items() if k != "step"}) for i in range(2)]
 
 
-# ---------------------------------------------------------------------------------------- ranks, resuming and bfloat16
+# ---- ranks, resuming and bfloat16
 
 
 def test_from_scratch_under_torchrun(torchrun, tmp_path):
@@ -687,7 +679,7 @@ def test_a_run_from_scratch_resumes(tmp_path):
     same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-# ------------------------------------------------------------------------------------------------------------ learning
+# ---- learning
 
 
 def test_a_conversation_learnt_by_heart_is_repeated_and_stops(tiny_model_dir, tmp_path):
@@ -725,7 +717,7 @@ def test_a_model_from_scratch_learns_the_walks(tmp_path):
     assert re.fullmatch(r"<\|bos\|>right .* =.*<\|end\|>", written)  # the tied weights are whole, and it stops
 
 
-# ------------------------------------------------------------------------------------------ a model's head, real data
+# ---- a model's head, real data
 
 
 @pytest.mark.parametrize("change", ["twice", "bias"])

@@ -42,16 +42,6 @@ def once(prompts, completions, **columns):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_answers():
-    """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for script in SCRIPTS:
-            if script not in ("reward_model", "ppo", "grpo"):  # whose evaluations print no such answers
-                patch.setattr(importlib.import_module(script).show_answers.__wrapped__, "__defaults__", (1, 4))
-        yield
-
-
 @pytest.fixture(scope="module")
 def model_that_scores(tiny_model_dir, tmp_path_factory):
     """A random reward model."""
