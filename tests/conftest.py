@@ -255,6 +255,34 @@ def scorer(tiny_tokenizer, tmp_path_factory) -> str:
 
 
 @pytest.fixture
+def gradients(monkeypatch):
+    """gradients(script) -> the gradients before each step of an optimiser from now on, each name -> tensor."""
+
+    def watch(script):
+        found, real = [], script.take_step
+
+        def record(model, *rest):
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            return real(model, *rest)
+
+        monkeypatch.setattr(script, "take_step", record)
+        return found
+
+    return watch
+
+
+def refusal(work, capsys) -> str:
+    """What must refuse its input ends with exit code 2 and one sentence, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        work()
+    err = capsys.readouterr().err
+    said = [line[line.index("error: ") :] for line in err.replace("\r", "\n").splitlines() if "error: " in line]
+    assert end.value.code == 2 and len(said) == 1 and "Traceback" not in err, err
+    return said[0]
+
+
+@pytest.fixture
 def spy(monkeypatch):
     """spy(script, name) -> the calls of that function of a script from now on, each as (its arguments, its result)."""
 

@@ -191,7 +191,7 @@ MUTATIONS = [
         "dpo.py",
         "reference_logps(policy, rows + held_out, content_sums, tokenizer",
         "reference_logps(policy, rows + held_out, response_sums, tokenizer",
-        "tests/test_dpo.py -k metrics_and_gradient_are_those_of_policy_and_reference",
+        "tests/test_preferences.py -k 'models and reference and dpo'",
     ),
     (
         "dpo.py",

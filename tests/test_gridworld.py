@@ -13,6 +13,7 @@ from itertools import product
 
 import pytest
 import torch
+from conftest import f64, refusal
 from tokenizers import processors
 
 import gridworld as g
@@ -23,24 +24,13 @@ def approx(values, abs=6e-4):
     return pytest.approx(values, abs=abs)
 
 
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def uniform(world):
     """The policy that takes every legal move equally often."""
     return world.legal / world.legal.sum(1, keepdim=True).clamp(min=1).double()
 
 
 def error_of(capsys, args) -> str:
-    """Runs a command that must end with exit code 2, and returns the one line that says why."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        g.main(args)
-    lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert end.value.code == 2 and len(errors) == 1 and not any("Traceback" in line for line in lines), lines
-    return errors[0]
+    return refusal(lambda: g.main(args), capsys)
 
 
 # ---- exact solutions

@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import REPO, assistant, user
+from conftest import REPO, assistant, refusal, user
 from test_plumbing import jsonl
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -85,12 +85,8 @@ def numbers(name, split="train") -> list:
     return [*dpo.load_rows("--dataset", str(name), split)["number"]]
 
 
-def refusal(name, capsys, split="train") -> str:
-    with pytest.raises(SystemExit) as e:
-        dpo.load_rows("--dataset", str(name), split)
-    said = capsys.readouterr().err
-    assert e.value.code == 2 and said.startswith("\nerror: --dataset") and len(said.strip().splitlines()) == 1
-    return said
+def refused(name, capsys, split="train") -> str:
+    return refusal(lambda: dpo.load_rows("--dataset", str(name), split), capsys)
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +112,12 @@ def test_a_file_is_read_whole_or_sliced_as_datasets_slices(name, files, capsys):
     assert [*dpo.load_rows("--eval-dataset", str(files / name), "test")] == ROWS
     for part, expected in PARTS.items():
         assert numbers(f"{files / name}::{part}") == [*expected]
-    assert "train" in refusal(f"{files / name}::validation", capsys)
+    assert "train" in refused(f"{files / name}::validation", capsys)
 
 
 def test_files_that_hold_no_rows_are_refused(files, tmp_path, capsys):
-    assert "no data" in refusal(f"{files / 'a.jsonl'}::train[:0]", capsys)
-    assert "no configuration french" in refusal(f"{files / 'a.jsonl'}:french:train", capsys)
+    assert "no data" in refused(f"{files / 'a.jsonl'}::train[:0]", capsys)
+    assert "no configuration french" in refused(f"{files / 'a.jsonl'}:french:train", capsys)
     contents = {
         "does not exist": None,
         "is empty": "",
@@ -131,7 +127,7 @@ def test_files_that_hold_no_rows_are_refused(files, tmp_path, capsys):
     for reason, content in contents.items():
         if content is not None:
             (tmp_path / "rows.jsonl").write_text(content)
-        assert reason in refusal(tmp_path / "rows.jsonl", capsys)
+        assert reason in refused(tmp_path / "rows.jsonl", capsys)
 
 
 CARD = """---
@@ -169,11 +165,11 @@ def folders(tmp_path_factory):
 def test_a_folder_is_read_by_splits_and_an_unknown_one_names_those_there_are(name, folders, capsys):
     folder = folders / name
     assert numbers(folder) == [*range(20)] and numbers(folder, "test") == [*range(5)] == numbers(f"{folder}::test")
-    said = refusal(f"{folder}::validation", capsys)
+    said = refused(f"{folder}::validation", capsys)
     assert "train" in said and "test" in said
     for part, expected in PARTS.items():
         if name == "saved":  # of which whole splits are read
-            refusal(f"{folder}::{part}", capsys)
+            refused(f"{folder}::{part}", capsys)
         else:
             assert numbers(f"{folder}::{part}") == [*expected]
 
@@ -181,13 +177,13 @@ def test_a_folder_is_read_by_splits_and_an_unknown_one_names_those_there_are(nam
 def test_a_folder_has_the_configurations_that_its_card_names(folders, capsys):
     card = folders / "card"
     assert numbers(f"{card}:small") == [*range(5)] and numbers(f"{card}:small:train[:2]") == [0, 1]
-    assert "default" in (said := refusal(f"{card}:large", capsys)) and "small" in said
+    assert "default" in (said := refused(f"{card}:large", capsys)) and "small" in said
 
 
 def test_a_data_set_saved_without_splits_has_none(folders, capsys):
     assert numbers(folders / "one") == numbers(folders / "one", "test") == [*range(20)]
     for part in ("train", *PARTS):  # never ignored
-        assert "without splits" in refusal(f"{folders / 'one'}::{part}", capsys)
+        assert "without splits" in refused(f"{folders / 'one'}::{part}", capsys)
 
 
 # ---- columns

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_faults import SCRIPTS
 from test_plumbing import jsonl
-from test_storms import flags_of, model_that_scores  # noqa: F401
+from test_storms import flags_of  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

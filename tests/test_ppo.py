@@ -8,13 +8,12 @@ import json
 import math
 import os
 import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import QUESTIONS, REPLIES, f64, make_reward_model, near, tiny_config
-from test_plumbing import CPU, equal, jsonl, lasting, lines_of, on_ranks, refused, talk
+from test_plumbing import CPU, equal, jsonl, lasting, lines_of, refused, talk, weights_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo
@@ -32,9 +31,7 @@ def steady(out) -> list:
 
 
 def weights(folder, sub="") -> dict:
-    from safetensors.torch import load_file
-
-    return load_file(Path(folder) / sub / "model.safetensors")
+    return weights_of(Path(folder) / sub)
 
 
 def assert_same_gradients(found: dict, expected: dict):
@@ -71,17 +68,8 @@ def other_tokenizer():
 
 
 RULES = """
-import json, os
-
-
 def vowels(prompts, completions, **columns):
     return [float(sum(letter in "aeiou" for letter in c[0]["content"])) for c in completions]
-
-
-def watch(prompts, completions, **columns):  # no opinion: it writes down what each rank has sampled
-    with open(os.environ.get("WATCH", "watched") + os.environ.get("RANK", ""), "a") as f:
-        f.writelines(json.dumps([p, c]) + "\\n" for p, c in zip(prompts, completions))
-    return [None] * len(prompts)
 """
 
 
@@ -109,19 +97,6 @@ def train(usual):
     return go
 
 
-@pytest.fixture
-def gradients(monkeypatch) -> list:
-    """The gradients before each step of an optimiser: name -> tensor, policy and value model by turns."""
-    found, real = [], ppo.take_step
-
-    def record(model, *rest):
-        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        return real(model, *rest)
-
-    monkeypatch.setattr(ppo, "take_step", record)
-    return found
-
-
 # ---- the method, in numbers
 
 
@@ -130,20 +105,6 @@ def test_a_score_sits_on_the_last_token_and_each_token_pays_its_kl():
     logps, ref_logps = torch.tensor([-1, -0.5, -2, 0]) * mask, torch.tensor([-1.2, -0.4, -2.5, 7])
     shaped = ppo.shaped_rewards(torch.tensor([2.0, -3.0, 1.0]), logps, ref_logps, mask, 0.1)
     near(shaped, [[-0.02, 0.01, -0.05, 2.7], [-3.02, 0, 0, 0], [-0.02, 0.01, 0.95, 0]])
-
-
-@pytest.mark.parametrize(
-    "rewards, values, gamma, lam, advantages",
-    [
-        ([-0.02, 0.01, 0.95], [0.2, 0.4, 0.6], 1.0, 0.95, [0.695375, 0.5425, 0.35]),
-        ([-0.02, 0.01, 0.95], [0.2, 0.4, 0.6], 1.0, 0.0, [0.18, 0.21, 0.35]),
-        ([1.0, 0, 2], [0.5, 1, 1.5], 0.9, 0.8, [1.9112, 0.71, 0.5]),
-    ],
-)
-def test_gae_worked_numbers(rewards, values, gamma, lam, advantages):
-    found, returns = ppo.gae(f64(rewards), f64(values), torch.ones(1, 3).bool(), gamma, lam)
-    near(found, [advantages])
-    near(returns, [[a + v for a, v in zip(advantages, values)]])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -307,7 +268,7 @@ def test_the_metrics_say_what_they_mean(train, spy):
 @pytest.mark.parametrize("whitened", [True, False])
 def test_the_first_gradients_are_those_of_a_naive_implementation(whitened, train, spy, gradients, talker, scorer):
     """Two answers to each prompt, two minibatches, a temperature: every index in the loop counts."""
-    sampled, scored = spy(ppo, "sample_answers"), spy(ppo, "total_reward")
+    sampled, scored, gradients = spy(ppo, "sample_answers"), spy(ppo, "total_reward"), gradients(ppo)
     options = dict(temperature=0.8, num_generations=2, num_minibatches=2, ppo_epochs=1, batch_size=5)
     options |= dict(kl_coef=0.1, lam=0.9, gamma=0.97, value_clip=0.0, whiten_advantages=whitened)
     train(**options, rewards=(scorer,), max_steps=1, tokens_per_forward=50)
@@ -434,7 +395,7 @@ def test_max_kl_ends_the_run_and_saves_the_policy_as_it_is(train, talker, capsys
 
 
 def test_ptx_adds_the_gradient_of_the_mean_log_likelihood(train, gradients, talker):
-    texts = ["Right, up, right", "The sum is 12, and it is safe", "No"]
+    gradients, texts = gradients(ppo), ["Right, up, right", "The sum is 12, and it is safe", "No"]
     options = dict(ptx_dataset=jsonl(Path("ptx.jsonl"), [dict(text=text) for text in texts]), ptx_batch_size=3)
     train(max_steps=1, ppo_epochs=1, output_dir="without")
     (line,) = train(max_steps=1, ppo_epochs=1, ptx_coef=0.5, **options, output_dir="with", tokens_per_forward=20)
@@ -469,21 +430,6 @@ def test_a_policy_learns_what_is_rewarded(train):
     assert lines[-1]["objective/kl"] > 1
 
 
-def test_bfloat16_runs_and_is_saved_as_the_parent_was(train):
-    (line,) = train(dtype="bfloat16", max_steps=1, ppo_epochs=1)
-    assert abs(line["objective/kl"]) < 0.4 and line["sampling/logp_difference"] < 0.05
-    assert {w.dtype for w in weights("out").values()} == {torch.float32}
-
-
-def test_the_value_model_is_saved_beside_the_policy(train):
-    train(save_every=1, max_steps=2)
-    for folder in ("out", "out/checkpoint-1"):
-        assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id in (END, [END])
-        value = AutoModelForSequenceClassification.from_pretrained(f"{folder}/value")
-        assert value.config.num_labels == 1 and value.score.weight.any()
-        assert AutoTokenizer.from_pretrained(f"{folder}/value").chat_template
-
-
 # ---- resume
 
 
@@ -491,20 +437,14 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(reference_baseline=True, dataset="many.jsonl", batch_size=5),
-        dict(ptx_dataset="ptx.jsonl", ptx_coef=0.5, train_last_layers=1),
-        dict(critic_warmup=5, lr_schedule="cosine"),
-    ],
-    ids=" ".join,
-)
-def test_a_killed_run_resumed_is_the_uninterrupted_one(options, train, monkeypatch, scorer):
+def test_a_killed_run_resumed_is_the_uninterrupted_one(train, monkeypatch, scorer):
+    """Plain runs are killed in test_storms.py."""
     jsonl(Path("ptx.jsonl"), [dict(text=text) for text in QUESTIONS])
     jsonl(Path("many.jsonl"), [dict(prompt=talk(f"{q} {i} " * 3)) for i in range(2) for q in QUESTIONS])
-    long = dict(batch_size=4, epochs=4, max_steps=0, num_minibatches=2, save_every=2, rewards=(scorer,))
-    train(**long | options, output_dir="whole")
+    long = dict(batch_size=5, epochs=4, max_steps=0, num_minibatches=2, save_every=2, rewards=(scorer,))
+    long |= dict(reference_baseline=True, dataset="many.jsonl", ptx_dataset="ptx.jsonl", ptx_coef=0.5)
+    long |= dict(train_last_layers=1, critic_warmup=5, lr_schedule="cosine")
+    train(**long, output_dir="whole")
     real = ppo.log_metrics
 
     def log_metrics(args, out, metrics, bar):
@@ -514,47 +454,11 @@ def test_a_killed_run_resumed_is_the_uninterrupted_one(options, train, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(ppo, "log_metrics", log_metrics)
-        train(**long | options, output_dir="killed")
-    train(**long | options, output_dir="killed", resume=True)
+        train(**long, output_dir="killed")
+    train(**long, output_dir="killed", resume=True)
     assert steady("whole") == steady("killed") and len(steady("whole")) >= 8
     for sub in ("", "value"):
         assert equal(weights("whole", sub), weights("killed", sub))
-
-
-# ---- ranks
-
-
-@pytest.fixture
-def on_two_ranks(usual, scorer) -> dict:
-    """A run with every kind of work that ranks share: its flags. The last of its batches has one prompt alone."""
-    rows = [dict(prompt=talk(f"{QUESTIONS[i % 6]} {i}")) for i in range(20)]
-    flags = dict(dataset=jsonl(Path("many.jsonl"), rows), eval_fraction=0.2, batch_size=5, epochs=2, max_steps=0)
-    flags |= dict(ptx_dataset=jsonl(Path("ptx.jsonl"), [dict(text=text) for text in QUESTIONS]), ptx_coef=0.2)
-    flags |= dict(num_generations=2, num_minibatches=2, ptx_batch_size=3, reference_baseline=True)
-    return usual | flags | dict(rewards=(scorer, "rules.py:watch"), eval_every=3, save_every=2)
-
-
-def seen(*files) -> Counter:
-    return Counter(line for file in files for line in Path(file).read_text().splitlines())
-
-
-def test_two_ranks_are_one_process(on_two_ranks, monkeypatch):
-    ppo.main(ppo.Args(**on_two_ranks | dict(output_dir="one")))
-    monkeypatch.setenv("WATCH", "two")
-    on_ranks(ppo, 2, **on_two_ranks | dict(output_dir="two"))
-    one = lines_of("one")
-    assert len(one) == 8 and one[3]["episode"] == 32  # batches of 5, 5, 5 and 1 prompts
-    for x, y in zip(steady("one"), steady("two"), strict=True):
-        assert x == pytest.approx(y, rel=1e-4, abs=1e-4), f"step {x['step']}"
-    for sub in ("", "value"):
-        a, b = weights("one", sub), weights("two", sub)
-        assert a.keys() == b.keys()
-        for name in a:  # a tenth of one step of the learning rate
-            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4)
-    # sample by sample, the greedy ones of the baselines too
-    assert seen("watched") == seen("two0", "two1") and seen("two0") != seen("two1")
-    states = [torch.load(f"{out}/checkpoint-2/state.pt", weights_only=True)["baselines"] for out in ("one", "two")]
-    assert states[0].keys() == states[1].keys() and len(states[0]) == 10
 
 
 # ---- bad input

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, tiny_config
+from conftest import QUESTIONS, REPLIES, REPO, f64, near, refusal
 from test_plumbing import CPU, jsonl, on_ranks, snapshot, talk
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -31,14 +31,8 @@ import rlaif
 import sft
 from rlaif import Item, Row
 
-f64 = lambda *values: torch.tensor(values, dtype=torch.float64)
 sigmoid = lambda x: 1 / (1 + math.exp(-x))
 nan = math.nan
-
-
-def near(actual, expected, tolerance=1e-6):
-    actual, expected = torch.as_tensor(actual, dtype=torch.float64), torch.as_tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
 # ---- the method, in numbers
@@ -171,7 +165,7 @@ def test_requests_must_show_what_is_judged(tmp_path, capsys):
         if is_right:
             assert load()[name] == text
         else:
-            assert f"{name} has no {{" in sentence(load, capsys)
+            assert f"{name} has no {{" in refusal(load, capsys)
 
 
 def served(content, *tokens) -> dict:
@@ -221,9 +215,6 @@ def test_a_number_of_two_tokens_counts_as_named():
 # ---- models for all that
 
 
-QUESTIONS = ["What is the best path?", "Write a letter", "Is it safe? Say so.", "Sum: 4 3 5", "up"]
-QUESTIONS += ["Where does the robot start? I'd like to talk."]
-REPLIES = ["right", "Dear Ann, thank you", "No", "12", "Right, up, right", "I read it in one evening"]
 OTHERS = [
     "No, I cannot help with that",
     "up",
@@ -289,32 +280,9 @@ def stranger(tiny_model_dir, tmp_path_factory):
     return shutil.copytree(tiny_model_dir("llama"), str(tmp_path_factory.mktemp("stranger") / "stranger"))
 
 
-@pytest.fixture(scope="module")
-def scorer(tiny_tokenizer, tmp_path_factory):
-    """A random reward model."""
-    folder, config = tmp_path_factory.mktemp("scorer") / "scorer", tiny_config("llama", tiny_tokenizer)
-    config.num_labels = 1
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def pair(i: int, **columns) -> dict:
     chosen, rejected = ([dict(role="assistant", content=texts[i])] for texts in (REPLIES, OTHERS))
     return dict(prompt=talk(QUESTIONS[i]), chosen=chosen, rejected=rejected, kind="ab"[i % 2], id=f"row {i}") | columns
-
-
-def sentence(work, capsys) -> str:
-    """Runs what must refuse its input: exit code 2 and one sentence that says why, which is returned."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        work()
-    err = capsys.readouterr().err
-    said = [line.partition("error: ")[2] for line in err.replace("\r", "\n").splitlines() if "error: " in line]
-    assert end.value.code == 2 and len(said) == 1 and "Traceback" not in err, err
-    return said[0]
 
 
 def result(out):
@@ -638,7 +606,7 @@ def test_consistency_is_the_share_of_two_judgements_that_agree():
 def test_a_judge_of_places_yields_ties_only_and_exit_code_2(orders, ai, ruled, capsys):
     for p, share in ((0.99, 1.0), (0.01, 0.0)):
         ruled(lambda *_: p)
-        assert "no row is left" in sentence(lambda: ai("label", orders=orders, overwrite=True), capsys)
+        assert "no row is left" in refusal(lambda: ai("label", orders=orders, overwrite=True), capsys)
         report = result("out").report
         assert [report[name] for name in "rows labelled decided ties abstentions".split()] == [6, 0, 0, 6, 0]
         assert report["same_position"] == 1 and report["first_position"] == share
@@ -808,7 +776,8 @@ def reward_by_hand(folder, question, answer) -> float:
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(talk(question, answer), return_dict=False)
     with torch.no_grad():
-        return model.model(torch.tensor([ids])).last_hidden_state[0, -1].dot(model.score.weight[0]).item()
+        hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+    return hidden.dot(model.score.weight[0]).item() - model.config.score_shift
 
 
 def best_of_n_by_hand(folder, done, score) -> dict:
@@ -891,7 +860,7 @@ def test_answers_of_equal_scores_are_no_pair(ai, fake, monkeypatch, talker, caps
     assert done.report["repeated"] == 12 and {len(row["scores"]) for row in done.rows("rankings.jsonl")} == {2}
     monkeypatch.setattr(rlaif, "policy_answers", lambda run, which, items, n: [[("up", False)] * n for _ in items])
     work = lambda: ai("best-of-n", judge=talker, scale="points", output_dir="cut")
-    assert "no row is left" in sentence(work, capsys) and result("cut").report["cut_off_or_empty"] == 24
+    assert "no row is left" in refusal(work, capsys) and result("cut").report["cut_off_or_empty"] == 24
 
 
 def test_best_of_n_of_the_answers_that_are_given(ai, scorer):
@@ -1218,8 +1187,8 @@ def test_nothing_is_left_of_a_run_that_is_overwritten(ai, ruled, capsys):
     ruled()
     ai("label", dataset="kwise.jsonl")
     before = snapshot("out")
-    assert "not empty" in sentence(lambda: ai("label"), capsys)
-    sentence(lambda: ai("label", dataset="none.jsonl", overwrite=True), capsys)
+    assert "not empty" in refusal(lambda: ai("label"), capsys)
+    refusal(lambda: ai("label", dataset="none.jsonl", overwrite=True), capsys)
     assert snapshot("out") == before
     ai("label", overwrite=True)
     assert not Path("out/rankings.jsonl").exists() and Path("out/pairs.jsonl").exists()
@@ -1399,7 +1368,7 @@ def test_a_server_that_answers_nothing_is_quoted_without_the_key(what, ai, serve
     thief, ((code, headers, body), said) = server(), REFUSALS[what]
     headers = {name: value.replace("THIEF", str(thief.port)) for name, value in headers.items()}
     one = server(lambda *_: (code, headers, body))
-    found = sentence(lambda: ai("label", judge_url=one.url, judge_key="MY_KEY", judge_parallel=1), capsys)
+    found = refusal(lambda: ai("label", judge_url=one.url, judge_key="MY_KEY", judge_parallel=1), capsys)
     assert said in found and "127.0.0.1" in found and "ab/" not in found and not server.waits
     assert not thief.seen and one.seen[0][1]["Authorization"] == "Bearer ab/right-key"
 
@@ -1417,14 +1386,14 @@ def test_the_key_comes_from_the_variable_that_is_named_and_stands_nowhere(ai, an
     assert {row["critique"] for row in done.rows("sft.jsonl")} == {"Bad key [key]"}
     assert "right-key" not in said.out + said.err + "".join(map(str, snapshot("out").values()))
     for name in ("NOT_SET", "EMPTY", "right-key"):
-        said = sentence(lambda: ai("label", judge_url=one.url, judge_key=name, output_dir="x"), capsys)
+        said = refusal(lambda: ai("label", judge_url=one.url, judge_key=name, output_dir="x"), capsys)
         assert "--judge-key" in said and "right-key" not in said
     for key in ("ab\ncd", "abécd"):  # no header can hold it
         monkeypatch.setenv("MY_KEY", key)
-        said = sentence(lambda: ai("label", judge_url=one.url, judge_key="MY_KEY", output_dir="x"), capsys)
+        said = refusal(lambda: ai("label", judge_url=one.url, judge_key="MY_KEY", output_dir="x"), capsys)
         assert "--judge-key" in said and "cd" not in said
     for url in ("http://me:pw@host/v1", "http://host/v1?api_key=pw", "http://h/v1#pw", "host:8000/pw"):
-        said = sentence(lambda: ai("label", judge_url=url, output_dir="x"), capsys)
+        said = refusal(lambda: ai("label", judge_url=url, output_dir="x"), capsys)
         assert "--judge-url" in said and "pw" not in said and not Path("x").exists()
 
 
@@ -1472,7 +1441,7 @@ def test_a_server_that_refuses_twenty_in_a_row_is_asked_something_harmless(is_we
     if is_well:
         assert work().report["abstained: refused by the server (403)"] == 21
     else:
-        said = sentence(work, capsys)
+        said = refusal(work, capsys)
         assert "account closed" in said and "--resume" in said
         assert len(Path("out/rows.part").read_text().splitlines()) == 10
     assert sum("Reply with" in body["messages"][0]["content"] for *_, body in one.seen) == harmless
@@ -1483,7 +1452,7 @@ def test_a_server_that_dies_in_the_middle(ai, server, capsys):
     whole = ai("label", judge_url=server().url, judge="big", output_dir="whole", batch_size=2, min_mass=0.01)
     one = server(lambda body, number: Server.letters(body, number) if number < 6 else (None, {}, b""))
     options = dict(judge="big", batch_size=2, min_mass=0.01)
-    said = sentence(lambda: ai("label", judge_url=one.url, judge_parallel=1, **options), capsys)
+    said = refusal(lambda: ai("label", judge_url=one.url, judge_parallel=1, **options), capsys)
     assert "continue with --resume" in said and len(Path("out/rows.part").read_text().splitlines()) == 2
     two = server()
     again = ai("label", judge_url=two.url, **options, judge_parallel=2, resume=True)
@@ -1551,7 +1520,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(wrong, ai, talker, scorer, ca
     command, options, named = BAD[wrong]
     known = dict(TALKER=talker, SCORER=scorer)
     options = {k: tuple(known[x] for x in v) if isinstance(v, tuple) else known.get(v, v) for k, v in options.items()}
-    assert named in sentence(lambda: ai(command, **options), capsys)
+    assert named in refusal(lambda: ai(command, **options), capsys)
 
 
 def strict(folder, name: str, condition: str) -> str:
@@ -1575,7 +1544,7 @@ def test_prompts_that_a_template_refuses_are_dropped_before_anything_is_sampled(
     else:
         options |= dict(model=strict(talker, "./strict", condition), judge=talker)
         work = lambda: ai("synthesise", model=strict(talker, "./system", "messages[0]['role'] == 'system'"), system="S")
-        assert "not this" in sentence(work, capsys)
+        assert "not this" in refusal(work, capsys)
     done = ai("best-of-n", dataset="mixed.jsonl", **options)
     assert "1 rows from 2; 1 dropped: refused by the chat template (not this)" in capsys.readouterr().out
     assert done.report["rows"] == 1 and [row["id"] for row in done.rows("sft.jsonl")] == [0]

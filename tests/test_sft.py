@@ -6,7 +6,6 @@ Of the shared blocks, `log-probabilities` and the attention of `rows` are tested
 import copy
 import json
 import math
-import re
 import shutil
 import socket
 import sys
@@ -134,17 +133,6 @@ FORMATS = {  # a row -> (its text, its trained parts)
         dict(prompt=talk("Count.", "one, two,"), completion=[dict(role="assistant", content=" three")]),
         "<|bos|><|user|>Count.<|end|><|assistant|>one, two, three<|end|>",
         [" three<|end|>"],
-    ),
-    "question and answer": (dict(question="Hi.", answer="Hello!"), SAID, ["Hello!<|end|>"]),
-    "question, response and system": (
-        dict(question="Hi.", response="Hello!", system="Be brief."),
-        BRIEF,
-        ["Hello!<|end|>"],
-    ),
-    "instruction, input and output": (
-        dict(instruction="Add.", input="2, 3", output="5"),
-        "<|bos|><|user|>Add.\n\n2, 3<|end|><|assistant|>5<|end|>",
-        ["5<|end|>"],
     ),
     "tools as JSON": (
         dict(messages=talk("Hi.", "Hello!"), tools=json.dumps(TOOLS)),
@@ -547,19 +535,11 @@ def by_hand(folder, rows: list) -> tuple:
     "family, train_prompts",
     [("llama", False), ("llama", True), ("nemotron", False), ("gemma2", False), ("mixtral", False)],
 )
-def test_metrics_and_gradient_are_those_of_the_rows(
-    family, train_prompts, uneven, tiny_model_dir, monkeypatch, tmp_path
-):
+def test_metrics_and_gradient_are_those_of_the_rows(family, train_prompts, uneven, tiny_model_dir, gradients, tmp_path):
     """The mean over all trained tokens of the step, by Hugging Face's model alone: of the batch before its step, of the
     held-out rows after it. However the rows are split into forwards, where they are padded (Nemotron), where embeddings
     are tied (Gemma 2), and where an expert had no token (Mixtral)."""
-    folder, gradient, step = tiny_model_dir(family), {}, sft.take_step
-
-    def spy(model, *rest):
-        gradient.update({name: p.grad.clone() for name, p in model.named_parameters()})
-        return step(model, *rest)
-
-    monkeypatch.setattr(sft, "take_step", spy)
+    folder, gradients = tiny_model_dir(family), gradients(sft)
     flags = uneven | dict(model=str(folder), batch_size=9, max_steps=1, train_prompts=train_prompts)
     sft.main(sft.Args(**flags, tokens_per_forward=130, output_dir=str(tmp_path / "run")))
     rows = read_all(UNEVEN, folder, train_all=train_prompts)
@@ -571,6 +551,7 @@ def test_metrics_and_gradient_are_those_of_the_rows(
     loss.backward()
     theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.cat([g.flatten() for g in theirs.values()]).norm()
+    (gradient,) = gradients
     assert gradient.keys() == theirs.keys()
     assert all((gradient[name] - g).abs().max() < 1e-3 * max(g.abs().max(), 0.01 * norm) for name, g in theirs.items())
     assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
@@ -701,20 +682,6 @@ def test_a_conversation_learnt_by_heart_is_repeated_and_stops(tiny_model_dir, tm
         prompt = tokenizer.apply_chat_template(messages, **options)
         written = model.generate(prompt, do_sample=False, max_new_tokens=100)[0, prompt.shape[1] :]
         assert tokenizer.decode(written) == f"{answer}<|end|>"
-
-
-def test_a_model_from_scratch_learns_the_walks(tmp_path):
-    data = jsonl(tmp_path / "walks.jsonl", [dict(text=text) for text in WALKS])
-    flags = dict(hidden_size=32, num_layers=1, num_heads=2, epochs=4, learning_rate=1e-2, batch_size=16)
-    sft.main(scratch_args(data, **flags, eval_fraction=0.1, eval_every=10, output_dir=str(tmp_path / "run")))
-    lines = lines_of(tmp_path / "run")
-    assert lines[0]["loss"] == pytest.approx(math.log(384), abs=0.3)  # ln V, as the header says
-    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    assert len(evaluations) == math.ceil(len(lines) / 10) and evaluations[-1] < 1.2 < evaluations[0]
-    model, tokenizer = (auto.from_pretrained(tmp_path / "run") for auto in (AutoModelForCausalLM, AutoTokenizer))
-    prompt = tokenizer("right", return_tensors="pt").input_ids
-    written = tokenizer.decode(model.generate(prompt, do_sample=False, max_new_tokens=60)[0])
-    assert re.fullmatch(r"<\|bos\|>right .* =.*<\|end\|>", written)  # the tied weights are whole, and it stops
 
 
 # ---- a model's head, real data
