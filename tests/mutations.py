@@ -200,6 +200,42 @@ MUTATIONS = [
         "tests/test_dpo.py -k ondare_keeps_a_random_share_new_at_each_step",
     ),
     (
+        "dpo.py",
+        "nll = -(response_sums(logps, rows) / lengths)[best]",
+        "nll = -response_sums(logps, rows)[best]",
+        "tests/test_preferences.py -k 'batch and dpo'",
+    ),
+    (
+        "dpo.py",
+        'steps = int(next(iter(optimizer.state.values()))["step"])',
+        'steps = optimizer.merged = getattr(optimizer, "merged", 0) + 1',
+        "tests/test_storms.py -k 'killed and 0-dpo'",
+    ),
+    (
+        "reward_model.py",
+        "(prompt, responses), ranks = as_pair(row), [1, 0]",
+        "(prompt, responses), ranks = as_pair(row), [0, 1]",
+        "tests/test_dpo.py -k every_layout",
+    ),
+    (
+        "orpo.py",
+        'logged["nll_loss"] - args.odds_ratio_coef * logged["log_odds_ratio"]',
+        'logged["nll_loss"] + args.odds_ratio_coef * logged["log_odds_ratio"]',
+        "tests/test_preferences.py -k 'models and orpo'",
+    ),
+    (
+        "rpo.py",
+        '"gap_error": (args.beta * h - args.eta * g).abs(),',
+        '"gap_error": (args.beta * h - g).abs(),',
+        "tests/test_preferences.py -k 'batch and rpo'",
+    ),
+    (
+        "ppo.py",
+        "(args.ptx_coef * nll * weight * WORLD / trained).backward()",
+        "(args.ptx_coef * nll * weight / trained).backward()",
+        "tests/test_storms.py -k 'one_process and ppo'",
+    ),
+    (
         "orpo.py",
         "lengths = content_sums(ones, rows)",
         "lengths = response_sums(ones, rows)",

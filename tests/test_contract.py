@@ -138,7 +138,6 @@ def test_contract(script, check):
 
 @pytest.fixture(scope="session")
 def needs_ruff():
-    """Another version of ruff may want another layout."""
     wanted = next(name for name in PROJECT["optional-dependencies"]["test"] if name.startswith("ruff=="))
     if not importlib.util.find_spec("ruff") or f"ruff=={importlib.metadata.version('ruff')}" != wanted:
         pytest.skip(f"needs {wanted}, of the extra `test`")
@@ -214,7 +213,6 @@ def test_sft_starts_from_a_model_or_from_scratch(flags, tmp_path, monkeypatch, c
 
 
 def run_alone(script: str, folder: Path, *flags) -> str:
-    """Copies a script into a new, empty folder and runs it there; returns what it printed."""
     folder.mkdir()
     shutil.copy(REPO / script, folder)
     words = [sys.executable, "-I", script, *map(str, flags)]
@@ -316,7 +314,6 @@ def test_what_is_read_is_not_overwritten(name, args, tiny_model_dir, tmp_path, c
 
 @pytest.fixture(scope="module")
 def kitchen(tmp_path_factory):
-    """A copy of scripts and recipes, in which a recipe reuses what those before it have trained."""
     folder = tmp_path_factory.mktemp("kitchen")
     (folder / "recipes").mkdir()
     for file in [*REPO.glob("*.py"), *REPO.glob("recipes/*.sh"), *REPO.glob("recipes/*.py")]:

@@ -48,7 +48,6 @@ def f64(*values):
 
 
 def args_of(**flags) -> dpo.Args:
-    """Arguments for functions that read neither the model's name nor the data set's."""
     return dpo.Args(**dict(model="", dataset="") | flags)
 
 
@@ -186,7 +185,6 @@ def test_onties_keeps_the_largest_of_the_step_and_of_tau_apart():
 
 @pytest.mark.parametrize("optimizer", ["ondare", "onties"])
 def test_merging_nothing_is_adamw_to_the_last_bit(optimizer):
-    """Although before + (after - before) is not always after."""
     merged, adam = merging(optimizer, 1.0, 0.0), merging("adamw", 1.0, 0.0)
     assert all(torch.equal(merged(), adam()) for _ in range(3))
 
@@ -237,7 +235,6 @@ def test_every_layout(row, expected, tiny_tokenizer, tmp_path):
 
 
 def test_a_ranking_has_all_pairs_of_unequal_score(tiny_tokenizer):
-    """Answers 0 and 3 are one text, 0 and 2 are tied, and one answer is empty. The best has the highest score."""
     notes, ranking = Counter(), dict(prompt=WAY, completions=["a", "b", " ", "c", "a"], scores=[0.5, 2, 9, 0.5, 1])
     row = read(tiny_tokenizer, ranking, notes)
     assert row.extra == dict(pairs=[(1, 0), (1, 2), (1, 3), (3, 2)], scores=[0.5, 2, 0.5, 1])
@@ -248,7 +245,6 @@ def test_a_ranking_has_all_pairs_of_unequal_score(tiny_tokenizer):
 
 
 def test_long_answers_are_cut_and_prompts_never(tiny_tokenizer):
-    """A prompt of 20 tokens, answers of 40 and 30, and room for 50: 30 of each are left."""
     row, notes = dict(prompt=" up" * 19, chosen=" right" * 39, rejected=" the" * 29), Counter()
     assert list(map(len, read(tiny_tokenizer, row, max_length=500).responses)) == [40, 30]
     kept = read(tiny_tokenizer, row, notes, max_length=50)
@@ -292,7 +288,6 @@ def test_rows_that_are_dropped(row, why, tiny_tokenizer):
 
 
 def marked(tokenizer, row: dict, **options) -> list:
-    """For each answer, its content as text, and its format."""
     row = read(tokenizer, row, **options)
     dpo.mark_format(tokenizer, [row])
     found = []
@@ -324,7 +319,6 @@ THINKS = TEMPLATE.replace("message['content']", PADS)
 
 @pytest.mark.parametrize("template, header", [(NO_PROMPT, "<|assistant|>"), (THINKS, "<|pad|><|pad|>")])
 def test_what_stands_before_an_answer_is_format(template, header, tiny_tokenizer):
-    """What the template writes beyond the generation prompt, before every turn of the assistant."""
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = template
     assert marked(tokenizer, SEVERAL) == [("Up.So.", f"{header}<|end|>" * 2), ("Right.", f"{header}<|end|>")]
@@ -339,7 +333,6 @@ def test_what_stands_before_an_answer_is_format(template, header, tiny_tokenizer
 
 
 def is_near(ours, theirs, tolerance=1e-5) -> bool:
-    """Equal up to a share of the largest value."""
     return bool((ours.double() - theirs.double()).abs().max() <= tolerance * theirs.abs().max())
 
 
@@ -392,7 +385,6 @@ def walks(n: int, seed=0) -> list:
 
 
 def another(folder, out, noise=0.02, seed=1) -> str:
-    """A checkpoint whose weights are near those of another."""
     shutil.copytree(folder, out)
     model, generator = AutoModelForCausalLM.from_pretrained(folder), torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -500,7 +492,6 @@ LEARNING |= {"onties": (dpo, dict(optimizer="onties", merge_weight=1e-4))}
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_a_simple_preference_is_learnt(name, base_dir, tiny_model_dir, tmp_path):
-    """On held-out prompts."""
     script, more = LEARNING[name]
     rows = [
         dict(prompt=talk(f"Walk {i}!"), chosen=f"up {i % 5}", rejected=f"right {i % 3}", margin=1) for i in range(80)
@@ -523,7 +514,6 @@ FREED = [
 
 @pytest.mark.parametrize("script, others", FREED, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_one_model_is_in_memory_while_training(script, others, pairs_run, base_dir, monkeypatch, tmp_path):
-    """Every other model is gone when the first step is taken."""
     with torch.random.fork_rng():
         AutoModelForSequenceClassification.from_pretrained(base_dir, num_labels=1).save_pretrained(tmp_path / "rm")
     tokenizer_of(base_dir).save_pretrained(tmp_path / "rm")
@@ -573,7 +563,6 @@ def test_bad_arguments_are_refused(flags, short_run, tmp_path, capsys):
 
 
 def test_a_merge_base_of_another_shape_is_refused(short_run, tiny_model_dir, tmp_path, capsys):
-    """What the reference has learnt cannot be added to other weights."""
     other = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"))
     del other.model.layers[1:]
     other.config.num_hidden_layers = 1
@@ -588,7 +577,6 @@ def test_a_merge_base_of_another_shape_is_refused(short_run, tiny_model_dir, tmp
 
 @pytest.mark.parametrize("name", ["hh_rlhf.jsonl.gz", "kwise_xstest.jsonl"])
 def test_real_preferences(name, real_data, tmp_path, capsys):
-    """Messages, and rankings with ties: read, cut and counted; the first loss is ln 2."""
     data = dpo.load_rows("--dataset", str(real_data / name), "train").select(range(20))
     data.to_json(tmp_path / "rows.jsonl")
     model, limit, rows, notes = str(real_data / "stories260K-hf"), 300, [], Counter()

@@ -132,7 +132,6 @@ SIGNED = "missing_eos_score reward_constant".split()  # any finite number will d
 
 
 def numbers_of(command: str) -> list:
-    """The options that take one number, and the type."""
     defaults = {field.name: type(field.default) for field in fields(args_of(command)[1])}
     return [(name, kind) for name, kind in defaults.items() if kind in (int, float)]
 
@@ -169,7 +168,6 @@ def of_messages(change):
 
 
 def of_pairs(change):
-    """The change, for rows that hold a pair."""
     return lambda row: change(row) if "chosen" in row else row
 
 
@@ -231,7 +229,6 @@ def is_fine(command: str, how: str) -> bool:
 
 @pytest.mark.parametrize("command, how", CASES)
 def test_rows_that_are_all_broken(command, how, usual, tmp_path, capsys):
-    """There is nothing to train on, and that is said."""
     rows = [BROKEN_ROWS[how](row) for row in rows_for(command)]
     data = jsonl(tmp_path / "rows.jsonl", rows[:1] if how == "a million characters" else rows)  # one takes long enough
     what, said = outcome(command, capsys, **usual(command) | dict(dataset=data), output_dir=str(tmp_path / "run"))
@@ -419,7 +416,6 @@ OPENED = []  # files that this process opens and hosts that it looks up; an audi
 
 @every_script
 def test_paths_and_addresses_in_a_data_set_are_text(script, usual, tmp_path, capsys):
-    """Nothing that a row names is opened or fetched."""
     canary, rows = tmp_path / "canary.txt", rows_for(script)
     canary.write_text("Up.")
     names = (str(canary), f"file://{canary}", "http://canary.txt/", f"{{% include '{canary}' %}}")

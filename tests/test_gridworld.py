@@ -25,7 +25,6 @@ def approx(values, abs=6e-4):
 
 
 def uniform(world):
-    """The policy that takes every legal move equally often."""
     return world.legal / world.legal.sum(1, keepdim=True).clamp(min=1).double()
 
 
@@ -369,7 +368,6 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Test files so short that a model answers them in a second."""
     return written(tmp_path_factory.mktemp("small"), rows=40, test_rows=24)
 
 
@@ -429,7 +427,6 @@ def test_prompts_have_their_kinds_and_reasoning_its_best_totals(files):
 
 
 def narrated(text: str, grid) -> g.Verdict:
-    """The verdict on a walk that must be true."""
     verdict = g.check_answer(grid, text)
     assert verdict.kind == "walk" and verdict.honest and "wait" not in text, text
     return verdict
@@ -525,7 +522,6 @@ def test_the_better_of_two_is_the_better(demonstrations):
 
 
 def judged(talk: list) -> str:
-    """The answer that a question is about."""
     return talk[0]["content"].partition("\n\n")[0].split("\n")[-1]
 
 
@@ -695,7 +691,6 @@ def score_args(small, tmp_path, *checkpoints, **flags):
 
 
 def scored(small, tmp_path, *checkpoints, **flags) -> dict:
-    """checkpoint -> column -> number, from the csv."""
     g.main(score_args(small, tmp_path, *checkpoints, **flags))
     with (tmp_path / "t" / "score.csv").open(newline="") as file:
         header, *lines = csv.reader(file)
@@ -705,7 +700,6 @@ def scored(small, tmp_path, *checkpoints, **flags) -> dict:
 
 @pytest.fixture
 def checkpoint(tiny_model_dir, tmp_path):
-    """A tiny random model, as a run of two minutes has left it."""
     folder = shutil.copytree(tiny_model_dir(), tmp_path / "tiny")
     lines = [dict(step=1, seconds=60, peak_memory_mb=700), dict(step=2, seconds=120)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

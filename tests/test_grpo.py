@@ -21,7 +21,6 @@ from grpo import Reward, Row
 
 
 def args_of(**flags) -> grpo.Args:
-    """Arguments for functions that read neither a model nor data."""
     return grpo.Args(**dict(model="", dataset="", rewards=()) | flags)
 
 
@@ -52,7 +51,6 @@ def test_equal_rewards_give_advantages_of_exactly_zero(size):
 
 
 def test_advantages_of_steps():
-    """Two answers, of three steps and of two."""
     rewards = [f64(0.1, 0.7, 0.9), f64(0.3, 0.2)]
     expected = dict(
         population=[1.236795, 2.343400, 1.497172, -1.236795, -0.781133],
@@ -144,7 +142,6 @@ def test_majority_of_votes_and_ties(votes, k, share):
 
 
 def token_row(numbers: list, **values) -> Row:
-    """A row of one answer with these values for each of its tokens."""
     extra = dict(slots=torch.tensor(numbers)) | {name: torch.tensor(x) for name, x in values.items()}
     return Row([1], [[2] * len(numbers)], [[True] * len(numbers)], extra)
 
@@ -348,7 +345,6 @@ def steady(out) -> list:
 
 
 def test_a_reference_that_differs_at_the_first_step_is_refused(train, monkeypatch, capsys):
-    """Which would mean that the forward passes of policy and reference differ."""
     real = grpo.load_reference
 
     def load(*args):
@@ -400,7 +396,6 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(
 
 
 def test_groups_without_spread_are_kept_or_skipped(train, talker, tiny_model_dir):
-    """Kept, their KL pulls; skipped, they do nothing."""
     flags = dict(rewards=("rules.py:same",), reference=str(tiny_model_dir("llama")), kl_coef=0.5, max_steps=1)
     train(**flags, output_dir="keep")
     (line,) = train(**flags, output_dir="skip", zero_spread="skip")

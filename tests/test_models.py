@@ -101,7 +101,6 @@ PADDED = {"bloom", "mpt", "falcon, ALiBi", "gpt_neo", "lfm2", "falcon_h1", "mamb
 
 
 def model_of(name, tokenizer=None, **more):
-    """A random model in evaluation mode under its own attention."""
     kind, options = CONFIGS.get(name, ("Llama", {}))
     if not hasattr(tf, f"{kind}Config"):
         pytest.skip("this transformers does not have it")
@@ -144,7 +143,6 @@ def alone(model, rows) -> torch.Tensor:
 
 
 def together(model, rows, args=ARGS) -> torch.Tensor:
-    """The same from forwards of several rows."""
     logps = {}
     for group, _, inputs, target in dpo.forwards(rows, args, model, CPU):
         counts = [sum(map(sum, row.trained)) for row in group]

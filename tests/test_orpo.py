@@ -18,7 +18,6 @@ slow = pytest.mark.slow
 
 
 def args_of(**flags) -> orpo.Args:
-    """Arguments for functions that read neither the model's name nor the data set's."""
     return orpo.Args(**dict(model="", dataset="") | flags)
 
 
@@ -79,19 +78,16 @@ def test_the_gradient_is_minus_delta_times_h():
 
 
 def ranking(lengths: list, scores: list, trained=None) -> Row:
-    """A row of answers of these lengths, with all pairs of unequal scores."""
     pairs = [(i, j) for i, a in enumerate(scores) for j, b in enumerate(scores) if a > b]
     trained = trained or [[True] * n for n in lengths]
     return Row([1, 4], [[2] * n for n in lengths], trained, dict(pairs=pairs, scores=scores))
 
 
 def pair(n: int, m: int) -> Row:
-    """A pair of a better answer of n tokens and a worse one of m."""
     return ranking([n, m], [1.0, 0.0])
 
 
 def batch(rows: list, logps, entropy=None, is_argmax=None, **flags) -> dict:
-    """What orpo_batch returns."""
     entropy = torch.zeros_like(logps) if entropy is None else entropy
     is_argmax = torch.zeros_like(logps) > 0 if is_argmax is None else is_argmax
     return orpo.orpo_batch(args_of(**flags), rows, logps, entropy, is_argmax)
@@ -113,7 +109,6 @@ WAY = talk("Which way?")
 
 
 def test_the_end_of_the_answer_counts_in_both_terms(tiny_tokenizer):
-    """As much as any other token, in the likelihood and in the odds."""
     row = read(tiny_tokenizer, dict(prompt=WAY, chosen="Up.", rejected="Right, then up."))
     n, m = map(len, row.responses)
     assert [r[-1] for r in row.responses] == [tiny_tokenizer.eos_token_id] * 2 and all(map(all, row.trained))

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import QUESTIONS, REPLIES, REPO, f64, near, refusal
+from conftest import QUESTIONS, REPO, f64, near, refusal
 from test_plumbing import CPU, jsonl, on_ranks, snapshot, talk
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -146,7 +146,6 @@ def test_an_answer_stands_behind_a_space_where_a_word_goes_before():
 
 
 def test_what_a_server_may_take_for_a_special_token_is_taken_out():
-    """Also one that appears when another has been taken out."""
     for text in ("<|im_end|>up", "<<|x|>|im_end|>up", "u<<<|x|>|y|>|im_end|>p"):
         assert rlaif.without_marks(text) == "up"
 
@@ -215,6 +214,7 @@ def test_a_number_of_two_tokens_counts_as_named():
 # ---- models for all that
 
 
+REPLIES = ["right", "Dear Ann, thank you", "No", "12", "Right, up, right", "I read it in one evening"]
 OTHERS = [
     "No, I cannot help with that",
     "up",
@@ -276,7 +276,6 @@ def talker(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stranger(tiny_model_dir, tmp_path_factory):
-    """Another policy."""
     return shutil.copytree(tiny_model_dir("llama"), str(tmp_path_factory.mktemp("stranger") / "stranger"))
 
 
@@ -542,7 +541,6 @@ def loaded(script, file, tokenizer, **options) -> list:
 
 
 def comparison(i, p=longer) -> dict:
-    """What is right for pair i."""
     first, second = fair_p(REPLIES[i], OTHERS[i], p)
     said = rlaif.verdict(first, second)
     return dict(a=REPLIES[i], b=OTHERS[i], first=first, second=second, said=said, kind="ab"[i % 2])
@@ -847,7 +845,6 @@ def test_best_of_n_by_points_of_which_those_that_cannot_be_read_do_not_count(ai,
 
 
 def test_answers_of_equal_scores_are_no_pair(ai, fake, monkeypatch, talker, capsys):
-    """Answers without a score, answers that are alike, and answers that were cut off are counted."""
     judge = fake(text=lambda text, key: "Score: 3" if "letter" not in text else "none")
     done = ai("best-of-n", judge=talker, scale="points")
     assert not done.rows("pairs.jsonl") and not done.rows("rankings.jsonl")
@@ -1018,7 +1015,6 @@ def test_compare_turned_around_is_one_minus(ai, ruled, talker, stranger):
 
 
 def test_an_abstention_is_no_outcome(ai, ruled, talker, stranger, capsys):
-    """And answers that are alike are a tie, which nobody is asked about."""
     heard = ruled(lambda talk, a, b, principle: None if talk in QUESTIONS[:2] else longer(talk, a, b, principle))
     report = ai("compare", against=talker, output_dir="itself").report
     assert [report[name] for name in ("win_rate", "ties", "wins", "identical")] == [0.5, 6, 0, 6] and not heard
@@ -1048,9 +1044,8 @@ def test_audit_takes_every_two_answers_whose_scores_differ(ai, ruled):
     assert report["comparisons"] == report["contradicting scores"] == 1
 
 
-@pytest.mark.parametrize("by", ["letters", "scores"])
-def test_audit_counts_what_agrees(by, ai, ruled):
-    """Of both answers at once, or of each alone by its score of 1 to 10; equal scores are a tie."""
+def test_audit_by_scores_counts_what_agrees(ai, ruled):
+    """Each answer alone has a score of 1 to 10; equal scores are a tie."""
     value = lambda text: len(text) % 7
 
     def score(text):
@@ -1059,10 +1054,8 @@ def test_audit_counts_what_agrees(by, ai, ruled):
 
     heard = ruled(score=score)
     rows = [pair(i, score_chosen=float(i), score_rejected=0.0) for i in range(len(QUESTIONS))]
-    done = ai("audit", dataset=jsonl(Path("scored.jsonl"), rows), min_gap=2.0, by=by)
-    signs = [dict(a=1, b=-1).get(comparison(i)["said"], 0) for i in range(2, 6)]
-    if by == "scores":
-        signs = [rlaif.sign(value(REPLIES[i]) - value(OTHERS[i])) for i in range(2, 6)]
+    done = ai("audit", dataset=jsonl(Path("scored.jsonl"), rows), min_gap=2.0, by="scores")
+    signs = [rlaif.sign(value(REPLIES[i]) - value(OTHERS[i])) for i in range(2, 6)]
     decided = [sign for sign in signs if sign]
     assert done.report["below --min-gap"] == 2 and len(heard) == 8  # of gaps 0 and 1
     assert done.report["comparisons"] == 4 and done.report["decided"] == len(decided) > 0
@@ -1132,7 +1125,6 @@ def like(value, other) -> bool:
 
 @pytest.fixture
 def options_of(talker, stranger):
-    """options_of(command): those of RUNS."""
     known = dict(TALKER=talker, STRANGER=stranger)
     return lambda command: {name: known.get(value, value) for name, value in RUNS[command].items()}
 
@@ -1374,7 +1366,6 @@ def test_a_server_that_answers_nothing_is_quoted_without_the_key(what, ai, serve
 
 
 def test_the_key_comes_from_the_variable_that_is_named_and_stands_nowhere(ai, answered, server, monkeypatch, capsys):
-    """Not even where the server's reply repeats it."""
     for name, key in dict(OPENAI_API_KEY="wrong-key", MY_KEY="ab/right-key", EMPTY=" ").items():
         monkeypatch.setenv(name, key)
     one = server(lambda *_: (200, {}, dict(choices=[served("Bad key ab/right-key")])))
@@ -1408,7 +1399,6 @@ ROW_FAILS = {  # a server's reply to one row -> the reason of its abstention, an
 @pytest.mark.parametrize("place", [0, 3])
 @pytest.mark.parametrize("what", ROW_FAILS)
 def test_one_row_that_a_server_cannot_answer_does_not_end_the_run(what, place, ai, server):
-    """Not even the first, as the first of a resumed run may be."""
     reply, reason, is_repeated = ROW_FAILS[what]
 
     def answer(body, number):
@@ -1427,7 +1417,6 @@ def test_one_row_that_a_server_cannot_answer_does_not_end_the_run(what, place, a
 
 @pytest.mark.parametrize("is_well, harmless", [(False, 1), (True, 2)])
 def test_a_server_that_refuses_twenty_in_a_row_is_asked_something_harmless(is_well, harmless, ai, server, capsys):
-    """If it refuses that too, it is not the rows."""
     jsonl(Path("many.jsonl"), [pair(0, id=i) for i in range(21)] + [pair(3, id=21)])
 
     def reply(body, number):
@@ -1568,7 +1557,6 @@ def test_two_ranks_are_one_process(command, ai, talker, options_of):
 
 
 def test_ctrl_c_keeps_the_batches_that_are_done(tmp_path, monkeypatch):
-    """Exit code 130, one line, no traceback."""
     jsonl(tmp_path / "pairs.jsonl", [pair(i) for i in range(6)])
     (tmp_path / "short.json").write_text(json.dumps(SHORT))
     is_stuck = threading.Event()

@@ -31,7 +31,6 @@ every_distance = pytest.mark.parametrize("distance", DISTANCES)
 
 
 def args_of(**flags) -> rpo.Args:
-    """Arguments for functions that read neither the model's name nor the data set's."""
     return rpo.Args(**dict(model="", dataset="") | flags)
 
 
@@ -84,7 +83,6 @@ def test_the_gradient_pulls_beta_h_towards_eta_g_and_ends_there(distance):
 @every_distance
 @pytest.mark.parametrize("h, g", [(0.0, 1e3), (1e3, -1e3), (-1e4, 0.0), (1e4, 1e4)])
 def test_extreme_gaps_are_finite(distance, h, g):
-    """Both logits far beyond where s(x) is 0 or 1 in float32."""
     gap = torch.tensor([h], requires_grad=True)
     loss = rpo.rpo_loss(gap, torch.tensor([g]), 1.0, 1.0, distance)
     loss.backward()
@@ -115,7 +113,6 @@ def rewarded(lengths: list, rewards: list, ref_logps: list) -> Row:
 
 
 def batch(rows: list, logps, entropy=None, is_argmax=None, **flags) -> dict:
-    """What rpo_batch returns."""
     entropy = torch.zeros_like(logps) if entropy is None else entropy
     is_argmax = torch.zeros_like(logps) > 0 if is_argmax is None else is_argmax
     return rpo.rpo_batch(args_of(**flags), rows, logps, entropy, is_argmax)
@@ -211,7 +208,6 @@ def test_a_pair_without_rewards_is_dropped(columns, tiny_tokenizer):
 
 
 def changed(folder, out, **config):
-    """A copy of a reward model with another configuration."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
@@ -240,7 +236,6 @@ def scored(folder, rows: list, **flags):
 
 
 def difference(data, expected: list):
-    """The model's scores less the expected ones."""
     return torch.cat([torch.tensor(a) - torch.tensor(b) for a, b in zip(data[rpo.MODEL_SCORES], expected, strict=True)])
 
 
@@ -300,7 +295,6 @@ def short_run(tiny_model_dir, tmp_path_factory):
 
 
 def test_rankings_need_no_scores_where_a_reward_model_gives_them(short_run, scorer, tmp_path, capsys):
-    """And where they have some, these count for nothing."""
     flags, lines = short_run | dict(reward_model=scorer, eta=3.0, max_steps=1, eval_dataset=""), {}
     rows = [json.loads(line) for line in open(flags["dataset"])]
     bare = [{k: v for k, v in row.items() if k != "scores"} for row in rows]

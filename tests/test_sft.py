@@ -54,7 +54,6 @@ def demonstrate(tokenizer, row, max_length=512, train_all=False, notes=None) -> 
 
 
 def read_all(data: list, folder, **options) -> list:
-    """The rows of a data set under the tokenizer of a checkpoint."""
     tokenizer = tokenizer_of(folder)
     return [row for example in data for row in demonstrate(tokenizer, example, **options)]
 
@@ -231,7 +230,6 @@ def scratch_args(data, **flags) -> sft.Args:
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """A new tokenizer and a new model of the walks."""
     texts = [dict(text=text) for text in WALKS + SENTENCES.splitlines()]
     args = scratch_args(jsonl(tmp_path_factory.mktemp("walks") / "walks.jsonl", texts), vocab_size=512)
     tokenizer = sft.new_tokenizer(args)
@@ -287,7 +285,6 @@ SCRATCH_ROWS = [
 
 @pytest.mark.parametrize("row", SCRATCH_ROWS, ids=lambda row: "+".join(row))
 def test_the_new_tokenizer_has_seen_all_of_the_text(row, tmp_path):
-    """The answers too: a common word in them is one token."""
     data = jsonl(tmp_path / "rows.jsonl", [row] * 8 + [dict.fromkeys(row)])
     assert len(sft.new_tokenizer(scratch_args(data))(WALKS[0]).input_ids) == 1 + len(WALKS[0].split(" "))
 
@@ -428,7 +425,6 @@ def test_sums_of_responses_have_their_trained_tokens():
 
 
 def some_rows() -> list:
-    """Rows of very different shapes, two of them equal."""
     generator = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(7, 300, (n,), generator=generator).tolist()
     shapes = [(5, [3, 17, 1]), (1, [2]), (20, [8, 8]), (20, [8, 8]), (12, [30])]
@@ -689,7 +685,6 @@ def test_a_conversation_learnt_by_heart_is_repeated_and_stops(tiny_model_dir, tm
 
 @pytest.mark.parametrize("change", ["twice", "bias"])
 def test_a_model_whose_head_does_more_than_we_know_is_refused(change, uneven, tmp_path, capsys, monkeypatch):
-    """Its own logits are not those of its last hidden states under its head."""
     from transformers import LlamaForCausalLM
 
     forward = LlamaForCausalLM.forward

@@ -43,7 +43,6 @@ def once(prompts, completions, **columns):
 
 
 def row_for(script: str, i: int) -> dict:
-    """A row of the kind that a script reads; their lengths are uneven."""
     message = lambda role, text: [dict(role=role, content=text + " up" * (i * i % 13) + f" {i}")]
     prompt = message("user", f"Which way is {'up right down left here'.split()[i % 5]}?")
     chosen, rejected = message("assistant", "It is one."), message("assistant", "Two.")
@@ -86,7 +85,6 @@ CHANGING = set("tokens_per_second eps step_time seconds peak_memory_mb date outp
 
 
 def content(file: Path):
-    """What equal runs have equal of a file."""
     if file.suffix == ".safetensors":
         return load_file(file)
     if file.suffix == ".pt":
@@ -216,7 +214,6 @@ def test_bfloat16_is_nearly_float32(script, flags_of, whole, tmp_path):
 @pytest.mark.parametrize("before, after", [(2, 1), pytest.param(1, 2, marks=slow), pytest.param(2, 4, marks=slow)])
 @every_script
 def test_resumed_on_another_number_of_ranks(script, before, after, flags_of, whole, tmp_path):
-    """The same rows in the same order, and the same curve."""
     finished, _ = whole(script)
     module, out = importlib.import_module(script), tmp_path / "run"
     flags = flags_of(script) | dict(output_dir=str(out))
@@ -242,7 +239,6 @@ def test_resumed_on_another_number_of_ranks(script, before, after, flags_of, who
 
 @pytest.mark.parametrize("script", ["ppo", pytest.param("grpo", marks=slow)])
 def test_a_rank_that_dies_takes_the_run_down(script, flags_of, torchrun, tmp_path):
-    """And the same command continues with --resume."""
     flags, words = flags_of(script) | dict(output_dir="run", save_every=1), []
     flags["rewards"] = tuple(source.replace(":letters", ":once") for source in flags["rewards"])
     for name, value in flags.items():
