@@ -271,6 +271,25 @@ def gradients(monkeypatch):
     return watch
 
 
+class Killed(BaseException):
+    """As a kill would be: nothing catches it."""
+
+
+def killed(monkeypatch, script, name: str, call: int, work):
+    """Runs work, in which the call-th call of a script's function ends all."""
+    real, calls = getattr(script, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(script, name, dying)
+        work()
+
+
 def refusal(work, capsys) -> str:
     """What must refuse its input ends with exit code 2 and one sentence, which is returned."""
     capsys.readouterr()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUESTIONS, REPO, f64, near
+from conftest import QUESTIONS, REPO, f64, killed, near
 from test_plumbing import equal, jsonl, lasting, lines_of, on_ranks, refused, talk, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -340,10 +340,6 @@ def unmoved(folder, before) -> bool:
     return equal(weights_of(folder), weights_of(before))
 
 
-def steady(out) -> list:
-    return [{k: v for k, v in line.items() if k != "step_time"} for line in lasting(out)]
-
-
 def test_a_reference_that_differs_at_the_first_step_is_refused(train, monkeypatch, capsys):
     real = grpo.load_reference
 
@@ -430,7 +426,7 @@ def test_resampling_replaces_groups_without_spread(train, spy):
         assert line["reward"] == pytest.approx(line["rewards/lively/mean"])
     assert sum(line["resampled"] for line in lines) * 3 == pytest.approx(sum(calls) - 9)
     train(**flags, output_dir="again")
-    assert steady("out") == steady("again") and unmoved("out", "again")
+    assert lasting("out") == lasting("again") and unmoved("out", "again")
 
 
 def test_resampling_gives_up_where_no_prompt_has_spread(train, spy, talker):
@@ -625,10 +621,6 @@ def test_budgets_that_cannot_be_measured_are_refused(flags, says, budgets, capsy
 # ---- resume
 
 
-class Killed(BaseException):
-    pass
-
-
 LONG = dict(batch_size=4, epochs=4, max_steps=0, num_minibatches=2, save_every=2, eval_fraction=0.17, eval_every=3)
 LONG |= dict(reference_every=3, kl_coef=0.5, zero_spread="resample", rewards=("rules.py:lively",))  # eight steps
 LONG |= dict(temperature=0.7, lr_schedule="cosine", num_iterations=2)
@@ -637,19 +629,10 @@ LONG |= dict(temperature=0.7, lr_schedule="cosine", num_iterations=2)
 def test_a_killed_run_resumed_is_the_uninterrupted_one(train, monkeypatch, spy):
     flags = LONG
     train(**flags, output_dir="whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        real = grpo.log_metrics
-
-        def log_metrics(args, out, metrics, bar):
-            real(args, out, metrics, bar)
-            if metrics["step"] == 5:
-                raise Killed
-
-        patch.setattr(grpo, "log_metrics", log_metrics)
-        train(**flags, output_dir="killed")
+    killed(monkeypatch, grpo, "log_metrics", 6, lambda: train(**flags, output_dir="killed"))
     models = spy(grpo, "read_model")
     lines = train(**flags, output_dir="killed", resume=True)
-    assert len(lines) == 8 and steady("killed") == steady("whole") and unmoved("killed", "whole")
+    assert len(lines) == 8 and lasting("killed") == lasting("whole") and unmoved("killed", "whole")
     # the reference of step 3, not the one of the start
     assert models[1][0][1] == "killed/checkpoint-4/reference" and lines[3]["kl"] < 1e-2
     assert not unmoved("killed/checkpoint-4/reference", train.usual["model"])
@@ -661,9 +644,7 @@ def test_a_killed_run_resumed_is_the_uninterrupted_one(train, monkeypatch, spy):
 def test_a_run_killed_while_it_writes_its_report_is_not_finished(train, monkeypatch):
     flags = dict(rewards=("match:number",), eval_fraction=0.4, save_every=1)
     train(**flags, output_dir="whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(grpo, "write_report", lambda *args: (_ for _ in ()).throw(Killed))
-        train(**flags, output_dir="killed")
+    killed(monkeypatch, grpo, "write_report", 1, lambda: train(**flags, output_dir="killed"))
     train(**flags, output_dir="killed", resume=True)
     assert Path("killed/report.json").read_bytes() == Path("whole/report.json").read_bytes()
     assert unmoved("killed", "whole")
@@ -687,7 +668,7 @@ def test_two_ranks_are_one(name, train, scorer):
     flags["rewards"] = tuple(scorer if source == "SCORER" else source for source in flags["rewards"])
     train(**flags, output_dir="one")
     train(2, **flags, output_dir="two")
-    for x, y in zip(steady("one"), steady("two"), strict=True):
+    for x, y in zip(lasting("one"), lasting("two"), strict=True):
         assert x == pytest.approx(y, rel=1e-5, abs=1e-5), f"step {x['step']}"
     a, b = weights_of("one"), weights_of("two")
     for weight in a:  # a fifth of one step at the learning rate 1e-3

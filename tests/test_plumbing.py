@@ -67,7 +67,7 @@ def lines_of(out) -> list:
 
 def lasting(out) -> list:
     """The lines of metrics.jsonl without the fields that measure time or memory."""
-    measured = ("tokens_per_second", "seconds", "peak_memory_mb")
+    measured = ("tokens_per_second", "seconds", "peak_memory_mb", "eps", "step_time")
     return [{k: v for k, v in line.items() if k not in measured} for line in lines_of(out)]
 
 

@@ -8,12 +8,13 @@ import json
 import math
 import os
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUESTIONS, REPLIES, f64, make_reward_model, near, tiny_config
-from test_plumbing import CPU, equal, jsonl, lasting, lines_of, refused, talk, weights_of
+from conftest import QUESTIONS, REPLIES, f64, killed, make_reward_model, near, tiny_config
+from test_plumbing import CPU, equal, jsonl, lasting, lines_of, on_ranks, refused, talk, weights_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo
@@ -23,11 +24,6 @@ END, OTHER_END = 2, 3  # ids of <|end|>, which ends a turn, and <|endoftext|>
 
 
 # ---- helpers
-
-
-def steady(out) -> list:
-    """Metrics without those that differ between two equal runs."""
-    return [{name: value for name, value in line.items() if name != "eps"} for line in lasting(out)]
 
 
 def weights(folder, sub="") -> dict:
@@ -68,8 +64,17 @@ def other_tokenizer():
 
 
 RULES = """
+import json, os
+
+
 def vowels(prompts, completions, **columns):
     return [float(sum(letter in "aeiou" for letter in c[0]["content"])) for c in completions]
+
+
+def watch(prompts, completions, **columns):  # no opinion: it writes down what each rank has sampled
+    with open(os.environ.get("WATCH", "watched") + os.environ.get("RANK", ""), "a") as f:
+        f.writelines(json.dumps([p, c]) + "\\n" for p, c in zip(prompts, completions))
+    return [None] * len(prompts)
 """
 
 
@@ -124,12 +129,6 @@ def test_gae_is_its_direct_sum_and_masked_tokens_are_transparent(seed):
             assert advantages[b, t].item() == pytest.approx(direct, abs=1e-12)
             assert returns[b, t].item() == pytest.approx(direct + v[i], abs=1e-12)
     assert not advantages[~mask].any() and not returns[~mask].any()
-
-
-def test_whiten_worked_numbers():
-    x, mask = torch.arange(12, 21, dtype=torch.float64).view(3, 3) / 10, torch.ones(3, 3).bool()
-    near(ppo.whiten(x, mask)[0], [0.050807 - 1.6, 0.438105 - 1.6, 0.825403 - 1.6])
-    near(ppo.whiten(f64([0.695375, 0.5425, 0.35]), torch.ones(1, 3).bool()), [[1.175330, 0.093472, -1.268803]])
 
 
 def test_whiten_looks_at_real_tokens_only():
@@ -433,10 +432,6 @@ def test_a_policy_learns_what_is_rewarded(train):
 # ---- resume
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_killed_run_resumed_is_the_uninterrupted_one(train, monkeypatch, scorer):
     """Plain runs are killed in test_storms.py."""
     jsonl(Path("ptx.jsonl"), [dict(text=text) for text in QUESTIONS])
@@ -445,20 +440,47 @@ def test_a_killed_run_resumed_is_the_uninterrupted_one(train, monkeypatch, score
     long |= dict(reference_baseline=True, dataset="many.jsonl", ptx_dataset="ptx.jsonl", ptx_coef=0.5)
     long |= dict(train_last_layers=1, critic_warmup=5, lr_schedule="cosine")
     train(**long, output_dir="whole")
-    real = ppo.log_metrics
-
-    def log_metrics(args, out, metrics, bar):
-        real(args, out, metrics, bar)
-        if metrics["step"] == 5:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(ppo, "log_metrics", log_metrics)
-        train(**long, output_dir="killed")
+    killed(monkeypatch, ppo, "log_metrics", 6, lambda: train(**long, output_dir="killed"))
     train(**long, output_dir="killed", resume=True)
-    assert steady("whole") == steady("killed") and len(steady("whole")) >= 8
+    assert lasting("whole") == lasting("killed") and len(lasting("whole")) >= 8
     for sub in ("", "value"):
         assert equal(weights("whole", sub), weights("killed", sub))
+
+
+# ---- ranks
+
+
+@pytest.fixture
+def on_two_ranks(usual, scorer) -> dict:
+    """A run with every kind of work that ranks share: its flags. The last of its batches has one prompt alone."""
+    rows = [dict(prompt=talk(f"{QUESTIONS[i % 6]} {i}")) for i in range(20)]
+    flags = dict(dataset=jsonl(Path("many.jsonl"), rows), eval_fraction=0.2, batch_size=5, epochs=2, max_steps=0)
+    flags |= dict(ptx_dataset=jsonl(Path("ptx.jsonl"), [dict(text=text) for text in QUESTIONS]), ptx_coef=0.2)
+    flags |= dict(num_generations=2, num_minibatches=2, ptx_batch_size=3, reference_baseline=True)
+    return usual | flags | dict(rewards=(scorer, "rules.py:watch"), eval_every=3, save_every=2)
+
+
+def seen(*files) -> Counter:
+    return Counter(line for file in files for line in Path(file).read_text().splitlines())
+
+
+def test_two_ranks_are_one_process(on_two_ranks, monkeypatch):
+    ppo.main(ppo.Args(**on_two_ranks | dict(output_dir="one")))
+    monkeypatch.setenv("WATCH", "two")
+    on_ranks(ppo, 2, **on_two_ranks | dict(output_dir="two"))
+    one = lines_of("one")
+    assert len(one) == 8 and one[3]["episode"] == 32  # batches of 5, 5, 5 and 1 prompts
+    for x, y in zip(lasting("one"), lasting("two"), strict=True):
+        assert x == pytest.approx(y, rel=1e-4, abs=1e-4), f"step {x['step']}"
+    for sub in ("", "value"):
+        a, b = weights("one", sub), weights("two", sub)
+        assert a.keys() == b.keys()
+        for name in a:  # a tenth of one step of the learning rate
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4)
+    # sample by sample, the greedy ones of the baselines too
+    assert seen("watched") == seen("two0", "two1") and seen("two0") != seen("two1")
+    states = [torch.load(f"{out}/checkpoint-2/state.pt", weights_only=True)["baselines"] for out in ("one", "two")]
+    assert states[0].keys() == states[1].keys() and len(states[0]) == 10
 
 
 # ---- bad input

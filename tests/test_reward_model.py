@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_plumbing import CPU, in_child, jsonl, killed_at_rename, lines_of, refused, same_run, talk
+from test_plumbing import CPU, in_child, jsonl, killed_at_rename, lines_of, refused, same_run, talk, tokenizer_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import reward_model as rm
@@ -28,10 +28,6 @@ def f64(*values):
 def args_of(**flags) -> rm.Args:
     """Arguments for functions that read neither the model's name nor the data set's."""
     return rm.Args(**dict(model="", dataset="") | flags)
-
-
-def tokenizer_of(folder):
-    return rm.load_tokenizer(str(folder))
 
 
 # ---- the losses

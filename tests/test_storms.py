@@ -59,7 +59,6 @@ def flags_of(tiny_model_dir, scorer, tmp_path_factory):
     checkpoints at every third step. Sampled answers have different lengths."""
     folder = tmp_path_factory.mktemp("storm")
     (folder / "rule.py").write_text(RULE)
-    texts = jsonl(folder / "texts.jsonl", [dict(text=f"Up and {i}" + " up" * i) for i in range(7)])
 
     def flags(script: str, family: str = "llama") -> dict:
         data = jsonl(folder / f"{script}.jsonl", [row_for(script, i) for i in range(13)])
@@ -68,9 +67,7 @@ def flags_of(tiny_model_dir, scorer, tmp_path_factory):
         common |= dict(learning_rate=1e-3, tokens_per_forward=150)
         sampled = dict(max_new_tokens=12, rewards=(scorer, f"{folder / 'rule.py'}:letters"))
         more = dict(
-            ppo=sampled
-            | dict(value_learning_rate=1e-3, num_minibatches=2, ppo_epochs=2, num_generations=2)
-            | dict(ptx_dataset=texts, ptx_coef=0.2, ptx_batch_size=3, reference_baseline=True),
+            ppo=sampled | dict(value_learning_rate=1e-3, num_minibatches=2, ppo_epochs=2),
             grpo=sampled | dict(num_generations=3, num_iterations=2, reference_every=4),
             dpo=dict(optimizer="ondare", merge_base=str(tiny_model_dir(family)), merge_weight=0.1),
             rpo=dict(reward_model=scorer),
