@@ -13,8 +13,8 @@ and the logits of two letters.
 
 Seconds are measured twice: of the whole process, from its start to its end, and after its imports (loading, tokenising
 and DPO's pass of the reference included). Memory is the peak, less what the process holds after its imports. TRL runs
-in every setting that might be its fastest, and the fastest one is compared. The medians, with their ranges, go to
-benchmarks/RESULTS.md, in place of what stood there under the same heading.
+in every setting that might be its fastest; from the second repeat on, in the one that was. The medians, with their
+ranges, go to benchmarks/RESULTS.md, in place of what stood there under the same heading.
 """
 
 import argparse
@@ -199,8 +199,8 @@ def make_work(folder: Path, pairs: str, questions: str, steps: int) -> dict:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(folder / name)
 
-    found = []
-    for row in sft.load_rows("--pairs", pairs, "train").select(range(2000)):
+    found, every = [], sft.load_rows("--pairs", pairs, "train")
+    for row in every.select(range(min(len(every), 2000))):
         prompt = row.get("prompt") or row["chosen"][:-1]
         answers = [row[name][-1:] if isinstance(row[name], list) else row[name] for name in ("chosen", "rejected")]
         (prompt, chosen), (_, rejected) = (as_text(prompt, answer) for answer in answers)
@@ -237,15 +237,18 @@ def run(*arguments) -> dict:
 def compare(method: str, model: str, data: str, out: str, repeats: int) -> str:
     """Runs both sides in turn, so that a machine that changes its pace changes it for both; returns a table's row."""
     found = {who: [] for who in ("ours", *SETTINGS[method])}
+    sides = list(found)
     for i in range(repeats):
-        for who, results in found.items():
+        for who in sides:
             target = f"{out}-{who}-{i}".replace(" ", "-")
             setting = () if who == "ours" else (who,)
-            results.append(run("trl" if setting else "ours", method, model, data, target, *setting))
-            seconds, whole, peak = (results[-1][key] for key in ("seconds", "whole", "memory"))
-            print(f"{method:<13} {who:<20} {seconds:7.1f} s, whole {whole:7.1f} s {peak:6} MB", flush=True)
+            result = run("trl" if setting else "ours", method, model, data, target, *setting)
+            found[who].append(result)
+            cells = f"{result['seconds']:7.1f} s, whole {result['whole']:7.1f} s {result['memory']:6} MB"
+            print(f"{method:<13} {who:<20} {cells}", flush=True)
+        best = min(SETTINGS[method], key=lambda who: found[who][0]["seconds"])
+        sides = ["ours", best]
     values = {key: {who: [r[key] for r in found[who]] for who in found} for key in ("seconds", "whole", "memory")}
-    best = min(SETTINGS[method], key=lambda who: median(values["seconds"][who]))
     cells = [f"{method}.py"]
     for key in ("seconds", "whole"):
         mine, theirs = values[key]["ours"], values[key][best]
