@@ -1,11 +1,15 @@
-"""How time and memory grow: with the length of rows, the batch, the tokens of a forward, the vocabulary, the answers to a prompt, and the model.
+"""How time and memory grow with the length of rows, the batch, the vocabulary, the data, the model, and so on.
 
-    python benchmarks/growth.py                      all of them, some minutes on one core: benchmarks/RESULTS.md and growth.png
+    python benchmarks/growth.py                      every axis, about an hour on one core
     python benchmarks/growth.py --axes vocabulary    one of them; the others' rows stay
 
-One thing changes at a time; the rest is a Llama of 4 layers of width 256, 8192 words, 32 rows of 256 tokens a step and 2048 tokens a forward. Every
-point is a process of its own. Time is the median of a step; memory the peak above what the process holds after its imports, and beside it what
-weights, gradients and AdamW's moments alone take, 16 bytes a parameter.
+Results: benchmarks/RESULTS.md and growth.png.
+
+One thing changes at a time; the rest is a Llama of 4 layers of width 256, 8192 words, 32 rows of 256 tokens a step and
+2048 tokens a forward. Every point is a process of its own. A step's time is the median; "first step" is the time from
+the end of the imports to the first batch: reading and tokenising the data, and loading the model. "Checkpoint" is the
+time to write one, with the optimiser's state. Memory is the peak above what the process holds after its imports; the
+column beside it is what weights, gradients and AdamW's moments take, 16 bytes a parameter.
 """
 
 import argparse
@@ -16,71 +20,71 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
 from beside_trl import HERE, machine, memory, write_results
 
-USUAL = dict(
-    method="sft", length=256, spread=0.0, batch=32, forward=2048, vocabulary=8192, answers=1, hidden=256, layers=4
-)
+USUAL = dict(method="sft", length=256, spread=0.0, batch=32, forward=2048, vocabulary=8192, answers=1, hidden=256)
+USUAL |= dict(rows=0)  # as many as the steps need
 AXES = {  # name -> what changes, from point to point
     "length of a row": [dict(length=n, batch=8192 // n) for n in (64, 128, 256, 512, 1024, 2048)],
     "spread of lengths": [dict(spread=x) for x in (0.0, 0.5, 0.9)],
     "batch": [dict(batch=n) for n in (8, 16, 32, 64, 128)],
     "tokens of a forward": [dict(forward=n) for n in (512, 1024, 2048, 4096, 8192)],
     "vocabulary": [dict(vocabulary=n, batch=8) for n in (1024, 8192, 32768, 151936)],
+    "conversations": [dict(rows=n, batch=8) for n in (1000, 10_000, 100_000)],
     "answers of a ranking (K)": [dict(method="reward_model", answers=k, batch=8) for k in (2, 4, 8, 16)],
     "answers of a group (G)": [dict(method="grpo", answers=g, batch=4) for g in (2, 4, 8, 16, 32)],
     "width of the model": [dict(hidden=d, batch=8) for d in (128, 256, 512, 1024)],
 }
+HEADS = ["what grows", "to", "first step (s)", "seconds a step", "tokens/s", "checkpoint (s)", "peak MB"]
+HEADS += ["of weights and moments"]
 STEPS = 5
 WORDS = [a + b for a in "bcdfglmnprst" for b in ("a", "e", "i", "o", "u", "an", "er", "ik")]
 
 
-# ------------------------------------------------------------------------------------------------------------- one point, in a process
+# ------------------------------------------------------------------------------------------- one point, in a process
 
 
 def make_model(folder: Path, point: dict) -> int:
-    """A Llama of random weights with the tokenizer in folder/words, which may know fewer words than it; returns the number of its parameters."""
+    """Writes a Llama of random weights with the tokenizer of folder/words; returns the number of its parameters."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder / "words")
-    size = dict(hidden_size=point["hidden"], intermediate_size=3 * point["hidden"], num_hidden_layers=point["layers"])
-    heads = dict(num_attention_heads=point["hidden"] // 64, num_key_value_heads=point["hidden"] // 64)
-    ends = dict(
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
-    )
-    config = LlamaConfig(
-        vocab_size=point["vocabulary"], max_position_embeddings=4096, tie_word_embeddings=True, **size, **heads, **ends
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    width, heads = point["hidden"], point["hidden"] // 64
+    size = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, num_attention_heads=heads)
+    size |= dict(vocab_size=point["vocabulary"], max_position_embeddings=4096, tie_word_embeddings=True)
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**size, **special))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return sum(p.numel() for p in model.parameters())
 
 
-def make_rows(point: dict, steps: int) -> list:
-    """Rows whose mean length in words, each of which is a token, with begin and end, is as asked; the spread is uniform, so much to each side."""
-    rng = random.Random(0)
-    text = lambda n: " ".join(
-        rng.choices(WORDS, k=max(2, round(n * rng.uniform(1 - point["spread"], 1 + point["spread"]))))
-    )
+def make_rows(point: dict) -> list:
+    """Rows of the mean length asked for; a word is a token. The spread is uniform, so much to each side."""
+    rng, count = random.Random(0), point["rows"] or STEPS * point["batch"]
+
+    def text(n: int) -> str:
+        n = round(n * rng.uniform(1 - point["spread"], 1 + point["spread"]))
+        return " ".join(rng.choices(WORDS, k=max(2, n)))
+
+    if point["rows"]:
+        roles = ("user", "assistant") * 2
+        turn = point["length"] // 4 - 5
+        return [dict(messages=[dict(role=role, content=text(turn)) for role in roles]) for _ in range(count)]
     if point["method"] == "sft":
-        return [dict(text=text(point["length"] - 2)) for _ in range(steps * point["batch"])]
-    prompts, third = [text(point["length"] * 2 // 3) for _ in range(steps * point["batch"])], point["length"] // 3 - 2
-    if point["method"] == "grpo":
-        return [dict(prompt=prompt) for prompt in prompts]
-    return [
-        dict(
-            prompt=p,
-            completions=[" " + text(third) for _ in range(point["answers"])],
-            scores=list(range(point["answers"])),
-        )
-        for p in prompts
-    ]
+        return [dict(text=text(point["length"] - 2)) for _ in range(count)]
+    third, answers = point["length"] // 3, range(point["answers"])
+    rows = [dict(prompt=text(2 * third)) for _ in range(count)]
+    if point["method"] == "reward_model":
+        for row in rows:
+            row.update(completions=[" " + text(third - 2) for _ in answers], scores=list(answers))
+    return rows
 
 
 def rule(prompts, completions, **columns) -> list:
@@ -88,52 +92,48 @@ def rule(prompts, completions, **columns) -> list:
 
 
 def prepare(folder: str, point: str):
-    """The model and the rows of a point; a process of its own, so that what it takes to make them is not measured. Prints the model's parameters."""
+    """Writes a point's model and rows, in a process whose memory is not measured; prints the number of parameters."""
     folder, point = Path(folder), json.loads(point)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(point, STEPS)))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(point)))
     print(make_model(folder, point))
 
 
 def side(folder: str, point: str):
-    """One point: prints the median seconds of a step, and the peak of memory in MB."""
+    """Trains at one point and prints what it took."""
     import torch
 
     torch.set_num_threads(1)
     folder, point = Path(folder), json.loads(point)
-    script = importlib.import_module(point["method"])
-    flags = dict(
-        model=str(folder / "model"),
-        dataset=str(folder / "rows.jsonl"),
-        output_dir=str(folder / "out"),
-        overwrite=True,
-        max_length=4096,
-    )
-    flags |= dict(
-        batch_size=point["batch"],
-        tokens_per_forward=point["forward"],
-        eval_fraction=0.0,
-        learning_rate=1e-5,
-        save_every=0,
-    )
+    script, clock, before, times = importlib.import_module(point["method"]), time.perf_counter(), memory(), {}
+    forwards, save_checkpoint = script.forwards, script.save_checkpoint
+
+    def watched_forwards(*args, **kwargs):
+        times.setdefault("first", time.perf_counter() - clock)
+        return forwards(*args, **kwargs)
+
+    def watched_save(*args, **kwargs):
+        start = time.perf_counter()
+        save_checkpoint(*args, **kwargs)
+        times["checkpoint"] = time.perf_counter() - start
+
+    script.forwards, script.save_checkpoint = watched_forwards, watched_save
+    flags = dict(model=str(folder / "model"), dataset=str(folder / "rows.jsonl"), output_dir=str(folder / "out"))
+    flags |= dict(overwrite=True, max_length=4096, batch_size=point["batch"], tokens_per_forward=point["forward"])
+    flags |= dict(eval_fraction=0.0, learning_rate=1e-5, max_steps=STEPS, save_every=STEPS - 1)
     if point["method"] == "grpo":
-        flags |= dict(
-            num_generations=point["answers"],
-            max_new_tokens=point["length"] // 3,
-            rewards=(f"{__file__}:rule",),
-            kl_coef=0.0,
-        )
-    before = memory()
+        flags |= dict(num_generations=point["answers"], max_new_tokens=point["length"] // 3, kl_coef=0.0)
+        flags |= dict(rewards=(f"{__file__}:rule",))
     script.main(script.Args(**flags))
-    lines = [json.loads(line) for line in open(folder / "out/metrics.jsonl")]
-    took = [b["seconds"] - a["seconds"] for a, b in zip(lines, lines[1:])]
-    print(json.dumps(dict(seconds=median(took), memory=memory() - before)))
+    seconds = [json.loads(line)["seconds"] for line in open(folder / "out/metrics.jsonl")]
+    took = [b - a for a, b in zip(seconds, seconds[1:])]
+    print(json.dumps(times | dict(seconds=median(took), memory=memory() - before)))
 
 
-# ------------------------------------------------------------------------------------------------------------------------- all points
+# ------------------------------------------------------------------------------------------------------- all points
 
 
 def make_words(folder: Path):
-    """A tokenizer in which every word is one token, made as sft.py makes them."""
+    """A tokenizer in which every word is one token, made by sft.py."""
     import sft
 
     rng = random.Random(1)
@@ -146,9 +146,8 @@ def make_words(folder: Path):
 def measure(folder: Path, point: dict) -> dict:
     found = []
     for mode in ("--prepare", "--side"):
-        done = subprocess.run(
-            [sys.executable, __file__, mode, str(folder), json.dumps(USUAL | point)], capture_output=True, text=True
-        )
+        command = [sys.executable, __file__, mode, str(folder), json.dumps(USUAL | point)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{point}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
         found.append(json.loads(done.stdout.splitlines()[-1]))
@@ -157,7 +156,7 @@ def measure(folder: Path, point: dict) -> dict:
 
 
 def draw(rows: list):
-    """The rows of the table, a column of pictures for each axis."""
+    """The table's rows as pictures, a column for each axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,10 +165,13 @@ def draw(rows: list):
     cells = [[cell.strip() for cell in row.strip("| ").split("|")] for row in rows]
     figure, axes = plt.subplots(2, len(AXES), figsize=(2.6 * len(AXES), 5), layout="constrained")
     for name, (above, below) in zip(AXES, axes.T):
-        x, seconds, _, peak, weights = zip(
-            *[map(float, values) for axis, *values in cells if axis == name] or [[math.nan] * 5]
-        )
-        above.plot(x, seconds, "o-")
+        points = [map(float, values) for axis, *values in cells if axis == name] or [[math.nan] * 7]
+        x, first, seconds, _, _, peak, weights = zip(*points)
+        if name == "conversations":
+            above.plot(x, first, "o-", label="seconds to the first step")
+            above.legend()
+        else:
+            above.plot(x, seconds, "o-")
         below.plot(x, peak, "o-", label="peak")
         below.plot(x, weights, "--", color="grey", label="weights, moments")
         above.set(title=name, ylim=0)
@@ -191,33 +193,21 @@ def main():
         make_words(Path(folder))
         for axis in args.axes:
             for point in AXES[axis]:
-                full, key = USUAL | point, next(name for name in point if name != "method")
+                full, what = USUAL | point, next(name for name in point if name != "method")
                 result = measure(Path(folder), point)
-                answers = full["answers"] if full["method"] != "sft" else 1
-                tokens = (
-                    full["batch"] * full["length"]
-                    if answers == 1
-                    else full["batch"] * full["length"] * (2 + answers) // 3
-                )
-                cells = [
-                    axis,
-                    full[key],
-                    f"{result['seconds']:.2f}",
-                    f"{tokens / result['seconds']:.0f}",
-                    result["memory"],
-                    result["weights"],
-                ]
+                tokens = full["batch"] * full["length"]
+                if full["method"] != "sft":  # two thirds are prompt
+                    tokens = tokens * (2 + full["answers"]) // 3
+                cells = [axis, full[what], f"{result['first']:.1f}", f"{result['seconds']:.2f}"]
+                cells += [f"{tokens / result['seconds']:.0f}", f"{result['checkpoint']:.1f}"]
+                cells += [result["memory"], result["weights"]]
                 rows.append(f"| {' | '.join(map(str, cells))} |")
                 print(rows[-1], flush=True)
     rows.sort(key=lambda row: list(AXES).index(axis_of(row)))  # stable: an axis keeps the order of its points
     draw(rows)
-    head = "| what grows | to | seconds a step | tokens/s | peak MB | of weights and moments |\n" + "| --- " * 6 + "|"
-    text = (
-        f"{machine()}\n\n{__doc__.split(chr(10) * 2)[2].strip()}\n\n{head}\n"
-        + "\n".join(rows)
-        + "\n\n![growth](growth.png)"
-    )
-    write_results("Growth", text)
+    table = "\n".join([f"| {' | '.join(HEADS)} |", "| --- " * len(HEADS) + "|", *rows])
+    explanation = __doc__.split("\n\n")[3].strip()
+    write_results("Growth", f"{machine()}\n\n{explanation}\n\n{table}\n\n![growth](growth.png)")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""How near every training script comes to the machine's limit, its rate of matrix multiplications, and where the rest of the time goes.
+"""How near every training script comes to the machine's rate of matrix multiplications, and what else takes time.
 
-    python benchmarks/limit.py                                                    on HH-RLHF and GSM8K from the hub, some minutes on one core
-    python benchmarks/limit.py --pairs hh.jsonl --questions gsm8k.jsonl           from files
+    python benchmarks/limit.py                                                    data from the hub
+    python benchmarks/limit.py --pairs hh.jsonl --questions gsm8k.jsonl           data from files
 
-The work is that of beside_trl.py. FLOPs are counted operator by operator while a script runs, as what its steps do and no start-up; seconds are
-those of its own log, in a run apart; where the time goes, by the profiler in a third. Sampling is measured beside its own floor, the
-multiplications of its forwards at the limit; the rate that [64, 256] x [256, 768] reaches is given beside it.
+The work is that of beside_trl.py; it takes some minutes on one core. FLOPs are counted operator by operator, for the
+steps alone, without the start-up. Seconds are those of the script's own log, from a run of its own; where the time
+goes is measured by the profiler, in a third run. Sampling is measured beside its own floor, the multiplications of its
+forward passes at the limit; the rate of [64, 256] x [256, 768] shows how far decoding's shapes are from the limit.
 """
 
 import argparse
@@ -21,68 +22,75 @@ from pathlib import Path
 from beside_trl import machine, make_work, ours, write_results
 
 METHODS = ("sft", "reward_model", "dpo", "orpo", "rpo", "grpo", "ppo")
-KINDS = {  # what an operator's name begins with, by kind; the first that fits counts
-    "matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "aten::baddbmm", "mkldnn"),
-    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
-    "optimiser": ("aten::_fused_adam", "aten::_foreach", "aten::linalg_vector_norm", "Optimizer"),
-    "vocabulary": (
-        "aten::_log_softmax",
-        "aten::logsumexp",
-        "aten::amax",
-        "aten::special_entr",
-        "aten::gather",
-        "aten::cumsum",
-        "aten::searchsorted",
-    ),
-    "copies": (
-        "aten::copy_",
-        "aten::cat",
-        "aten::index",
-        "aten::clone",
-        "aten::stack",
-        "aten::embedding",
-        "aten::contiguous",
-        "aten::repeat",
-    ),
+KINDS = {  # how an operator's name begins, by kind; the first kind that fits counts, else "elementwise"
+    "matmul": "mm addmm bmm linear matmul baddbmm",
+    "attention": "_scaled_dot_product scaled_dot_product",
+    "optimiser": "_fused_adam _foreach linalg_vector_norm",
+    "vocabulary": "_log_softmax logsumexp amax special_entr gather cumsum searchsorted",
+    "copies": "copy_ cat index clone stack embedding contiguous repeat",
 }
+HEADS = [
+    "script",
+    "seconds a step",
+    "GFLOP a step",
+    "GFLOP/s",
+    "share of the limit",
+    *KINDS,
+    "elementwise",
+    "Python, files",
+]
+
+
+def kind_of(operator: str) -> str:
+    """The kind of an operator of the profile, "" for what is not one of torch's."""
+    if operator.startswith("mkldnn"):
+        return "matmul"
+    if operator.startswith("Optimizer"):
+        return "optimiser"
+    if not operator.startswith("aten::"):
+        return ""
+    name = operator.removeprefix("aten::")
+    return next((kind for kind, names in KINDS.items() if name.startswith(tuple(names.split()))), "elementwise")
+
+
+# -------------------------------------------------------------------------------------------- one run, in a process
+
+
+def watch_sampling(script, flops) -> Counter:
+    """Counts the seconds and the FLOPs of the script's sampling in a dict that it returns."""
+    found = Counter()
+    if not hasattr(script, "sample_answers"):
+        return found
+    sample_answers = script.sample_answers
+
+    def watched(*args, **kwargs):
+        clock, before = time.perf_counter(), flops()
+        result = sample_answers(*args, **kwargs)
+        found.update(seconds=time.perf_counter() - clock, flops=flops() - before)
+        return result
+
+    script.sample_answers = watched
+    return found
 
 
 def side(mode: str, method: str, model: str, data: str, out: str, steps: str):
-    """One run of a script in this process: prints what the mode is to find."""
+    """One run of a script in this process: prints what the mode ("time", "flops" or "profile") finds."""
     import torch
     from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    forward, backward = (
-        getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{end}") for end in ("", "_backward")
-    )  # not known to it
-    known = {
-        forward: lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v),
+    torch.set_num_threads(1)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    known = {  # the counter does not know the CPU's
+        attention: lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v),
         backward: lambda grad, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(grad, q, k, v),
     }
-    torch.set_num_threads(1)
-    script, counter, sampling = (
-        importlib.import_module(method),
-        FlopCounterMode(display=False, custom_mapping=known),
-        Counter(),
-    )
-    options = dataclass_with(script, max_steps=int(steps))
-    if hasattr(script, "sample_answers"):
-        real = script.sample_answers
-
-        def watched(*args, **kwargs):
-            clock, before = time.perf_counter(), counter.get_total_flops() if mode == "flops" else 0
-            result = real(*args, **kwargs)
-            sampling.update(
-                seconds=time.perf_counter() - clock, flops=counter.get_total_flops() - before if mode == "flops" else 0
-            )
-            return result
-
-        script.sample_answers = watched
-    work = ours(method, model, data, out)
+    script, counter = importlib.import_module(method), FlopCounterMode(display=False, custom_mapping=known)
+    sampling = watch_sampling(script, lambda: counter.get_total_flops() if mode == "flops" else 0)
+    work, Args = ours(method, model, data, out), script.Args
     next(work)
-    script.Args = options
-    found = {}
+    script.Args = lambda **flags: Args(**flags | dict(max_steps=int(steps)))
     if mode == "flops":
         with counter:
             next(work, None)
@@ -93,23 +101,16 @@ def side(mode: str, method: str, model: str, data: str, out: str, steps: str):
             next(work, None)
             wall, spent = time.perf_counter() - clock, Counter()
         for event in profiler.key_averages():
-            kind = next(
-                (kind for kind, names in KINDS.items() if event.key.startswith(names)),
-                "elementwise" if event.key.startswith("aten::") else "",
-            )
-            spent[kind] += event.self_cpu_time_total / 1e6
+            spent[kind_of(event.key)] += event.self_cpu_time_total / 1e6
         found = dict(wall=wall, spent=spent)
     else:
         next(work, None)
-        lines = [json.loads(line) for line in open(f"{out}/metrics.jsonl")]
-        found = dict(seconds=(lines[-1]["seconds"] - lines[0]["seconds"]) / (len(lines) - 1))
+        seconds = [json.loads(line)["seconds"] for line in open(f"{out}/metrics.jsonl")]
+        found = dict(seconds=(seconds[-1] - seconds[0]) / (len(seconds) - 1))
     print(json.dumps(found | dict(sampling=sampling)))
 
 
-def dataclass_with(script, **fixed):
-    """The script's Args with some options fixed, whatever `ours` gives."""
-    real = script.Args
-    return lambda **flags: real(**flags | fixed)
+# -------------------------------------------------------------------------------------------------------- all runs
 
 
 def rate(n: int, k: int, m: int) -> float:
@@ -143,43 +144,35 @@ def main():
     args = parser.parse_args()
     if args.steps < 4:
         parser.error("--steps must be at least 4")
-    limit, shaped, decoding, rows, sampled = rate(1024, 1024, 1024), rate(2048, 256, 768), rate(64, 256, 768), [], []
-    print(
-        f"matrices: {limit:.0f} GFLOP/s; [2048, 256] x [256, 768] {shaped:.0f}; [64, 256] x [256, 768] {decoding:.0f}",
-        flush=True,
-    )
+    limit, projection, decoding = rate(1024, 1024, 1024), rate(2048, 256, 768), rate(64, 256, 768)
+    rates = f"Matrices of 1024 x 1024: {limit:.0f} GFLOP/s, the limit; [2048, 256] x [256, 768]: {projection:.0f}; "
+    rates += f"[64, 256] x [256, 768]: {decoding:.0f}."
+    print(rates, flush=True)
+    rows, sampled = [], []
     with tempfile.TemporaryDirectory() as folder:
         files = make_work(Path(folder), args.pairs, args.questions, args.steps)
         for method in args.methods:
             steps = max(2, args.steps // 2) if method in ("grpo", "ppo") else args.steps
-            go = lambda mode, n: run(mode, method, f"{folder}/model", files[method], f"{folder}/{method}-{mode}-{n}", n)
-            timed, few, many, profiled = go("time", steps), go("flops", 1), go("flops", steps), go("profile", steps)
+            timed, few, many, profiled = (
+                run(mode, method, f"{folder}/model", files[method], f"{folder}/{method}-{mode}-{n}", n)
+                for mode, n in (("time", steps), ("flops", 1), ("flops", steps), ("profile", steps))
+            )
             flops = (many["flops"] - few["flops"]) / (steps - 1) / 1e9
+            speed = flops / timed["seconds"]
             share = {kind: profiled["spent"].get(kind, 0) / profiled["wall"] for kind in (*KINDS, "elementwise")}
             share["Python, files"] = 1 - sum(share.values())
-            speed = flops / timed["seconds"]
             cells = [f"{method}.py", f"{timed['seconds']:.2f}", f"{flops:.0f}", f"{speed:.0f}", f"{speed / limit:.2f}"]
             rows.append(f"| {' | '.join([*cells, *(f'{part:.0%}' for part in share.values())])} |")
             print(rows[-1], flush=True)
             if timed["sampling"]:
-                seconds, count = timed["sampling"]["seconds"] / steps, many["sampling"]["flops"] / steps / 1e9
-                sampled.append(f"| {method}.py | {seconds:.2f} | {count / limit:.2f} | {count / limit / seconds:.2f} |")
+                seconds = timed["sampling"]["seconds"] / steps
+                floor = many["sampling"]["flops"] / steps / 1e9 / limit
+                sampled.append(f"| {method}.py | {seconds:.2f} | {floor:.2f} | {floor / seconds:.2f} |")
                 print(sampled[-1], flush=True)
-    heads = [
-        "script",
-        "seconds a step",
-        "GFLOP a step",
-        "GFLOP/s",
-        "share of the limit",
-        *KINDS,
-        "elementwise",
-        "Python, files",
-    ]
-    table = f"| {' | '.join(heads)} |\n" + "| --- " * len(heads) + "|\n" + "\n".join(rows)
-    floor = "| sampling of | seconds a step | its floor | share |\n| --- | --- | --- | --- |\n" + "\n".join(sampled)
-    rates = f"Matrices of 1024 x 1024: {limit:.0f} GFLOP/s, the limit; [2048, 256] x [256, 768]: {shaped:.0f}; [64, 256] x [256, 768]: {decoding:.0f}."
+    table = "\n".join([f"| {' | '.join(HEADS)} |", "| --- " * len(HEADS) + "|", *rows])
+    floors = "\n".join(["| sampling of | seconds a step | its floor | share |", "| --- " * 4 + "|", *sampled])
     notes = "The last columns are shares of the time of a whole run under the profiler, start-up included."
-    write_results("Beside the limit", f"{machine()}\n\n{rates}\n{notes}\n\n{table}\n\n{floor}")
+    write_results("Beside the limit", f"{machine()}\n\n{rates}\n{notes}\n\n{table}\n\n{floors}")
 
 
 if __name__ == "__main__":

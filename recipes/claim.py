@@ -2,14 +2,17 @@
 
 python recipes/claim.py NAME RUNS DATA SEED [tiny]      (recipes/common.sh calls it at the end of every recipe)
 
-Exit code 1 if the claim does not hold. With `tiny` the claim is printed, not judged. One function per recipe, in
-alphabetical order, returns the parts of the claim, {what was measured: whether it holds}; a few of them measure what
-the table of `gridworld.py score` does not have, or draw a figure.
+Exit code 1 if the claim does not hold. With `tiny` the claim is printed, not judged. The claim of each run is kept in
+RUNS/NAME/claim.json; where other seeds, or the same seed with other processor instructions, have left one too, a line
+before the claim gives the mean and the range of every number. One function per recipe, in alphabetical order, returns
+the parts of the claim, {what was measured: whether it holds}; a few of them measure what the table of
+`gridworld.py score` does not have, or draw a figure.
 """
 
 import csv
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -78,6 +81,30 @@ def judge(parts: dict, tiny: bool) -> bool:
     measured = "; ".join(text + " (no)" * (mark and not part) for text, part in parts.items())
     print(f"claim: {measured}: {'not judged (tiny)' if tiny else 'holds' if holds else 'does not hold'}")
     return holds or tiny
+
+
+def spread(runs: list) -> str:
+    """The parts of several runs' claims, each number as its mean and, if it varies, its range; and how many hold.
+
+    An effect that is smaller than this spread may be chance."""
+    number = re.compile(r"-?\d+(?:\.\d+)?")
+    parts = []
+    for texts in zip(*(run["parts"] for run in runs)):
+        if len({number.sub("", text) for text in texts}) > 1:
+            return ""  # an earlier version wrote other words
+        columns = zip(*(number.findall(text) for text in texts))
+        values = iter([shown_range(column) for column in columns])
+        parts.append(number.sub(lambda _: next(values), texts[0]))
+    holds = sum(all(run["parts"].values()) for run in runs)
+    names = "; ".join(run["name"] for run in runs)
+    return f"over {len(runs)} runs ({names}): {'; '.join(parts)}: holds in {holds} of {len(runs)}"
+
+
+def shown_range(column: tuple) -> str:
+    """The mean of numbers that are given as text, with their digits, and their range if they differ."""
+    values, digits = [float(text) for text in column], len(column[0].partition(".")[2])
+    low, middle, high = (f"{f(values):.{digits}f}" for f in (min, mean, max))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def listed(values, digits: int = 2) -> str:
@@ -686,5 +713,13 @@ if __name__ == "__main__":
     name, folder, data, seed, *tiny = sys.argv[1:]
     disable_progress_bar()
     claim = globals()[name.replace("-", "_")]  # the function above of the recipe's name
-    parts = claim(Runs(Path(folder), Path(data), int(seed), tiny == ["tiny"]))
-    sys.exit(0 if judge(parts, tiny == ["tiny"]) else 1)
+    runs = Runs(Path(folder), Path(data), int(seed), tiny == ["tiny"])
+    parts = claim(runs)
+    if not runs.tiny:
+        processor = os.environ.get("ATEN_CPU_CAPABILITY", "")
+        record = dict(name=f"seed {seed} {processor}".rstrip(), parts=parts)
+        (runs.folder / name / "claim.json").write_text(json.dumps(record, indent=1))
+    found = [json.loads(file.read_text()) for file in sorted(Path("runs").glob(f"**/{name}/claim.json"))]
+    if len(found) > 1 and not runs.tiny:
+        print(spread(found))
+    sys.exit(0 if judge(parts, runs.tiny) else 1)

@@ -2,6 +2,7 @@
 #
 #   bash recipes/NAME.sh                    trains what the recipe needs in runs/, and prints `claim: ...`
 #   SEEDS="0 1 2" bash recipes/NAME.sh      three seeds; those after 0 go to runs/seed-N/
+#   ATEN_CPU_CAPABILITY=avx2 bash recipes/NAME.sh     other roundings, in runs/avx2/: they move a result as a seed does
 #   STEPS=tiny bash recipes/NAME.sh         a few steps of every stage, in runs/tiny/; the claim is not judged
 #
 # Exit code 0: every claim holds. Other codes: a claim does not hold, or a command failed and the recipe stopped there.
@@ -22,6 +23,7 @@ max_steps() { if_tiny "--max-steps $1"; }                       # the option, wh
 start_seed() {  # SEED STAGE...: sets the directories, writes the data, and runs these stages
     seed=$1 runs=runs data=data/grid
     if tiny; then runs=runs/tiny data=data/tiny; fi
+    runs=$runs${ATEN_CPU_CAPABILITY:+/$ATEN_CPU_CAPABILITY}
     if [ $seed != 0 ]; then runs=$runs/seed-$seed; fi
     out=$runs/$recipe common="--seed $seed --resume"
     mkdir -p $out

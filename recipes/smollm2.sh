@@ -69,7 +69,7 @@ by_rule sums-dev sums-greedy $sums --model $runs/sums $greedy
 unmirrored="$greedy --eval-dataset $data/unmirrored-test.jsonl"
 by_rule sums-dev sums-start-unmirrored $sums --model $model $unmirrored
 by_rule sums-dev sums-unmirrored $sums --model $runs/sums $unmirrored
-problems="--model $model --max-new-tokens $(if_tiny 8 200)"
+problems="--model $model --max-new-tokens $(if_tiny 8 200) --tokens-per-forward 4096"
 by_rule problems-dev problems-start $problems $measure
 by_rule problems-train problems $problems --learning-rate 2e-5 --batch-size 8 --max-steps $(if_tiny 2 10)
 
