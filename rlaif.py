@@ -2010,12 +2010,13 @@ class TargetLogps(torch.autograd.Function):
     def forward(ctx, hidden, head, bias, target, scale: float, cap: float | None, temperature: float):
         ctx.save_for_backward(hidden, head, bias, target)
         ctx.scale, ctx.cap, ctx.temperature, parts = scale, cap, temperature, []
-        # on a GPU, adding to the head's gradient [V, d] would take most of the time of small chunks
-        ctx.chunk = max(256, 2 ** (28 if hidden.is_cuda else 23) // len(head))
+        # on a GPU, adding to the head's gradient [V, d] would take most of the time of small chunks; on a CPU, a large
+        # tensor gets new pages each time, which cost more than the arithmetic
+        ctx.chunk = max(128, 2 ** (28 if hidden.is_cuda else 21) // len(head))
         for h, t in zip(hidden.split(ctx.chunk), target.split(ctx.chunk)):
             logps = TargetLogps.logits(h, head, bias, scale, cap, temperature).log_softmax(-1)  # [n, V]
             logp = logps.gather(-1, t[:, None])[:, 0]
-            entropy = -(logps.exp() * logps).sum(-1)
+            entropy = -logps.exp().mul_(logps).sum(-1)
             parts.append((logp, entropy, logp == logps.amax(-1)))  # amax is several times faster than argmax
         logp, entropy, is_argmax = map(torch.cat, zip(*parts))
         ctx.mark_non_differentiable(entropy, is_argmax)
@@ -2035,7 +2036,9 @@ class TargetLogps(torch.autograd.Function):
                 d = d * (1 - (logits * ctx.temperature / ctx.cap).square())  # the derivative of the soft cap
             d = d.mul_(ctx.scale / ctx.temperature).to(head.dtype)
             out.copy_(d @ head)
-            if d_head is not None:
+            if d_head is not None and d.dtype == d_head.dtype:
+                d_head.addmm_(d.T, h)  # without a product [V, d] in memory
+            elif d_head is not None:
                 d_head += d.T @ h
             if d_bias is not None:
                 d_bias += d.sum(0)

@@ -361,16 +361,16 @@ HEADS = {  # name -> (what the configuration says, what it makes of the logits)
 }
 
 
-@pytest.mark.parametrize("kind, n", [("plain", 1), ("plain", 256), ("plain", 513), *((kind, 257) for kind in HEADS)])
+@pytest.mark.parametrize("kind, n", [("plain", 1), ("plain", 128), ("plain", 257), *((kind, 129) for kind in HEADS)])
 def test_log_probabilities_by_chunks(kind, n):
-    """A vocabulary of 32,768 makes chunks of 256 tokens. Values and gradients are those of float64 without chunks."""
+    """A vocabulary of 32,768 makes chunks of 128 tokens. Values and gradients are those of float64 without chunks."""
     config, transform = HEADS[kind]
     vocabulary = 2**15
     torch.manual_seed(n)
     head = torch.nn.Linear(4, vocabulary, bias="bias" in kind)
     hidden, target, weight = torch.randn(n, 4, requires_grad=True), torch.randint(vocabulary, (n,)), torch.randn(n)
     weight[: n // 2] = 0  # a chunk that counts for nothing
-    temperature = 0.7 if n == 257 else 1.0
+    temperature = 0.7 if n == 129 else 1.0
     logps, entropy, is_argmax = scored(hidden, head, target, temperature, **config)
     logits = hidden.double() @ head.weight.double().T + (0 if head.bias is None else head.bias.double())
     expected = (transform(logits) / temperature).log_softmax(-1)
@@ -408,19 +408,19 @@ def test_logits_exist_for_one_chunk_at_a_time():
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t)
     with Largest() as largest, hooks:
         scored(hidden, head, torch.randint(2**15, (1200,)))[0].sum().backward()
-    assert largest.size == 256 * 2**15 < 1200 * 2**15
+    assert largest.size == 128 * 2**15 < 1200 * 2**15
     assert kept and max(kept) <= head.weight.numel()  # nothing of the width of the vocabulary waits for the backward
 
 
 def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32():
-    """A chunk of 256 tokens, then eight that each add less than half a unit in the last place of that sum."""
+    """A chunk of 128 tokens, then eight that each add less than half a unit in the last place of that sum."""
     torch.manual_seed(0)
-    head, hidden = torch.nn.Linear(4, 2**15, bias=False).bfloat16(), (1 + torch.rand(9 * 256, 4)).bfloat16()
+    head, hidden = torch.nn.Linear(4, 2**15, bias=False).bfloat16(), (1 + torch.rand(9 * 128, 4)).bfloat16()
     torch.nn.init.zeros_(head.weight)  # all tokens are equally likely
-    weight = torch.full((9 * 256,), 0.9 * 2**-9).bfloat16()
-    weight[:256] = 1
+    weight = torch.full((9 * 128,), 0.9 * 2**-9).bfloat16()
+    weight[:128] = 1
     exact = (1 - 2**-15) * (weight[:, None].double() * hidden.double()).sum(0)
-    logps, *_ = scored(hidden, head, torch.zeros(9 * 256, dtype=torch.long))
+    logps, *_ = scored(hidden, head, torch.zeros(9 * 128, dtype=torch.long))
     (ours,) = torch.autograd.grad((logps * weight).sum(), head.weight)
     assert ours.dtype == torch.bfloat16
     assert torch.allclose(ours[0].double(), exact, rtol=2**-7, atol=0)  # a sum in bfloat16 is 1.4 % too small
