@@ -275,7 +275,8 @@ def kept_rows(heading: str, row: str) -> list:
     """The rows of the table under the heading, that of the same script replaced by the new one."""
     file, name = HERE / "RESULTS.md", row.split("|")[1]
     old = file.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0].splitlines() if file.exists() else []
-    return [line for line in old if ".py |" in line and line.split("|")[1] != name] + [row]
+    old = [line for line in old if ".py |" in line and line.count("|") == row.count("|")]
+    return [line for line in old if line.split("|")[1] != name] + [row]
 
 
 def machine() -> str:

@@ -188,7 +188,8 @@ def main():
     args = parser.parse_args()
     results, axis_of = HERE / "RESULTS.md", lambda row: row.split("|")[1].strip()
     old = results.read_text().partition("## Growth\n")[2].partition("\n## ")[0].splitlines() if results.exists() else []
-    rows = [row for row in old if row.startswith("|") and axis_of(row) in {*AXES} - {*args.axes}]
+    old = [row for row in old if row.count("|") == len(HEADS) + 1]  # an earlier version had fewer columns
+    rows = [row for row in old if axis_of(row) in {*AXES} - {*args.axes}]
     with tempfile.TemporaryDirectory() as folder:
         make_words(Path(folder))
         for axis in args.axes:

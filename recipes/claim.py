@@ -84,20 +84,16 @@ def judge(parts: dict, tiny: bool) -> bool:
 
 
 def spread(runs: list) -> str:
-    """The parts of several runs' claims, each number as its mean and, if it varies, its range; and how many hold.
-
-    An effect that is smaller than this spread may be chance."""
+    """The text of several runs' claims, each number as its mean and, if it varies, its range; and how many hold."""
     number = re.compile(r"-?\d+(?:\.\d+)?")
-    parts = []
-    for texts in zip(*(run["parts"] for run in runs)):
-        if len({number.sub("", text) for text in texts}) > 1:
-            return ""  # an earlier version wrote other words
-        columns = zip(*(number.findall(text) for text in texts))
-        values = iter([shown_range(column) for column in columns])
-        parts.append(number.sub(lambda _: next(values), texts[0]))
+    texts = ["; ".join(run["parts"]) for run in runs]
+    if len({number.sub("", text) for text in texts}) > 1:
+        return "over several runs: their claims differ in words, so that there is no mean"
+    values = iter([shown_range(column) for column in zip(*map(number.findall, texts))])
+    text = number.sub(lambda _: next(values), texts[0])
     holds = sum(all(run["parts"].values()) for run in runs)
     names = "; ".join(run["name"] for run in runs)
-    return f"over {len(runs)} runs ({names}): {'; '.join(parts)}: holds in {holds} of {len(runs)}"
+    return f"over {len(runs)} runs ({names}): {text}: holds in {holds} of {len(runs)}"
 
 
 def shown_range(column: tuple) -> str:

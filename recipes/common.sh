@@ -2,7 +2,7 @@
 #
 #   bash recipes/NAME.sh                    trains what the recipe needs in runs/, and prints `claim: ...`
 #   SEEDS="0 1 2" bash recipes/NAME.sh      three seeds; those after 0 go to runs/seed-N/
-#   ATEN_CPU_CAPABILITY=avx2 bash recipes/NAME.sh     other roundings, in runs/avx2/: they move a result as a seed does
+#   ATEN_CPU_CAPABILITY=avx2 bash recipes/NAME.sh     other roundings, as on another processor, in runs/avx2/
 #   STEPS=tiny bash recipes/NAME.sh         a few steps of every stage, in runs/tiny/; the claim is not judged
 #
 # Exit code 0: every claim holds. Other codes: a claim does not hold, or a command failed and the recipe stopped there.

@@ -343,6 +343,17 @@ def test_every_recipe_runs_at_its_smallest(recipe, kitchen):
     assert last.startswith("claim: ") and "not judged (tiny)" in last
 
 
+def test_a_claim_of_several_runs_has_means_ranges_and_a_count(monkeypatch):
+    claim = import_as_module(REPO / "recipes" / "claim.py", monkeypatch)
+    runs = [
+        dict(name="seed 0", parts={"score 0.79, SFT 0.61": True, "tax -3.1": True}),
+        dict(name="seed 1 avx2", parts={"score 0.82, SFT 0.61": True, "tax -2.9": False}),
+    ]
+    text = "score 0.80 (0.79 to 0.82), SFT 0.61; tax -3.0 (-3.1 to -2.9)"
+    assert claim.spread(runs) == f"over 2 runs (seed 0; seed 1 avx2): {text}: holds in 1 of 2"
+    assert "no mean" in claim.spread([runs[0], dict(name="seed 1", parts={"score 0.82": True})])
+
+
 def test_what_recipes_readme_writes_is_up_to_date(monkeypatch):
     """No number of a table is written by hand, and the index of equations points at the lines where they stand."""
     script = import_as_module(REPO / "recipes" / "readme.py", monkeypatch)
