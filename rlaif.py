@@ -284,6 +284,7 @@ import time
 import types
 import urllib.error
 import urllib.request
+from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -1969,12 +1970,12 @@ def answer_texts(tokenizer, rows: list, answers: list, stops: list) -> list:
     texts = []
     for row, ids in zip(rows, answers):
         # some tokenizers drop the space before the first word of what they decode
-        before = row.prompt[-1:] if continues_text(row.extra["prompt"]) else []
+        before = [*row.prompt[-1:]] if continues_text(row.extra["prompt"]) else []
         words = ids[:-1] if ids and ids[-1] in stops else ids
         text = tokenizer.decode(before + words)[len(tokenizer.decode(before)) :]
         for token in removed:
             text = text.replace(token, "")
-        has_opened = tokenizer.decode(row.prompt[-16:]).rstrip().endswith("<think>")
+        has_opened = tokenizer.decode([*row.prompt[-16:]]).rstrip().endswith("<think>")
         texts.append("<think>" * has_opened + text)
     return texts
 
@@ -2069,7 +2070,9 @@ def response_sums(values, rows: list):
 
 
 class Row(NamedTuple):
-    """A prompt and its K responses, as ids. trained: a bool per response token; extra: what else the row has."""
+    """A prompt and its K responses, as ids. trained: a bool per response token; extra: what else the row has.
+
+    Data sets are held as arrays of ids and bytes of marks: 5 bytes a token, where lists take 48."""
 
     prompt: list
     responses: list
@@ -2304,8 +2307,9 @@ def date_macro() -> str:
     return "{% macro strftime_now(format) %}{{ format" + replaced + " }}{% endmacro %}\n"
 
 
+@lru_cache(16)
 def text_ids(tokenizer, text: str) -> list:
-    """Ids of a text that holds its special tokens already."""
+    """Ids of a text that holds its special tokens already. The answers of a row ask for the same prompt."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -2386,8 +2390,11 @@ def encode_turns(tokenizer, messages: list, first: int, options: dict, notes: Co
             turns.append(encode_turn(tokenizer, messages[: i + 1], options, notes))
     if turns and all(turns[-1][0][: len(ids)] == ids for ids, _ in turns):
         whole = turns[-1][0]
-        return [(whole, [any(start <= t < len(ids) for ids, start in turns) for t in range(len(whole))])]
-    return [(ids, [t >= start for t in range(len(ids))]) for ids, start in turns]
+        trained = [False] * len(whole)
+        for ids, start in turns:
+            trained[start : len(ids)] = [True] * (len(ids) - start)
+        return [(whole, trained)]
+    return [(ids, [False] * start + [True] * (len(ids) - start)) for ids, start in turns]
 
 
 def encode_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
@@ -2467,7 +2474,9 @@ def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_colum
         where = f"{option} {name}, row {number} (from 0)"
         with user_input(f"{where}: not in a known format; {columns}; see 'Reads' in --help"):
             try:
-                rows += encode_row(row, notes)
+                for prompt, responses, trained, extra in encode_row(row, notes):
+                    responses, trained = [array("i", ids) for ids in responses], [bytes(marks) for marks in trained]
+                    rows.append(Row(array("i", prompt), responses, trained, extra))
             except Drop as drop:
                 notes[f"dropped: {drop}"] += 1
     counts = ", ".join(f"{n} {note}" for note, n in notes.items() if n) or "none dropped, none cut"
@@ -2479,7 +2488,7 @@ def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_colum
         if any(values):  # prompts alone have no response
             median, most, longest = (sorted(values)[int(q * (len(values) - 1))] for q in (0.5, 0.95, 1))
             print0(f"  tokens of a {name}: {median} (median), {most} (95%), {longest} (longest)")
-    shown = tokenizer.decode(rows[0].prompt)
+    shown = tokenizer.decode([*rows[0].prompt])
     shown = shown if len(shown) <= 200 else f"...{shown[-200:]}"
     for is_trained, part in groupby(zip(rows[0].trained[0], rows[0].responses[0]), key=lambda pair: pair[0]):
         text = tokenizer.decode([token for _, token in part])

@@ -147,6 +147,7 @@ import shutil
 import tempfile
 import time
 import types
+from array import array
 from collections import Counter
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
@@ -251,13 +252,14 @@ def main(args: Args):
     optimizer = make_optimizer(policy, args)
     models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
     announce([policy], args, f"{steps} steps of {args.batch_size} prompts", device, dtype)
+    compared = rows_of_steps(rows, args, steps) + held_out
     if last:
         state = load_checkpoint(last, models, optimizers)
     else:  # log ref(y|x); the reference is the policy before its first step, unless another model is named
-        ref_logps = reference_logps(policy, rows + held_out, response_sums, tokenizer, args, device, dtype)
+        ref_logps = reference_logps(policy, compared, response_sums, tokenizer, args, device, dtype)
         clear_run(args, out, signature)
         state = dict(step=0, num_tokens=0, seconds=0.0, ref_logps=ref_logps)
-    set_reference_logps(rows + held_out, state["ref_logps"])
+    set_reference_logps(compared, state["ref_logps"])
     started -= state["seconds"]  # of all parts of a resumed run
 
     # 3. for each batch of prompts
@@ -429,6 +431,12 @@ def reference_logps(policy, rows: list, sums_of, tokenizer, args, device, dtype)
     model = values_of = None
     free_memory()
     return logps
+
+
+def rows_of_steps(rows: list, args, steps: int) -> list:
+    """The rows that a run of so many steps trains on, in the order of the data set: with --max-steps, not all."""
+    used = set(epoch_order(len(rows), 0, args.seed)[: steps * args.batch_size])  # the first epoch has every row
+    return [row for i, row in enumerate(rows) if i in used]
 
 
 def free_memory():
@@ -651,7 +659,7 @@ def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: 
     policy.set_attn_implementation("eager")  # the model's own attention, which knows caches
     stops = stop_tokens(tokenizer)
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or 2**20
-    for prompt in [row.extra.get("prompt", row.prompt) for row in rows[:count]]:
+    for prompt in [[*row.extra.get("prompt", row.prompt)] for row in rows[:count]]:
         ids = torch.tensor([prompt], device=next(policy.parameters()).device)
         room = max(1, min(max_new_tokens, positions - len(prompt)))
         options = dict(do_sample=False, max_new_tokens=room, eos_token_id=stops, pad_token_id=stops[0])
@@ -668,7 +676,9 @@ def show_answers(policy, tokenizer, rows: list, count: int = 3, max_new_tokens: 
 
 
 class Row(NamedTuple):
-    """A prompt and its K responses, as ids. trained: a bool per response token; extra: what else the row has."""
+    """A prompt and its K responses, as ids. trained: a bool per response token; extra: what else the row has.
+
+    Data sets are held as arrays of ids and bytes of marks: 5 bytes a token, where lists take 48."""
 
     prompt: list
     responses: list
@@ -903,8 +913,9 @@ def date_macro() -> str:
     return "{% macro strftime_now(format) %}{{ format" + replaced + " }}{% endmacro %}\n"
 
 
+@lru_cache(16)
 def text_ids(tokenizer, text: str) -> list:
-    """Ids of a text that holds its special tokens already."""
+    """Ids of a text that holds its special tokens already. The answers of a row ask for the same prompt."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -985,8 +996,11 @@ def encode_turns(tokenizer, messages: list, first: int, options: dict, notes: Co
             turns.append(encode_turn(tokenizer, messages[: i + 1], options, notes))
     if turns and all(turns[-1][0][: len(ids)] == ids for ids, _ in turns):
         whole = turns[-1][0]
-        return [(whole, [any(start <= t < len(ids) for ids, start in turns) for t in range(len(whole))])]
-    return [(ids, [t >= start for t in range(len(ids))]) for ids, start in turns]
+        trained = [False] * len(whole)
+        for ids, start in turns:
+            trained[start : len(ids)] = [True] * (len(ids) - start)
+        return [(whole, trained)]
+    return [(ids, [False] * start + [True] * (len(ids) - start)) for ids, start in turns]
 
 
 def encode_turn(tokenizer, messages: list, options: dict, notes: Counter) -> tuple:
@@ -1066,7 +1080,9 @@ def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_colum
         where = f"{option} {name}, row {number} (from 0)"
         with user_input(f"{where}: not in a known format; {columns}; see 'Reads' in --help"):
             try:
-                rows += encode_row(row, notes)
+                for prompt, responses, trained, extra in encode_row(row, notes):
+                    responses, trained = [array("i", ids) for ids in responses], [bytes(marks) for marks in trained]
+                    rows.append(Row(array("i", prompt), responses, trained, extra))
             except Drop as drop:
                 notes[f"dropped: {drop}"] += 1
     counts = ", ".join(f"{n} {note}" for note, n in notes.items() if n) or "none dropped, none cut"
@@ -1078,7 +1094,7 @@ def prepare(option: str, name: str, split: str, tokenizer, encode_row, add_colum
         if any(values):  # prompts alone have no response
             median, most, longest = (sorted(values)[int(q * (len(values) - 1))] for q in (0.5, 0.95, 1))
             print0(f"  tokens of a {name}: {median} (median), {most} (95%), {longest} (longest)")
-    shown = tokenizer.decode(rows[0].prompt)
+    shown = tokenizer.decode([*rows[0].prompt])
     shown = shown if len(shown) <= 200 else f"...{shown[-200:]}"
     for is_trained, part in groupby(zip(rows[0].trained[0], rows[0].responses[0]), key=lambda pair: pair[0]):
         text = tokenizer.decode([token for _, token in part])
@@ -1882,15 +1898,13 @@ def finish_run(out: Path, models: dict, curves: list):
 
 def draw_curves(path: Path, lines: list, names: list):
     """A picture of the metrics that change: each as a light line under its running mean, held-out values as dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     logged = [name for name in names if any(name in line for line in lines)]
     names = [name for name in logged if len({line[name] for line in lines if name in line}) > 1] or logged
     columns = math.ceil(len(names) / 2)
-    figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 5), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(3.6 * columns, 5), layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False)
     for axis, name in zip(axes.flat, names):
         steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line])
         totals, starts = [0.0, *accumulate(values)], [max(0, i - len(values) // 20) for i in range(len(values))]
@@ -1906,7 +1920,6 @@ def draw_curves(path: Path, lines: list, names: list):
     for axis in axes.flat[len(names) :]:
         axis.remove()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

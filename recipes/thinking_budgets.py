@@ -58,7 +58,7 @@ def accuracy_by_budget(policy, tokenizer, reward, rows: list, budgets, stops: li
                 close = " </think>" if has_opened else "<think> </think>"
                 close = "</think>" if text.endswith("<think>") else close
                 begun[i] = ids[:budget] + tokenizer(close, add_special_tokens=False).input_ids
-        prompts = [rows[i].prompt + ids for i, ids in begun.items()]
+        prompts = [[*rows[i].prompt, *ids] for i, ids in begun.items()]
         ends, _ = sample(prompts, numbers[list(begun), budget:])
         closed = {i: ids + end for (i, ids), end in zip(begun.items(), ends)}
         answers = [closed.get(i, ids) for i, ids in enumerate(whole)]

@@ -123,8 +123,8 @@ MUTATIONS = [
     ),
     (
         "dpo.py",
-        "[any(start <= t < len(ids) for ids, start in turns)",
-        "[any(start < t < len(ids) for ids, start in turns)",
+        "trained[start : len(ids)] = [True] * (len(ids) - start)",
+        "trained[start + 1 : len(ids)] = [True] * (len(ids) - start - 1)",
         "tests/test_tokens.py -k what_a_conversation_trains",
     ),
     (
@@ -189,8 +189,8 @@ MUTATIONS = [
     ),
     (
         "dpo.py",
-        "reference_logps(policy, rows + held_out, content_sums, tokenizer",
-        "reference_logps(policy, rows + held_out, response_sums, tokenizer",
+        "reference_logps(policy, compared, content_sums, tokenizer",
+        "reference_logps(policy, compared, response_sums, tokenizer",
         "tests/test_dpo.py -k metrics_and_gradient_are_those_of_policy_and_reference",
     ),
     (

@@ -501,6 +501,14 @@ def test_reference_log_probabilities_are_in_the_order_of_the_rows(limit, base_di
             assert row.extra["ref_logps"].tolist() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 3, 4, 9])
+def test_the_reference_is_asked_about_the_rows_of_the_steps_only(steps):
+    """In the order of the data set, whatever the order in which the steps take them."""
+    rows, args = [object() for _ in range(10)], args_of(batch_size=3, seed=1)
+    trained_on = {id(row) for step in range(steps) for row in dpo.batch_rows(rows, args, step)}
+    assert dpo.rows_of_steps(rows, args, steps) == [row for row in rows if id(row) in trained_on]
+
+
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 

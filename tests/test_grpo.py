@@ -391,7 +391,7 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(
         prompt, ids = prompts[i], answers[i]
         states, own = slice(len(prompt) - 1, len(prompt) + len(ids) - 1), []
         for model in (policy, other):
-            logits = model(torch.tensor([prompt + ids])).logits[0, states] / 0.8
+            logits = model(torch.tensor([[*prompt, *ids]])).logits[0, states] / 0.8
             own.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
         ratio, gap = (own[0] - own[0].detach()).exp(), own[1].detach() - own[0]
         tokens = sum(len(answers[j]) for j in whole)

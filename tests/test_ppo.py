@@ -321,7 +321,7 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(whitened, train
     logps, values, advantages, returns = [], [], [], []
     for i, ids in enumerate(tokens):
         prompt = prompts[i]
-        whole, states = torch.tensor([prompt + ids]), slice(len(prompt) - 1, len(prompt) + len(ids) - 1)
+        whole, states = torch.tensor([[*prompt, *ids]]), slice(len(prompt) - 1, len(prompt) + len(ids) - 1)
         logits = policy(whole).logits[0, states] / 0.8
         logps.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
         values.append(value.score(value.base_model(whole).last_hidden_state)[0, states, 0] - 0.25)

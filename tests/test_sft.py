@@ -223,6 +223,7 @@ def test_dropped_and_cut_rows_are_counted(tiny_tokenizer, tmp_path, capsys):
     rows = sft.prepare("--dataset", data, "train", tiny_tokenizer, encode_row)
     assert [len(row.prompt + row.responses[0]) for row in rows] == [7, 40, 7]
     assert len(rows[1].trained[0]) == len(rows[1].responses[0])
+    assert [*rows[1].trained[0]] == [True] * 35 and rows[1].responses[0].itemsize == 4  # 5 bytes a token in memory
     said = capsys.readouterr().out
     for part in ("3 rows from 6", "2 dropped: prompt beyond --max-length", "1 rows cut", "1 dropped: special token"):
         assert part in said
