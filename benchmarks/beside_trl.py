@@ -226,12 +226,15 @@ def make_work(folder: Path, pairs: str, questions: str, steps: int) -> dict:
 
 
 def run(*arguments) -> dict:
-    command, clock = [sys.executable, __file__, "--side", *map(str, arguments)], time.time()
-    environment = os.environ | dict(OMP_NUM_THREADS="1", WANDB_MODE="disabled")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command, environment = [sys.executable, __file__, "--side", *map(str, arguments)], os.environ | {}
+    with tempfile.TemporaryDirectory() as cache:  # new, since TRL keeps tokenised rows and reference log-probabilities
+        environment |= dict(OMP_NUM_THREADS="1", WANDB_MODE="disabled", HF_DATASETS_CACHE=cache)
+        clock = time.time()
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        whole = time.time() - clock
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1]) | dict(whole=time.time() - clock)
+    return json.loads(done.stdout.splitlines()[-1]) | dict(whole=whole)
 
 
 def compare(method: str, model: str, data: str, out: str, repeats: int) -> str:

@@ -56,20 +56,20 @@ def kind_of(operator: str) -> str:
 # -------------------------------------------------------------------------------------------- one run, in a process
 
 
-def watch_sampling(script, flops) -> Counter:
-    """Counts the seconds and the FLOPs of the script's sampling in a dict that it returns."""
+def watch(script, name: str, flops) -> Counter:
+    """Counts the seconds and the FLOPs of the script's function of that name, if it has one, in what it returns."""
     found = Counter()
-    if not hasattr(script, "sample_answers"):
+    if not hasattr(script, name):
         return found
-    sample_answers = script.sample_answers
+    function = getattr(script, name)
 
     def watched(*args, **kwargs):
         clock, before = time.perf_counter(), flops()
-        result = sample_answers(*args, **kwargs)
+        result = function(*args, **kwargs)
         found.update(seconds=time.perf_counter() - clock, flops=flops() - before)
         return result
 
-    script.sample_answers = watched
+    setattr(script, name, watched)
     return found
 
 
@@ -87,14 +87,15 @@ def side(mode: str, method: str, model: str, data: str, out: str, steps: str):
         backward: lambda grad, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(grad, q, k, v),
     }
     script, counter = importlib.import_module(method), FlopCounterMode(display=False, custom_mapping=known)
-    sampling = watch_sampling(script, lambda: counter.get_total_flops() if mode == "flops" else 0)
+    flops = lambda: counter.get_total_flops() if mode == "flops" else 0
+    sampling, reference = (watch(script, name, flops) for name in ("sample_answers", "reference_logps"))
     work, Args = ours(method, model, data, out), script.Args
     next(work)
     script.Args = lambda **flags: Args(**flags | dict(max_steps=int(steps)))
     if mode == "flops":
         with counter:
             next(work, None)
-        found = dict(flops=counter.get_total_flops())
+        found = dict(flops=counter.get_total_flops() - reference["flops"])  # that pass is before the steps
     elif mode == "profile":
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             clock = time.perf_counter()
