@@ -15,8 +15,10 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 
 # Before anything imports torch or transformers, and inherited by every script that the tests run.
-CACHE = tempfile.mkdtemp(prefix="tests-cache-")  # for `datasets` and `transformers`; the user's cache is not touched
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+# for `datasets` and `transformers`; the user's cache is not touched
+CACHE = os.environ.get("TESTS_CACHE") or tempfile.mkdtemp(prefix="tests-cache-")
+if "TESTS_CACHE" not in os.environ:
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ |= dict(HF_HOME=CACHE, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 os.environ |= dict(WANDB_MODE="offline", WANDB_SILENT="true", MPLBACKEND="Agg")
 os.environ |= dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")

@@ -4,6 +4,7 @@ Also helpers that the other test files share.
 """
 
 import copy
+import importlib
 import json
 import math
 import multiprocessing
@@ -15,16 +16,18 @@ import signal
 import socket
 import sys
 import threading
+import types
 import unicodedata
 from collections import Counter
 from itertools import groupby
+from multiprocessing import forkserver, reduction
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import REPO, refusal
+from conftest import CACHE, REPO, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
@@ -92,25 +95,47 @@ def refused(script, capsys, **flags) -> str:
     return refusal(lambda: script.main(script.Args(**flags)), capsys)
 
 
-def forked(work, *arguments):
-    """A copy of this process at work: torch need not be imported again, which takes longer than most runs here."""
-    if torch.cuda.is_available():
-        pytest.skip("a forked process cannot use CUDA")
-    process = multiprocessing.get_context("fork").Process(target=at_work, args=(work, *arguments))
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload([__name__, "matplotlib.figure"])
+reduction.ForkingPickler.register(types.ModuleType, lambda module: (importlib.import_module, (module.__name__,)))
+
+
+class Output:
+    """This process's output, to which a child writes too."""
+
+    def __reduce__(self):
+        return take_output, (reduction.DupFd(1), reduction.DupFd(2))
+
+
+def take_output(*streams):
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(stream.detach(), number)
+
+
+def clean_process(work, *arguments):
+    """work(*arguments) in a process that is forked from one with imports alone: they take longer than most runs here,
+    and what other tests have left in this process could crash its own copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (REPO, Path(__file__).parent))))
+        patch.setenv("TESTS_CACHE", CACHE)
+        forkserver.ensure_running()
+    process = CLEAN.Process(target=at_work, args=(Output(), dict(os.environ), work, *arguments))
     process.start()
     return process
 
 
-def at_work(work, *arguments):
+def at_work(output, environment: dict, work, *arguments):
+    os.environ.clear()
+    os.environ.update(environment)
     tqdm.set_lock(threading.RLock())  # a child that is killed while it holds tqdm's shared lock would block the tests
     work(*arguments)
 
 
 def in_child(work, *arguments, kill_after=None, timeout=120) -> int:
-    """Runs work(*arguments) in a copy of this process; returns its exit code (-9: killed).
+    """Runs work(*arguments) in a clean process; returns its exit code (-9: killed).
 
     kill_after: seconds after which it is killed."""
-    child = forked(work, *arguments)
+    child = clean_process(work, *arguments)
     child.join(timeout if kill_after is None else kill_after)
     hangs = child.is_alive() and kill_after is None
     child.kill()
@@ -128,11 +153,11 @@ def rank_of(script, args, rank: int, world: int, port: int):
 
 
 def on_ranks(script, world: int, timeout=120, **flags):
-    """The script on several gloo ranks, each a copy of this process."""
+    """The script on several gloo ranks, each a clean process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = [forked(rank_of, script, script.Args(**flags), rank, world, port) for rank in range(world)]
+    ranks = [clean_process(rank_of, script, script.Args(**flags), rank, world, port) for rank in range(world)]
     for process in ranks:
         process.join(timeout)
     codes = [process.exitcode for process in ranks]
