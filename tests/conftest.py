@@ -1,6 +1,7 @@
 """What the tests share: a quiet, offline, one-thread environment; tiny models; the scripts as a user runs them."""
 
 import atexit
+import importlib
 import os
 import shutil
 import signal
@@ -14,8 +15,10 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 
 # Before anything imports torch or transformers, and inherited by every script that the tests run.
-CACHE = tempfile.mkdtemp(prefix="tests-cache-")  # for `datasets` and `transformers`; the user's cache is not touched
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+# for `datasets` and `transformers`; the user's cache is not touched
+CACHE = os.environ.get("TESTS_CACHE") or tempfile.mkdtemp(prefix="tests-cache-")
+if "TESTS_CACHE" not in os.environ:
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ |= dict(HF_HOME=CACHE, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 os.environ |= dict(WANDB_MODE="offline", WANDB_SILENT="true", MPLBACKEND="Agg")
 os.environ |= dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
@@ -34,7 +37,29 @@ def real_data() -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------- tiny models
+@pytest.fixture(scope="session", autouse=True)
+def short_answers():
+    """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("sft", "dpo", "orpo", "rpo"):
+            show_answers = importlib.import_module(name).show_answers.__wrapped__  # torch.no_grad wraps it
+            patch.setattr(show_answers, "__defaults__", (3, 3))
+        yield
+
+
+def system(text) -> dict:
+    return dict(role="system", content=text)
+
+
+def user(text) -> dict:
+    return dict(role="user", content=text)
+
+
+def assistant(text, **more) -> dict:
+    return dict(role="assistant", content=text, **more)
+
+
+# ---- tiny models
 
 SENTENCES = """The robot starts in the lower left corner and walks to the upper right. It may go up or right, one cell at a time.
 What is the best path? Right, up, right, up: that is 4 and 3 and 5, and the sum is 12. No, I cannot help with that; the path is not safe.
@@ -126,7 +151,7 @@ def tiny_model_dir(tiny_tokenizer, tmp_path_factory):
     return make
 
 
-# ---------------------------------------------------------------------------------------------------------- the scripts
+# ---- the scripts
 
 
 def run(command, cwd, check, timeout, env):
@@ -176,7 +201,7 @@ def torchrun():
     return go
 
 
-# ------------------------------------------------------------------------------------------------- ppo.py and grpo.py
+# ---- ppo.py and grpo.py
 
 QUESTIONS = ["What is the best path?", "Write a letter", "Is it safe? Say so.", "Sum: 4 3 5", "up"]
 QUESTIONS += ["Where does the robot start? I'd like to talk about it."]
@@ -232,6 +257,53 @@ def scorer(tiny_tokenizer, tmp_path_factory) -> str:
 
 
 @pytest.fixture
+def gradients(monkeypatch):
+    """gradients(script) -> the gradients before each step of an optimiser from now on, each name -> tensor."""
+
+    def watch(script):
+        found, real = [], script.take_step
+
+        def record(model, *rest):
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            return real(model, *rest)
+
+        monkeypatch.setattr(script, "take_step", record)
+        return found
+
+    return watch
+
+
+class Killed(BaseException):
+    """As a kill would be: nothing catches it."""
+
+
+def killed(monkeypatch, script, name: str, call: int, work):
+    """Runs work, in which the call-th call of a script's function ends all."""
+    real, calls = getattr(script, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(script, name, dying)
+        work()
+
+
+def refusal(work, capsys) -> str:
+    """What must refuse its input ends with exit code 2 and one sentence, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        work()
+    err = capsys.readouterr().err
+    said = [line[line.index("error: ") :] for line in err.replace("\r", "\n").splitlines() if "error: " in line]
+    assert end.value.code == 2 and len(said) == 1 and "Traceback" not in err, err
+    return said[0]
+
+
+@pytest.fixture
 def spy(monkeypatch):
     """spy(script, name) -> the calls of that function of a script from now on, each as (its arguments, its result)."""
 
@@ -260,4 +332,4 @@ def near(actual, expected, tolerance=1e-6):
     import torch
 
     actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, equal_nan=True)

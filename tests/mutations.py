@@ -191,13 +191,37 @@ MUTATIONS = [
         "dpo.py",
         "reference_logps(policy, compared, content_sums, tokenizer",
         "reference_logps(policy, compared, response_sums, tokenizer",
-        "tests/test_dpo.py -k metrics_and_gradient_are_those_of_policy_and_reference",
+        "tests/test_preferences.py -k 'models and reference and dpo'",
     ),
     (
         "dpo.py",
         'f"{args.seed}-{steps}-{i}"',
         'f"{args.seed}-{i}"',
         "tests/test_dpo.py -k ondare_keeps_a_random_share_new_at_each_step",
+    ),
+    (
+        "dpo.py",
+        "nll = -(response_sums(logps, rows) / lengths)[best]",
+        "nll = -response_sums(logps, rows)[best]",
+        "tests/test_preferences.py -k 'batch and dpo'",
+    ),
+    (
+        "reward_model.py",
+        "(prompt, responses), ranks = as_pair(row), [1, 0]",
+        "(prompt, responses), ranks = as_pair(row), [0, 1]",
+        "tests/test_dpo.py -k every_layout",
+    ),
+    (
+        "orpo.py",
+        'logged["nll_loss"] - args.odds_ratio_coef * logged["log_odds_ratio"]',
+        'logged["nll_loss"] + args.odds_ratio_coef * logged["log_odds_ratio"]',
+        "tests/test_preferences.py -k 'models and orpo'",
+    ),
+    (
+        "rpo.py",
+        '"gap_error": (args.beta * h - args.eta * g).abs(),',
+        '"gap_error": (args.beta * h - g).abs(),',
+        "tests/test_preferences.py -k 'batch and rpo'",
     ),
     (
         "orpo.py",

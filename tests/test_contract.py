@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import REPO
+from test_faults import rows_for
 from test_plumbing import jsonl, refused, snapshot
 
 try:
@@ -125,7 +126,7 @@ def import_as_module(path, monkeypatch):
     return module
 
 
-# ---------------------------------------------------------------------------------------------------------------- tests
+# ---- tests
 
 
 @every_script
@@ -137,7 +138,6 @@ def test_contract(script, check):
 
 @pytest.fixture(scope="session")
 def needs_ruff():
-    """Another version of ruff may want another layout."""
     wanted = next(name for name in PROJECT["optional-dependencies"]["test"] if name.startswith("ruff=="))
     if not importlib.util.find_spec("ruff") or f"ruff=={importlib.metadata.version('ruff')}" != wanted:
         pytest.skip(f"needs {wanted}, of the extra `test`")
@@ -197,7 +197,7 @@ def test_what_a_command_reads_must_be_named(command, run_script, tmp_path):
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_without_a_reward_nothing_is_trained(name, tiny_model_dir, tmp_path, capsys):
     """--rewards without a source: no reward model of an earlier run takes its place."""
-    rows = jsonl(tmp_path / "rows.jsonl", rows_for(f"{name}.py"))
+    rows = jsonl(tmp_path / "rows.jsonl", rows_for(name))
     flags = dict(model=str(tiny_model_dir("llama")), dataset=rows, rewards=(), output_dir=str(tmp_path / "run"))
     assert "--rewards" in refused(importlib.import_module(name), capsys, **flags) and not (tmp_path / "run").exists()
 
@@ -212,19 +212,7 @@ def test_sft_starts_from_a_model_or_from_scratch(flags, tmp_path, monkeypatch, c
     assert re.search(r"(?m)^error: .*--model\b.*--from-scratch\b", capsys.readouterr().err)
 
 
-def rows_for(script: str) -> list:
-    """Six rows of a kind that a script reads. ppo.py, grpo.py and rlaif.py read the prompts or the pairs among them."""
-    rows = []
-    for i in range(6):
-        question = [dict(role="user", content=f"What is {i} and 1?")]
-        chosen, rejected = ([dict(role="assistant", content=f"That is {i + n}.")] for n in (1, 3))
-        pair = dict(prompt=question, chosen=chosen, rejected=rejected, score_chosen=1.0, score_rejected=0.0)
-        rows.append(dict(messages=question + chosen) if script == "sft.py" else pair | dict(answer=str(i + 1)))
-    return rows
-
-
 def run_alone(script: str, folder: Path, *flags) -> str:
-    """Copies a script into a new, empty folder and runs it there; returns what it printed."""
     folder.mkdir()
     shutil.copy(REPO / script, folder)
     words = [sys.executable, "-I", script, *map(str, flags)]
@@ -236,7 +224,7 @@ def run_alone(script: str, folder: Path, *flags) -> str:
 @pytest.mark.parametrize("script", TRAINING)
 def test_a_copied_script_runs_alone_in_an_empty_folder(script, tiny_model_dir, tmp_path):
     """From one file, one model and one data set to a model that transformers loads. Nothing else is read or written."""
-    folder, data = tmp_path / "empty", jsonl(tmp_path / "rows.jsonl", rows_for(script))
+    folder, data = tmp_path / "empty", jsonl(tmp_path / "rows.jsonl", rows_for(script.removesuffix(".py")))
     flags = ["--model", tiny_model_dir("llama"), "--dataset", data, "--max-steps", 2, "--batch-size", 2]
     if script in ("ppo.py", "grpo.py"):
         flags += ["--rewards", "match:number", "--max-new-tokens", 4]
@@ -273,7 +261,9 @@ ALONE = {  # command -> what it leaves beside the script
 @pytest.mark.parametrize("command", ALONE)
 def test_what_trains_no_language_model_runs_alone_too(command, tiny_model_dir, tmp_path):
     script, *flags = command.split()
-    inputs = dict(MODEL=tiny_model_dir("llama"), ROWS=jsonl(tmp_path / "rows.jsonl", rows_for(script)))
+    inputs = dict(
+        MODEL=tiny_model_dir("llama"), ROWS=jsonl(tmp_path / "rows.jsonl", rows_for(script.removesuffix(".py")))
+    )
     run_alone(script, tmp_path / "empty", *(inputs.get(flag, flag) for flag in flags))
     left = snapshot(tmp_path / "empty")
     directories = {str(Path(name).parent) for name in ALONE[command]}
@@ -304,8 +294,8 @@ def test_what_is_read_is_not_overwritten(name, args, tiny_model_dir, tmp_path, c
     shutil.copytree(model, out)
     (out / "rule.py").write_text("def one(prompts, **columns):\n    return [1] * len(prompts)\n")
     (out / "any.json").write_text("{}")
-    jsonl(out / "rows.jsonl", rows_for(f"{name}.py"))
-    rows = jsonl(tmp_path / "rows.jsonl", rows_for(f"{name}.py"))
+    jsonl(out / "rows.jsonl", rows_for(name))
+    rows = jsonl(tmp_path / "rows.jsonl", rows_for(name))
     usual = dict(model=model, against=model, judge=model, dataset=rows, rewards="match:number")
     beside = dict(merge_base=dict(optimizer="ondare"), ptx_dataset=dict(ptx_coef=0.5))  # what an option needs
     beside |= dict(reward_model=dict(judge=""), condition=dict(judge="", reward_model=model))
@@ -319,12 +309,11 @@ def test_what_is_read_is_not_overwritten(name, args, tiny_model_dir, tmp_path, c
         assert snapshot(out) == before, option
 
 
-# ----------------------------------------------------------------------------------------------- recipes and documents
+# ---- recipes and documents
 
 
 @pytest.fixture(scope="module")
 def kitchen(tmp_path_factory):
-    """A copy of scripts and recipes, in which a recipe reuses what those before it have trained."""
     folder = tmp_path_factory.mktemp("kitchen")
     (folder / "recipes").mkdir()
     for file in [*REPO.glob("*.py"), *REPO.glob("recipes/*.sh"), *REPO.glob("recipes/*.py")]:
@@ -383,7 +372,7 @@ def test_both_pages_say_the_same():
         assert len(re.findall(pattern, english)) == len(re.findall(pattern, chinese))
 
 
-# -------------------------------------------------------------------------------------------------- the checks, checked
+# ---- the checks, checked
 
 GOOD = f'''# /// script
 # requires-python = "{PROJECT["requires-python"]}"

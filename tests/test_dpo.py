@@ -1,11 +1,10 @@
-"""dpo.py: its losses against worked numbers, and whole runs against Hugging Face's models.
+"""dpo.py: its losses against worked numbers, its options in whole runs. Its equations are in test_preferences.py.
 
 Also the blocks `preferences` and `reference`, which other scripts share with it.
 """
 
 import copy
 import gc
-import importlib
 import math
 import os
 import shutil
@@ -24,11 +23,9 @@ from test_plumbing import (
     every_template,
     in_child,
     jsonl,
-    killed_at_rename,
     lines_of,
     on_ranks,
     refused,
-    same_run,
     talk,
     tokenizer_of,
     weights_of,
@@ -38,6 +35,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import dpo
+import orpo
+import reward_model
 import rpo
 from dpo import Row
 
@@ -49,21 +48,10 @@ def f64(*values):
 
 
 def args_of(**flags) -> dpo.Args:
-    """Arguments for functions that read neither the model's name nor the data set's."""
     return dpo.Args(**dict(model="", dataset="") | flags)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def short_answers():
-    """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("sft", "dpo", "orpo", "rpo"):
-            show_answers = importlib.import_module(name).show_answers.__wrapped__  # torch.no_grad wraps it
-            patch.setattr(show_answers, "__defaults__", (3, 3))
-        yield
-
-
-# --------------------------------------------------------------------------------------------------------- the losses
+# ---- the losses
 
 
 def logsigmoid(x: float) -> float:
@@ -119,117 +107,18 @@ def test_dpo_is_least_at_its_closed_form(beta, best):
     assert gradient(closed) < 1e-9 and gradient(ref.clone()) > 0.01
 
 
-# ------------------------------------------------------------------------------------------ the loss of a batch of rows
-
-
-class Answer:
-    """Its tokens' log-probabilities under policy and reference, and which of them are content (None: not marked)."""
-
-    def __init__(self, policy, reference, content=None):
-        self.policy, self.reference, self.content = list(policy), list(reference), content
-        self.counted = content or [1.0] * len(self.policy)
-        self.gain = sum(c * (p - r) for c, p, r in zip(self.counted, self.policy, self.reference))
-
-
-def rows_of(*prompts) -> list:
-    """prompts: for each a list of (answer, score)."""
-    rows = []
-    for answers in prompts:
-        extra = dict(scores=[float(score) for _, score in answers])
-        extra["pairs"] = [(i, j) for i, (_, a) in enumerate(answers) for j, (_, b) in enumerate(answers) if a > b]
-        extra["ref_logps"] = f64(*(sum(c * r for c, r in zip(a.counted, a.reference)) for a, _ in answers)).detach()
-        if answers[0][0].content:
-            extra["content"] = [a.content for a, _ in answers]
-        lengths = [len(a.policy) for a, _ in answers]
-        rows.append(Row([1], [[2] * n for n in lengths], [[True] * n for n in lengths], extra))
-    return rows
-
-
-def batch_of(*prompts, logps=None, **flags) -> tuple:
-    """What `dpo_batch` returns for hand-made prompts, and the log-probabilities, of which gradients may be taken."""
-    logps = f64(*(p for answers in prompts for a, _ in answers for p in a.policy)) if logps is None else logps
-    entropy, is_argmax = -logps.detach(), logps.detach() > -1  # any numbers serve
-    return dpo.dpo_batch(args_of(**flags), rows_of(*prompts), logps, entropy, is_argmax), logps
-
-
-def rankings(marked=False) -> list:
-    """A pair and a ranking of four with a tie, of answers of different lengths."""
-    generator, prompts = torch.Generator().manual_seed(0), []
-    number = lambda n: (-3 * torch.rand(n, generator=generator)).tolist()
-    for lengths, scores in (((3, 5), (1, 0)), ((4, 2, 6, 1), (0, 2, 1, 1))):
-        contents = [[1.0] * (n - 1) + [float(n == 1)] if marked else None for n in lengths]
-        prompts.append([(Answer(number(n), number(n), c), s) for n, c, s in zip(lengths, contents, scores)])
-    return prompts
-
-
-def by_formula(prompts, loss="sigmoid", beta=0.1, label_smoothing=0.0, nll_coef=0.0) -> float:
-    """The mean over a prompt's pairs, then the sum over prompts, in plain Python."""
-    total = 0
-    for answers in prompts:
-        per_pair = []
-        for a, b in [(a, b) for a, better in answers for b, worse in answers if better > worse]:
-            h = beta * (a.gain - b.gain)
-            if loss == "ipo":
-                means = [x.gain / sum(x.counted) for x in (a, b)]
-                per_pair.append((means[0] - means[1] - 1 / (2 * beta)) ** 2)
-            else:
-                per_pair.append(-(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h))
-        best = max(answers, key=lambda pair: pair[1])[0].policy
-        total += sum(per_pair) / len(per_pair) - nll_coef * sum(best) / len(best)
-    return total
-
-
-FLAGS = [
-    dict(),
-    dict(beta=0.5, label_smoothing=0.2, nll_coef=0.2),  # format tokens count in the likelihood only
-    dict(loss="ipo"),  # means over tokens
-    dict(loss="ipo", beta=0.7, nll_coef=0.3),
-]
-
-
-@pytest.mark.parametrize("marked", [False, True])
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_the_loss_of_a_batch_and_its_gradient(flags, marked):
-    """A prompt counts once, whatever the number of its pairs; a tie is no pair."""
-    prompts = rankings(marked)
-    logged, logps = batch_of(*prompts, **flags)
-    assert logged["loss"].item() == pytest.approx(by_formula(prompts, **flags), rel=1e-6)
-    assert torch.autograd.gradcheck(lambda x: batch_of(*prompts, logps=x, **flags)[0]["loss"], logps, atol=1e-6)
-
-
-def test_metrics_of_a_batch():
-    prompts = rankings()
-    logged, _ = batch_of(*prompts, beta=0.2, nll_coef=0.3)
-    pairs = [[(a, b) for a, x in answers for b, y in answers if x > y] for answers in prompts]
-    mean = lambda of: sum(sum(of(a, b) for a, b in p) / len(p) for p in pairs)
-    share = lambda a: sum(p > -1 for p in a.policy) / len(a.policy)
-    expected = {
-        "loss": by_formula(prompts, beta=0.2, nll_coef=0.3),
-        "preference_loss": by_formula(prompts, beta=0.2),
-        "nll_loss": -sum(prompts[0][0][0].policy) / 3 - sum(prompts[1][1][0].policy) / 2,
-        "rewards/chosen": mean(lambda a, b: 0.2 * a.gain),
-        "rewards/rejected": mean(lambda a, b: 0.2 * b.gain),
-        "rewards/accuracies": mean(lambda a, b: a.gain > b.gain),
-        "rewards/margins": mean(lambda a, b: 0.2 * (a.gain - b.gain)),
-        "logps/chosen": mean(lambda a, b: sum(a.policy)),
-        "logps/rejected": mean(lambda a, b: sum(b.policy)),
-        "entropy": mean(lambda a, b: -sum(a.policy) / len(a.policy)),
-        "mean_token_accuracy": mean(lambda a, b: share(a)),
-    }
-    assert {name: value.item() for name, value in logged.items()} == pytest.approx(expected, rel=1e-6)
-
-
 @pytest.mark.parametrize("loss, value", [("sigmoid", -logsigmoid(-0.1)), ("ipo", (-1 - 5) ** 2)])
 def test_an_answer_of_format_tokens_only_leaves_the_loss_finite(loss, value):
     """One that was cut behind its header, for example: nothing of it counts in h."""
-    prompt = [(Answer([-1, -2], [-1, -1], [0.0, 0.0]), 1), (Answer([-1], [-2], [1.0]), 0)]
-    logged, logps = batch_of(prompt, loss=loss)
+    extra = dict(pairs=[(0, 1)], scores=[1.0, 0.0], content=[[0.0, 0.0], [1.0]], ref_logps=f64(0, -2).detach())
+    row, logps = Row([1], [[2, 2], [2]], [[True] * 2, [True]], extra), f64(-1, -2, -1)
+    logged = dpo.dpo_batch(args_of(loss=loss), [row], logps, -logps.detach(), logps > -1)
     assert logged["loss"].item() == pytest.approx(value)
     assert all(math.isfinite(x.item()) for x in logged.values())
     assert torch.autograd.grad(logged["loss"], logps)[0][:2].tolist() == [0, 0]
 
 
-# ------------------------------------------------------------------------------------------------------- online merging
+# ---- online merging
 
 
 STEP, TAU = f64(0.02, -0.01, 0.005, -0.03).detach(), f64(0.5, 0.4, -0.2, 0.1).detach()
@@ -296,12 +185,11 @@ def test_onties_keeps_the_largest_of_the_step_and_of_tau_apart():
 
 @pytest.mark.parametrize("optimizer", ["ondare", "onties"])
 def test_merging_nothing_is_adamw_to_the_last_bit(optimizer):
-    """Although before + (after - before) is not always after."""
     merged, adam = merging(optimizer, 1.0, 0.0), merging("adamw", 1.0, 0.0)
     assert all(torch.equal(merged(), adam()) for _ in range(3))
 
 
-# ------------------------------------------------------------------------------------------------- reading preferences
+# ---- reading preferences
 
 
 def read(tokenizer, row, notes=None, max_length=512, rewards_of=None) -> Row:
@@ -314,43 +202,39 @@ def texts(tokenizer, row: Row):
     return tokenizer.decode(row.prompt), [tokenizer.decode(r) for r in row.responses]
 
 
-def trained_texts(tokenizer, row: Row) -> list:
-    """For each answer, its trained tokens as text."""
-    kept = [[t for t, keep in zip(r, marks) if keep] for r, marks in zip(row.responses, row.trained)]
-    return list(map(tokenizer.decode, kept))
-
-
 SPOKEN = ("human", "Which way?"), ("gpt", "Up."), ("gpt", "Right.")
 GOOD, BAD = ([dict(role="assistant", content=text)] for text in ("Up.", "Right."))
 WAY, HH = talk("Which way?"), "\n\nHuman: A?\n\nAssistant: B.\n\nHuman: Which way?\n\nAssistant:"
 SHAREGPT, UP, RIGHT = ([{"from": role, "value": text}] for role, text in SPOKEN)
 CHAT = ("<|bos|><|user|>Which way?<|end|><|assistant|>", ["Up.<|end|>", "Right.<|end|>"])
 TEXT = ("<|bos|>Which way?", [" Up.<|end|>", " Right.<|end|>"])
-MATERIAL = ("<|bos|><|user|>Which\n\nway?<|end|><|assistant|>", CHAT[1])
-SYSTEM = ("<|bos|><|system|>Be short.<|end|>" + CHAT[0].removeprefix("<|bos|>"), CHAT[1])
+SEVERAL_TURNS = (CHAT[0], ["Up.<|end|><|user|>Why?<|end|><|assistant|>So.<|end|>", "Right.<|end|>"])
 LAYOUTS = [
     (dict(prompt="Which way?", chosen=" Up.", rejected=" Right."), TEXT),
     (dict(prompt="Which way?", chosen=GOOD, rejected=BAD), CHAT),
     (dict(chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),
     (dict(chosen=SHAREGPT + UP, rejected=SHAREGPT + RIGHT), CHAT),
     (dict(prompt=WAY, chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),  # the prompt once more
-    (dict(instruction="Which", input="way?", chosen="Up.", rejected="Right."), MATERIAL),
-    (dict(system="Be short.", prompt="Which way?", chosen="Up.", rejected="Right."), SYSTEM),
     (dict(chosen=f"{HH} Up.", rejected=f"{HH} Right."), (f"<|bos|>{HH}", TEXT[1])),  # HH-RLHF
+    (dict(chosen=f"{HH} Up, so.", rejected=f"{HH} Up."), (f"<|bos|>{HH}", [" Up, so.<|end|>", " Up.<|end|>"])),
     (dict(prompt=WAY, completions=[GOOD, BAD], scores=[0.5, 0.1]), CHAT),
+    (dict(prompt=WAY, chosen=GOOD + talk("Why?", "So."), rejected=BAD), SEVERAL_TURNS),
 ]
 
 
 @pytest.mark.parametrize("row, expected", LAYOUTS, ids=lambda value: "+".join(value) if isinstance(value, dict) else "")
 def test_every_layout(row, expected, tiny_tokenizer, tmp_path):
-    data = dpo.load_rows("--dataset", jsonl(tmp_path / "rows.jsonl", [row, dict.fromkeys(row)]), "train")
-    row = read(tiny_tokenizer, data[0])
-    assert texts(tiny_tokenizer, row) == expected and trained_texts(tiny_tokenizer, row) == expected[1]
-    assert row.extra["pairs"] == [(0, 1)] and row.extra["scores"][0] > row.extra["scores"][1]
+    """reward_model.py, too, gives a pair, and trains no tokens."""
+    (data, _) = dpo.load_rows("--dataset", jsonl(tmp_path / "rows.jsonl", [row, dict.fromkeys(row)]), "train")
+    args = reward_model.Args(model="", dataset="")
+    (ranked,) = reward_model.ranking_rows(args, tiny_tokenizer, 512, {}, data, Counter())
+    for row in (read(tiny_tokenizer, data), ranked):
+        assert texts(tiny_tokenizer, row) == expected and [pair[:2] for pair in row.extra["pairs"]] == [(0, 1)]
+        better, worse = row.extra.get("scores") or row.extra["ranks"]
+        assert better > worse and list(map(len, row.trained)) == list(map(len, row.responses))
 
 
 def test_a_ranking_has_all_pairs_of_unequal_score(tiny_tokenizer):
-    """Answers 0 and 3 are one text, 0 and 2 are tied, and one answer is empty. The best has the highest score."""
     notes, ranking = Counter(), dict(prompt=WAY, completions=["a", "b", " ", "c", "a"], scores=[0.5, 2, 9, 0.5, 1])
     row = read(tiny_tokenizer, ranking, notes)
     assert row.extra == dict(pairs=[(1, 0), (1, 2), (1, 3), (3, 2)], scores=[0.5, 2, 0.5, 1])
@@ -361,7 +245,6 @@ def test_a_ranking_has_all_pairs_of_unequal_score(tiny_tokenizer):
 
 
 def test_long_answers_are_cut_and_prompts_never(tiny_tokenizer):
-    """A prompt of 20 tokens, answers of 40 and 30, and room for 50: 30 of each are left."""
     row, notes = dict(prompt=" up" * 19, chosen=" right" * 39, rejected=" the" * 29), Counter()
     assert list(map(len, read(tiny_tokenizer, row, max_length=500).responses)) == [40, 30]
     kept = read(tiny_tokenizer, row, notes, max_length=50)
@@ -401,23 +284,10 @@ def test_rows_that_are_dropped(row, why, tiny_tokenizer):
         read(tiny_tokenizer, row, max_length=30)
 
 
-@pytest.mark.parametrize("scores", [[1.0], [1.0, None], [1.0, math.nan], [1.0, 0.0, 2.0]], ids=str)
-def test_every_answer_needs_a_score(scores, tiny_tokenizer):
-    with pytest.raises(ValueError, match="2 completions need as many scores"):
-        read(tiny_tokenizer, dict(prompt=WAY, completions=["b", "c"], scores=scores))
-
-
-def test_of_several_turns_the_assistants_are_trained(tiny_tokenizer):
-    kept = read(tiny_tokenizer, dict(prompt=WAY, chosen=GOOD + talk("Why?", "So."), rejected=BAD))
-    assert texts(tiny_tokenizer, kept)[1][0] == "Up.<|end|><|user|>Why?<|end|><|assistant|>So.<|end|>"
-    assert trained_texts(tiny_tokenizer, kept) == ["Up.<|end|>So.<|end|>", "Right.<|end|>"]
-
-
-# -------------------------------------------------------------------------------------------------------- format tokens
+# ---- format tokens
 
 
 def marked(tokenizer, row: dict, **options) -> list:
-    """For each answer, its content as text, and its format."""
     row = read(tokenizer, row, **options)
     dpo.mark_format(tokenizer, [row])
     found = []
@@ -449,7 +319,6 @@ THINKS = TEMPLATE.replace("message['content']", PADS)
 
 @pytest.mark.parametrize("template, header", [(NO_PROMPT, "<|assistant|>"), (THINKS, "<|pad|><|pad|>")])
 def test_what_stands_before_an_answer_is_format(template, header, tiny_tokenizer):
-    """What the template writes beyond the generation prompt, before every turn of the assistant."""
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = template
     assert marked(tokenizer, SEVERAL) == [("Up.So.", f"{header}<|end|>" * 2), ("Right.", f"{header}<|end|>")]
@@ -460,11 +329,10 @@ def test_what_stands_before_an_answer_is_format(template, header, tiny_tokenizer
     assert marked(tokenizer, begun) == [(" two", "<|end|>"), (" ten", "<|end|>")]
 
 
-# ------------------------------------------------------------------------------------------------------------ reference
+# ---- reference
 
 
 def is_near(ours, theirs, tolerance=1e-5) -> bool:
-    """Equal up to a share of the largest value."""
     return bool((ours.double() - theirs.double()).abs().max() <= tolerance * theirs.abs().max())
 
 
@@ -509,7 +377,7 @@ def test_the_reference_is_asked_about_the_rows_of_the_steps_only(steps):
     assert dpo.rows_of_steps(rows, args, steps) == [row for row in rows if id(row) in trained_on]
 
 
-# ----------------------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs
 
 
 def walks(n: int, seed=0) -> list:
@@ -525,7 +393,6 @@ def walks(n: int, seed=0) -> list:
 
 
 def another(folder, out, noise=0.02, seed=1) -> str:
-    """A checkpoint whose weights are near those of another."""
     shutil.copytree(folder, out)
     model, generator = AutoModelForCausalLM.from_pretrained(folder), torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -549,27 +416,6 @@ def base_dir(tiny_model_dir, tmp_path_factory):
     return another(tiny_model_dir("llama"), tmp_path_factory.mktemp("base") / "base")
 
 
-FIRST = [  # gpt2 has dropout in its configuration
-    ("gpt2", dict(label_smoothing=0.1, beta=0.5)),
-    ("llama", dict(loss="ipo", beta=0.01)),
-    ("gemma2", dict(mask_format_tokens=True, nll_coef=100.0)),
-    ("qwen2_moe", dict()),
-]
-
-
-@pytest.mark.parametrize("family, flags", FIRST, ids=str)
-def test_the_first_loss_is_known(family, flags, short_run, tiny_model_dir, tmp_path):
-    """ln 2, or 1 / (4 beta^2): policy and reference are one model. The second loss is another."""
-    run = short_run | dict(model=str(tiny_model_dir(family)), max_steps=2, save_every=0, eval_dataset="")
-    dpo.main(dpo.Args(**run | flags, output_dir=str(tmp_path / "run")))
-    line, second = lines_of(tmp_path / "run")
-    expected = 1 / (4 * flags.get("beta", 0.1) ** 2) if flags.get("loss") == "ipo" else math.log(2)
-    assert line["preference_loss"] == pytest.approx(expected, rel=1e-5)
-    assert line["loss"] == pytest.approx(expected + flags.get("nll_coef", 0) * line["nll_loss"], rel=1e-5)
-    assert abs(second["preference_loss"] / expected - 1) > 1e-4
-    assert [line[f"rewards/{name}"] for name in ("chosen", "rejected", "margins")] == pytest.approx([0] * 3, abs=1e-4)
-
-
 @pytest.mark.parametrize("script", [dpo, rpo])
 def test_a_reference_that_computes_something_else_is_refused(
     script, pairs_run, base_dir, monkeypatch, tmp_path, capsys
@@ -581,59 +427,6 @@ def test_a_reference_that_computes_something_else_is_refused(
     flags = pairs_run | dict(output_dir=str(tmp_path / "run"))
     assert "the preference loss is" in (said := refused(script, capsys, **flags)) and "before the first update" in said
     script.main(script.Args(**flags, reference=base_dir, overwrite=True))
-
-
-def first_gradient(script, monkeypatch, **flags) -> torch.Tensor:
-    """The gradient of a run's first step, as the optimiser gets it."""
-    seen, real = [], script.take_step
-
-    def spy(model, *rest):
-        seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        return real(model, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "take_step", spy)
-        script.main(script.Args(**flags, max_steps=1))
-    return seen[0]
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_metrics_and_gradient_are_those_of_policy_and_reference(named, short_run, base_dir, monkeypatch, tmp_path):
-    """Of the step's prompts before it, and of the saved weights after it, by Hugging Face's models. The reference is
-    --model before the first step, or another model, here without the answers' format tokens, their ends."""
-    flags = short_run | dict(batch_size=21, epochs=1, beta=0.5)
-    flags |= dict(reference=base_dir, mask_format_tokens=True) if named else {}
-    gradient = first_gradient(dpo, monkeypatch, **flags, output_dir=str(tmp_path / "run"))
-    (line,) = lines_of(tmp_path / "run")
-    rows = [read(tokenizer_of(flags["model"]), row) for row in walks(21)]
-    folders = (flags["model"], tmp_path / "run", base_dir if named else flags["model"])
-    models = [AutoModelForCausalLM.from_pretrained(f, attn_implementation="eager").eval() for f in folders]
-    before, after, reference = ([by_transformers(model, row) for row in rows] for model in models)
-    for prefix, policy in (("eval_", after), ("", before)):
-        margin = loss = chosen = 0
-        for row, ours, theirs in zip(rows, policy, reference):
-            end = -1 if named else None
-            r = [0.5 * (a[0][:end].sum() - b[0][:end].sum().detach()) for a, b in zip(ours, theirs)]
-            share = 1 / len(row.extra["pairs"]) / len(rows)
-            margin += share * sum(r[i] - r[j] for i, j in row.extra["pairs"])
-            loss += share * sum(torch.nn.functional.softplus(r[j] - r[i]) for i, j in row.extra["pairs"])
-            chosen += share * sum(ours[i][0][:end].sum() for i, j in row.extra["pairs"])
-        expected = {"rewards/margins": margin, "preference_loss": loss, "logps/chosen": chosen}
-        expected = {prefix + name: value.item() for name, value in expected.items()}
-        assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
-    loss.backward()
-    expected = torch.cat([p.grad.flatten() for p in models[0].parameters()])
-    assert is_near(gradient, expected, 1e-4) and abs(line["eval_rewards/margins"]) > 0.01
-
-
-def test_a_run_with_a_merging_optimizer_is_killed_and_resumed(short_run, base_dir, tmp_path):
-    """Killed just before the third rename: args.json, checkpoint-3, checkpoint-6."""
-    flags = short_run | dict(optimizer="ondare", merge_base=base_dir, merge_weight=0.1)
-    dpo.main(dpo.Args(**flags, output_dir=str(tmp_path / "whole")))
-    args = dpo.Args(**flags, output_dir=str(tmp_path / "run"), resume=True)
-    assert in_child(killed_at_rename, dpo, args, 3) == -9
-    assert in_child(dpo.main, args) == 0
-    same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def merge_on_ranks(flags: dict):
@@ -689,24 +482,7 @@ def test_merging_with_weight_1_adds_what_the_reference_has_learnt(
     assert all(torch.allclose(end[k], start[k] + 3 * (tuned[k] - base[k]), atol=1e-5) for k in start)
 
 
-LEARNING = [dict(), dict(optimizer="onties", merge_weight=1e-4)]
-
-
-@pytest.mark.parametrize("flags", LEARNING, ids=str)
-def test_a_simple_preference_is_learnt(flags, base_dir, tiny_model_dir, tmp_path):
-    """On held-out prompts."""
-    rows = [dict(prompt=talk(f"Walk {i}!"), chosen=f"up {i % 5}", rejected=f"right {i % 3}") for i in range(80)]
-    run = dict(model=str(tiny_model_dir("llama")), dataset=jsonl(tmp_path / "rows.jsonl", rows), eval_fraction=0.2)
-    run |= dict(epochs=3, batch_size=16, learning_rate=3e-3, eval_every=4)
-    run |= flags | (dict(merge_base=base_dir) if "optimizer" in flags else {})
-    dpo.main(dpo.Args(**run, output_dir=str(tmp_path / "run")))
-    first, *_, last = [line for line in lines_of(tmp_path / "run") if "eval_loss" in line]
-    assert last["eval_rewards/accuracies"] > 0.9 and last["eval_loss"] < first["eval_loss"]
-    gap = lambda line: line["eval_logps/chosen"] - line["eval_logps/rejected"]
-    assert gap(last) > gap(first) + 1 and last["eval_rewards/margins"] > first["eval_rewards/margins"]
-
-
-# ---------------------------------------------------------------------- what all scripts that read preferences must do
+# ---- what all scripts that read preferences must do
 
 
 @pytest.fixture(scope="module")
@@ -718,6 +494,25 @@ def pairs_run(tiny_model_dir, tmp_path_factory):
     return flags | dict(learning_rate=1e-3, eval_fraction=0.25)
 
 
+LEARNING = {"dpo": (dpo, {}), "orpo": (orpo, {}), "rpo": (rpo, {}), "reward_model": (reward_model, {})}
+LEARNING |= {"onties": (dpo, dict(optimizer="onties", merge_weight=1e-4))}
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_simple_preference_is_learnt(name, base_dir, tiny_model_dir, tmp_path):
+    script, more = LEARNING[name]
+    rows = [
+        dict(prompt=talk(f"Walk {i}!"), chosen=f"up {i % 5}", rejected=f"right {i % 3}", margin=1) for i in range(80)
+    ]
+    flags = dict(model=str(tiny_model_dir("llama")), dataset=jsonl(tmp_path / "rows.jsonl", rows), eval_fraction=0.2)
+    flags |= dict(epochs=3, batch_size=16, learning_rate=3e-3, eval_every=4)
+    flags |= more | (dict(merge_base=base_dir) if more else {})
+    script.main(script.Args(**flags, output_dir=str(tmp_path / "run")))
+    first, *_, last = [line for line in lines_of(tmp_path / "run") if "eval_loss" in line]
+    right = "eval_accuracy" if script is reward_model else "eval_rewards/accuracies"
+    assert last[right] > 0.9 and last["eval_loss"] < first["eval_loss"]
+
+
 FREED = [
     (dpo, ["reference"]),
     (dpo, ["merge_base"]),
@@ -727,7 +522,6 @@ FREED = [
 
 @pytest.mark.parametrize("script, others", FREED, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_one_model_is_in_memory_while_training(script, others, pairs_run, base_dir, monkeypatch, tmp_path):
-    """Every other model is gone when the first step is taken."""
     with torch.random.fork_rng():
         AutoModelForSequenceClassification.from_pretrained(base_dir, num_labels=1).save_pretrained(tmp_path / "rm")
     tokenizer_of(base_dir).save_pretrained(tmp_path / "rm")
@@ -754,7 +548,7 @@ def test_one_model_is_in_memory_while_training(script, others, pairs_run, base_d
     assert policies == [[True]] and len(models) == (2 if others == ["reference"] else 3)
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---- bad input
 
 
 BAD_ARGUMENTS = [
@@ -777,7 +571,6 @@ def test_bad_arguments_are_refused(flags, short_run, tmp_path, capsys):
 
 
 def test_a_merge_base_of_another_shape_is_refused(short_run, tiny_model_dir, tmp_path, capsys):
-    """What the reference has learnt cannot be added to other weights."""
     other = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"))
     del other.model.layers[1:]
     other.config.num_hidden_layers = 1
@@ -787,12 +580,11 @@ def test_a_merge_base_of_another_shape_is_refused(short_run, tiny_model_dir, tmp
     assert "--merge-base" in refused(dpo, capsys, **flags) and not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------ real data
+# ---- real data
 
 
 @pytest.mark.parametrize("name", ["hh_rlhf.jsonl.gz", "kwise_xstest.jsonl"])
 def test_real_preferences(name, real_data, tmp_path, capsys):
-    """Messages, and rankings with ties: read, cut and counted; the first loss is ln 2."""
     data = dpo.load_rows("--dataset", str(real_data / name), "train").select(range(20))
     data.to_json(tmp_path / "rows.jsonl")
     model, limit, rows, notes = str(real_data / "stories260K-hf"), 300, [], Counter()

@@ -54,16 +54,6 @@ def text(prompts, completions, **columns):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_answers():
-    """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("sft", "dpo", "orpo", "rpo"):
-            show_answers = importlib.import_module(name).show_answers.__wrapped__  # torch.no_grad wraps it
-            patch.setattr(show_answers, "__defaults__", (1, 2))
-        yield
-
-
 def say(role: str, text) -> dict:
     return dict(role=role, content=text)
 
@@ -135,14 +125,13 @@ def outcome(command: str, capsys, begins: bool = False, **flags) -> tuple:
     return "finished", capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------------------------------------- numbers
+# ---- numbers
 
 ENDLESS = "hidden_size num_layers num_generations max_new_tokens epochs ppo_epochs num_iterations eval_samples".split()
 SIGNED = "missing_eos_score reward_constant".split()  # any finite number will do
 
 
 def numbers_of(command: str) -> list:
-    """The options that take one number, and the type."""
     defaults = {field.name: type(field.default) for field in fields(args_of(command)[1])}
     return [(name, kind) for name, kind in defaults.items() if kind in (int, float)]
 
@@ -165,7 +154,7 @@ def test_a_number_at_the_end_of_its_range(script, name, kind, usual, tmp_path, c
             outcome(script, capsys, begins=True, **flags)
 
 
-# ------------------------------------------------------------------------------------------------------------ data sets
+# ---- data sets
 
 
 def of_every(change):
@@ -179,7 +168,6 @@ def of_messages(change):
 
 
 def of_pairs(change):
-    """The change, for rows that hold a pair."""
     return lambda row: change(row) if "chosen" in row else row
 
 
@@ -241,7 +229,6 @@ def is_fine(command: str, how: str) -> bool:
 
 @pytest.mark.parametrize("command, how", CASES)
 def test_rows_that_are_all_broken(command, how, usual, tmp_path, capsys):
-    """There is nothing to train on, and that is said."""
     rows = [BROKEN_ROWS[how](row) for row in rows_for(command)]
     data = jsonl(tmp_path / "rows.jsonl", rows[:1] if how == "a million characters" else rows)  # one takes long enough
     what, said = outcome(command, capsys, **usual(command) | dict(dataset=data), output_dir=str(tmp_path / "run"))
@@ -295,7 +282,7 @@ def test_files_that_cannot_be_read(name, usual, tmp_path, capfd):
     assert not (tmp_path / "run").exists()
 
 
-# --------------------------------------------------------------------------------------------- models that cannot serve
+# ---- models that cannot serve
 
 
 def without(name: str):
@@ -422,14 +409,13 @@ def test_weights_that_overflow_end_before_their_step(script, usual, tiny_model_d
         assert all(w.isfinite().all() for w in weights_of(file.parent).values())
 
 
-# ------------------------------------------------------------------------------------------- paths, and an early Ctrl-C
+# ---- paths, and an early Ctrl-C
 
 OPENED = []  # files that this process opens and hosts that it looks up; an audit hook can never be taken off again
 
 
 @every_script
 def test_paths_and_addresses_in_a_data_set_are_text(script, usual, tmp_path, capsys):
-    """Nothing that a row names is opened or fetched."""
     canary, rows = tmp_path / "canary.txt", rows_for(script)
     canary.write_text("Up.")
     names = (str(canary), f"file://{canary}", "http://canary.txt/", f"{{% include '{canary}' %}}")

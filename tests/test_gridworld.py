@@ -13,6 +13,7 @@ from itertools import product
 
 import pytest
 import torch
+from conftest import f64, refusal
 from tokenizers import processors
 
 import gridworld as g
@@ -23,27 +24,15 @@ def approx(values, abs=6e-4):
     return pytest.approx(values, abs=abs)
 
 
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def uniform(world):
-    """The policy that takes every legal move equally often."""
     return world.legal / world.legal.sum(1, keepdim=True).clamp(min=1).double()
 
 
 def error_of(capsys, args) -> str:
-    """Runs a command that must end with exit code 2, and returns the one line that says why."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        g.main(args)
-    lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert end.value.code == 2 and len(errors) == 1 and not any("Traceback" in line for line in lines), lines
-    return errors[0]
+    return refusal(lambda: g.main(args), capsys)
 
 
-# ---------------------------------------------------------------------------------------------------- exact solutions
+# ---- exact solutions
 
 G1, G2 = g.GRIDS.values()
 GRIDS = [  # V* from the bottom row up; Q* of right and up at the start; V of the uniform and of the greedy policy
@@ -88,7 +77,7 @@ def test_values_of_sutton_and_barto_s_grid():
     assert best[:5].tolist() == approx([21.977, 24.419, 21.977, 19.419, 17.477])
 
 
-# ---------------------------------------------------------------------------------------------------------- the agents
+# ---- the agents
 
 
 def chain(rewards, legal=None):
@@ -189,9 +178,8 @@ def test_policy_loss_is_clipped_only_where_it_would_gain(ratio, advantage, loss,
 
 
 @pytest.mark.parametrize("agent", g.AGENTS)
-@pytest.mark.parametrize("scores, best", [(G1, 19), (G2, 23)], ids=["G1", "G2"])
-def test_every_agent_finds_the_optimum(agent, scores, best):
-    world = g.make_world(scores)
+def test_every_agent_finds_the_optimum(agent):
+    world, best = g.make_world(G2), 23
     policy, totals = g.AGENTS[agent](world, 1000, 1.0, torch.Generator().manual_seed(0))
     assert g.policy_evaluation(world.P, world.R, g.greedy(policy, world.legal))[0].item() == best
     assert len(totals) == 1000 and best >= sum(totals[-100:]) / 100 > best - 1.5
@@ -209,7 +197,7 @@ def test_learn_prints_the_six_words_and_the_values_and_draws_the_picture(tmp_pat
     assert (tmp_path / "new" / "learn.png").read_bytes().startswith(b"\x89PNG")
 
 
-# --------------------------------------------------------------------------------------------------- grids and answers
+# ---- grids and answers
 
 GRID = (("3", "-1", "G"), ("2", "!", "4"), ("S", "5", "-2"))  # totals 18 15 13 10 (through lava), 7 and 4 (safe)
 BLOCKED = (("1", "2", "G"), ("!", "3", "4"), ("S", "!", "5"))
@@ -379,7 +367,6 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Test files so short that a model answers them in a second."""
     return written(tmp_path_factory.mktemp("small"), rows=40, test_rows=24)
 
 
@@ -439,7 +426,6 @@ def test_prompts_have_their_kinds_and_reasoning_its_best_totals(files):
 
 
 def narrated(text: str, grid) -> g.Verdict:
-    """The verdict on a walk that must be true."""
     verdict = g.check_answer(grid, text)
     assert verdict.kind == "walk" and verdict.honest and "wait" not in text, text
     return verdict
@@ -535,7 +521,6 @@ def test_the_better_of_two_is_the_better(demonstrations):
 
 
 def judged(talk: list) -> str:
-    """The answer that a question is about."""
     return talk[0]["content"].partition("\n\n")[0].split("\n")[-1]
 
 
@@ -695,7 +680,7 @@ def test_a_judge_that_always_says_a_is_right_as_often_as_a_is(monkeypatch, tiny_
     assert ends == {"<|assistant|>"}  # asked where the letter comes
 
 
-# --------------------------------------------------------------------------------------------------------------- score
+# ---- score
 
 
 def score_args(small, tmp_path, *checkpoints, **flags):
@@ -705,7 +690,6 @@ def score_args(small, tmp_path, *checkpoints, **flags):
 
 
 def scored(small, tmp_path, *checkpoints, **flags) -> dict:
-    """checkpoint -> column -> number, from the csv."""
     g.main(score_args(small, tmp_path, *checkpoints, **flags))
     with (tmp_path / "t" / "score.csv").open(newline="") as file:
         header, *lines = csv.reader(file)
@@ -715,7 +699,6 @@ def scored(small, tmp_path, *checkpoints, **flags) -> dict:
 
 @pytest.fixture
 def checkpoint(tiny_model_dir, tmp_path):
-    """A tiny random model, as a run of two minutes has left it."""
     folder = shutil.copytree(tiny_model_dir(), tmp_path / "tiny")
     lines = [dict(step=1, seconds=60, peak_memory_mb=700), dict(step=2, seconds=120)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -812,7 +795,7 @@ def test_answers_stop_at_the_tokenizer_s_end_and_at_the_model_s(ends, wanted, ti
     assert found == [{tokenizer.eos_token_id, *wanted}] and texts == [["", ""]] * 3 and length == 1
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ---- bad input
 
 
 BAD = [

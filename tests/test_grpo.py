@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUESTIONS, REPO, f64, near
+from conftest import QUESTIONS, REPO, f64, killed, near
 from test_plumbing import equal, jsonl, lasting, lines_of, on_ranks, refused, talk, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,11 +21,10 @@ from grpo import Reward, Row
 
 
 def args_of(**flags) -> grpo.Args:
-    """Arguments for functions that read neither a model nor data."""
     return grpo.Args(**dict(model="", dataset="", rewards=()) | flags)
 
 
-# ------------------------------------------------------------------------------------------------ equations, in numbers
+# ---- equations, in numbers
 
 GROUPS = [  # worked numbers: rewards, by the population's deviation, by the sample's, by none
     ([1, 0, 0, 0], [1.732051, *[-0.57735] * 3], [1.5, -0.5, -0.5, -0.5], [0.75, -0.25, -0.25, -0.25]),
@@ -52,7 +51,6 @@ def test_equal_rewards_give_advantages_of_exactly_zero(size):
 
 
 def test_advantages_of_steps():
-    """Two answers, of three steps and of two."""
     rewards = [f64(0.1, 0.7, 0.9), f64(0.3, 0.2)]
     expected = dict(
         population=[1.236795, 2.343400, 1.497172, -1.236795, -0.781133],
@@ -140,11 +138,10 @@ def test_majority_of_votes_and_ties(votes, k, share):
     assert grpo.majority_at_k([None if v == "-" else v for v in votes], right, k) == pytest.approx(share)
 
 
-# ------------------------------------------------------------------------------------------------------ a batch of rows
+# ---- a batch of rows
 
 
 def token_row(numbers: list, **values) -> Row:
-    """A row of one answer with these values for each of its tokens."""
     extra = dict(slots=torch.tensor(numbers)) | {name: torch.tensor(x) for name, x in values.items()}
     return Row([1], [[2] * len(numbers)], [[True] * len(numbers)], extra)
 
@@ -216,7 +213,7 @@ def test_answers_to_one_prompt_share_it_in_rows_that_fit(packs, limit, parts):
         assert all(values.tolist() == sum(row.responses, []) for values in row.extra.values()) and len(row.extra) == 3
 
 
-# -------------------------------------------------------------------------------------------------- process supervision
+# ---- process supervision
 
 STEPS = [  # the pieces in which an answer is written, its text at the end of each step, and the tokens of each
     (["a", "\n", "b", "\n", "c"], ["a\n", "a\nb\n", "a\nb\nc"], [2, 2, 1]),
@@ -279,7 +276,7 @@ def test_thinking_length(tiny_tokenizer):
     assert grpo.thinking_length(tiny_tokenizer, "12", 2) == 0
 
 
-# ----------------------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs
 
 RULES = """
 def vowels(prompts, completions, **columns):
@@ -343,12 +340,7 @@ def unmoved(folder, before) -> bool:
     return equal(weights_of(folder), weights_of(before))
 
 
-def steady(out) -> list:
-    return [{k: v for k, v in line.items() if k != "step_time"} for line in lasting(out)]
-
-
 def test_a_reference_that_differs_at_the_first_step_is_refused(train, monkeypatch, capsys):
-    """Which would mean that the forward passes of policy and reference differ."""
     real = grpo.load_reference
 
     def load(*args):
@@ -364,16 +356,10 @@ def test_a_reference_that_differs_at_the_first_step_is_refused(train, monkeypatc
 
 @pytest.mark.parametrize("normalise", ["response", "token", "constant"])
 def test_the_first_gradients_are_those_of_a_naive_implementation(
-    normalise, train, spy, monkeypatch, talker, tiny_model_dir
+    normalise, train, spy, gradients, talker, tiny_model_dir
 ):
     """Two minibatches, a temperature, another reference, answers cut off and masked: every index in the loop counts."""
-    gradients, take_step = [], grpo.take_step
-
-    def record(model, *rest):
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        return take_step(model, *rest)
-
-    monkeypatch.setattr(grpo, "take_step", record)
+    gradients = gradients(grpo)
     reference, sampled, scored = str(tiny_model_dir("llama")), spy(grpo, "sample_answers"), spy(grpo, "total_reward")
     flags = dict(normalise=normalise, temperature=0.8, num_minibatches=2, batch_size=5, kl_coef=0.3)
     flags |= dict(reference=reference, mask_truncated=True, max_steps=1, tokens_per_forward=60, max_new_tokens=5)
@@ -406,7 +392,6 @@ def test_the_first_gradients_are_those_of_a_naive_implementation(
 
 
 def test_groups_without_spread_are_kept_or_skipped(train, talker, tiny_model_dir):
-    """Kept, their KL pulls; skipped, they do nothing."""
     flags = dict(rewards=("rules.py:same",), reference=str(tiny_model_dir("llama")), kl_coef=0.5, max_steps=1)
     train(**flags, output_dir="keep")
     (line,) = train(**flags, output_dir="skip", zero_spread="skip")
@@ -441,7 +426,7 @@ def test_resampling_replaces_groups_without_spread(train, spy):
         assert line["reward"] == pytest.approx(line["rewards/lively/mean"])
     assert sum(line["resampled"] for line in lines) * 3 == pytest.approx(sum(calls) - 9)
     train(**flags, output_dir="again")
-    assert steady("out") == steady("again") and unmoved("out", "again")
+    assert lasting("out") == lasting("again") and unmoved("out", "again")
 
 
 def test_resampling_gives_up_where_no_prompt_has_spread(train, spy, talker):
@@ -508,7 +493,7 @@ def test_a_policy_learns_what_is_rewarded(train):
     assert sum(rewards[-3:]) > 1.3 * sum(rewards[:3]), rewards
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation, votes
+# ---- evaluation, votes
 
 
 def test_answers_vote_by_what_they_say_after_their_thinking(train, monkeypatch, talker):
@@ -572,7 +557,7 @@ def test_evaluations_are_at_their_steps_and_use_the_same_randomness(train):
     assert evaluated[0] == evaluated[1] == evaluated[2] and evaluated[0]["eval_completions/mean_length"] > 1
 
 
-# ----------------------------------------------------------------------------------------------------- thinking budgets
+# ---- thinking budgets
 
 
 @pytest.fixture
@@ -633,42 +618,25 @@ def test_budgets_that_cannot_be_measured_are_refused(flags, says, budgets, capsy
     assert end.value.code == 2 and says in capsys.readouterr().err and not Path("report").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------- resume
-
-
-class Killed(BaseException):
-    pass
+# ---- resume
 
 
 LONG = dict(batch_size=4, epochs=4, max_steps=0, num_minibatches=2, save_every=2, eval_fraction=0.17, eval_every=3)
-RESUMED = [  # beside LONG: eight steps, two an epoch
-    dict(reference_every=3, kl_coef=0.5),
-    dict(zero_spread="resample", rewards=("rules.py:lively",), temperature=0.7, lr_schedule="cosine", num_iterations=2),
-]
+LONG |= dict(reference_every=3, kl_coef=0.5, zero_spread="resample", rewards=("rules.py:lively",))  # eight steps
+LONG |= dict(temperature=0.7, lr_schedule="cosine", num_iterations=2)
 
 
-@pytest.mark.parametrize("flags", RESUMED, ids=lambda flags: " ".join(flags) or "plain")
-def test_a_killed_run_resumed_is_the_uninterrupted_one(flags, train, monkeypatch, spy):
-    flags = LONG | flags
+def test_a_killed_run_resumed_is_the_uninterrupted_one(train, monkeypatch, spy):
+    flags = LONG
     train(**flags, output_dir="whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        real = grpo.log_metrics
-
-        def log_metrics(args, out, metrics, bar):
-            real(args, out, metrics, bar)
-            if metrics["step"] == 5:
-                raise Killed
-
-        patch.setattr(grpo, "log_metrics", log_metrics)
-        train(**flags, output_dir="killed")
+    killed(monkeypatch, grpo, "log_metrics", 6, lambda: train(**flags, output_dir="killed"))
     models = spy(grpo, "read_model")
     lines = train(**flags, output_dir="killed", resume=True)
-    assert len(lines) == 8 and steady("killed") == steady("whole") and unmoved("killed", "whole")
-    if "reference_every" in flags:  # the reference of step 3, not the one of the start
-        assert models[1][0][1] == "killed/checkpoint-4/reference" and lines[3]["kl"] < 1e-2
-        moved = weights_of("killed/checkpoint-4/reference")
-        assert not equal(moved, weights_of(train.usual["model"]))
-        assert not equal(moved, weights_of("killed/checkpoint-4"))
+    assert len(lines) == 8 and lasting("killed") == lasting("whole") and unmoved("killed", "whole")
+    # the reference of step 3, not the one of the start
+    assert models[1][0][1] == "killed/checkpoint-4/reference" and lines[3]["kl"] < 1e-2
+    assert not unmoved("killed/checkpoint-4/reference", train.usual["model"])
+    assert not unmoved("killed/checkpoint-4/reference", "killed/checkpoint-4")
     a, b = (torch.load(f"{name}/checkpoint-6/state.pt", weights_only=True) for name in ("whole", "killed"))
     assert equal(a | dict(seconds=0), b | dict(seconds=0))
 
@@ -676,50 +644,40 @@ def test_a_killed_run_resumed_is_the_uninterrupted_one(flags, train, monkeypatch
 def test_a_run_killed_while_it_writes_its_report_is_not_finished(train, monkeypatch):
     flags = dict(rewards=("match:number",), eval_fraction=0.4, save_every=1)
     train(**flags, output_dir="whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(grpo, "write_report", lambda *args: (_ for _ in ()).throw(Killed))
-        train(**flags, output_dir="killed")
+    killed(monkeypatch, grpo, "write_report", 1, lambda: train(**flags, output_dir="killed"))
     train(**flags, output_dir="killed", resume=True)
     assert Path("killed/report.json").read_bytes() == Path("whole/report.json").read_bytes()
     assert unmoved("killed", "whole")
 
 
-# ------------------------------------------------------------------------------------------- ranks, families, precision
+# ---- ranks, families, precision
 
 RANKED = {
     "resample": dict(
         rewards=("rules.py:lively",), batch_size=5, num_minibatches=2, num_iterations=2, eval_fraction=0.17
     )
     | dict(zero_spread="resample"),
-    "steps of a reward model": dict(step_separator=" ", rewards=("SCORER", "match:number"), reference_every=1),
-    "one prompt": dict(batch_size=1, mask_truncated=True, overlong_cache=3, normalise="token", eval_fraction=0.17)
-    | dict(rewards=("rules.py:letter",)),
+    "steps of a reward model": dict(step_separator=" ", rewards=("SCORER", "match:number"), eval_fraction=0.17)
+    | dict(reference_every=1, mask_truncated=True),
 }
 
 
 @pytest.mark.parametrize("name", RANKED)
 def test_two_ranks_are_one(name, train, scorer):
-    """Also where one of them has no prompt."""
     flags = dict(RANKED[name])
     flags["rewards"] = tuple(scorer if source == "SCORER" else source for source in flags["rewards"])
     train(**flags, output_dir="one")
     train(2, **flags, output_dir="two")
-    for x, y in zip(steady("one"), steady("two"), strict=True):
+    for x, y in zip(lasting("one"), lasting("two"), strict=True):
         assert x == pytest.approx(y, rel=1e-5, abs=1e-5), f"step {x['step']}"
     a, b = weights_of("one"), weights_of("two")
     for weight in a:  # a fifth of one step at the learning rate 1e-3
         torch.testing.assert_close(a[weight], b[weight], rtol=0, atol=2e-4)
     reports = [path.read_text() for path in (Path("one/report.json"), Path("two/report.json")) if path.exists()]
-    assert len(set(reports)) == (name == "one prompt")
+    assert len(set(reports)) == (name == "steps of a reward model")
 
 
-def test_bfloat16(train):
-    (line,) = train(dtype="bfloat16", max_steps=1)
-    assert line["sampling/sampling_logp_difference/mean"] < 0.05 and abs(line["kl"]) < 0.01
-    assert {w.dtype for w in weights_of("out").values()} == {torch.float32}  # as the parent was stored
-
-
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---- bad input
 
 BAD = {  # what is wrong: (flags, what the message names)
     "a group of one": (dict(num_generations=1), "--num-generations"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_faults import SCRIPTS
 from test_plumbing import jsonl
-from test_storms import flags_of, model_that_scores  # noqa: F401
+from test_storms import flags_of  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,9 +50,9 @@ def peak_of(script: str, out, **flags) -> int:
 def test_tokens_per_forward_bounds_the_peak(script, flags_of, tmp_path):  # noqa: F811
     flags = flags_of(script) | dict(max_steps=1, eval_fraction=0.0, save_every=0, learning_rate=1e-5)
     if script in ("ppo", "grpo"):  # the same for the caches of sampling
-        flags |= dict(sample_tokens=400)
-    rows = [json.loads(line) for line in open(flags["dataset"])] * 8
+        flags |= dict(sample_tokens=200)
+    rows = [json.loads(line) for line in open(flags["dataset"])] * 4
     flags |= dict(dataset=jsonl(tmp_path / "many.jsonl", rows))
     peak = lambda b, t: peak_of(script, tmp_path / f"{b}-{t}", **flags | dict(batch_size=b, tokens_per_forward=t))
-    usual, more_rows, more_tokens = peak(16, 400), peak(64, 400), peak(64, 1600)
+    usual, more_rows, more_tokens = peak(8, 200), peak(32, 200), peak(32, 800)
     assert more_rows < 1.5 * usual and more_tokens > 1.5 * more_rows

@@ -101,7 +101,6 @@ PADDED = {"bloom", "mpt", "falcon, ALiBi", "gpt_neo", "lfm2", "falcon_h1", "mamb
 
 
 def model_of(name, tokenizer=None, **more):
-    """A random model in evaluation mode under its own attention."""
     kind, options = CONFIGS.get(name, ("Llama", {}))
     if not hasattr(tf, f"{kind}Config"):
         pytest.skip("this transformers does not have it")
@@ -144,7 +143,6 @@ def alone(model, rows) -> torch.Tensor:
 
 
 def together(model, rows, args=ARGS) -> torch.Tensor:
-    """The same from forwards of several rows."""
     logps = {}
     for group, _, inputs, target in dpo.forwards(rows, args, model, CPU):
         counts = [sum(map(sum, row.trained)) for row in group]
@@ -222,7 +220,7 @@ def test_dropout_is_off_unless_it_is_asked_for(name):
         assert torch.equal(first, second) is not wanted
 
 
-# ------------------------------------------------------------------------------------------------------------- positions
+# ---- positions
 
 
 def saved_config(folder, config, **changes) -> str:
@@ -276,7 +274,7 @@ def test_rotary_embeddings_that_ignore_the_length_take_every_length(rope, tmp_pa
     assert_same(prepared(copy.deepcopy(reference), "llama"), reference, rows_of(96))
 
 
-# ------------------------------------------------------------------------------------------------------------- sharding
+# ---- sharding
 
 
 @pytest.fixture
@@ -331,7 +329,7 @@ def test_packing_that_fails_in_bfloat16_alone_is_found_out(one_rank, capsys):
     assert gradient(model, logps)
 
 
-# ----------------------------------------------------------------------------------------------------------- generation
+# ---- generation
 
 SAMPLED = ["llama", "gpt2", "deepseek_v2", "bloom", "mpt", "lfm2", "mamba2"]
 SAMPLED += ["mistral, a window", "gemma2, soft caps", "gpt_oss"]

@@ -4,6 +4,7 @@ Also helpers that the other test files share.
 """
 
 import copy
+import importlib
 import json
 import math
 import multiprocessing
@@ -15,16 +16,18 @@ import signal
 import socket
 import sys
 import threading
+import types
 import unicodedata
 from collections import Counter
 from itertools import groupby
+from multiprocessing import forkserver, reduction
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import REPO
+from conftest import CACHE, REPO, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
@@ -38,15 +41,7 @@ CPU = torch.device("cpu")
 slow = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_answers():
-    """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft.show_answers.__wrapped__, "__defaults__", (3, 3))  # torch.no_grad wraps it
-        yield
-
-
-# -------------------------------------------------------------------------------------------------------------- helpers
+# ---- helpers
 
 
 def jsonl(path: Path, rows: list) -> str:
@@ -75,7 +70,7 @@ def lines_of(out) -> list:
 
 def lasting(out) -> list:
     """The lines of metrics.jsonl without the fields that measure time or memory."""
-    measured = ("tokens_per_second", "seconds", "peak_memory_mb")
+    measured = ("tokens_per_second", "seconds", "peak_memory_mb", "eps", "step_time")
     return [{k: v for k, v in line.items() if k not in measured} for line in lines_of(out)]
 
 
@@ -97,35 +92,50 @@ def snapshot(folder) -> dict:
 
 
 def refused(script, capsys, **flags) -> str:
-    """Runs a script that must refuse its input: exit code 2 and one line that says why, which is returned."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        script.main(script.Args(**flags))
-    err = capsys.readouterr().err
-    said = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert end.value.code == 2 and len(said) == 1 and "Traceback" not in err, err
-    return said[0]
+    return refusal(lambda: script.main(script.Args(**flags)), capsys)
 
 
-def forked(work, *arguments):
-    """A copy of this process at work: torch need not be imported again, which takes longer than most runs here."""
-    if torch.cuda.is_available():
-        pytest.skip("a forked process cannot use CUDA")
-    process = multiprocessing.get_context("fork").Process(target=at_work, args=(work, *arguments))
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload([__name__, "matplotlib.figure"])
+reduction.ForkingPickler.register(types.ModuleType, lambda module: (importlib.import_module, (module.__name__,)))
+
+
+class Output:
+    """This process's output, to which a child writes too."""
+
+    def __reduce__(self):
+        return take_output, (reduction.DupFd(1), reduction.DupFd(2))
+
+
+def take_output(*streams):
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(stream.detach(), number)
+
+
+def clean_process(work, *arguments):
+    """work(*arguments) in a process that is forked from one with imports alone: they take longer than most runs here,
+    and what other tests have left in this process could crash its own copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (REPO, Path(__file__).parent))))
+        patch.setenv("TESTS_CACHE", CACHE)
+        forkserver.ensure_running()
+    process = CLEAN.Process(target=at_work, args=(Output(), dict(os.environ), work, *arguments))
     process.start()
     return process
 
 
-def at_work(work, *arguments):
+def at_work(output, environment: dict, work, *arguments):
+    os.environ.clear()
+    os.environ.update(environment)
     tqdm.set_lock(threading.RLock())  # a child that is killed while it holds tqdm's shared lock would block the tests
     work(*arguments)
 
 
 def in_child(work, *arguments, kill_after=None, timeout=120) -> int:
-    """Runs work(*arguments) in a copy of this process; returns its exit code (-9: killed).
+    """Runs work(*arguments) in a clean process; returns its exit code (-9: killed).
 
     kill_after: seconds after which it is killed."""
-    child = forked(work, *arguments)
+    child = clean_process(work, *arguments)
     child.join(timeout if kill_after is None else kill_after)
     hangs = child.is_alive() and kill_after is None
     child.kill()
@@ -143,11 +153,11 @@ def rank_of(script, args, rank: int, world: int, port: int):
 
 
 def on_ranks(script, world: int, timeout=120, **flags):
-    """The script on several gloo ranks, each a copy of this process."""
+    """The script on several gloo ranks, each a clean process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = [forked(rank_of, script, script.Args(**flags), rank, world, port) for rank in range(world)]
+    ranks = [clean_process(rank_of, script, script.Args(**flags), rank, world, port) for rank in range(world)]
     for process in ranks:
         process.join(timeout)
     codes = [process.exitcode for process in ranks]
@@ -194,7 +204,7 @@ def killed_at_rename(script, args, number: int):
     script.main(args)
 
 
-# ------------------------------------------------------------------------ chat templates, as published models have them
+# ---- chat templates, as published models have them
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -365,7 +375,7 @@ def test_messages_are_cleaned():
             sft.as_messages(wrong)
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ---- files
 
 
 def test_a_path_with_a_colon_is_read_and_read_again_once_it_changed(tmp_path):
@@ -391,7 +401,7 @@ def test_a_changed_input_has_another_fingerprint(tmp_path):
     assert sft.fingerprint(folder) != line_changed and sft.fingerprint(folder / names[1]) != line_changed
 
 
-# ----------------------------------------------------------------------------------------------------------------- rows
+# ---- rows
 
 token = st.integers(0, 99)
 ids = st.lists(token, min_size=1, max_size=6)
@@ -504,7 +514,7 @@ def test_held_out_rows_are_not_trained_on(prompts, fraction, seed, by_prompt):
     assert not keys[0] & keys[1] and len(keys[1]) == min(n - 1, round(fraction * n))
 
 
-# ------------------------------------------------------------------------------------------------------ optimiser steps
+# ---- optimiser steps
 
 
 def options(**flags) -> sft.Args:
@@ -578,7 +588,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_its_step(value, capsy
     assert torch.equal(model.weight, before) and not optimizer.state
 
 
-# --------------------------------------------------------------------------------------------------- output directories
+# ---- output directories
 
 
 def conversation(i: int) -> dict:
@@ -662,15 +672,15 @@ def full_at_rename(args, number: int, limit: int, kills: bool):
     sft.main(args)
 
 
-FULL = [  # where the disk is full, how many bytes fit, what cannot be written, how many checkpoints stand
-    (3, 20_000, "checkpoint-8", 1),  # weights
-    (5, 300_000, "checkpoint-12", 2),  # the optimiser's moments
-    (7, 20_000, "", 3),  # the finished model
+FULL = [  # where the disk is full, how many bytes fit, what cannot be written, how many checkpoints stand, kill or not
+    (3, 20_000, "checkpoint-8", 1, False),  # weights
+    (5, 300_000, "checkpoint-12", 2, True),  # the optimiser's moments
+    (7, 20_000, "", 3, False),  # the finished model
+    (7, 20_000, "", 3, True),
 ]
 
 
-@pytest.mark.parametrize("kills", [False, True])
-@pytest.mark.parametrize("number, limit, what, stands", FULL)
+@pytest.mark.parametrize("number, limit, what, stands, kills", FULL)
 def test_a_full_disk_costs_no_checkpoint(number, limit, what, stands, kills, short_run, finished, tmp_path, capfd):
     """Killed as it writes, a run leaves temporary files, which must end up neither in a checkpoint nor beside a model."""
     out = tmp_path / "run"
@@ -852,7 +862,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_model(short_run, finished, monk
     assert equal(weights_of(tmp_path / "run"), weights_of(finished))
 
 
-# ---------------------------------------------------------------------------------------------------- what a run shows
+# ---- what a run shows
 
 OLD, AMPERE = (7, 5), (8, 0)
 DEVICES = [  # --dtype, compute capability of the GPU or None, version of CUDA, dtype of the computation, what is said

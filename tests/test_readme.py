@@ -212,18 +212,3 @@ def test_readme_says_where_the_training_loops_end():
 
 def test_readme_is_short():
     assert len((REPO / "README.md").read_text().splitlines()) <= 150
-
-
-def test_what_to_save_is_found_with_its_name(tmp_path):
-    page = tmp_path / "page.md"
-    python = "Then. Save this as `a.py` and pass it,\nto `x.py`:\n\n```python\none\n```\n\n"
-    page.write_text(python + "Save this as `b.json`:\n\n```json\n2\n```\n")
-    assert saved_files([page, page]) == {"a.py": "one\none\n", "b.json": "2\n2\n"}
-    assert local("judge:Q/q=-0.5", {"Q/q": "here"}) == "judge:here=-0.5"
-    assert local("Q/q", {"Q/q": "here"}) == "here" and local("match:a=b", {}) == "match:a=b"
-
-
-def test_commands_are_found_where_they_stand():
-    text = "x\n  python a.py --b 1      what it does\n\ntorchrun --n 8 c.py \\\n    --d 'e f'\n see `python z.py`\n"
-    assert commands(text) == [["python", "a.py", "--b", "1"], ["torchrun", "--n", "8", "c.py", "--d", "e f"]]
-    assert script_and_flags(["torchrun", "--n", "8", "x/c.py", "--d"]) == ("c", ["--d"])

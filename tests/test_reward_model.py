@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_plumbing import CPU, in_child, jsonl, killed_at_rename, lines_of, refused, same_run, talk
+from test_plumbing import CPU, in_child, jsonl, killed_at_rename, lines_of, refused, same_run, talk, tokenizer_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import reward_model as rm
@@ -30,11 +30,7 @@ def args_of(**flags) -> rm.Args:
     return rm.Args(**dict(model="", dataset="") | flags)
 
 
-def tokenizer_of(folder):
-    return rm.load_tokenizer(str(folder))
-
-
-# --------------------------------------------------------------------------------------------------------- the losses
+# ---- the losses
 
 
 def logsigmoid(x: float) -> float:
@@ -120,15 +116,6 @@ def test_soft_labels(p, loss):
     assert loss_of(f64(1, 0), ranked(2, probability=p)).item() == pytest.approx(loss, abs=1e-6)
 
 
-PLACKETT_LUCE = [([2, 1, 0], 0.72086765), ([0, 1, 2], 3.72086765), ([3] * 7, math.log(math.factorial(7)))]
-
-
-@pytest.mark.parametrize("scores, loss", PLACKETT_LUCE)
-def test_plackett_luce(scores, loss):
-    assert loss_of(f64(*scores), loss="plackett-luce").item() == pytest.approx(loss, abs=1e-6)
-    assert loss_of(f64(*scores) - 5, loss="plackett-luce").item() == pytest.approx(loss, abs=1e-6)
-
-
 def test_plackett_luce_is_a_distribution_over_rankings():
     """The probabilities of all 24 rankings of four answers sum to 1. Each is the product of its choices."""
     scores, total = f64(0.3, -1.2, 2.0, 0.7), 0.0
@@ -178,7 +165,7 @@ def test_length_balancing_leaves_no_bucket_uneven(differences, edges, seed):
     assert kept == sorted(set(kept)) == rm.balance_lengths(differences, edges, seed)
 
 
-# ---------------------------------------------------------------------------------------------------- reading rankings
+# ---- reading rankings
 
 
 def read(tokenizer, row, conditions=None, notes=None, max_length=512, **flags) -> Row:
@@ -192,32 +179,7 @@ def texts(tokenizer, row: Row):
 
 
 GOOD, BAD = ([dict(role="assistant", content=text)] for text in ("Up.", "Right."))
-WAY, HH = talk("Which way?"), "\n\nHuman: A?\n\nAssistant: B.\n\nHuman: Which way?\n\nAssistant:"
-CHAT = ("<|bos|><|user|>Which way?<|end|><|assistant|>", ["Up.<|end|>", "Right.<|end|>"])
-TEXT = ("<|bos|>Which way?", [" Up.<|end|>", " Right.<|end|>"])
-LAYOUTS = {
-    "prompt apart, text": (dict(prompt="Which way?", chosen=" Up.", rejected=" Right."), TEXT),
-    "prompt inside": (dict(chosen=WAY + GOOD, rejected=WAY + BAD), CHAT),
-    "HH-RLHF": (
-        dict(chosen=f"{HH} Up, I think.", rejected=f"{HH} Up."),
-        (f"<|bos|>{HH}", [" Up, I think.<|end|>", " Up.<|end|>"]),
-    ),
-    "ranking, messages": (dict(prompt=WAY, completions=[GOOD, BAD], scores=[0.5, 0.1]), CHAT),
-    "question": (dict(question="Which way?", completions=["Up.", "Right."], scores=[1, 0]), CHAT),
-    "several turns": (
-        dict(prompt=WAY, chosen=GOOD + talk("Why?", "So."), rejected=BAD),
-        (CHAT[0], ["Up.<|end|><|user|>Why?<|end|><|assistant|>So.<|end|>", "Right.<|end|>"]),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout(name, tiny_tokenizer, tmp_path):
-    row, expected = LAYOUTS[name]
-    data = rm.load_rows("--dataset", jsonl(tmp_path / "rows.jsonl", [row, dict.fromkeys(row)]), "train")
-    row = read(tiny_tokenizer, data[0])
-    assert texts(tiny_tokenizer, row) == expected and [pair[:2] for pair in row.extra["pairs"]] == [(0, 1)]
-    assert list(map(len, row.trained)) == list(map(len, row.responses))
+WAY = talk("Which way?")
 
 
 words = st.lists(st.sampled_from(["up", "right", " ", "\n\nHuman: a", "\n\nAssistant:", "."]), max_size=6).map("".join)
@@ -326,7 +288,7 @@ def test_margin_and_probability_are_read(tiny_tokenizer):
     assert swapped.extra["pairs"][0][:3] == (0, 1, 0.75)  # the better one stands first
 
 
-# -------------------------------------------------------------------------------------------------------------- scores
+# ---- scores
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +412,7 @@ def test_a_resumed_run_reads_the_same_rows_where_a_padding_token_is_added(tiny_m
     assert "2 rows from 4" in capsys.readouterr().out and len(lines_of(tmp_path / "run")) == 2
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
+# ---- metrics
 
 
 def test_metrics_of_a_batch():
@@ -503,7 +465,7 @@ def test_the_report_groups_pairs(tiny_tokenizer, capsys):
     assert "6 pairs, accuracy 0.833" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs
 
 
 def walks(n: int, k: int, seed=0) -> list:
@@ -584,19 +546,18 @@ def test_killed_between_the_steps_that_make_the_shift_and_resumed(short_run, fin
     assert shift_of(tmp_path / "run") == shift_of(finished) != 0.0
 
 
-def test_the_gradient_is_that_of_the_mean_over_rankings(short_run, scoring_dir, monkeypatch, tmp_path):
+def test_the_gradient_is_that_of_the_mean_over_rankings(short_run, scoring_dir, gradients, tmp_path):
     """By Hugging Face's model, an answer at a time."""
     flags = short_run | dict(model=str(scoring_dir("llama")), batch_size=21, max_steps=1, eval_dataset="")
-    model, total, seen = AutoModelForSequenceClassification.from_pretrained(flags["model"]), 0, []
+    model, total, seen = AutoModelForSequenceClassification.from_pretrained(flags["model"]), 0, gradients(rm)
     for row in (rows := short_rows(flags["model"])):
         scores = torch.stack([model(torch.tensor([row.prompt + r])).logits[0, 0] for r in row.responses])
         losses = [torch.nn.functional.softplus(scores[l] - scores[w]) for w, l, *_ in row.extra["pairs"]]
         total += sum(losses) / len(losses) / len(rows)
     total.backward()
-    gradient, step = lambda model: torch.cat([p.grad.flatten() for p in model.parameters()]), rm.take_step
-    monkeypatch.setattr(rm, "take_step", lambda model, *rest: seen.append(gradient(model)) or step(model, *rest))
     rm.main(rm.Args(**flags, output_dir=str(tmp_path / "run")))
-    assert is_near(seen[0], gradient(model))
+    flat = lambda grads: torch.cat([g.flatten() for g in grads])
+    assert is_near(flat(seen[0].values()), flat(p.grad for p in model.parameters()))
     assert lines_of(tmp_path / "run")[0]["loss"] == pytest.approx(total.item(), rel=1e-4)
 
 
@@ -659,25 +620,11 @@ def test_length_balancing_in_a_run(tiny_model_dir, tmp_path, capsys):
     assert "4 of 6 pairs kept" in capsys.readouterr().out and len(lines_of(tmp_path / "run")) == 4
 
 
-@pytest.mark.parametrize("flags", [dict(loss="plackett-luce"), dict(loss="focal", barrier=0.02)], ids=str)
-def test_a_simple_preference_is_learnt(flags, tiny_model_dir, tmp_path):
-    """On held-out rankings by how often an answer says `up`, whatever its length."""
-    data, test = jsonl(tmp_path / "rows.jsonl", walks(160, 3)), jsonl(tmp_path / "test.jsonl", walks(40, 3, seed=1))
-    run = dict(model=str(tiny_model_dir("llama")), dataset=data, eval_dataset=test, epochs=4, batch_size=16)
-    rm.main(rm.Args(**run, **flags, learning_rate=5e-3, output_dir=str(tmp_path / "run")))
-    last = lines_of(tmp_path / "run")[-1]
-    assert last["eval_accuracy"] > 0.9 and abs(last["eval_length_correlation"]) < 0.95
-    assert "barrier" not in flags or -5 < last["min_reward"] < last["max_reward"] < 5
-
-
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ---- bad input
 
 OK, PAIR = dict(prompt="a", completions=["b", "c"], scores=[1.0, 0.0]), dict(prompt="a", chosen="b", rejected="c")
 BAD_ROWS = {  # rows, flags, what the message must say
     "a score that is missing": ([OK, OK, OK | dict(scores=[1.0, None])], {}, "row 2"),
-    "a score that is no number": ([OK, OK | dict(scores=[1.0, math.nan])], {}, "row 1"),
-    "a score too few": ([OK, OK | dict(scores=[1.0])], {}, "row 1"),
-    "no scores": ([dict(prompt="a", completions=["b", "c"])], {}, "as many scores"),
     "a probability beyond 1": ([PAIR | dict(probability=1.7)], {}, "row 0"),
     "no margin": ([PAIR | dict(margin=1.0), PAIR | dict(margin=None)], dict(use_margin=True), "--use-margin"),
     "no pair in a bucket": ([PAIR | dict(chosen="b c d")] * 4, dict(length_buckets=(2,)), "--length-buckets"),
@@ -714,7 +661,7 @@ def test_a_classifier_of_three_labels_is_refused(short_run, tiny_model_dir, tmp_
     assert "label" in refused(rm, capsys, **flags, output_dir=str(tmp_path / "run"))
 
 
-# ----------------------------------------------------------------------------------------------------------- real data
+# ---- real data
 
 
 def test_real_rankings(real_data, tmp_path, capsys):

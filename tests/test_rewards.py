@@ -15,7 +15,7 @@ import pytest
 import test_tokens
 import torch
 import transformers as tf
-from conftest import tiny_config
+from conftest import assistant, refusal, system, tiny_config, user
 from test_plumbing import TEMPLATES, dressed  # noqa: F401
 from test_tokens import tokenizer_of  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -30,18 +30,6 @@ TEN = [str(i) for i in range(1, 11)]
 
 def options(**changes):
     return SimpleNamespace(**USUAL | changes)
-
-
-def system(text):
-    return dict(role="system", content=text)
-
-
-def user(text):
-    return dict(role="user", content=text)
-
-
-def assistant(text):
-    return dict(role="assistant", content=text)
 
 
 PROMPTS = {
@@ -97,23 +85,13 @@ def plain_score(folder, ids) -> float:
     return AutoModelForSequenceClassification.from_pretrained(folder).eval()(torch.tensor([ids])).logits.item()
 
 
-def refusal(capsys, work) -> str:
-    """The one sentence with which work() ends the program."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        work()
-    printed = capsys.readouterr().err
-    assert end.value.code == 2 and printed.strip().startswith("error: ") and printed.strip().count("\n") == 0, printed
-    return printed.strip()
-
-
 def dropped(work) -> str:
     with pytest.raises(Drop) as drop:
         work()
     return str(drop.value)
 
 
-# ------------------------------------------------------------------------------------------------------- reward models
+# ---- reward models
 
 BEHAVIOURS = (
     "PLAIN NEWLINE LATE_EOS ALWAYS_OPEN NO_END NO_END_OPEN TRIM LAST_SYSTEM STRIPS_THINKING STRIPS_OLD_THINKING"
@@ -160,17 +138,17 @@ def test_a_score_is_what_a_server_gives_to_the_rendered_conversation(name, dress
 
 def test_what_is_no_reward_model_is_refused(judge, tiny_tokenizer, tmp_path, capsys):
     load = lambda folder: lambda: loaded(str(folder), "scorer")
-    assert "must be a sequence classifier of one label" in refusal(capsys, load(judge))
-    assert "runs/nowhere" in refusal(capsys, load("runs/nowhere"))
-    assert "3 labels" in refusal(capsys, load(scorer_of(tmp_path / "three", tiny_tokenizer, num_labels=3)))
+    assert "must be a sequence classifier of one label" in refusal(load(judge), capsys)
+    assert "runs/nowhere" in refusal(load("runs/nowhere"), capsys)
+    assert "3 labels" in refusal(load(scorer_of(tmp_path / "three", tiny_tokenizer, num_labels=3)), capsys)
     width = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
     config = tf.BertConfig(vocab_size=len(tiny_tokenizer), **width)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "bert")
     tiny_tokenizer.save_pretrained(tmp_path / "bert")
-    assert "no linear head `score`" in refusal(capsys, load(tmp_path / "bert"))
+    assert "no linear head `score`" in refusal(load(tmp_path / "bert"), capsys)
 
 
-# -------------------------------------------------------------------------------------------------------------- judges
+# ---- judges
 
 
 @torch.no_grad()
@@ -218,7 +196,7 @@ def test_replies_are_as_likely_as_all_tokens_of_theirs(name, choices, dressed, t
     assert script.judge_logps(model, [], options(), CPU).shape[0] == 0
 
 
-# ------------------------------------------------------------------------------------------- what --rewards understands
+# ---- what --rewards understands
 
 
 @pytest.mark.parametrize(
@@ -239,7 +217,7 @@ def test_the_weight_follows_the_last_equals_sign(value, source, weight):
 
 @pytest.mark.parametrize("value", ["runs/rm=inf", "format=nan", "=2"])
 def test_a_weight_that_is_no_finite_number_is_refused(value, capsys):
-    said = refusal(capsys, lambda: script.split_source(value))
+    said = refusal(lambda: script.split_source(value), capsys)
     assert f"--rewards {value}: must be SOURCE or SOURCE=WEIGHT" in said
 
 
@@ -322,7 +300,7 @@ BAD = {  # what is wrong: (sources, other options, what the sentence names)
 }
 
 
-# ----------------------------------------------------------------------------------------------- what each source gives
+# ---- what each source gives
 
 
 def test_what_a_reward_model_reads(tiny_tokenizer):
@@ -349,7 +327,7 @@ def test_conditions_stand_before_the_prompt(tmp_path, capsys):
     assert script.load_conditions("") == {}
     for content in ("[1]", '{"a": 1}', "{"):
         (tmp_path / "kinds.json").write_text(content)
-        assert "--condition" in refusal(capsys, lambda: script.load_conditions(str(tmp_path / "kinds.json")))
+        assert "--condition" in refusal(lambda: script.load_conditions(str(tmp_path / "kinds.json")), capsys)
 
 
 def test_an_answer_that_the_template_refuses_has_no_score(tiny_tokenizer, tmp_path):
@@ -369,7 +347,7 @@ def test_a_score_that_is_not_finite_ends_the_run(scorer, tiny_tokenizer, tmp_pat
     model.save_pretrained(tmp_path / "large")
     tiny_tokenizer.save_pretrained(tmp_path / "large")
     (reward,) = rewards_of(str(tmp_path / "large"))
-    said = refusal(capsys, lambda: reward.score([asked([user("Up?")])], ["No"], [[1]]))
+    said = refusal(lambda: reward.score([asked([user("Up?")])], ["No"], [[1]]), capsys)
     assert "a reward model's score is not finite" in said
 
 
@@ -396,7 +374,7 @@ def test_sources_that_cannot_be_used_are_refused(wrong, rules, judge, scorer, tm
     sources, changes, named = BAD[wrong]
     for name, place in dict(RULES=rules, JUDGE=judge, SCORER=scorer).items():
         sources = [source.replace(name, place) for source in sources]
-    assert named in refusal(capsys, lambda: rewards_of(*sources, **changes))
+    assert named in refusal(lambda: rewards_of(*sources, **changes), capsys)
 
 
 BAD_RUBRICS = [[1], {}, dict(options={}), dict(reward={}), dict(options=["A", "B"]), dict(reward=[1, 2])]
@@ -410,7 +388,7 @@ BAD_RUBRICS += [
 def test_rubrics_that_cannot_be_used_are_refused(change, tmp_path, capsys):
     rubric = change and RUBRIC | change if isinstance(change, dict) else change
     (tmp_path / "rubric.json").write_text(json.dumps(rubric))
-    said = refusal(capsys, lambda: script.load_rubric(str(tmp_path / "rubric.json")))
+    said = refusal(lambda: script.load_rubric(str(tmp_path / "rubric.json")), capsys)
     assert "--rubric" in said and "rubric.json" in said
 
 
@@ -495,11 +473,11 @@ def test_a_function_gets_prompts_completions_ids_and_every_column_as_lists():
 def test_what_a_function_must_not_return_ends_the_run(name, why, rules, capsys):
     (reward,) = rewards_of(f"{rules}:{name}")
     rows = [asked("a", answer="1"), asked("b", answer="2")]
-    said = refusal(capsys, lambda: reward.score(rows, ["bad answer", "y"], [[1], [2]]))
+    said = refusal(lambda: reward.score(rows, ["bad answer", "y"], [[1], [2]]), capsys)
     assert f"--rewards {rules}:{name}: " in said and why in said
 
 
-# ------------------------------------------------------------------------------------------------------------- thinking
+# ---- thinking
 
 AFTER = [  # text, what stands after the thinking, whether it is well formed
     ("<think>a</think>12", "12", True),
@@ -536,7 +514,7 @@ def test_no_reward_but_the_format_sees_the_thinking(rules, scorer, judge):
     torch.testing.assert_close(total, sum(named.values()))
 
 
-# --------------------------------------------------------------------------------------------------- verifiable answers
+# ---- verifiable answers
 
 FOUND = [  # text, how, what is found, what it is compared as
     ("it is 1e5", "number", "1e5", "100000"),
@@ -619,7 +597,7 @@ def test_a_match_is_one_of_the_true_answers():
     assert nan == [2, 3, 9] and [found[i] for i in range(9) if i not in nan] == [1, 1, 0, 1, 1, 1, 1]
 
 
-# ------------------------------------------------------------------------------------------------------------ real data
+# ---- real data
 
 
 def test_an_answer_that_can_never_match_is_dropped_and_counted(tiny_tokenizer, tmp_path, capsys):
@@ -635,8 +613,8 @@ def test_an_answer_that_can_never_match_is_dropped_and_counted(tiny_tokenizer, t
     assert kept([*good, "five"]) == good
     assert "1 dropped: its answer 'five' is not a number" in capsys.readouterr().out
     assert len(kept([["five", "5"], ["5"]])) == 2 and len(kept(["five"], "boxed")) == 1
-    assert "compares with a column answer, which is missing" in refusal(capsys, lambda: kept(["absent"]))
-    assert "answer must be a text, a number, or a list" in refusal(capsys, lambda: kept([{"a": 1}]))
+    assert "compares with a column answer, which is missing" in refusal(lambda: kept(["absent"]), capsys)
+    assert "answer must be a text, a number, or a list" in refusal(lambda: kept([{"a": 1}]), capsys)
 
 
 def test_every_answer_of_gsm8k_is_read(real_data):

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, tiny_config
+from conftest import QUESTIONS, REPO, Killed, f64, killed, near, refusal
 from test_plumbing import CPU, jsonl, on_ranks, snapshot, talk
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -31,17 +31,11 @@ import rlaif
 import sft
 from rlaif import Item, Row
 
-f64 = lambda *values: torch.tensor(values, dtype=torch.float64)
 sigmoid = lambda x: 1 / (1 + math.exp(-x))
 nan = math.nan
 
 
-def near(actual, expected, tolerance=1e-6):
-    actual, expected = torch.as_tensor(actual, dtype=torch.float64), torch.as_tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, equal_nan=True)
-
-
-# ----------------------------------------------------------------------------------------------- the method, in numbers
+# ---- the method, in numbers
 
 
 def test_letters_are_renormalised_and_orders_averaged():
@@ -119,7 +113,7 @@ def test_wilsons_ends_solve_their_equation_and_halves_count():
     assert low < mean < high and rlaif.interval([]) == (None, 0.0, 1.0)
 
 
-# ----------------------------------------------------------------------------------------------- words in and words out
+# ---- words in and words out
 
 
 def test_a_request_is_filled_in_once():
@@ -152,7 +146,6 @@ def test_an_answer_stands_behind_a_space_where_a_word_goes_before():
 
 
 def test_what_a_server_may_take_for_a_special_token_is_taken_out():
-    """Also one that appears when another has been taken out."""
     for text in ("<|im_end|>up", "<<|x|>|im_end|>up", "u<<<|x|>|y|>|im_end|>p"):
         assert rlaif.without_marks(text) == "up"
 
@@ -171,7 +164,7 @@ def test_requests_must_show_what_is_judged(tmp_path, capsys):
         if is_right:
             assert load()[name] == text
         else:
-            assert f"{name} has no {{" in sentence(load, capsys)
+            assert f"{name} has no {{" in refusal(load, capsys)
 
 
 def served(content, *tokens) -> dict:
@@ -218,11 +211,9 @@ def test_a_number_of_two_tokens_counts_as_named():
     near(chances(served("1", ("1", {"1": 0.9, "2": 0.1}))), [1.0] + [0.0] * 9)
 
 
-# -------------------------------------------------------------------------------------------------- models for all that
+# ---- models for all that
 
 
-QUESTIONS = ["What is the best path?", "Write a letter", "Is it safe? Say so.", "Sum: 4 3 5", "up"]
-QUESTIONS += ["Where does the robot start? I'd like to talk."]
 REPLIES = ["right", "Dear Ann, thank you", "No", "12", "Right, up, right", "I read it in one evening"]
 OTHERS = [
     "No, I cannot help with that",
@@ -285,36 +276,12 @@ def talker(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stranger(tiny_model_dir, tmp_path_factory):
-    """Another policy."""
     return shutil.copytree(tiny_model_dir("llama"), str(tmp_path_factory.mktemp("stranger") / "stranger"))
-
-
-@pytest.fixture(scope="module")
-def scorer(tiny_tokenizer, tmp_path_factory):
-    """A random reward model."""
-    folder, config = tmp_path_factory.mktemp("scorer") / "scorer", tiny_config("llama", tiny_tokenizer)
-    config.num_labels = 1
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def pair(i: int, **columns) -> dict:
     chosen, rejected = ([dict(role="assistant", content=texts[i])] for texts in (REPLIES, OTHERS))
     return dict(prompt=talk(QUESTIONS[i]), chosen=chosen, rejected=rejected, kind="ab"[i % 2], id=f"row {i}") | columns
-
-
-def sentence(work, capsys) -> str:
-    """Runs what must refuse its input: exit code 2 and one sentence that says why, which is returned."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        work()
-    err = capsys.readouterr().err
-    said = [line.partition("error: ")[2] for line in err.replace("\r", "\n").splitlines() if "error: " in line]
-    assert end.value.code == 2 and len(said) == 1 and "Traceback" not in err, err
-    return said[0]
 
 
 def result(out):
@@ -440,7 +407,7 @@ def run_with(judge, principles=("is better",), policies=(), **options):
     return SimpleNamespace(**known, requests=requests, principles=list(principles), conditions={}, ranks=False)
 
 
-# ------------------------------------------------------------------------------------------------------------ the judge
+# ---- the judge
 
 
 def judge_of(folder, **options):
@@ -557,7 +524,7 @@ def test_reasoning_comes_between_the_question_and_the_letter():
         assert judge.heard == [talk(text, f"because of {key}", "So is safe?") for text, key in zip(asked, keys)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- label
+# ---- label
 
 
 def loaded(script, file, tokenizer, **options) -> list:
@@ -574,7 +541,6 @@ def loaded(script, file, tokenizer, **options) -> list:
 
 
 def comparison(i, p=longer) -> dict:
-    """What is right for pair i."""
     first, second = fair_p(REPLIES[i], OTHERS[i], p)
     said = rlaif.verdict(first, second)
     return dict(a=REPLIES[i], b=OTHERS[i], first=first, second=second, said=said, kind="ab"[i % 2])
@@ -638,7 +604,7 @@ def test_consistency_is_the_share_of_two_judgements_that_agree():
 def test_a_judge_of_places_yields_ties_only_and_exit_code_2(orders, ai, ruled, capsys):
     for p, share in ((0.99, 1.0), (0.01, 0.0)):
         ruled(lambda *_: p)
-        assert "no row is left" in sentence(lambda: ai("label", orders=orders, overwrite=True), capsys)
+        assert "no row is left" in refusal(lambda: ai("label", orders=orders, overwrite=True), capsys)
         report = result("out").report
         assert [report[name] for name in "rows labelled decided ties abstentions".split()] == [6, 0, 0, 6, 0]
         assert report["same_position"] == 1 and report["first_position"] == share
@@ -733,7 +699,7 @@ def test_rows_are_drawn_by_seed(ai, ruled):
     assert all(list(ids) == sorted(ids) and len(ids) <= 3 for ids in drawn) and len({*drawn}) > 1
 
 
-# --------------------------------------------------------------------------------------------------------------- revise
+# ---- revise
 
 
 @pytest.fixture
@@ -801,14 +767,15 @@ def test_revise_starts_from_the_answer_that_is_given(ai, fake):
     assert two["original"] == "right" and two["completion"] == " revision 1.0" and two["prompt"] == "Go!"
 
 
-# ------------------------------------------------------------------------------------------------------------ best of n
+# ---- best of n
 
 
 def reward_by_hand(folder, question, answer) -> float:
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(talk(question, answer), return_dict=False)
     with torch.no_grad():
-        return model.model(torch.tensor([ids])).last_hidden_state[0, -1].dot(model.score.weight[0]).item()
+        hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+    return hidden.dot(model.score.weight[0]).item() - model.config.score_shift
 
 
 def best_of_n_by_hand(folder, done, score) -> dict:
@@ -878,7 +845,6 @@ def test_best_of_n_by_points_of_which_those_that_cannot_be_read_do_not_count(ai,
 
 
 def test_answers_of_equal_scores_are_no_pair(ai, fake, monkeypatch, talker, capsys):
-    """Answers without a score, answers that are alike, and answers that were cut off are counted."""
     judge = fake(text=lambda text, key: "Score: 3" if "letter" not in text else "none")
     done = ai("best-of-n", judge=talker, scale="points")
     assert not done.rows("pairs.jsonl") and not done.rows("rankings.jsonl")
@@ -891,7 +857,7 @@ def test_answers_of_equal_scores_are_no_pair(ai, fake, monkeypatch, talker, caps
     assert done.report["repeated"] == 12 and {len(row["scores"]) for row in done.rows("rankings.jsonl")} == {2}
     monkeypatch.setattr(rlaif, "policy_answers", lambda run, which, items, n: [[("up", False)] * n for _ in items])
     work = lambda: ai("best-of-n", judge=talker, scale="points", output_dir="cut")
-    assert "no row is left" in sentence(work, capsys) and result("cut").report["cut_off_or_empty"] == 24
+    assert "no row is left" in refusal(work, capsys) and result("cut").report["cut_off_or_empty"] == 24
 
 
 def test_best_of_n_of_the_answers_that_are_given(ai, scorer):
@@ -908,7 +874,7 @@ def test_best_of_n_of_the_answers_that_are_given(ai, scorer):
     assert two["scores"] != pytest.approx(one["scores"], abs=1e-4) and two["prompt"] == talk("Sum?")
 
 
-# ----------------------------------------------------------------------------------------------------------- synthesise
+# ---- synthesise
 
 
 def test_synthesise_asks_for_the_users_turn_and_then_answers_it(ai, monkeypatch, tiny_tokenizer):
@@ -965,7 +931,7 @@ def test_a_conversation_that_the_template_refuses_is_dropped_with_the_reason(ai,
     """The others stay as they are. So is one that leaves no room for an answer."""
     options = dict(rows=16, judge=talker, reward_model=(scorer,), turns=2)
     free = ai("synthesise", **options, output_dir="free").rows("raw.jsonl")
-    letter = next(c for c in "abcdfghikl" if 2 < sum(c in row["first"] for row in free) < 14)
+    letter = next(c for c in "cdfghiklnoprst" if 2 < sum(c in row["first"] for row in free) < 14)
     model = strict(talker, "./strict", f"messages and '{letter}' in messages[0]['content']")
     done = ai("synthesise", **options | dict(model=model))
     assert done.report["dropped: refused by the chat template (not this)"] > 2
@@ -1026,7 +992,7 @@ def test_synthesise_drops_near_repeats_by_mean_hidden_states(ai, talker):
     assert 0 < len(expected) < len(kept) and far.report["dropped: --min-distance"] == len(kept) - len(expected)
 
 
-# ---------------------------------------------------------------------------------------------------- compare and audit
+# ---- compare and audit
 
 
 def test_compare_turned_around_is_one_minus(ai, ruled, talker, stranger):
@@ -1049,7 +1015,6 @@ def test_compare_turned_around_is_one_minus(ai, ruled, talker, stranger):
 
 
 def test_an_abstention_is_no_outcome(ai, ruled, talker, stranger, capsys):
-    """And answers that are alike are a tie, which nobody is asked about."""
     heard = ruled(lambda talk, a, b, principle: None if talk in QUESTIONS[:2] else longer(talk, a, b, principle))
     report = ai("compare", against=talker, output_dir="itself").report
     assert [report[name] for name in ("win_rate", "ties", "wins", "identical")] == [0.5, 6, 0, 6] and not heard
@@ -1079,9 +1044,8 @@ def test_audit_takes_every_two_answers_whose_scores_differ(ai, ruled):
     assert report["comparisons"] == report["contradicting scores"] == 1
 
 
-@pytest.mark.parametrize("by", ["letters", "scores"])
-def test_audit_counts_what_agrees(by, ai, ruled):
-    """Of both answers at once, or of each alone by its score of 1 to 10; equal scores are a tie."""
+def test_audit_by_scores_counts_what_agrees(ai, ruled):
+    """Each answer alone has a score of 1 to 10; equal scores are a tie."""
     value = lambda text: len(text) % 7
 
     def score(text):
@@ -1090,10 +1054,8 @@ def test_audit_counts_what_agrees(by, ai, ruled):
 
     heard = ruled(score=score)
     rows = [pair(i, score_chosen=float(i), score_rejected=0.0) for i in range(len(QUESTIONS))]
-    done = ai("audit", dataset=jsonl(Path("scored.jsonl"), rows), min_gap=2.0, by=by)
-    signs = [dict(a=1, b=-1).get(comparison(i)["said"], 0) for i in range(2, 6)]
-    if by == "scores":
-        signs = [rlaif.sign(value(REPLIES[i]) - value(OTHERS[i])) for i in range(2, 6)]
+    done = ai("audit", dataset=jsonl(Path("scored.jsonl"), rows), min_gap=2.0, by="scores")
+    signs = [rlaif.sign(value(REPLIES[i]) - value(OTHERS[i])) for i in range(2, 6)]
     decided = [sign for sign in signs if sign]
     assert done.report["below --min-gap"] == 2 and len(heard) == 8  # of gaps 0 and 1
     assert done.report["comparisons"] == 4 and done.report["decided"] == len(decided) > 0
@@ -1114,27 +1076,7 @@ def test_agreement_by_the_mean_counts_ties_too(ai, ruled):
     near(report["agreement_by_mean"], sum(a > b for a, b in lengths) / len(lengths))
 
 
-# ---------------------------------------------------------------------------------------------------- killed, continued
-
-
-class Killed(BaseException):
-    """As a kill would be: nothing catches it."""
-
-
-def killed(monkeypatch, name: str, call: int, work):
-    """Runs work, in which the call-th call of rlaif's function ends all."""
-    real, calls = getattr(rlaif, name), []
-
-    def dying(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == call:
-            raise Killed
-        return real(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rlaif, name, dying)
-        with pytest.raises(Killed):
-            work()
+# ---- killed, continued
 
 
 FILES = dict(label=["pairs.jsonl"], revise=["sft.jsonl"], compare=["comparisons.jsonl"], audit=[])
@@ -1163,7 +1105,6 @@ def like(value, other) -> bool:
 
 @pytest.fixture
 def options_of(talker, stranger):
-    """options_of(command): those of RUNS."""
     known = dict(TALKER=talker, STRANGER=stranger)
     return lambda command: {name: known.get(value, value) for name, value in RUNS[command].items()}
 
@@ -1174,7 +1115,7 @@ def test_a_killed_run_resumed_is_the_uninterrupted_one(command, ai, monkeypatch,
     change."""
     options = options_of(command)
     whole = ai(command, output_dir="whole", **options)
-    killed(monkeypatch, "save_records", 3, lambda: ai(command, **options, batch_size=2))
+    killed(monkeypatch, rlaif, "save_records", 3, lambda: ai(command, **options, batch_size=2))
     lines = Path("out/rows.part").read_text().splitlines(True)
     assert len(lines) == 4 and not Path("out/report.json").exists()
     Path("out/rows.part").write_text("".join(lines)[: -len(lines[-1]) // 2])
@@ -1197,7 +1138,7 @@ def test_a_killed_run_resumed_is_the_uninterrupted_one(command, ai, monkeypatch,
 def test_a_run_killed_as_it_begins_leaves_no_rows_of_the_run_before(ai, ruled, monkeypatch):
     """Killed right after its args.json is written: --resume must not take the old rows for its own."""
     ruled()
-    killed(monkeypatch, "save_records", 2, lambda: ai("label", batch_size=2))
+    killed(monkeypatch, rlaif, "save_records", 2, lambda: ai("label", batch_size=2))
     assert Path("out/rows.part").exists()
     real = rlaif.clear_run
 
@@ -1218,14 +1159,14 @@ def test_nothing_is_left_of_a_run_that_is_overwritten(ai, ruled, capsys):
     ruled()
     ai("label", dataset="kwise.jsonl")
     before = snapshot("out")
-    assert "not empty" in sentence(lambda: ai("label"), capsys)
-    sentence(lambda: ai("label", dataset="none.jsonl", overwrite=True), capsys)
+    assert "not empty" in refusal(lambda: ai("label"), capsys)
+    refusal(lambda: ai("label", dataset="none.jsonl", overwrite=True), capsys)
     assert snapshot("out") == before
     ai("label", overwrite=True)
     assert not Path("out/rankings.jsonl").exists() and Path("out/pairs.jsonl").exists()
 
 
-# -------------------------------------------------------------------------------------------------- a judge on a server
+# ---- a judge on a server
 
 
 class Server:
@@ -1399,13 +1340,12 @@ def test_a_server_that_answers_nothing_is_quoted_without_the_key(what, ai, serve
     thief, ((code, headers, body), said) = server(), REFUSALS[what]
     headers = {name: value.replace("THIEF", str(thief.port)) for name, value in headers.items()}
     one = server(lambda *_: (code, headers, body))
-    found = sentence(lambda: ai("label", judge_url=one.url, judge_key="MY_KEY", judge_parallel=1), capsys)
+    found = refusal(lambda: ai("label", judge_url=one.url, judge_key="MY_KEY", judge_parallel=1), capsys)
     assert said in found and "127.0.0.1" in found and "ab/" not in found and not server.waits
     assert not thief.seen and one.seen[0][1]["Authorization"] == "Bearer ab/right-key"
 
 
 def test_the_key_comes_from_the_variable_that_is_named_and_stands_nowhere(ai, answered, server, monkeypatch, capsys):
-    """Not even where the server's reply repeats it."""
     for name, key in dict(OPENAI_API_KEY="wrong-key", MY_KEY="ab/right-key", EMPTY=" ").items():
         monkeypatch.setenv(name, key)
     one = server(lambda *_: (200, {}, dict(choices=[served("Bad key ab/right-key")])))
@@ -1417,14 +1357,14 @@ def test_the_key_comes_from_the_variable_that_is_named_and_stands_nowhere(ai, an
     assert {row["critique"] for row in done.rows("sft.jsonl")} == {"Bad key [key]"}
     assert "right-key" not in said.out + said.err + "".join(map(str, snapshot("out").values()))
     for name in ("NOT_SET", "EMPTY", "right-key"):
-        said = sentence(lambda: ai("label", judge_url=one.url, judge_key=name, output_dir="x"), capsys)
+        said = refusal(lambda: ai("label", judge_url=one.url, judge_key=name, output_dir="x"), capsys)
         assert "--judge-key" in said and "right-key" not in said
     for key in ("ab\ncd", "abécd"):  # no header can hold it
         monkeypatch.setenv("MY_KEY", key)
-        said = sentence(lambda: ai("label", judge_url=one.url, judge_key="MY_KEY", output_dir="x"), capsys)
+        said = refusal(lambda: ai("label", judge_url=one.url, judge_key="MY_KEY", output_dir="x"), capsys)
         assert "--judge-key" in said and "cd" not in said
     for url in ("http://me:pw@host/v1", "http://host/v1?api_key=pw", "http://h/v1#pw", "host:8000/pw"):
-        said = sentence(lambda: ai("label", judge_url=url, output_dir="x"), capsys)
+        said = refusal(lambda: ai("label", judge_url=url, output_dir="x"), capsys)
         assert "--judge-url" in said and "pw" not in said and not Path("x").exists()
 
 
@@ -1439,7 +1379,6 @@ ROW_FAILS = {  # a server's reply to one row -> the reason of its abstention, an
 @pytest.mark.parametrize("place", [0, 3])
 @pytest.mark.parametrize("what", ROW_FAILS)
 def test_one_row_that_a_server_cannot_answer_does_not_end_the_run(what, place, ai, server):
-    """Not even the first, as the first of a resumed run may be."""
     reply, reason, is_repeated = ROW_FAILS[what]
 
     def answer(body, number):
@@ -1458,7 +1397,6 @@ def test_one_row_that_a_server_cannot_answer_does_not_end_the_run(what, place, a
 
 @pytest.mark.parametrize("is_well, harmless", [(False, 1), (True, 2)])
 def test_a_server_that_refuses_twenty_in_a_row_is_asked_something_harmless(is_well, harmless, ai, server, capsys):
-    """If it refuses that too, it is not the rows."""
     jsonl(Path("many.jsonl"), [pair(0, id=i) for i in range(21)] + [pair(3, id=21)])
 
     def reply(body, number):
@@ -1472,7 +1410,7 @@ def test_a_server_that_refuses_twenty_in_a_row_is_asked_something_harmless(is_we
     if is_well:
         assert work().report["abstained: refused by the server (403)"] == 21
     else:
-        said = sentence(work, capsys)
+        said = refusal(work, capsys)
         assert "account closed" in said and "--resume" in said
         assert len(Path("out/rows.part").read_text().splitlines()) == 10
     assert sum("Reply with" in body["messages"][0]["content"] for *_, body in one.seen) == harmless
@@ -1483,7 +1421,7 @@ def test_a_server_that_dies_in_the_middle(ai, server, capsys):
     whole = ai("label", judge_url=server().url, judge="big", output_dir="whole", batch_size=2, min_mass=0.01)
     one = server(lambda body, number: Server.letters(body, number) if number < 6 else (None, {}, b""))
     options = dict(judge="big", batch_size=2, min_mass=0.01)
-    said = sentence(lambda: ai("label", judge_url=one.url, judge_parallel=1, **options), capsys)
+    said = refusal(lambda: ai("label", judge_url=one.url, judge_parallel=1, **options), capsys)
     assert "continue with --resume" in said and len(Path("out/rows.part").read_text().splitlines()) == 2
     two = server()
     again = ai("label", judge_url=two.url, **options, judge_parallel=2, resume=True)
@@ -1514,7 +1452,7 @@ def test_a_server_writes_critiques_and_revisions(ai, answered, server):
     assert seeds[0] == seeds[1] and len({*seeds[0]}) == 12
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---- bad input
 
 
 BAD = {  # command, options, what the sentence must name
@@ -1551,7 +1489,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(wrong, ai, talker, scorer, ca
     command, options, named = BAD[wrong]
     known = dict(TALKER=talker, SCORER=scorer)
     options = {k: tuple(known[x] for x in v) if isinstance(v, tuple) else known.get(v, v) for k, v in options.items()}
-    assert named in sentence(lambda: ai(command, **options), capsys)
+    assert named in refusal(lambda: ai(command, **options), capsys)
 
 
 def strict(folder, name: str, condition: str) -> str:
@@ -1575,13 +1513,13 @@ def test_prompts_that_a_template_refuses_are_dropped_before_anything_is_sampled(
     else:
         options |= dict(model=strict(talker, "./strict", condition), judge=talker)
         work = lambda: ai("synthesise", model=strict(talker, "./system", "messages[0]['role'] == 'system'"), system="S")
-        assert "not this" in sentence(work, capsys)
+        assert "not this" in refusal(work, capsys)
     done = ai("best-of-n", dataset="mixed.jsonl", **options)
     assert "1 rows from 2; 1 dropped: refused by the chat template (not this)" in capsys.readouterr().out
     assert done.report["rows"] == 1 and [row["id"] for row in done.rows("sft.jsonl")] == [0]
 
 
-# -------------------------------------------------------------------------------------------- several ranks, and Ctrl-C
+# ---- several ranks, and Ctrl-C
 
 
 @pytest.mark.parametrize("command", RUNS)
@@ -1599,7 +1537,6 @@ def test_two_ranks_are_one_process(command, ai, talker, options_of):
 
 
 def test_ctrl_c_keeps_the_batches_that_are_done(tmp_path, monkeypatch):
-    """Exit code 130, one line, no traceback."""
     jsonl(tmp_path / "pairs.jsonl", [pair(i) for i in range(6)])
     (tmp_path / "short.json").write_text(json.dumps(SHORT))
     is_stuck = threading.Event()

@@ -6,7 +6,6 @@ Of the shared blocks, `log-probabilities` and the attention of `rows` are tested
 import copy
 import json
 import math
-import re
 import shutil
 import socket
 import sys
@@ -50,20 +49,11 @@ from sft import Row
 slow = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_answers():
-    """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft.show_answers.__wrapped__, "__defaults__", (3, 3))  # torch.no_grad wraps it
-        yield
-
-
 def demonstrate(tokenizer, row, max_length=512, train_all=False, notes=None) -> list:
     return sft.demonstration_rows(tokenizer, max_length, train_all, row, Counter() if notes is None else notes)
 
 
 def read_all(data: list, folder, **options) -> list:
-    """The rows of a data set under the tokenizer of a checkpoint."""
     tokenizer = tokenizer_of(folder)
     return [row for example in data for row in demonstrate(tokenizer, example, **options)]
 
@@ -74,7 +64,7 @@ def is_near(ours, theirs, terms: int = 1) -> bool:
     return bool((ours.double() - theirs.double()).abs().max() <= scale * theirs.abs().max())
 
 
-# --------------------------------------------------------------------------------------------- which tokens are trained
+# ---- which tokens are trained
 
 
 @every_template
@@ -142,17 +132,6 @@ FORMATS = {  # a row -> (its text, its trained parts)
         dict(prompt=talk("Count.", "one, two,"), completion=[dict(role="assistant", content=" three")]),
         "<|bos|><|user|>Count.<|end|><|assistant|>one, two, three<|end|>",
         [" three<|end|>"],
-    ),
-    "question and answer": (dict(question="Hi.", answer="Hello!"), SAID, ["Hello!<|end|>"]),
-    "question, response and system": (
-        dict(question="Hi.", response="Hello!", system="Be brief."),
-        BRIEF,
-        ["Hello!<|end|>"],
-    ),
-    "instruction, input and output": (
-        dict(instruction="Add.", input="2, 3", output="5"),
-        "<|bos|><|user|>Add.\n\n2, 3<|end|><|assistant|>5<|end|>",
-        ["5<|end|>"],
     ),
     "tools as JSON": (
         dict(messages=talk("Hi.", "Hello!"), tools=json.dumps(TOOLS)),
@@ -241,7 +220,7 @@ def test_tools_from_parquet_have_no_parameters_of_other_rows(tmp_path):
     assert [sft.template_options(row)["tools"] for row in rows] == [tool("x"), tool("y")]
 
 
-# -------------------------------------------------------------------------------------------------------- from scratch
+# ---- from scratch
 
 WALKS = [f"right {i % 9} up -{i % 7} up 0 = {i % 9 - i % 7}" for i in range(200)]
 
@@ -252,7 +231,6 @@ def scratch_args(data, **flags) -> sft.Args:
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """A new tokenizer and a new model of the walks."""
     texts = [dict(text=text) for text in WALKS + SENTENCES.splitlines()]
     args = scratch_args(jsonl(tmp_path_factory.mktemp("walks") / "walks.jsonl", texts), vocab_size=512)
     tokenizer = sft.new_tokenizer(args)
@@ -308,7 +286,6 @@ SCRATCH_ROWS = [
 
 @pytest.mark.parametrize("row", SCRATCH_ROWS, ids=lambda row: "+".join(row))
 def test_the_new_tokenizer_has_seen_all_of_the_text(row, tmp_path):
-    """The answers too: a common word in them is one token."""
     data = jsonl(tmp_path / "rows.jsonl", [row] * 8 + [dict.fromkeys(row)])
     assert len(sft.new_tokenizer(scratch_args(data))(WALKS[0]).input_ids) == 1 + len(WALKS[0].split(" "))
 
@@ -318,7 +295,7 @@ def test_a_width_that_heads_cannot_share_is_refused(tmp_path, capsys):
     assert "--hidden-size 36" in refused(sft, capsys, **flags, output_dir=str(tmp_path / "run"))
 
 
-# ------------------------------------------------------------------------------------------------------------ the loss
+# ---- the loss
 
 
 def test_the_loss_of_a_batch_is_a_sum_over_trained_tokens():
@@ -336,7 +313,7 @@ def test_tokens_that_are_trained_are_counted():
     assert sft.count_trained(rows) == 3
 
 
-# --------------------------------------------------------------------------------------------------- log-probabilities
+# ---- log-probabilities
 
 
 def scored(hidden, head, target, temperature=1.0, **config):
@@ -445,11 +422,10 @@ def test_sums_of_responses_have_their_trained_tokens():
     assert torch.autograd.grad(sums[1:].sum(), values)[0].tolist() == [0, 0, 1, 1, 1, 1]
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
+# ---- rows
 
 
 def some_rows() -> list:
-    """Rows of very different shapes, two of them equal."""
     generator = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(7, 300, (n,), generator=generator).tolist()
     shapes = [(5, [3, 17, 1]), (1, [2]), (20, [8, 8]), (20, [8, 8]), (12, [30])]
@@ -519,7 +495,7 @@ def test_answers_are_shown_within_the_models_positions(tiny_tokenizer, tiny_mode
     assert "    -> " in capsys.readouterr().out and model.training
 
 
-# ---------------------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs
 
 UNEVEN = [dict(messages=talk("Go " * (1 + 13 * i % 40), "up " * (1 + 17 * i % 60), "Why?", "So.")) for i in range(9)]
 
@@ -556,19 +532,11 @@ def by_hand(folder, rows: list) -> tuple:
     "family, train_prompts",
     [("llama", False), ("llama", True), ("nemotron", False), ("gemma2", False), ("mixtral", False)],
 )
-def test_metrics_and_gradient_are_those_of_the_rows(
-    family, train_prompts, uneven, tiny_model_dir, monkeypatch, tmp_path
-):
+def test_metrics_and_gradient_are_those_of_the_rows(family, train_prompts, uneven, tiny_model_dir, gradients, tmp_path):
     """The mean over all trained tokens of the step, by Hugging Face's model alone: of the batch before its step, of the
     held-out rows after it. However the rows are split into forwards, where they are padded (Nemotron), where embeddings
     are tied (Gemma 2), and where an expert had no token (Mixtral)."""
-    folder, gradient, step = tiny_model_dir(family), {}, sft.take_step
-
-    def spy(model, *rest):
-        gradient.update({name: p.grad.clone() for name, p in model.named_parameters()})
-        return step(model, *rest)
-
-    monkeypatch.setattr(sft, "take_step", spy)
+    folder, gradients = tiny_model_dir(family), gradients(sft)
     flags = uneven | dict(model=str(folder), batch_size=9, max_steps=1, train_prompts=train_prompts)
     sft.main(sft.Args(**flags, tokens_per_forward=130, output_dir=str(tmp_path / "run")))
     rows = read_all(UNEVEN, folder, train_all=train_prompts)
@@ -580,6 +548,7 @@ def test_metrics_and_gradient_are_those_of_the_rows(
     loss.backward()
     theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.cat([g.flatten() for g in theirs.values()]).norm()
+    (gradient,) = gradients
     assert gradient.keys() == theirs.keys()
     assert all((gradient[name] - g).abs().max() < 1e-3 * max(g.abs().max(), 0.01 * norm) for name, g in theirs.items())
     assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
@@ -624,7 +593,7 @@ def test_only_a_tracked_run_touches_wandb(uneven, tmp_path, monkeypatch):
     assert said[1:] == [(i + 1, {k: v for k, v in lines[i].items() if k != "step"}) for i in range(2)]
 
 
-# ---------------------------------------------------------------------------------------- ranks, resuming and bfloat16
+# ---- ranks, resuming and bfloat16
 
 
 def test_from_scratch_under_torchrun(torchrun, tmp_path):
@@ -688,7 +657,7 @@ def test_a_run_from_scratch_resumes(tmp_path):
     same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-# ------------------------------------------------------------------------------------------------------------ learning
+# ---- learning
 
 
 def test_a_conversation_learnt_by_heart_is_repeated_and_stops(tiny_model_dir, tmp_path):
@@ -712,26 +681,11 @@ def test_a_conversation_learnt_by_heart_is_repeated_and_stops(tiny_model_dir, tm
         assert tokenizer.decode(written) == f"{answer}<|end|>"
 
 
-def test_a_model_from_scratch_learns_the_walks(tmp_path):
-    data = jsonl(tmp_path / "walks.jsonl", [dict(text=text) for text in WALKS])
-    flags = dict(hidden_size=32, num_layers=1, num_heads=2, epochs=4, learning_rate=1e-2, batch_size=16)
-    sft.main(scratch_args(data, **flags, eval_fraction=0.1, eval_every=10, output_dir=str(tmp_path / "run")))
-    lines = lines_of(tmp_path / "run")
-    assert lines[0]["loss"] == pytest.approx(math.log(384), abs=0.3)  # ln V, as the header says
-    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    assert len(evaluations) == math.ceil(len(lines) / 10) and evaluations[-1] < 1.2 < evaluations[0]
-    model, tokenizer = (auto.from_pretrained(tmp_path / "run") for auto in (AutoModelForCausalLM, AutoTokenizer))
-    prompt = tokenizer("right", return_tensors="pt").input_ids
-    written = tokenizer.decode(model.generate(prompt, do_sample=False, max_new_tokens=60)[0])
-    assert re.fullmatch(r"<\|bos\|>right .* =.*<\|end\|>", written)  # the tied weights are whole, and it stops
-
-
-# ------------------------------------------------------------------------------------------ a model's head, real data
+# ---- a model's head, real data
 
 
 @pytest.mark.parametrize("change", ["twice", "bias"])
 def test_a_model_whose_head_does_more_than_we_know_is_refused(change, uneven, tmp_path, capsys, monkeypatch):
-    """Its own logits are not those of its last hidden states under its head."""
     from transformers import LlamaForCausalLM
 
     forward = LlamaForCausalLM.forward

@@ -42,33 +42,7 @@ def once(prompts, completions, **columns):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_answers():
-    """Evaluations print answers of a few tokens: 128 of them would take longer than the rest of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for script in SCRIPTS:
-            if script not in ("reward_model", "ppo", "grpo"):  # whose evaluations print no such answers
-                patch.setattr(importlib.import_module(script).show_answers.__wrapped__, "__defaults__", (1, 4))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_that_scores(tiny_model_dir, tmp_path_factory):
-    """A random reward model."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("scorer") / "scorer"
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir("llama"), num_labels=1)
-        model.score.weight.data.normal_()
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model_dir("llama")).save_pretrained(folder)
-    return str(folder)
-
-
 def row_for(script: str, i: int) -> dict:
-    """A row of the kind that a script reads; their lengths are uneven."""
     message = lambda role, text: [dict(role=role, content=text + " up" * (i * i % 13) + f" {i}")]
     prompt = message("user", f"Which way is {'up right down left here'.split()[i % 5]}?")
     chosen, rejected = message("assistant", "It is one."), message("assistant", "Two.")
@@ -80,7 +54,7 @@ def row_for(script: str, i: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def flags_of(tiny_model_dir, model_that_scores, tmp_path_factory):
+def flags_of(tiny_model_dir, scorer, tmp_path_factory):
     """flags_of(script, family): ten steps on eleven training rows, in batches of 5, 5 and 1, with evaluations and
     checkpoints at every third step. Sampled answers have different lengths."""
     folder = tmp_path_factory.mktemp("storm")
@@ -91,11 +65,12 @@ def flags_of(tiny_model_dir, model_that_scores, tmp_path_factory):
         common = dict(model=str(tiny_model_dir(family)), dataset=data, eval_fraction=0.15, seed=3)
         common |= dict(batch_size=5, epochs=4, max_steps=10, save_every=3, eval_every=3)
         common |= dict(learning_rate=1e-3, tokens_per_forward=150)
-        sampled = dict(max_new_tokens=12, rewards=(model_that_scores, f"{folder / 'rule.py'}:letters"))
+        sampled = dict(max_new_tokens=12, rewards=(scorer, f"{folder / 'rule.py'}:letters"))
         more = dict(
             ppo=sampled | dict(value_learning_rate=1e-3, num_minibatches=2, ppo_epochs=2),
             grpo=sampled | dict(num_generations=3, num_iterations=2, reference_every=4),
-            rpo=dict(reward_model=model_that_scores),
+            dpo=dict(optimizer="ondare", merge_base=str(tiny_model_dir(family)), merge_weight=0.1),
+            rpo=dict(reward_model=scorer),
         )
         return common | more.get(script, {})
 
@@ -107,7 +82,6 @@ CHANGING = set("tokens_per_second eps step_time seconds peak_memory_mb date outp
 
 
 def content(file: Path):
-    """What equal runs have equal of a file."""
     if file.suffix == ".safetensors":
         return load_file(file)
     if file.suffix == ".pt":
@@ -228,6 +202,8 @@ def test_bfloat16_is_nearly_float32(script, flags_of, whole, tmp_path):
         assert [ours[name] for name in ("loss", "grad_norm")] == pytest.approx(
             [theirs[name] for name in ("loss", "grad_norm")], rel=0.2
         )
+    else:
+        assert max(value for name, value in ours.items() if "logp_difference" in name) < 0.1
     for folder in (out, out / "checkpoint-2"):
         assert {w.dtype for w in load_file(folder / "model.safetensors").values()} == {torch.float32}
 
@@ -235,7 +211,6 @@ def test_bfloat16_is_nearly_float32(script, flags_of, whole, tmp_path):
 @pytest.mark.parametrize("before, after", [(2, 1), pytest.param(1, 2, marks=slow), pytest.param(2, 4, marks=slow)])
 @every_script
 def test_resumed_on_another_number_of_ranks(script, before, after, flags_of, whole, tmp_path):
-    """The same rows in the same order, and the same curve."""
     finished, _ = whole(script)
     module, out = importlib.import_module(script), tmp_path / "run"
     flags = flags_of(script) | dict(output_dir=str(out))
@@ -261,7 +236,6 @@ def test_resumed_on_another_number_of_ranks(script, before, after, flags_of, who
 
 @pytest.mark.parametrize("script", ["ppo", pytest.param("grpo", marks=slow)])
 def test_a_rank_that_dies_takes_the_run_down(script, flags_of, torchrun, tmp_path):
-    """And the same command continues with --resume."""
     flags, words = flags_of(script) | dict(output_dir="run", save_every=1), []
     flags["rewards"] = tuple(source.replace(":letters", ":once") for source in flags["rewards"])
     for name, value in flags.items():

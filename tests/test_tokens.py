@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assistant, system, user
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 import dpo
@@ -33,18 +34,6 @@ def tokenizer_of(tiny_tokenizer):
         return tokenizer
 
     return make
-
-
-def system(text):
-    return dict(role="system", content=text)
-
-
-def user(text):
-    return dict(role="user", content=text)
-
-
-def assistant(text, **more):
-    return dict(role="assistant", content=text, **more)
 
 
 def tool(text):
@@ -83,7 +72,7 @@ def answers(tokenizer, prompt, responses):
     return [tokenizer.decode(head), *(marked(tokenizer, i, t) for i, t in zip(ids, trained))]
 
 
-# ------------------------------------------------------------------------------------------------------------ templates
+# ---- templates
 
 EACH = "{% for m in messages %}"
 TURN = "{{ '<|' + m.role + '|>' + m.content }}"
@@ -145,7 +134,7 @@ LATE_RESULT = PLAIN.replace(
 )
 OTHER_END = CALLS.replace("<|end|>{% endfor %}", "{{ '<|sep|>\n' if m.tool_calls else '<|end|>\n' }}{% endfor %}")
 
-# ------------------------------------------------------------------------------------------- what a conversation trains
+# ---- what a conversation trains
 
 HI, YES, WHY, SO = user("Hi?"), assistant("Yes."), user("Why?"), assistant("So.")
 TWO = [HI, YES, WHY, SO]
@@ -256,7 +245,7 @@ def test_what_the_template_cannot_take_drops_its_row_alone_and_is_counted(script
     assert f"none of its 1 rows can be used (1 {refused} (No system role))" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------- arguments of tools
+# ---- arguments of tools
 
 
 @pytest.mark.parametrize("city", ["Oslo", 'a "b" \\ c', "Zürich", "北京", "</x> & 'y'"])
@@ -287,7 +276,7 @@ def test_a_call_without_arguments_is_kept(empty, tokenizer_of):
         assert turns(tokenizer_of(template), [HI, assistant("Look.", **call(empty))]).endswith(f"look{shown}{E}]]")
 
 
-# ---------------------------------------------------------------------------------------------------- the end of a turn
+# ---- the end of a turn
 
 ENDINGS = {  # template, end of sequence, the turn's end, what follows it
     "plain": (PLAIN, E, E, ""),
@@ -319,7 +308,7 @@ def test_where_nothing_ends_a_turn_the_end_of_sequence_does_and_each_turn_is_a_r
     assert dpo.turn_end(tokenizer_of(NO_END, "<|endoftext|>"))[1] == -1
 
 
-# -------------------------------------------------------------------------------------------------------- begun answers
+# ---- begun answers
 
 
 @pytest.mark.parametrize("begun", ["<think>\nlet me", "The answer ", "a", "One.\nTwo"])
@@ -337,7 +326,7 @@ def test_a_begun_answer_keeps_a_header_of_special_tokens(tokenizer_of):
     assert found[0] == "<|start|>user<|tool|>Hi?<|end|><|start|>assistant<|sep|>final<|tool|>The answer"
 
 
-# ----------------------------------------------------------------------------------------------------------- saved files
+# ---- saved files
 
 
 def test_a_reloaded_tokenizer_reads_the_same_ids_whatever_its_legacy(tmp_path):
@@ -402,7 +391,7 @@ def test_the_childs_generation_config_is_its_parents_with_the_stop_tokens(parent
     child.generate(torch.tensor([[1, 2]]), attention_mask=torch.ones(1, 2, dtype=torch.long), max_new_tokens=2)
 
 
-# ------------------------------------------------------------------------------------------------------------- the date
+# ---- the date
 
 DATES = [
     ("{{ strftime_now('%d %b %Y') }}", "03 Feb 2001"),
@@ -434,7 +423,7 @@ def test_the_date_stands_in_args_json_and_a_resumed_run_takes_it_from_there(tmp_
     assert dpo.RUN_DATE[0] == datetime(2001, 2, 3, 4, 5)
 
 
-# --------------------------------------------------------------------------------------- templates of published models
+# ---- templates of published models
 
 TRL = importlib.util.find_spec("trl")
 FOLDER = Path(TRL.origin).parent / "chat_templates" if TRL and TRL.origin else Path("no such folder")
