@@ -252,7 +252,7 @@ def main(args: Args):
     optimizer = make_optimizer(policy, args)
     models, optimizers = {"": (policy, tokenizer)}, {"": optimizer}
     announce([policy], args, f"{steps} steps of {args.batch_size} prompts", device, dtype)
-    compared = rows_of_steps(rows, args, steps) + held_out
+    compared = rows_of_steps(rows, args, steps) + held_out  # with the reference
     if last:
         state = load_checkpoint(last, models, optimizers)
     else:  # log ref(y|x); the reference is the policy before its first step, unless another model is named
@@ -915,7 +915,7 @@ def date_macro() -> str:
 
 @lru_cache(16)
 def text_ids(tokenizer, text: str) -> list:
-    """Ids of a text that holds its special tokens already. The answers of a row ask for the same prompt."""
+    """Ids of a text that holds its special tokens already. Cached: the answers of a row ask for the same prompt."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 

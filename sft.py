@@ -700,7 +700,7 @@ def date_macro() -> str:
 
 @lru_cache(16)
 def text_ids(tokenizer, text: str) -> list:
-    """Ids of a text that holds its special tokens already. The answers of a row ask for the same prompt."""
+    """Ids of a text that holds its special tokens already. Cached: the answers of a row ask for the same prompt."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
